@@ -1,0 +1,49 @@
+# Everything a person types. `make` alone lists it.
+.DEFAULT_GOAL := help
+.PHONY: help install study mlflow report up down test lint format
+
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+INSTALLED := $(VENV)/installed
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Make .venv from requirements.lock and install the project in it
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11, 3.12 or 3.13 is needed; say which one: make PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install -qq --disable-pip-version-check --requirement requirements.lock
+	$(RUN) pip install -qq --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+study: $(INSTALLED) ## Run what is not up to date [SET="train.steps=300 study.seeds=[0]"] [TARGETS=train] [WORKERS=2]
+	@$(RUN) pipelines study $(foreach value,$(SET),--set '$(value)') $(if $(WORKERS),--workers $(WORKERS)) $(TARGETS)
+
+mlflow: $(INSTALLED) ## Bring runs that MLflow does not have into it [MLFLOW_TRACKING_URI=...]
+	@$(RUN) pipelines mlflow
+
+report: $(INSTALLED) ## Open the report in a browser
+	@$(RUN) webbrowser -t "file://$(CURDIR)/reports/index.html"
+
+up: $(INSTALLED) ## Start a Prefect server, a worker and the MLflow UI on 127.0.0.1 [PREFECT_PORT=4200] [MLFLOW_PORT=5000]
+	@$(if $(PREFECT_PORT),PREFECT_PORT=$(PREFECT_PORT)) $(if $(MLFLOW_PORT),MLFLOW_PORT=$(MLFLOW_PORT)) $(RUN) pipelines up
+
+down: $(INSTALLED) ## Stop what `make up` started
+	@$(RUN) pipelines down
+
+test: $(INSTALLED) ## Run the tests [TESTS=tests/test_model.py]
+	$(RUN) pytest $(TESTS)
+
+lint: $(INSTALLED) ## Check style and types
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+format: $(INSTALLED) ## Bring the code into style
+	$(RUN) ruff check --fix-only --quiet .
+	$(RUN) ruff format --quiet .

@@ -1,0 +1,1 @@
+"""Analysis: what gradients and units do during training, and what the runs of a study allow to conclude."""

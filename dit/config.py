@@ -1,0 +1,360 @@
+"""The parameters of a study as typed, validated objects: the only reader of `params.yaml`.
+
+Nothing here has a default. Each value stands once, in `params.yaml`, and a value that is missing, unknown or out of range
+is one error that names the file, the key, the value and what is accepted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from dit.errors import ConfigError, explain
+from dit.init.strategy import Strategy, claims
+from dit.model import parse_name
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$")]
+
+SCHEDULERS = {
+    "eps": ("ddpm", "ddim", "dpmsolver++"),
+    "x0": ("ddpm", "ddim", "dpmsolver++"),
+    "v": ("ddpm", "ddim", "dpmsolver++"),
+    "flow": ("flow_euler",),
+}
+"""Which samplers fit which training objective."""
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Study(Section):
+    """Which strategies are compared, over which seeds."""
+
+    name: Annotated[str, Field(min_length=1)]
+    baseline: Name
+    strategies: Annotated[list[Name], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Study:
+        for key, values in (("strategies", self.strategies), ("seeds", self.seeds)):
+            if len(set(values)) != len(values):
+                raise ValueError(f"{key} = {values}; accepted: each entry once")
+        if self.baseline not in self.strategies:
+            raise ValueError(f"baseline = '{self.baseline}'; accepted: one of study.strategies, {self.strategies}")
+        return self
+
+
+class PhotosSource(Section):
+    """Class-conditional crops of the pictures that scikit-image ships; `dit.data.photos`."""
+
+    kind: Literal["photos"]
+    train_per_class: PositiveInt
+    validation_per_class: PositiveInt
+    validation_region: OpenFraction
+    max_zoom: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+
+
+class FolderSource(Section):
+    """Image files as `root/class/*.{jpg,png,webp}`; `dit.data.folder`."""
+
+    kind: Literal["folder"]
+    root: Path
+    validation_root: Path | None
+    validation_fraction: OpenFraction
+
+
+class HuggingFaceSource(Section):
+    """A data set of the `datasets` library; `dit.data.huggingface`."""
+
+    kind: Literal["huggingface"]
+    path: str
+    config: str | None
+    image_column: str
+    label_column: str
+    train_split: str
+    validation_split: str | None
+    validation_fraction: OpenFraction
+
+
+class Images(Section):
+    """Stage `images`."""
+
+    size: Annotated[int, Field(ge=8)]
+    seed: Seed
+    workers: Count
+    max_rejected: Fraction
+    source: Annotated[PhotosSource | FolderSource | HuggingFaceSource, Field(discriminator="kind")]
+
+
+class TrainedAutoencoder(Section):
+    """Stage `autoencoder`, trained on the images of the study."""
+
+    kind: Literal["train"]
+    latent_channels: PositiveInt
+    downsample: PositiveInt
+    channels: Annotated[list[PositiveInt], Field(min_length=1)]
+    steps: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: PositiveFloat
+    kl_weight: NonNegativeFloat
+    seed: Seed
+    threads: PositiveInt
+    device: Device
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainedAutoencoder:
+        if self.downsample != 2 ** (len(self.channels) - 1):
+            accepted = 2 ** (len(self.channels) - 1)
+            raise ValueError(
+                f"downsample = {self.downsample}; accepted: {accepted}, as channels has {len(self.channels)} entries"
+            )
+        return self
+
+
+class PretrainedAutoencoder(Section):
+    """Stage `autoencoder`, loaded from a hub id or a local directory in diffusers format."""
+
+    kind: Literal["pretrained"]
+    path: str
+    revision: str | None
+    latent_channels: PositiveInt
+    downsample: PositiveInt
+    threads: PositiveInt
+    device: Device
+
+
+class Latents(Section):
+    """Stage `latents`."""
+
+    flip: bool
+    normalize: Literal["per_channel", "global"] | PositiveFloat
+    dtype: Literal["float32", "float16"]
+    batch_size: PositiveInt
+    precision: Precision
+    threads: PositiveInt
+    device: Device
+
+
+class Model(Section):
+    """The network."""
+
+    name: str
+    label_dropout: Annotated[float, Field(ge=0, lt=1)]
+
+
+class Diffusion(Section):
+    """What the network predicts, and the noise it sees."""
+
+    objective: Literal["eps", "x0", "v", "flow"]
+    learn_sigma: bool
+    num_timesteps: Annotated[int, Field(ge=2)]
+    beta_start: OpenFraction
+    beta_end: OpenFraction
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Diffusion:
+        if self.learn_sigma and self.objective != "eps":
+            raise ValueError(f"learn_sigma = true with objective '{self.objective}'; accepted: false, or objective 'eps'")
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"beta_start = {self.beta_start}; accepted: at most beta_end = {self.beta_end}")
+        return self
+
+
+class Validation(Section):
+    """Fixed noise and timesteps on held-out latents."""
+
+    samples: PositiveInt
+    seed: Seed
+    buckets: PositiveInt
+    batch_size: PositiveInt
+
+
+class Train(Section):
+    """Stage `train@<strategy>-<seed>`."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: PositiveFloat
+    warmup_steps: Count
+    weight_decay: NonNegativeFloat
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+    gradient_clip: PositiveFloat | None
+    ema_decay: Annotated[float, Field(ge=0, lt=1)]
+    log_every: PositiveInt
+    diagnose_every: PositiveInt
+    validate_every: PositiveInt
+    validation: Validation
+    checkpoint_every: PositiveInt
+    precision: Precision
+    compile: Literal["auto"] | bool
+    deterministic: bool
+    threads: PositiveInt
+    device: Device
+
+
+class Evaluate(Section):
+    """Stage `evaluate@<strategy>-<seed>`."""
+
+    num_samples: Annotated[int, Field(ge=2)]
+    scheduler: Literal["ddpm", "ddim", "dpmsolver++", "flow_euler"]
+    steps: PositiveInt
+    guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    seed: Seed
+    batch_size: PositiveInt
+    kernel_subset_size: Annotated[int, Field(ge=2)]
+    kernel_subsets: PositiveInt
+    nearest_k: PositiveInt
+    grid_rows: PositiveInt
+    precision: Precision
+    threads: PositiveInt
+    device: Device
+
+
+class Features(Section):
+    """The feature space of the distances, and stage `features`, which measures the real images in it."""
+
+    extractor: Literal["efficientnet_lite0", "inception"]
+    size: Annotated[int, Field(ge=32)]
+    weights: Path | None
+    batch_size: PositiveInt
+    threads: PositiveInt
+    device: Device
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Features:
+        if self.extractor == "inception" and self.size != 299:
+            raise ValueError(
+                f"size = {self.size} with extractor 'inception'; accepted: 299, which its network resizes to by itself"
+            )
+        if self.extractor != "inception" and self.weights is not None:
+            raise ValueError(f"weights = '{self.weights}' with extractor '{self.extractor}'; accepted: null")
+        return self
+
+
+class Params(Section):
+    """A whole `params.yaml`."""
+
+    study: Study
+    images: Images
+    autoencoder: Annotated[TrainedAutoencoder | PretrainedAutoencoder, Field(discriminator="kind")]
+    latents: Latents
+    model: Model
+    diffusion: Diffusion
+    train: Train
+    evaluate: Evaluate
+    features: Features
+    strategies: dict[Name, Strategy]
+
+    @property
+    def latent_size(self) -> int:
+        """Height and width of a latent, in latent pixels."""
+        return self.images.size // self.autoencoder.downsample
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Params:
+        self._check_shapes()
+        self._check_strategies()
+        self._check_evaluation()
+        return self
+
+    def _check_shapes(self) -> None:
+        try:
+            _, patch_size = parse_name(self.model.name)
+        except ConfigError as error:
+            raise ValueError(f"model.name: {error}") from None
+        if self.images.size % self.autoencoder.downsample:
+            raise ValueError(
+                f"images.size = {self.images.size}; "
+                f"accepted: a multiple of autoencoder.downsample = {self.autoencoder.downsample}"
+            )
+        if self.latent_size % patch_size:
+            raise ValueError(
+                f"model.name = '{self.model.name}': patch size {patch_size} does not divide the latent size {self.latent_size} "
+                f"(images.size {self.images.size} / autoencoder.downsample {self.autoencoder.downsample}); "
+                f"accepted: a patch size that does"
+            )
+
+    def _check_strategies(self) -> None:
+        depth = parse_name(self.model.name)[0].depth
+        for name in self.study.strategies:
+            if name not in self.strategies:
+                raise ValueError(f"study.strategies: unknown strategy '{name}'; accepted: {', '.join(self.strategies)}")
+        for name, strategy in self.strategies.items():
+            try:
+                claims(strategy, depth)
+            except ConfigError as error:
+                if name in self.study.strategies:
+                    raise ValueError(f"strategies.{name}.{error}") from None
+
+    def _check_evaluation(self) -> None:
+        accepted = SCHEDULERS[self.diffusion.objective]
+        if self.evaluate.scheduler not in accepted:
+            raise ValueError(
+                f"evaluate.scheduler = '{self.evaluate.scheduler}' does not fit diffusion.objective = "
+                f"'{self.diffusion.objective}'; accepted: {', '.join(accepted)}"
+            )
+        if self.evaluate.steps > self.diffusion.num_timesteps:
+            raise ValueError(
+                f"evaluate.steps = {self.evaluate.steps}; "
+                f"accepted: at most diffusion.num_timesteps = {self.diffusion.num_timesteps}"
+            )
+        self._check_sampling()
+        if self.evaluate.kernel_subset_size > self.evaluate.num_samples:
+            raise ValueError(
+                f"evaluate.kernel_subset_size = {self.evaluate.kernel_subset_size}; "
+                f"accepted: at most evaluate.num_samples = {self.evaluate.num_samples}"
+            )
+        if self.evaluate.nearest_k > self.evaluate.num_samples - 2:
+            raise ValueError(
+                f"evaluate.nearest_k = {self.evaluate.nearest_k}; "
+                f"accepted: at most evaluate.num_samples - 2 = {self.evaluate.num_samples - 2}"
+            )
+
+    def _check_sampling(self) -> None:
+        steps, num_timesteps = self.evaluate.steps, self.diffusion.num_timesteps
+        if self.evaluate.scheduler == "ddim" and num_timesteps % steps:
+            nearest = max(divisor for divisor in range(1, steps) if num_timesteps % divisor == 0)
+            raise ValueError(
+                f"evaluate.steps = {steps} with evaluate.scheduler = 'ddim', whose steps are all of one size; "
+                f"accepted: a divisor of diffusion.num_timesteps = {num_timesteps}, such as {nearest}"
+            )
+        if self.evaluate.scheduler == "ddpm" and steps == 1:
+            raise ValueError("evaluate.steps = 1 with evaluate.scheduler = 'ddpm'; accepted: 2 or more")
+        if self.evaluate.guidance_scale > 1 and not self.model.label_dropout:
+            raise ValueError(
+                f"evaluate.guidance_scale = {self.evaluate.guidance_scale} with model.label_dropout = 0, which never trains "
+                f"the null class that guidance needs; accepted: evaluate.guidance_scale 1, or model.label_dropout above 0"
+            )
+
+
+def load(path: str | Path = "params.yaml") -> Params:
+    """Read and check a parameter file. Raises `ConfigError` that names every wrong key, its value and what is accepted."""
+    try:
+        data: Any = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; run this in a folder with a params.yaml") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    return parse(data, path)
+
+
+def parse(data: Any, where: str | Path = "params.yaml") -> Params:
+    """Check parameters that were already read; `where` stands in the messages."""
+    try:
+        return Params.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(explain(error, str(where))) from None

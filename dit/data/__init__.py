@@ -1,0 +1,3 @@
+"""Image sources, uint8 images on disk, and the latents that training reads."""
+
+SPLITS = ("train", "validation")

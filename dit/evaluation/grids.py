@@ -1,0 +1,22 @@
+"""The picture of samples: a column for each class, the same noise and class in the same place for every strategy."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+MAX_COLUMNS = 32
+"""Classes shown, the first ones: a picture of a thousand columns shows nobody anything."""
+
+
+def grid_shape(num_samples: int, num_classes: int, rows: int) -> tuple[int, int]:
+    """Rows and columns of a grid, where `num_samples` samples with `dit.sampling.balanced_labels` can fill it."""
+    return min(rows, max(1, num_samples // num_classes)), min(num_classes, num_samples, MAX_COLUMNS)
+
+
+def image_grid(images: np.ndarray, rows: int, columns: int, num_classes: int) -> Image.Image:
+    """The first `rows` of each of the first `columns` classes among images (N, H, W, 3) uint8 with balanced labels."""
+    _, height, width, _ = images.shape
+    tiles = images[[row * num_classes + column for row in range(rows) for column in range(columns)]]
+    grid = tiles.reshape(rows, columns, height, width, 3).swapaxes(1, 2)  # (rows, H, columns, W, 3)
+    return Image.fromarray(grid.reshape(rows * height, columns * width, 3))

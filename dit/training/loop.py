@@ -1,0 +1,196 @@
+"""The training loop: pure batches in, EMA weights and what was measured on the way out."""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit.analysis.diagnostics import diagnose
+from dit.config import Train
+from dit.data.latents import LatentStore
+from dit.devices import autocast, resolve_precision
+from dit.diffusion import Diffusion
+from dit.model import DiT
+from dit.progress import progress
+from dit.training import checkpoint
+from dit.training.batches import Batches
+from dit.training.optimiser import Optimiser
+from dit.training.validation import Validation
+
+EARLY_DIAGNOSES = 5
+"""The first optimiser steps, at which roles wake up, are all diagnosed."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first step at which `quantity` was not finite, and what it was. The weights are those that the loop stopped with."""
+
+    step: int
+    quantity: str
+    value: str
+
+
+@dataclass
+class Records:
+    """Rows measured so far: part of a checkpoint, so that a resumed run ends with all of them."""
+
+    metrics: list[Row] = field(default_factory=list)
+    validation: list[Row] = field(default_factory=list)
+    diagnostics: list[Row] = field(default_factory=list)
+
+    def write(self, directory: Path) -> None:
+        """Write `metrics.csv`, `validation.csv` and `diagnostics.csv`."""
+        for name, rows in vars(self).items():
+            with (directory / f"{name}.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0] if rows else (), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+
+
+class Trainer:
+    """One run: a network with its weights set, its data, and all state that a checkpoint holds.
+
+    `scratch` holds the checkpoint and belongs to this run alone. Afterwards `ema` holds the averaged weights by name,
+    `records` what was measured, and `divergence` is None unless the run was stopped by a value that is not finite.
+    """
+
+    def __init__(
+        self,
+        model: DiT,
+        store: LatentStore,
+        diffusion: Diffusion,
+        params: Train,
+        *,
+        label_dropout: float,
+        seed: int,
+        scratch: Path,
+    ) -> None:
+        self.model = model.to(diffusion.device)
+        self.diffusion = diffusion
+        self.params = params
+        self.scratch = scratch
+        self.precision = resolve_precision(params.precision, diffusion.device)
+        compiled = diffusion.device.type == "cuda" if params.compile == "auto" else params.compile
+        self.forward: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compile(model) if compiled else model
+        self.batches = Batches(store, diffusion, batch_size=params.batch_size, label_dropout=label_dropout, seed=seed)
+        self.validation = Validation(store, diffusion, params.validation)
+        self.optimiser = Optimiser(self.model, params, self.precision)
+        self.records = Records()
+        self.divergence: Divergence | None = None
+        self.steps_done = 0
+        self.images_per_second = math.nan
+        self._pending: list[Tensor] = []
+
+    @property
+    def ema(self) -> dict[str, Tensor]:
+        """The averaged weights, with the names of the model's `state_dict`."""
+        return self.optimiser.ema
+
+    def run(self, description: str) -> None:
+        """Train from the last checkpoint, or from the start, to the end or to divergence."""
+        self._resume()
+        first, started = self.steps_done, time.monotonic()
+        with progress(self.params.steps, description, "step", done=first) as bar:
+            while self.steps_done < self.params.steps and not self.divergence:
+                step = self.steps_done
+                if step > first and step % self.params.checkpoint_every == 0:
+                    self._save()
+                if self._validation_due(step):
+                    self._validate(step)
+                self._train(step)
+                self.steps_done += 1
+                if self._reading_due(step):
+                    bar.set_postfix_str(f"mse {self._read_losses():.4f}", refresh=False)
+                bar.update()
+        self.images_per_second = (self.steps_done - first) * self.params.batch_size / (time.monotonic() - started)
+        if not self.divergence:
+            self._validate(self.steps_done)
+        checkpoint.remove(self.scratch)
+
+    def _train(self, step: int) -> None:
+        batch = self.batches(step)
+        x_t = self.diffusion.add_noise(batch.x0, batch.eps, batch.timesteps)
+        with autocast(self.diffusion.device, self.precision):
+            output = self.forward(x_t, batch.timesteps, batch.labels)
+        loss = self.diffusion.loss(output, batch.x0, batch.eps, batch.timesteps, x_t)
+        total = loss.total.mean()
+        self.optimiser.backward(total)
+        logged = step % self.params.log_every == 0
+        gradient_norm = self.optimiser.gradient_norm() if logged else torch.zeros_like(total)
+        self._pending.append(torch.stack([total.detach(), loss.mse.mean().detach(), gradient_norm]))
+        if step < EARLY_DIAGNOSES or step % self.params.diagnose_every == 0:
+            states = diagnose(self.model, lambda: self.optimiser.step(step))
+            self.records.diagnostics += [{"step": step, **asdict(state)} for state in states]
+        else:
+            self.optimiser.step(step)
+
+    def _reading_due(self, step: int) -> bool:
+        """Losses stay on the device between these steps, so that it never waits for the host."""
+        after = step + 1
+        return (
+            step % self.params.log_every == 0
+            or self._validation_due(after)
+            or after == self.params.steps
+            or (after % self.params.checkpoint_every == 0)
+        )
+
+    def _read_losses(self) -> float:
+        """Record the losses since the last reading, or the divergence that they show; returns the last error."""
+        mse = math.nan
+        first = self.steps_done - len(self._pending)
+        for step, (total, mse, gradient_norm) in enumerate(torch.stack(self._pending).tolist(), start=first):
+            if not math.isfinite(total):
+                self.divergence = Divergence(step, "loss", repr(total))
+                break
+            if step % self.params.log_every == 0:
+                rate = self.optimiser.learning_rate(step)
+                row = {"step": step, "loss": total, "mse": mse, "gradient_norm": gradient_norm, "learning_rate": rate}
+                self.records.metrics.append(row)
+        self._pending = []
+        return mse
+
+    def _validation_due(self, step: int) -> bool:
+        """At the powers of two, where strategies differ most, and then at equal intervals."""
+        every = self.params.validate_every
+        return step % every == 0 or (step < every and step.bit_count() == 1)
+
+    def _validate(self, step: int) -> None:
+        self.model.eval()
+        score = self.validation(self.model, self.precision)
+        with torch.no_grad():
+            averaged = self.validation(
+                lambda x, t, y: torch.func.functional_call(self.model, self.ema, (x, t, y)), self.precision
+            )
+        self.model.train()
+        for weights, measured in (("model", score), ("ema", averaged)):
+            buckets = {f"mse_t{index}": mse for index, mse in enumerate(measured.by_bucket)}
+            self.records.validation.append({"step": step, "weights": weights, "mse": measured.mse, **buckets})
+        if not math.isfinite(score.mse):
+            self.divergence = Divergence(step, "validation_mse", repr(score.mse))
+
+    def _save(self) -> None:
+        state = {
+            "steps_done": self.steps_done,
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "records": vars(self.records),
+        }
+        checkpoint.save(self.scratch, state)
+
+    def _resume(self) -> None:
+        state = checkpoint.load(self.scratch, self.diffusion.device)
+        if state is not None:
+            self.steps_done = state["steps_done"]
+            self.model.load_state_dict(state["model"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.records = Records(**state["records"])

@@ -1,0 +1,65 @@
+"""AdamW with linear warm-up, gradient clipping and loss scaling, and an exponential moving average of the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit.config import Train
+
+
+class Optimiser:
+    """One `step` per batch: unscale, clip, AdamW, EMA."""
+
+    def __init__(self, model: nn.Module, params: Train, precision: torch.dtype) -> None:
+        self.params = params
+        self.weights: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
+        device = self.weights[0].device
+        self.adamw = torch.optim.AdamW(
+            self.weights,
+            lr=params.learning_rate,
+            betas=params.betas,
+            weight_decay=params.weight_decay,
+            fused=device.type == "cuda",
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+        self.ema = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self.averaged = [self.ema[name] for name, weight in model.named_parameters() if weight.requires_grad]
+
+    def learning_rate(self, step: int) -> float:
+        """Linear from 1 / warmup_steps to one times the learning rate, then constant."""
+        return self.params.learning_rate * min(1.0, (step + 1) / max(1, self.params.warmup_steps))
+
+    def backward(self, loss: Tensor) -> None:
+        """Set the gradients of `loss`, unscaled."""
+        self.adamw.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.adamw)
+
+    def step(self, step: int) -> None:
+        """Clip, update the weights and their average. `step` counts from 0."""
+        if self.params.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self.weights, self.params.gradient_clip)
+        for group in self.adamw.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.scaler.step(self.adamw)
+        self.scaler.update()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averaged, self.weights, 1 - self.params.ema_decay)
+
+    def gradient_norm(self) -> Tensor:
+        """Euclidean norm of all gradients, as a scalar tensor on the device."""
+        return nn.utils.get_total_norm([weight.grad for weight in self.weights if weight.grad is not None])
+
+    def state_dict(self) -> dict[str, Any]:
+        """All state, for a checkpoint."""
+        return {"adamw": self.adamw.state_dict(), "scaler": self.scaler.state_dict(), "ema": self.ema}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.adamw.load_state_dict(state["adamw"])
+        self.scaler.load_state_dict(state["scaler"])
+        for name, tensor in self.ema.items():
+            tensor.copy_(state["ema"][name])

@@ -1,0 +1,62 @@
+"""Validation error on held-out latents with fixed noise and timesteps: the same problem for every strategy, seed and step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit.config import Validation as ValidationParams
+from dit.data.latents import LatentStore
+from dit.devices import autocast
+from dit.diffusion import Diffusion
+from dit.seeding import generator
+from dit.training.batches import gather
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean squared error over all samples, and over those of each timestep bucket, from low to high noise."""
+
+    mse: float
+    by_bucket: list[float]
+
+
+class Validation:
+    """A fixed set of noisy latents, with timesteps spread evenly over the noising time."""
+
+    def __init__(self, store: LatentStore, diffusion: Diffusion, params: ValidationParams) -> None:
+        latents = store.split("validation")
+        count = min(params.samples, len(latents.labels))
+        draws = generator(params.seed, "validation", device=diffusion.device)
+        order = torch.randperm(len(latents.labels), generator=generator(params.seed, "validation order"))[:count]
+        x0, self.labels = gather(latents, order, draws)
+        x0 = store.normalize(x0)
+        eps = torch.randn(x0.shape, generator=draws, device=diffusion.device)
+        fractions = (torch.arange(count, device=diffusion.device) + 0.5) / count
+        self.timesteps = diffusion.timesteps_at(fractions)
+        self.x_t = diffusion.add_noise(x0, eps, self.timesteps)
+        self.target = diffusion.target(x0, eps, self.timesteps)
+        self.buckets = (fractions * params.buckets).long()
+        self.bucket_count = params.buckets
+        self.batch_size = params.batch_size
+
+    @property
+    def target_second_moment(self) -> float:
+        """Mean of the squared target: the error of a network whose output is zero (1 for eps, up to sampling)."""
+        return self.target.square().mean().item()
+
+    @torch.no_grad()
+    def __call__(self, model: Callable[[Tensor, Tensor, Tensor], Tensor], precision: torch.dtype) -> Score:
+        """Measure `model`, called as `model(x, t, y)`."""
+        errors = []
+        with autocast(self.x_t.device, precision):
+            for rows in torch.arange(len(self.labels), device=self.x_t.device).split(self.batch_size):
+                output = model(self.x_t[rows], self.timesteps[rows], self.labels[rows])
+                prediction = output[:, : self.target.shape[1]].float()
+                errors.append((prediction - self.target[rows]).square().flatten(1).mean(1))
+        error = torch.cat(errors).double()
+        buckets = [error[self.buckets == bucket].mean().item() for bucket in range(self.bucket_count)]
+        return Score(error.mean().item(), buckets)

@@ -1,0 +1,120 @@
+"""The command line of the orchestration: `python -m pipelines study | mlflow | up | down`; `make` calls it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dit.errors import UserError
+from pipelines import services
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+
+SET = typer.Option(
+    "--set", metavar="KEY=VALUE", help="Another value of params.yaml, in an isolated experiment, such as train.steps=300."
+)
+TARGETS = typer.Argument(help="Only these stages and what they need, such as train; default: all.")
+WORKERS = typer.Option(min=1, help="Stages at the same time; default: what the machine has room for.")
+
+
+@app.command()
+def study(
+    set_: Annotated[list[str] | None, SET] = None,
+    targets: Annotated[list[str] | None, TARGETS] = None,
+    workers: Annotated[int | None, WORKERS] = None,
+) -> None:
+    """Run the study: whatever is not up to date, side by side, as a Prefect flow, and fill MLflow."""
+    overrides = dict(_assignment(text) for text in set_ or [])
+    url = services.prefect_server(os.environ)
+    os.environ.update(services.prefect_environment(url))
+    from pipelines import experiments, flows
+
+    experiments.parameters(Path.cwd(), overrides)
+    services.wait_for(url)
+    _log_for_people(flows.LOGGER)
+    try:
+        state = flows.study(overrides or None, workers, targets or None, return_state=True)
+    except KeyboardInterrupt:
+        print("interrupted; the next run goes on from here", file=sys.stderr)
+        raise typer.Exit(128 + signal.SIGINT) from None
+    if not state.is_completed():
+        print(f"error: {state.message}", file=sys.stderr)
+        raise typer.Exit(1)
+    print(state.message)
+    if "mlflow" not in services.running():
+        print("`make up` starts the MLflow UI at that address, and Prefect's")
+
+
+@app.command()
+def mlflow() -> None:
+    """Bring the runs of the study that MLflow does not have into it, from DVC's outputs."""
+    from pipelines import tracking
+
+    synced = tracking.sync(Path.cwd())
+    print(synced)
+    if synced.view:
+        print(services.mlflow_page(synced.store, synced.view))
+
+
+@app.command()
+def up(
+    prefect_port: Annotated[int, typer.Option(envvar="PREFECT_PORT")] = services.PREFECT_PORT,
+    mlflow_port: Annotated[int, typer.Option(envvar="MLFLOW_PORT")] = services.MLFLOW_PORT,
+) -> None:
+    """Start a Prefect server, a worker and the MLflow UI in the background, on 127.0.0.1."""
+    from pipelines import tracking
+
+    services.up(prefect_port, mlflow_port, tracking.tracking_uri(), print)
+
+
+@app.command()
+def down() -> None:
+    """Stop what `up` started, and nothing else."""
+    services.down(print)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """`train.steps=300` -> ("train.steps", 300): the value is YAML."""
+    from ruamel.yaml import YAML
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set {text}; accepted: KEY=VALUE, such as train.steps=300")
+    return key, YAML(typ="safe").load(value)
+
+
+class _Lines(logging.Formatter):
+    """`stage | text`, without what a log file needs and a person does not."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        name = getattr(record, "task_run_name", None)
+        text = super().format(record)
+        return "\n".join(f"{name:<26} | {line}" for line in text.splitlines()) if name else text
+
+
+def _log_for_people(name: str) -> None:
+    """On this terminal, only what the flow says to people, defects, and what is not Prefect's; Prefect's log has it all."""
+
+    def matters(record: logging.LogRecord) -> bool:
+        defect = record.exc_info is not None and record.exc_info[0] is not None
+        return record.name.endswith(f".{name}") or defect or not record.name.startswith("prefect")
+
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_Lines())
+    handler.addFilter(matters)
+    logging.getLogger().handlers = [handler]
+
+
+if __name__ == "__main__":
+    try:
+        app(prog_name="python -m pipelines")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,220 @@
+"""DVC's graph as Python: which stages there are, what each waits for, which are up to date, and how one is run.
+
+The graph is read from DVC and nowhere repeated. A stage runs as `dvc repro --single-item`, so that `dvc.lock` ends the same
+whoever starts it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from enum import Enum
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from dvc.stage import PipelineStage
+
+from dit.errors import ConfigError, UserError
+from pipelines import guard
+
+DVC = (sys.executable, "-m", "dvc")
+_UP_TO_DATE = re.compile(r"^Stage '.*' (didn't change, skipping|is cached - skipping run)")
+_CHATTER = re.compile(
+    r"\s*(> |git add|dvc config core.autostage|Running stage|Updating lock|Generating lock|To track the|To enable auto"
+    r"|Use `dvc push`|ERROR: failed to reproduce|$)"
+)
+"""What DVC says around every stage, and what `run` says by its result."""
+_EXIT_CODE = re.compile(r"failed to run: .*, exited with (-?\d+)")
+_LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of `dvc.yaml`, such as `train@adaln_zero-0`."""
+
+    name: str
+    upstream: tuple[str, ...]
+    """The stages whose outputs it reads."""
+    outs: tuple[str, ...]
+    """The paths that it writes."""
+    up_to_date: bool
+    """All that it and the stages above it declare is as `dvc.lock` says: command, parameters, dependencies and outputs."""
+
+
+class Outcome(Enum):
+    """How a stage came to be up to date."""
+
+    RAN = "ran"
+    CACHED = "cached"
+
+
+class StageError(Exception):
+    """A stage did not end well. `exit_code` is that of its command, or None where DVC itself failed."""
+
+    def __init__(self, stage: str, exit_code: int | None, transient: bool, reason: str) -> None:
+        super().__init__(f"stage '{stage}' failed{'' if exit_code is None else f' with exit code {exit_code}'}: {reason}")
+        self.stage = stage
+        self.exit_code = exit_code
+        self.transient = transient
+
+
+class StoppedError(Exception):
+    """The stage was stopped from outside, and must not be tried again."""
+
+
+def read(root: Path) -> dict[str, Stage]:
+    """All stages of the project in `root` in an order in which they can run. Raises `ConfigError` where DVC cannot read it."""
+    if not (root / "dvc.yaml").exists():
+        raise ConfigError(f"{root / 'dvc.yaml'}: no such file; run this in the folder that holds the study's dvc.yaml")
+    try:
+        with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
+            graph = repo.index.graph
+            stages = {stage.name: _stage(graph, stage) for stage in _pipeline(repo.index.stages)}
+    except DvcException as error:
+        raise ConfigError(f"{root / 'dvc.yaml'}: {error}") from None
+    return _in_order(stages)
+
+
+def _pipeline(nodes: Iterable[Any]) -> list[Any]:
+    """The stages of `dvc.yaml` among DVC's stages, as it lists them; data added by `dvc add` is no stage to run."""
+    return [stage for stage in nodes if isinstance(stage, PipelineStage)]
+
+
+def _stage(graph: Any, stage: PipelineStage) -> Stage:
+    upstream = sorted(above.name for above in _pipeline(graph.successors(stage)))
+    return Stage(stage.name, tuple(upstream), tuple(out.def_path for out in stage.outs), not stage.status())
+
+
+def _in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
+    """Upstream first, otherwise as in `dvc.yaml`; a stage below one that is not up to date is not up to date either."""
+    ordered: dict[str, Stage] = {}
+
+    def add(name: str) -> None:
+        stage = stages[name]
+        for above in stage.upstream:
+            if above not in ordered:
+                add(above)
+        fresh = stage.up_to_date and all(ordered[above].up_to_date for above in stage.upstream)
+        ordered.setdefault(name, replace(stage, up_to_date=fresh))
+
+    for name in stages:
+        add(name)
+    return ordered
+
+
+def select(stages: Mapping[str, Stage], targets: Iterable[str] | None) -> dict[str, Stage]:
+    """The stages that `targets` name, and all that they need. None names everything.
+
+    A target is a stage, a pattern such as `*@adaln_zero-*`, or a group such as `train`, which is every `train@...`.
+
+    Raises `ConfigError` for a target that is no stage.
+    """
+    if targets is None:
+        return dict(stages)
+    wanted: set[str] = set()
+    for target in targets:
+        named = [name for name in stages if fnmatchcase(name, target) or name.partition("@")[0] == target]
+        if not named:
+            known = ", ".join(dict.fromkeys(name.partition("@")[0] for name in stages))
+            example = next((name for name in stages if "@" in name), target)
+            raise ConfigError(f"targets: no stage is called '{target}'; accepted: {known}, one such as {example}, or a pattern")
+        wanted.update(named)
+    for name in reversed(list(stages)):
+        if name in wanted:
+            wanted.update(stages[name].upstream)
+    return {name: stage for name, stage in stages.items() if name in wanted}
+
+
+class Processes:
+    """Runs stages of one workspace side by side, and ends those that still run when the block is left."""
+
+    def __init__(self, root: Path, environment: Mapping[str, str]) -> None:
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        self.root = root
+        self.environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **environment}
+        self._running: set[subprocess.Popen[str]] = set()
+        self._guard = threading.Lock()
+        self._stopping = False
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._guard:
+            self._stopping = True
+            running = list(self._running)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(guard.stop, running))
+
+    def run(self, stage: str, log: Callable[[str], None], environment: Mapping[str, str] | None = None) -> Outcome:
+        """Bring one stage up to date, giving each line that it prints to `log`.
+
+        Raises `StageError`, or `StoppedError` once the block has been left.
+        """
+        process = self._start([*DVC, "--wait-for-lock", "repro", "--single-item", stage], environment or {})
+        last: deque[str] = deque(maxlen=50)
+        outcome = Outcome.RAN
+        for line in map(str.rstrip, process.stdout or ()):
+            last.append(line)
+            if _UP_TO_DATE.match(line):
+                outcome = Outcome.CACHED
+            if not _CHATTER.match(line):
+                log(line)
+        code = process.wait()
+        with self._guard:
+            self._running.discard(process)
+        if self._stopping:
+            raise StoppedError(f"stage '{stage}' was stopped")
+        if code:
+            raise _failure(stage, code, list(last))
+        return outcome
+
+    def _start(self, command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+        with self._guard:
+            if self._stopping:
+                raise StoppedError("no stage is started any more")
+            process = guard.start(command, self.root, {**self.environment, **environment}, spare=True)
+            self._running.add(process)
+        return process
+
+
+def _failure(stage: str, code: int, output: list[str]) -> StageError:
+    """What a failed stage's output says. Killed, out of resources, and kept out by a lock are worth another try."""
+    text = "\n".join(output)
+    reported = _EXIT_CODE.search(text)
+    exit_code = int(reported[1]) if reported else (code if _signal_number(code) else None)
+    killed = _signal_number(exit_code or 0)
+    said = [line for line in output if not _CHATTER.match(line)]
+    errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+    reason = (errors or said or ["it said nothing"])[-1]
+    if killed:
+        reason = f"killed by {signal.Signals(killed).name}"
+    transient = killed > 0 or exit_code == os.EX_TEMPFAIL or any(message in text for message in _LOCKED)
+    return StageError(stage, exit_code, transient, reason)
+
+
+def _signal_number(code: int) -> int:
+    """The signal that ended a process with this exit code, or 0."""
+    number = -code if code < 0 else code - guard.SIGNAL_BASE
+    return number if number in set(signal.Signals) else 0
+
+
+def dvc(root: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    """Run a DVC command in `root` and return what it printed. Raises `UserError` with its message where it fails."""
+    variables = {**os.environ, **(environment or {})}
+    done = subprocess.run([*DVC, *arguments], cwd=root, env=variables, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"dvc {arguments[0]} failed: {(done.stderr or done.stdout).strip()}")
+    return done.stdout

@@ -1,0 +1,185 @@
+"""An isolated DVC experiment: the study as it stands in the workspace, with other parameters, in a git worktree of its own.
+
+The worktree shares DVC's cache and the scratch directory with the workspace, so that nothing known is computed again. The
+workspace stays as it was; `dvc exp show` there lists the result, and `dvc exp apply` brings it in.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from dvc.repo import Repo
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
+from dit import config
+from dit.config import Params
+from dit.errors import ConfigError, UserError
+from pipelines import dag
+
+EXPERIMENTS = Path(".scratch/experiments")
+IDENTITY = {
+    f"GIT_{who}_{what}": value
+    for who in ("AUTHOR", "COMMITTER")
+    for what, value in (("NAME", "dit study"), ("EMAIL", "study@localhost"))
+}
+"""Who an experiment's commit is by, on a machine where git has not been told."""
+
+
+def parameters(root: Path, overrides: Mapping[str, Any] | None = None) -> Params:
+    """The parameters of the workspace with `overrides`, checked. Raises `ConfigError` that names the wrong key."""
+    path = root / "params.yaml"
+    if not overrides:
+        return config.load(path)
+    config.load(path)
+    return config.parse(YAML(typ="safe").load(override(path.read_text(), overrides)), "params.yaml with overrides")
+
+
+def override(text: str, overrides: Mapping[str, Any]) -> str:
+    """`text` of a `params.yaml` with dotted keys such as `train.steps` set to other values; comments stay.
+
+    Raises `ConfigError` for a key whose section is not there.
+    """
+    yaml = _yaml()
+    data = yaml.load(text)
+    for key, value in overrides.items():
+        *sections, last = key.split(".")
+        section = data
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            raise ConfigError(f"overrides: {key} is not a known key; accepted: dotted keys of params.yaml, such as train.steps")
+        section[last] = _in_flow_style(value)
+    stream = io.StringIO()
+    yaml.dump(data, stream)
+    return stream.getvalue()
+
+
+def _yaml() -> YAML:
+    """Reads and writes YAML in the layout of `params.yaml`."""
+    yaml = YAML()
+    yaml.width = 4096
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.representer.add_representer(type(None), lambda made, _: made.represent_scalar("tag:yaml.org,2002:null", "null"))
+    return yaml
+
+
+def _in_flow_style(value: Any) -> Any:
+    """Lists and mappings on one line, as `params.yaml` has them."""
+    if isinstance(value, dict):
+        value = CommentedMap({key: _in_flow_style(entry) for key, entry in value.items()})
+    elif isinstance(value, list):
+        value = CommentedSeq(map(_in_flow_style, value))
+    else:
+        return value
+    value.fa.set_flow_style()
+    return value
+
+
+@contextmanager
+def workspace(root: Path, overrides: Mapping[str, Any], name: str) -> Iterator[Path]:
+    """A worktree with the files of `root` as they are, `overrides` in its parameters, and the outputs that still hold.
+
+    It is gone when the block is left, however it is left.
+    """
+    _remove_abandoned(root)
+    path = root / EXPERIMENTS / f"{name}.{os.getpid()}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _git(root, "worktree", "add", "--detach", "--quiet", str(path), "HEAD")
+        _copy_changes(root, path)
+        _share_cache(root, path)
+        parameters_file = path / "params.yaml"
+        parameters_file.write_text(override(parameters_file.read_text(), overrides))
+        _restore(path)
+        yield path
+    finally:
+        _remove(root, path)
+
+
+def save(root: Path, path: Path, name: str, stages: Iterable[str]) -> None:
+    """Record the worktree at `path` as the DVC experiment `name` of `root`, with the outputs of `stages`."""
+    known = _git(root, "config", "user.email", check=False).strip()
+    with _one_at_a_time(root):
+        dag.dvc(path, "exp", "save", "--quiet", "--force", "--name", name, *stages, environment={} if known else IDENTITY)
+
+
+def _copy_changes(root: Path, path: Path) -> None:
+    """Uncommitted work: what git sees as changed or new and does not ignore."""
+    changed = _git(root, "diff", "--name-only", "--no-renames", "-z", "HEAD")
+    new = _git(root, "ls-files", "--others", "--exclude-standard", "-z")
+    for name in (changed + new).split("\0"):
+        if not name or name.endswith("/"):  # a repository inside this one
+            continue
+        source, target = root / name, path / name
+        if source.is_symlink() or source.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target, follow_symlinks=False)
+        else:
+            target.unlink(missing_ok=True)
+
+
+def _share_cache(root: Path, path: Path) -> None:
+    """DVC's cache is that of `root`, linked rather than copied; what DVC remembers of the worktree goes with it."""
+    local = root / ".dvc" / "config.local"
+    if local.exists():
+        shutil.copy2(local, path / ".dvc" / "config.local")
+    with Repo(str(root)) as repo:
+        cache = repo.cache.local_cache_dir
+    with Repo(str(path)) as repo, repo.config.edit("local") as settings:
+        settings["cache"]["dir"] = cache
+        settings["cache"]["type"] = ["reflink", "hardlink", "copy"]
+        settings["core"]["site_cache_dir"] = str(path / ".dvc" / "tmp" / "site")
+
+
+def _restore(path: Path) -> None:
+    """Bring the outputs that still hold from the cache, and forget the others: a stale one must not be taken for a result."""
+    lock = path / "dvc.lock"
+    if not lock.exists():
+        return
+    dag.dvc(path, "checkout", "--quiet", "--allow-missing")
+    stale = [stage for stage in dag.read(path).values() if not stage.up_to_date]
+    yaml = _yaml()
+    recorded = yaml.load(lock)
+    for stage in stale:
+        recorded["stages"].pop(stage.name, None)
+        for out in stage.outs:
+            shutil.rmtree(path / out) if (path / out).is_dir() else (path / out).unlink(missing_ok=True)
+    yaml.dump(recorded, lock)
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Worktrees of processes that were killed."""
+    for path in (root / EXPERIMENTS).glob("*.*"):
+        owner = path.suffix[1:]
+        if path.is_dir() and owner.isdigit() and not psutil.pid_exists(int(owner)):
+            _remove(root, path)
+
+
+def _remove(root: Path, path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    _git(root, "worktree", "prune", check=False)
+
+
+@contextmanager
+def _one_at_a_time(root: Path) -> Iterator[None]:
+    """DVC notes the experiment being saved in refs that all worktrees share."""
+    with (root / EXPERIMENTS / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _git(root: Path, *arguments: str, check: bool = True) -> str:
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    if check and done.returncode:
+        raise UserError(f"an experiment needs a git repository with a commit: git {arguments[0]} failed: {done.stderr.strip()}")
+    return done.stdout

@@ -1,0 +1,257 @@
+"""Prefect's view of the study: the flow `study`, in which every DVC stage is a task, run where and when the graph allows.
+
+The graph, and what is up to date, come from DVC (`pipelines.dag`); nothing about a stage is repeated here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Annotated, Any
+
+import torch
+from prefect import flow, get_run_logger, runtime, task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.futures import PrefectFuture
+from prefect.logging.loggers import PrefectLogAdapter
+from prefect.states import Completed, Failed
+from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.tasks import Task
+from pydantic import Field
+
+from dit.config import Params
+from dit.errors import UserError
+from pipelines import dag, experiments, services, tracking
+
+LOGGER = "study"
+"""The child of Prefect's run loggers that holds what a person wants to read, less what Prefect says about itself."""
+RETRIES = 2
+RETRY_DELAY_SECONDS = 5
+
+
+def _is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    return isinstance(state.data, dag.StageError) and state.data.transient
+
+
+@task(
+    task_run_name="{stage}",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAY_SECONDS,
+    retry_condition_fn=_is_transient,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def run_stage(stage: str, up_to_date: bool, processes: dag.Processes, environment: Mapping[str, str]) -> State[Any]:
+    """One DVC stage. It ends as Cached where DVC had nothing to compute, and as Failed where its command failed."""
+    if up_to_date:
+        return Completed(name="Cached", message="up to date")
+    log = _log()
+    log.info("started")
+    begin = time.monotonic()
+    try:
+        outcome = processes.run(stage, log.info, environment)
+    except (dag.StageError, dag.StoppedError) as error:
+        again = isinstance(error, dag.StageError) and error.transient and runtime.task_run.run_count <= RETRIES
+        log.error("%s%s", error, f"; it runs again in {RETRY_DELAY_SECONDS} s" if again else "")
+        return Failed(message=str(error), data=error)
+    if outcome is dag.Outcome.CACHED:
+        log.info("cached")
+        return Completed(name="Cached", message="restored from DVC's cache")
+    seconds = time.monotonic() - begin
+    log.info("done in %.1f s", seconds)
+    return Completed(message=f"{seconds:.1f} s")
+
+
+@task(name="mlflow", task_run_name="mlflow", cache_policy=NO_CACHE, persist_result=False)
+def fill_mlflow(workspace: Path, tags: Mapping[str, str]) -> State[Any]:
+    """Bring the finished runs into MLflow. A tracking server that is away is reported, and loses nothing."""
+    log = _log()
+    try:
+        synced = tracking.sync(workspace, tags)
+    except UserError as error:
+        log.warning("%s", error)
+        return Failed(name="Unreachable" if isinstance(error, tracking.UnreachableError) else "Failed", message=str(error))
+    page = services.mlflow_page(synced.store, synced.view) if synced.view else ""
+    message = f"{synced}\n{page}".strip()
+    log.info("%s", message)
+    return Completed(message=message)
+
+
+@flow(name="study", task_runner=ThreadPoolTaskRunner(), persist_result=False)  # type: ignore[arg-type]
+def study(
+    overrides: dict[str, Any] | None = None,
+    workers: Annotated[int, Field(ge=1)] | None = None,
+    targets: list[str] | None = None,
+) -> State[Any]:
+    """Images, autoencoder, latents, a DiT per initialisation strategy and seed, their evaluation, and the comparison.
+
+    What is up to date is not computed again.
+
+    Args:
+        overrides: Parameters that differ from params.yaml, by dotted key, such as {"train.steps": 300, "study.seeds": [0]}.
+            The run is then an isolated DVC experiment: the workspace stays as it is, and `dvc exp show` lists the result.
+        workers: Stages that run at the same time; by default as many as the machine has room for.
+        targets: Only these stages and what they need, such as ["train@adaln_zero-0"] or ["evaluate"]; by default all.
+    """
+    root = Path.cwd()
+    try:
+        params = experiments.parameters(root, overrides)
+        with _workspace(root, overrides) as (workspace, experiment):
+            stages = dag.select(dag.read(workspace), targets)
+            return _run(workspace, stages, places(params, workers), experiment)
+    except UserError as error:
+        return Failed(message=str(error))
+
+
+@contextmanager
+def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[Path, str | None]]:
+    """Where the stages run, and the name of the DVC experiment, if it is one."""
+    if not overrides:
+        with _exclusively(root):
+            yield root, None
+        return
+    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{runtime.flow_run.name}-{runtime.flow_run.id[-6:]}")
+    with experiments.workspace(root, overrides, name) as path:
+        yield path, name
+
+
+def _run(
+    workspace: Path, stages: Mapping[str, dag.Stage], slots: Sequence[Mapping[str, str]], experiment: str | None
+) -> State[Any]:
+    """Run `stages`, then show what came out: in MLflow, as artifacts, and as a DVC experiment."""
+    fresh = sum(stage.up_to_date for stage in stages.values())
+    _log().info("%d of %d stages are up to date; %d at a time", fresh, len(stages), len(slots))
+    scratch = Path(os.environ.get("DIT_SCRATCH", ".scratch")).resolve()
+    with dag.Processes(workspace, {"DIT_SCRATCH": str(scratch)}) as processes:
+        states = run_all(stages, processes, slots)
+    mlflow = fill_mlflow(workspace, {"dvc_experiment": experiment} if experiment else {}, return_state=True)
+    if not all(state.is_completed() for state in states.values()):
+        return Failed(message=_failure(states))
+    report = workspace / "reports" / "index.html"
+    if experiment:
+        experiments.save(Path.cwd(), workspace, experiment, stages)
+        report = _keep_report(report, experiment)
+        _log().info("DVC experiment %s: see `dvc exp show`, `dvc exp apply %s`", experiment, experiment)
+    if "compare" in stages:
+        _log().info("report: %s", report)
+        create_markdown_artifact(comparison(workspace, report, mlflow.message or ""), key="comparison")
+        create_link_artifact(report.as_uri(), key="report", link_text="The report", description=str(report))
+    cached = sum(state.name == "Cached" for state in states.values())
+    return Completed(message=f"{len(stages) - cached} stages ran, {cached} were cached")
+
+
+def run_all(
+    stages: Mapping[str, dag.Stage], processes: dag.Processes, slots: Sequence[Mapping[str, str]]
+) -> dict[str, State[Any]]:
+    """Run every stage as a task once those above it are done, at most one in each slot; the state in which each ended.
+
+    A stage below one that failed ends as NotReady; the others go on.
+    """
+    futures: dict[str, PrefectFuture[Any]] = {}
+    states: dict[str, State[Any]] = {}
+    free, taken = list(slots), dict[str, Mapping[str, str]]()
+    finished: SimpleQueue[str] = SimpleQueue()
+    while len(states) < len(stages):
+        for name, stage in stages.items():
+            if name in futures or not states.keys() >= set(stage.upstream):
+                continue
+            computes = not stage.up_to_date and all(states[above].is_completed() for above in stage.upstream)
+            if computes and not free:
+                continue
+            if computes:
+                taken[name] = free.pop(0)
+            above = [futures[upstream] for upstream in stage.upstream]
+            named = run_stage.with_options(name=name.partition("@")[0])
+            place = taken.get(name, {})
+            futures[name] = named.submit(name, stage.up_to_date, processes, place, wait_for=above)  # type: ignore[call-overload]
+            futures[name].add_done_callback(lambda _future, name=name: finished.put(name))  # type: ignore[misc]
+        name = finished.get()
+        states[name] = _final_state(futures[name])
+        if name in taken:
+            free.append(taken.pop(name))
+    return {name: states[name] for name in stages}
+
+
+def _final_state(future: PrefectFuture[Any]) -> State[Any]:
+    future.wait()
+    return future.state
+
+
+def places(params: Params, workers: int | None) -> list[dict[str, str]]:
+    """The environment of each stage that may run at the same time: one a GPU, where GPUs are used, else as cores allow."""
+    devices = {params.train.device, params.evaluate.device}
+    if torch.cuda.is_available() and devices & {"auto", "cuda"}:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        gpus = visible.split(",")
+        return [{"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} for place in range(workers or len(gpus))]
+    if torch.backends.mps.is_available() and devices & {"auto", "mps"}:
+        return [{} for _ in range(workers or 1)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [{} for _ in range(workers or max(1, cores // max(params.train.threads, params.evaluate.threads)))]
+
+
+def _failure(states: Mapping[str, State[Any]]) -> str:
+    """One line for each stage that failed, and one for those that were not run because of it."""
+    failed = [state.message or name for name, state in states.items() if state.is_failed() or state.is_crashed()]
+    skipped = [name for name, state in states.items() if state.is_pending()]
+    return "\n".join([*failed, *([f"not run because of that: {', '.join(skipped)}"] if skipped else [])])
+
+
+def comparison(workspace: Path, report: Path, mlflow: str) -> str:
+    """What the study found, in Markdown: the report's headline, the means of every strategy, and where the rest is."""
+    summary = json.loads((workspace / "reports" / "summary.json").read_text())
+    shown = json.loads((workspace / "reports" / "metrics.json").read_text())[summary["baseline"]]
+    labels = [summary["metrics"][metric]["label"] for metric in shown]
+    table = [f"| strategy | {' | '.join(labels)} |", f"|---|{'---:|' * len(labels)}"]
+    for name, strategy in summary["strategies"].items():
+        table.append(f"| {name} | {' | '.join(_cell(strategy, metric) for metric in shown)} |")
+    where = [f"Means over seeds. Intervals and figures: `{report}`", "", mlflow.replace("\n", "  \n")]
+    return "\n".join([*(f"- {line}" for line in summary["headline"]), "", *table, "", *where])
+
+
+def _cell(strategy: Mapping[str, Any], metric: str) -> str:
+    """A mean over seeds, and whether it is told apart from the baseline's."""
+    mean = strategy["mean"].get(metric)
+    verdict = strategy.get("difference", {}).get(metric, {}).get("verdict", "")
+    return "-" if mean is None else f"{mean:.4g}{f' ({verdict})' if verdict in ('better', 'worse') else ''}"
+
+
+def _keep_report(report: Path, experiment: str) -> Path:
+    """The worktree goes; its report stays."""
+    kept = Path.cwd() / experiments.EXPERIMENTS / experiment / report.name
+    if report.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(report, kept)
+    return kept
+
+
+@contextmanager
+def _exclusively(root: Path) -> Iterator[None]:
+    """One study at a time in a workspace."""
+    lock = root / ".scratch" / "study.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                "a study is running in this workspace; wait for it, or give overrides to run one beside it"
+            ) from None
+        yield
+
+
+def _log() -> PrefectLogAdapter:
+    """The run's logger, for people."""
+    log = get_run_logger()
+    assert isinstance(log, PrefectLogAdapter)
+    return log.getChild(LOGGER)

@@ -1,0 +1,105 @@
+"""Runs a command that must not outlive its starter: `python guard.py SPARED GRACE COMMAND...`.
+
+The starter holds the other end of standard input. When that closes, because the starter wants so or was killed, the processes
+of the command are asked to end, and killed if they have not after `GRACE` seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+GRACE_SECONDS = 5.0
+GRACE_SECONDS_SPARED = 30.0
+SIGNAL_BASE = 128
+"""A shell reports death by signal n as exit code 128 + n (POSIX.1-2017, Shell & Utilities, 2.8.2), and so does this."""
+
+
+def start(
+    command: Sequence[str],
+    cwd: Path,
+    environment: Mapping[str, str],
+    output: int | IO[Any] = subprocess.PIPE,
+    spare: bool = False,
+) -> subprocess.Popen[str]:
+    """Start `command` under guard, with stdout and stderr together. It ends with this process, or by `stop`.
+
+    With `spare`, only what the command has started is asked to end, and the command itself finishes what it is doing.
+    """
+    grace = GRACE_SECONDS_SPARED if spare else GRACE_SECONDS
+    return subprocess.Popen(
+        [sys.executable, "-P", str(Path(__file__).resolve()), str(int(spare)), str(grace), *command],
+        cwd=cwd,
+        env=dict(environment),
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End a guarded command and all that it started, and wait for that."""
+    if process.stdin:
+        process.stdin.close()
+    process.wait()
+
+
+def _end_with_starter(spared: int | None, grace: float, ending: threading.Event) -> None:
+    os.read(sys.stdin.fileno(), 1)
+    ending.set()
+    asked = {spared} if spared else set()
+    deadline = time.monotonic() + grace
+    while (others := _others()) and time.monotonic() < deadline:
+        for pid in others - asked:
+            _ask_to_end(pid)
+        asked |= others
+        time.sleep(0.05)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _others() -> set[int]:
+    """The other processes of this process group."""
+    import psutil
+
+    return {pid for pid in psutil.pids() if pid != os.getpid() and _group(pid) == os.getpgrp()}
+
+
+def _group(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _ask_to_end(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return
+
+
+def _main(spare: str, grace: str, *command: str) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    ending = threading.Event()
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
+        spared = process.pid if int(spare) else None
+        ender = threading.Thread(target=_end_with_starter, args=(spared, float(grace), ending), daemon=True)
+        ender.start()
+        code = process.wait()
+    if ending.is_set():
+        ender.join()
+    return SIGNAL_BASE - code if code < 0 else code
+
+
+if __name__ == "__main__":
+    sys.exit(_main(*sys.argv[1:]))

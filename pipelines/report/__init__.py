@@ -1,0 +1,1 @@
+"""The report: run directories in, one page and its numbers out."""

@@ -1,0 +1,167 @@
+"""The page: one HTML file that holds its style, its script, its pictures and Plotly, and opens from disk without a network."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from plotly.offline import get_plotlyjs
+
+from dit.analysis.comparison import METRICS
+from dit.data.images import ImageStore
+from pipelines.report.figures import Figure, looks
+from pipelines.report.headline import Headline
+from pipelines.report.pictures import data_uri, real_grid
+from pipelines.report.runs import Study
+from pipelines.report.summary import INITIAL, error_at, steps_to
+from pipelines.report.words import counted, decimals_for, fixed, listed, percent
+
+HERE = Path(__file__).parent
+
+EXTRACTORS = {
+    "efficientnet_lite0": "EfficientNet-Lite0, trained on ImageNet",
+    "inception": "Inception v3, trained on ImageNet (as in published FID)",
+}
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """What stage `autoencoder` measured, its configuration, and its side-by-side picture."""
+
+    metrics: dict[str, float]
+    config: dict[str, Any]
+    reconstructions: bytes
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table: a number of each run, its decimals, and whether strategies are compared by it."""
+
+    metric: str
+    title: str
+    decimals: int
+    direction: str
+    compared: bool
+
+
+def render(
+    study: Study,
+    summary: dict[str, Any],
+    *,
+    headline: Headline,
+    figures: dict[str, Figure],
+    images: ImageStore,
+    autoencoder: Autoencoder,
+) -> str:
+    """The report as HTML."""
+    template = _environment(study).get_template("template.html")
+    evaluation = study.first.evaluation
+    real = real_grid(images, evaluation.num_generated, evaluation.settings["evaluate"]["grid_rows"])
+    return template.render(
+        study=study,
+        summary=summary,
+        headline=headline,
+        figures=figures,
+        images=images,
+        autoencoder=autoencoder,
+        results=_results(summary),
+        going=_going(summary),
+        extractor=EXTRACTORS[summary["features"]["extractor"]],
+        settings=_settings(study),
+        rules={name: _rules(study, name) for name in study.runs},
+        grids={run.seed: _grids(study, run.seed) for run in study.runs[study.baseline].values()},
+        real=data_uri(real),
+        plotly=Markup(get_plotlyjs()),
+        style=Markup((HERE / "style.css").read_text()),
+        script=Markup((HERE / "script.js").read_text()),
+    )
+
+
+def _environment(study: Study) -> Environment:
+    loader = FileSystemLoader(HERE)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "fixed": fixed,
+        "percent": percent,
+        "listed": listed,
+        "counted": counted,
+        "data_uri": data_uri,
+        "safe_json": Markup,
+        "chips": lambda text: _chips(study, text),
+    }
+    return environment
+
+
+def _chips(study: Study, text: str) -> Markup:
+    """Text in which every strategy's name carries its colour."""
+    styles = looks(study)
+    names = "|".join(re.escape(name) for name in sorted(styles, key=len, reverse=True))
+    pattern = re.compile(rf"(?<![\w.])({names})(?![\w]|\.\w)")
+    chip = Markup('<b class="strategy" style="--colour: {}">{}</b>')
+    pieces = enumerate(pattern.split(text))
+    return Markup("").join(chip.format(styles[piece].colour, piece) if index % 2 else escape(piece) for index, piece in pieces)
+
+
+def _results(summary: dict[str, Any]) -> list[Column]:
+    """The columns of the table of results."""
+    return [_column(summary, INITIAL.name, INITIAL.label), *(_column(summary, metric.name, metric.label) for metric in METRICS)]
+
+
+def _going(summary: dict[str, Any]) -> list[Column]:
+    """The columns of the table of errors on the way, and of the steps that it takes to reach the baseline's."""
+    errors = [_column(summary, error_at(step).name, f"error at step {step}") for step in summary["compared_steps"]]
+    reached = [
+        Column(steps_to(int(step)), f"Steps to {fixed(limit, decimals_for([limit], 3))}", 0, "", compared=False)
+        for step, limit in summary["thresholds"].items()
+    ]
+    return errors + reached
+
+
+def _column(summary: dict[str, Any], metric: str, title: str) -> Column:
+    means = [entry["mean"][metric] for entry in summary["strategies"].values()]
+    compared = any(metric in entry.get("difference", {}) for entry in summary["strategies"].values())
+    lower = summary["metrics"][metric]["lower_is_better"]
+    direction = ("lower is better" if lower else "higher is better") if compared else ""
+    return Column(metric, title[:1].upper() + title[1:], min(6, decimals_for(means)), direction, compared)
+
+
+def _settings(study: Study) -> dict[str, dict[str, str]]:
+    """Every parameter that runs share, by section, nested keys written with dots."""
+    settings = study.first.train.settings
+    sections = {"model": settings.model, "diffusion": settings.diffusion, "train": settings.train}
+    sections |= study.first.evaluation.settings
+    return {name: {key: _shown(value) for key, value in _flat(section)} for name, section in sections.items()}
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs = []
+    for key, value in section.items():
+        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return pairs
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _rules(study: Study, name: str) -> list[tuple[str, bool]]:
+    """The rules of a strategy as in `params.yaml`, and whether each is its own, not the baseline's."""
+    base = study.runs[study.baseline][study.seeds[0]].train.settings.rules
+    rules = study.runs[name][study.seeds[0]].train.settings.rules
+    return [(_rule(rule), rule not in base) for rule in rules]
+
+
+def _rule(rule: dict[str, Any]) -> str:
+    ordered = {"role": rule["role"], "init": rule["init"], **rule}
+    return ", ".join(f"{key}: {_shown(value)}" for key, value in ordered.items())
+
+
+def _grids(study: Study, seed: int) -> dict[str, str | None]:
+    """The sample grids of one seed, by strategy; None for a run that diverged."""
+    pictures = {name: study.runs[name][seed].grid for name in study.runs}
+    return {name: data_uri(picture) if picture else None for name, picture in pictures.items()}

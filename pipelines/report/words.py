@@ -1,0 +1,38 @@
+"""Numbers and lists as people read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+MINUS = "\u2212"
+NARROW = "\u202f"
+"""A narrow space that does not break, as between a number and its unit."""
+
+
+def fixed(value: float | None, decimals: int, *, signed: bool = False) -> str:
+    """A number with a true minus sign; a dash where there is none."""
+    if value is None:
+        return "\u2013"
+    return f"{value:{'+' if signed else ''}.{decimals}f}".replace("-", MINUS)
+
+
+def percent(value: float, decimals: int = 1, *, signed: bool = True) -> str:
+    """A fraction as per cent."""
+    return fixed(100 * value, decimals, signed=signed) + NARROW + "%"
+
+
+def decimals_for(values: Iterable[float | None], digits: int = 4) -> int:
+    """Decimals that give the largest of `values` so many significant digits."""
+    largest = max((abs(value) for value in values if value), default=1.0)
+    return max(0, digits - 1 - math.floor(math.log10(largest)))
+
+
+def listed(items: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 seed`, `3 seeds`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

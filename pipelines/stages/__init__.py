@@ -1,0 +1,1 @@
+"""One short module for each DVC stage: read parameters, call `dit`, write outputs."""

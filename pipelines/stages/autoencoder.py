@@ -1,0 +1,28 @@
+"""Stage `autoencoder`: train or load an AutoencoderKL, and measure its reconstructions."""
+
+from __future__ import annotations
+
+from dit.autoencoder import make_autoencoder, measure, save, side_by_side
+from dit.config import Params
+from dit.data.images import load_images
+from dit.devices import make_deterministic
+from pipelines.stages.entry import complete_directory, run_stage, write_json
+
+
+def autoencoder(params: Params) -> None:
+    """Write `data/autoencoder`: the model, the quality of its validation reconstructions, and a picture of some."""
+    make_deterministic(params.autoencoder.threads)
+    images = load_images()
+    model = make_autoencoder(params.autoencoder, images.train_images)
+    metrics = measure(model, images.validation_images)
+    with complete_directory("data/autoencoder") as out:
+        write_json(out / "metrics.json", metrics)
+        side_by_side(model, images.validation_images).save(out / "reconstructions.png")
+        save(model, out)
+    print(
+        f"autoencoder: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f} on {metrics['num_images']} validation images"
+    )
+
+
+if __name__ == "__main__":
+    run_stage(autoencoder)

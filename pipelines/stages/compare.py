@@ -1,0 +1,69 @@
+"""Stage `compare`: all runs of the study in one report, with its numbers beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dit.config import Params
+from dit.data.images import load_images
+from pipelines.report.figures import figures
+from pipelines.report.headline import headline
+from pipelines.report.page import Autoencoder, render
+from pipelines.report.runs import Run, Study, departed, read_study
+from pipelines.report.summary import mean_curves, metric_means, summarise
+from pipelines.stages.entry import complete_directory, run_stage, write_json
+
+CURVES: dict[str, Callable[[Run], pd.Series]] = {
+    "validation_mse": lambda run: run.validation("ema")["mse"],
+    "training_mse": lambda run: run.training["mse"],
+}
+"""The curves of `dvc plots show`."""
+
+
+def compare(params: Params) -> None:
+    """Read exactly the runs of the study, drop others from the workspace, and write `reports`."""
+    study = read_study(params)
+    drop_departed(study)
+    images = load_images()
+    autoencoder = read_autoencoder(Path("data/autoencoder"))
+    summary = summarise(study)
+    words = headline(summary)
+    described = {"counts": images.manifest["counts"], "rejected": images.manifest["rejected"]}
+    summary |= {"headline": words.sentences, "autoencoder": autoencoder.metrics, "images": described}
+    drawn = figures(study, summary)
+    page = render(study, summary, headline=words, figures=drawn, images=images, autoencoder=autoencoder)
+    with complete_directory("reports") as out:
+        write_json(out / "summary.json", summary)
+        write_json(out / "metrics.json", metric_means(summary))
+        (out / "plots").mkdir()
+        for name, curve in CURVES.items():
+            mean_curves(study, curve).to_csv(out / "plots" / f"{name}.csv", lineterminator="\n")
+        (out / "index.html").write_text(page, encoding="utf-8")
+    print(f"compare: {words.answer}")
+    print(f"compare: {Path('reports/index.html').resolve().as_uri()}")
+
+
+def drop_departed(study: Study) -> None:
+    """Remove runs that the study no longer names, so that `runs/` is the same for the same parameters."""
+    for path in departed(study):
+        shutil.rmtree(path)
+        print(f"compare: removed {path}, which is no longer part of the study; DVC's cache keeps it")
+
+
+def read_autoencoder(directory: Path) -> Autoencoder:
+    """What stage `autoencoder` wrote beside its model."""
+
+    def read(path: str) -> dict[str, Any]:
+        return json.loads((directory / path).read_text())
+
+    return Autoencoder(read("metrics.json"), read("model/config.json"), (directory / "reconstructions.png").read_bytes())
+
+
+if __name__ == "__main__":
+    run_stage(compare)

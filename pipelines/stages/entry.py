@@ -1,0 +1,85 @@
+"""How every stage starts and ends: parameters checked first, outputs complete or absent, faults as exit codes.
+
+Exit codes: 0 done; 2 the user's input is wrong, do not retry; 75 (EX_TEMPFAIL of sysexits.h) a fault of the machine that a
+retry may cure; 1 a defect.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+
+from dit.config import Params, load
+from dit.errors import UserError
+
+WRONG_INPUT = 2
+TRANSIENT = os.EX_TEMPFAIL
+
+
+def run_stage(stage: Callable[[Params], None]) -> None:
+    """Check the whole `params.yaml`, run `stage`, and exit with a code that says what went wrong, if anything did."""
+    try:
+        stage(load())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(WRONG_INPUT)
+    except (OSError, torch.OutOfMemoryError) as error:
+        traceback.print_exc()
+        print(f"error: {error}; a retry may help", file=sys.stderr)
+        sys.exit(TRANSIENT)
+
+
+@contextmanager
+def complete_directory(path: str | Path) -> Iterator[Path]:
+    """A new directory that appears at `path` by one rename, complete, or not at all."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON for people and for diffs: indented, in the given order, refusing NaN."""
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def scratch(run_key: str) -> Path:
+    """The directory for checkpoints and wall-clock logs of one run; `DIT_SCRATCH` moves it."""
+    return Path(os.environ.get("DIT_SCRATCH", ".scratch")) / run_key
+
+
+def run_key(stage: str, strategy: str, seed: int, settings: object) -> str:
+    """The identity of a run: a digest of its settings, and of the code and inputs that `dvc.yaml` declares for its stage.
+
+    `settings` is the JSON-able slice of parameters that the run depends on, as well as the kind of device it runs on.
+    """
+    identity = [stage, strategy, seed, torch.__version__, settings]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
+    for declared in yaml.safe_load(Path("dvc.yaml").read_text())["stages"][stage]["deps"]:
+        path = Path(declared.replace("${item.strategy}", strategy).replace("${item.seed}", str(seed)))
+        for file in _content(path):
+            digest.update(f"\n{file.as_posix()}\n".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _content(path: Path) -> list[Path]:
+    """The files that determine a dependency; a store's manifest holds the checksums of all else in it."""
+    if path.is_file():
+        return [path]
+    if (path / "manifest.json").exists():
+        return [path / "manifest.json"]
+    return sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)

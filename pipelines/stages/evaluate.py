@@ -1,0 +1,165 @@
+"""Stage `evaluate@<strategy>-<seed>`: sample one trained DiT, decode, and measure against the real validation images."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dit import model
+from dit.autoencoder import decode, load_autoencoder
+from dit.config import Params
+from dit.data.latents import LatentStore
+from dit.devices import make_deterministic, resolve_device, resolve_precision
+from dit.errors import ConfigError, DataError
+from dit.evaluation.distances import Distances, check_counts, measure
+from dit.evaluation.features import FeatureExtractor, load_extractor, load_features
+from dit.evaluation.grids import grid_shape, image_grid
+from dit.progress import progress
+from dit.sampling import balanced_labels, sample
+from pipelines.stages.entry import complete_directory, run_key, run_stage, scratch, write_json
+
+
+def evaluate(params: Params, strategy: str, seed: int) -> None:
+    """Evaluate `runs/train/<strategy>-<seed>` and write `runs/evaluate/<strategy>-<seed>`.
+
+    A run that diverged in training, or whose samples are not finite, is a result too: it has no grid and no distances.
+    """
+    name = f"{strategy}-{seed}"
+    make_deterministic(params.evaluate.threads)
+    device = resolve_device(params.evaluate.device)
+    trained = read_run(strategy, seed, params)
+    settings = {section: getattr(params, section).model_dump(mode="json") for section in ("evaluate", "features")}
+    key = run_key("evaluate", strategy, seed, [params.model.name, trained["settings"]["diffusion"], settings, device.type])
+    extractor = load_extractor(params.features, device)
+    real = load_features("data/features", extractor)
+    check_counts(len(real), params.evaluate)
+    store = LatentStore("data/latents")
+    latents = None if trained["status"] == "diverged" else draw(params, store, name, device, key)
+    distances: dict[str, float | None] = dict.fromkeys(field.name for field in fields(Distances))
+    grid = None
+    if latents is not None and latents.isfinite().all():
+        rows, columns = grid_shape(len(latents), store.num_classes, params.evaluate.grid_rows)
+        features, shown = look(params, store.denormalize(latents), extractor, rows * store.num_classes)
+        grid = image_grid(shown, rows, columns, store.num_classes)
+        distances |= vars(measure(real, features, params.evaluate))
+    final = trained["final"] or {"ema_validation_mse": None}
+    result = {
+        "strategy": strategy,
+        "seed": seed,
+        "run_key": key,
+        "train_run_key": trained["run_key"],
+        "status": "finished" if grid else "diverged",
+        "num_generated": params.evaluate.num_samples,
+        "num_real": len(real),
+        "features": {"extractor": extractor.name, "size": extractor.size},
+        "settings": settings,
+        "metrics": {**distances, "validation_mse": final["ema_validation_mse"]},
+    }
+    with complete_directory(f"runs/evaluate/{name}") as out:
+        write_json(out / "metrics.json", result)
+        if grid:
+            grid.save(out / "grid.png")
+    print(f"evaluate {name}: {ending(trained, distances)}")
+
+
+def read_run(strategy: str, seed: int, params: Params) -> dict[str, Any]:
+    """`run.json` of a training run.
+
+    Raises `ConfigError` for an unknown strategy, `DataError` where there is no such run, or it learned another diffusion.
+    """
+    if strategy not in params.strategies:
+        raise ConfigError(
+            f"unknown strategy '{strategy}'; accepted: {', '.join(params.strategies)}, as in params.yaml: strategies"
+        )
+    path = Path(f"runs/train/{strategy}-{seed}/run.json")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; `dvc repro train@{strategy}-{seed}` makes it")
+    run: dict[str, Any] = json.loads(path.read_text())
+    if run["settings"]["diffusion"] != params.diffusion.model_dump(mode="json"):
+        raise DataError(
+            f"{path}: trained with {run['settings']['diffusion']}, not the diffusion of params.yaml; "
+            f"`dvc repro train@{strategy}-{seed}` trains anew"
+        )
+    return run
+
+
+def draw(params: Params, store: LatentStore, name: str, device: torch.device, key: str) -> Tensor:
+    """Normalised latents (N, C, h, w) of the EMA weights; their speed goes to scratch."""
+    network = load_network(params, store, Path("runs/train") / name / "ema.safetensors").to(device)
+    settings = params.evaluate
+    started = time.monotonic()
+    latents = sample(
+        network,
+        params.diffusion,
+        balanced_labels(settings.num_samples, store.num_classes),
+        scheduler=settings.scheduler,
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        device=device,
+        precision=resolve_precision(settings.precision, device),
+        description=f"sample {name}",
+    )
+    seconds = time.monotonic() - started
+    speed = {"seconds": seconds, "images_per_second": len(latents) / seconds, "hostname": socket.gethostname()}
+    scratch(key).mkdir(parents=True, exist_ok=True)
+    write_json(scratch(key) / "timing.json", speed)
+    return latents
+
+
+def load_network(params: Params, store: LatentStore, weights: Path) -> model.DiT:
+    """The network of the study with `weights`, in eval mode. Raises `DataError` for weights of another network."""
+    network = model.build(
+        params.model.name,
+        latent_size=store.latent_size,
+        latent_channels=store.latent_channels,
+        num_classes=store.num_classes,
+        learn_sigma=params.diffusion.learn_sigma,
+    )
+    try:
+        network.load_state_dict(load_file(weights))
+    except RuntimeError as error:
+        raise DataError(f"{weights} is not of the network that params.yaml describes, so train again: {error}") from None
+    return network.eval()
+
+
+def look(params: Params, latents: Tensor, extractor: FeatureExtractor, keep: int) -> tuple[Tensor, np.ndarray]:
+    """Decode raw latents (N, C, h, w), a batch at a time: features (N, D), and pixels (`keep`, H, W, 3) uint8 of the first."""
+    autoencoder = load_autoencoder("data/autoencoder", extractor.device)
+    features, shown = [], []
+    with progress(len(latents), "decode", "image") as bar:
+        for batch in latents.split(params.evaluate.batch_size):
+            images = decode(autoencoder, batch)
+            features.append(extractor(images))
+            shown.append(images[: max(0, keep - bar.n)])
+            bar.update(len(images))
+    return torch.cat(features), np.concatenate(shown)
+
+
+def ending(trained: dict[str, Any], distances: dict[str, float | None]) -> str:
+    """What a person wants to know of an evaluation that is over."""
+    if trained["status"] == "diverged":
+        return f"diverged in training: {trained['diverged']}"
+    if distances["frechet_distance"] is None:
+        return "diverged in sampling: latents are not finite"
+    return ", ".join(f"{name} {value:.4g}" for name, value in distances.items())
+
+
+def main(strategy: str, seed: Annotated[int, typer.Argument(min=0)]) -> None:
+    """Evaluate the DiT that was trained from STRATEGY of params.yaml with SEED."""
+    run_stage(lambda params: evaluate(params, strategy, seed))
+
+
+if __name__ == "__main__":
+    typer.run(main)

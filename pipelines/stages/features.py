@@ -1,0 +1,24 @@
+"""Stage `features`: the real validation images in the feature space of the distances."""
+
+from __future__ import annotations
+
+from dit.config import Params
+from dit.data.images import load_images
+from dit.devices import make_deterministic, resolve_device
+from dit.evaluation.features import load_extractor, save_features
+from pipelines.stages.entry import complete_directory, run_stage
+
+
+def features(params: Params) -> None:
+    """Measure the validation images of `data/images` and write `data/features`."""
+    settings = params.features
+    make_deterministic(settings.threads)
+    extractor = load_extractor(settings, resolve_device(settings.device))
+    found = extractor.extract(load_images().validation_images, settings.batch_size, "features")
+    with complete_directory("data/features") as out:
+        save_features(found, extractor, out)
+    print(f"features: {extractor.name}, {found.shape[0]} images, {found.shape[1]} features each")
+
+
+if __name__ == "__main__":
+    run_stage(features)

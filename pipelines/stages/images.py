@@ -1,0 +1,18 @@
+"""Stage `images`: pictures to uint8 images, labels, class names, and a train/validation split."""
+
+from __future__ import annotations
+
+from dit.config import Params
+from dit.data.images import write_images
+from pipelines.stages.entry import complete_directory, run_stage
+
+
+def images(params: Params) -> None:
+    """Read the source and write `data/images`."""
+    with complete_directory("data/images") as out:
+        counts = write_images(params.images, out)
+    print(f"images: {counts['train']} for training, {counts['validation']} for validation, {counts['rejected']} rejected")
+
+
+if __name__ == "__main__":
+    run_stage(images)

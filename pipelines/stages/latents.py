@@ -1,0 +1,29 @@
+"""Stage `latents`: the posterior of every image, and the factor that gives latents unit variance."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from dit.autoencoder import encode, load_autoencoder
+from dit.config import Params
+from dit.data.images import load_images
+from dit.data.latents import write_latents
+from dit.devices import make_deterministic, resolve_device, resolve_precision
+from pipelines.stages.entry import complete_directory, run_stage
+
+
+def latents(params: Params) -> None:
+    """Encode `data/images` with `data/autoencoder` and write `data/latents`."""
+    settings = params.latents
+    make_deterministic(settings.threads)
+    device = resolve_device(settings.device)
+    autoencoder = load_autoencoder("data/autoencoder", device)
+    encoder = partial(encode, autoencoder, precision=resolve_precision(settings.precision, device))
+    with complete_directory("data/latents") as out:
+        normalize = write_latents(load_images(), encoder, settings, out)
+    factors = ", ".join(f"{name} [{' '.join(f'{value:.4g}' for value in values)}]" for name, values in normalize.items())
+    print(f"latents: {factors}")
+
+
+if __name__ == "__main__":
+    run_stage(latents)

@@ -1,0 +1,103 @@
+"""Stage `train@<strategy>-<seed>`: one DiT, from one initialisation."""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from safetensors.torch import save_file
+
+from dit import init, model
+from dit.config import Params
+from dit.data.latents import LatentStore
+from dit.devices import make_deterministic, resolve_device
+from dit.diffusion import Diffusion
+from dit.errors import ConfigError
+from dit.training.loop import Trainer
+from pipelines.stages.entry import complete_directory, run_key, run_stage, scratch, write_json
+
+
+def train(params: Params, strategy: str, seed: int) -> None:
+    """Initialise, train, and write `runs/train/<strategy>-<seed>`."""
+    make_deterministic(params.train.threads, params.train.deterministic)
+    device = resolve_device(params.train.device)
+    if strategy not in params.strategies:
+        raise ConfigError(
+            f"unknown strategy '{strategy}'; accepted: {', '.join(params.strategies)}, as in params.yaml: strategies"
+        )
+    rules = params.strategies[strategy]
+    settings = {
+        "model": params.model.model_dump(mode="json"),
+        "diffusion": params.diffusion.model_dump(mode="json"),
+        "train": params.train.model_dump(mode="json"),
+        "rules": rules.model_dump(mode="json", exclude_defaults=True)["rules"],
+    }
+    key = run_key("train", strategy, seed, [settings, device.type])
+    store = LatentStore(Path("data/latents"))
+    network = model.build(
+        params.model.name,
+        latent_size=store.latent_size,
+        latent_channels=store.latent_channels,
+        num_classes=store.num_classes,
+        learn_sigma=params.diffusion.learn_sigma,
+    )
+    init.apply(network, rules, seed)
+    trainer = Trainer(
+        network,
+        store,
+        Diffusion(params.diffusion, device),
+        params.train,
+        label_dropout=params.model.label_dropout,
+        seed=seed,
+        scratch=scratch(key),
+    )
+    started = time.monotonic()
+    trainer.run(f"train {strategy}-{seed}")
+    seconds = time.monotonic() - started
+    run = {"strategy": strategy, "seed": seed, "run_key": key, "device": device.type, "settings": settings, **outcome(trainer)}
+    with complete_directory(f"runs/train/{strategy}-{seed}") as out:
+        save_file(trainer.ema, out / "ema.safetensors")
+        trainer.records.write(out)
+        write_json(out / "run.json", run)
+    speed = {"seconds": seconds, "images_per_second": trainer.images_per_second, "hostname": socket.gethostname()}
+    scratch(key).mkdir(parents=True, exist_ok=True)
+    write_json(scratch(key) / "timing.json", speed)
+    final = run["final"]
+    ending = f"validation mse {final['ema_validation_mse']:.4f} (EMA)" if final else f"diverged: {run['diverged']}"
+    print(f"train {strategy}-{seed}: {ending}, {trainer.images_per_second:.0f} images/s")
+
+
+def outcome(trainer: Trainer) -> dict[str, Any]:
+    """What a run ended with, without times: the part of `run.json` that was measured."""
+    first, last_model, last_ema = trainer.records.validation[0], *trainer.records.validation[-2:]
+    diverged = trainer.divergence
+    return {
+        "status": "diverged" if diverged else "finished",
+        "diverged": vars(diverged) if diverged else None,
+        "steps_done": trainer.steps_done,
+        "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
+        "initial": {
+            "validation_mse": first["mse"] if math.isfinite(first["mse"]) else None,
+            "target_second_moment": trainer.validation.target_second_moment,
+        },
+        "final": None
+        if diverged
+        else {
+            "mse": trainer.records.metrics[-1]["mse"],
+            "validation_mse": last_model["mse"],
+            "ema_validation_mse": last_ema["mse"],
+        },
+    }
+
+
+def main(strategy: str, seed: Annotated[int, typer.Argument(min=0)]) -> None:
+    """Train one DiT from STRATEGY of params.yaml with SEED."""
+    run_stage(lambda params: train(params, strategy, seed))
+
+
+if __name__ == "__main__":
+    typer.run(main)

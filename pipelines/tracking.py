@@ -1,0 +1,366 @@
+"""MLflow as a view of the study's outputs: rebuilt from them at any time, one run for each strategy and seed.
+
+Nothing is logged while a stage computes. So a run that was restored from DVC's cache, pulled from a remote, or made while the
+tracking server was away appears like any other, once, under its run key.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import logging
+import math
+import os
+import re
+import socket
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Experiment, Metric, Param, RunStatus
+from mlflow.exceptions import MlflowException
+from PIL import Image
+
+from dit import config
+from dit.errors import UserError
+from pipelines.stages.entry import scratch
+
+PROBE_SECONDS = 3.0
+"""How long a tracking server has to answer before the study goes on without it."""
+COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#e377c2", "#8c564b", "#bcbd22", "#7f7f7f")
+"""One for each strategy, in the order of the study; all seeds of a strategy share it."""
+GROUPS = {
+    "embedders": ("patch_embed", "timestep_mlp", "label_table"),
+    "attention": ("qkv", "attn_out"),
+    "mlp": ("mlp_in", "mlp_out"),
+    "gates": ("gate",),
+    "shift_scale": ("shift", "scale"),
+    "final_modulation": ("final.modulation",),
+    "final_projection": ("final.projection",),
+}
+"""Roles whose gradients are shown as one series: a role belongs to the last group that has a part of its path."""
+METRICS_PER_REQUEST, PARAMS_PER_REQUEST = 1000, 100
+PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+
+
+class UnreachableError(UserError):
+    """The tracking server is away. Nothing is lost: the next `sync` brings in what is missing."""
+
+
+@dataclass
+class Synced:
+    """What `sync` did, by run name."""
+
+    experiment: str
+    store: str
+    view: str = ""
+    """Where the UI compares the runs of this study, by strategy, as charts; empty while there are none."""
+    added: list[str] = field(default_factory=list)
+    present: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    """Runs of the study that have not been evaluated yet."""
+
+    def __str__(self) -> str:
+        waiting = f", {len(self.missing)} not evaluated yet" if self.missing else ""
+        counts = f"{len(self.added)} runs added, {len(self.present)} already there{waiting}"
+        return f"MLflow experiment '{self.experiment}' in {self.store}: {counts}"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One strategy and seed of the study whose evaluation is there and belongs to its training."""
+
+    strategy: str
+    seed: int
+    train: Path
+    evaluate: Path
+    run: dict[str, Any]
+    """`run.json` of the training."""
+    evaluation: dict[str, Any]
+    """`metrics.json` of the evaluation."""
+
+    @property
+    def name(self) -> str:
+        """`<strategy>-<seed>`."""
+        return f"{self.strategy}-{self.seed}"
+
+    @property
+    def key(self) -> str:
+        """The identity of the run in MLflow."""
+        return str(self.evaluation["run_key"])
+
+
+def tracking_uri() -> str:
+    """`MLFLOW_TRACKING_URI`, by default the file `mlflow.db` of this folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+
+
+def shown(uri: str) -> str:
+    """A tracking URI without its password."""
+    password = urlsplit(uri).password
+    return uri.replace(f":{password}@", ":***@") if password else uri
+
+
+def sync(root: Path, tags: Mapping[str, str] | None = None) -> Synced:
+    """Add to MLflow the runs of the study in `root` that it does not have; `tags` go on those. Doing it twice adds nothing.
+
+    Raises `UnreachableError` where the tracking server does not answer, and `UserError` where it refuses.
+    """
+    study = config.load(root / "params.yaml").study
+    uri = tracking_uri()
+    _probe(uri)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    synced = Synced(study.name, shown(uri))
+    colors = {strategy: COLORS[index % len(COLORS)] for index, strategy in enumerate(study.strategies)}
+    found = list(finished(root, study.strategies, study.seeds))
+    names = [f"{strategy}-{seed}" for strategy in study.strategies for seed in study.seeds]
+    synced.missing = sorted(set(names) - {run.name for run in found}, key=names.index)
+    try:
+        with _one_at_a_time():
+            client = MlflowClient(uri)
+            experiment = _experiment(client, study.name, uri)
+            present = _present(client, experiment)
+            synced.present = [run.name for run in found if run.key in present]
+            added = [run for run in found if run.key not in present]
+            about = _provenance(root, added)
+            for run in reversed(added):  # the UI lists the last first
+                color = {"mlflow.runColor": colors[run.strategy]}
+                present[run.key] = _log_run(client, experiment, run, {**(tags or {}), **about[run.name], **color})
+                synced.added.append(run.name)
+            if found:
+                name = (tags or {}).get("dvc_experiment", study.name)
+                synced.view = _save_view(client, experiment, name, [present[run.key] for run in found])
+    except (MlflowException, requests.RequestException) as error:
+        raise UnreachableError(
+            f"MLflow at {shown(uri)} does not take runs: {error}; nothing is lost, `make mlflow` catches up"
+        ) from None
+    return synced
+
+
+def finished(root: Path, strategies: Sequence[str], seeds: Sequence[int]) -> Iterator[Finished]:
+    """The runs of a study whose outputs are there, and belong together."""
+    for strategy in strategies:
+        for seed in seeds:
+            train, evaluate = (root / "runs" / stage / f"{strategy}-{seed}" for stage in ("train", "evaluate"))
+            if not ((train / "run.json").exists() and (evaluate / "metrics.json").exists()):
+                continue
+            run, evaluation = (json.loads(file.read_text()) for file in (train / "run.json", evaluate / "metrics.json"))
+            if evaluation["train_run_key"] == run["run_key"]:
+                yield Finished(strategy, seed, train, evaluate, run, evaluation)
+
+
+def _experiment(client: MlflowClient, name: str, uri: str) -> Experiment:
+    """The experiment called `name`, made where there is none. A server keeps pictures itself; a local file needs a folder."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        beside = Path("mlartifacts").resolve().as_uri() if uri.startswith("sqlite:") else None
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        found = client.get_experiment(client.create_experiment(name, artifact_location=beside, tags=kind))
+    if found.lifecycle_stage != "active":
+        raise UserError(f"MLflow experiment '{name}' was deleted there; restore it, or change study.name in params.yaml")
+    return found
+
+
+def _save_view(client: MlflowClient, experiment: Experiment, name: str, run_ids: Sequence[str]) -> str:
+    """Put the runs of one study, grouped by strategy, among the "Views" of the UI; the address of that view.
+
+    A view is a tag of the experiment, as `mlflow/server/js` saves it: what it leaves out has the UI's defaults.
+    """
+    key = re.sub(r"[^A-Za-z0-9_-]", "-", name)
+    runs = ", ".join(f"'{run_id}'" for run_id in run_ids)
+    state = {
+        "searchFilter": f"attributes.run_id IN ({runs})",
+        "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": "strategy"}]},
+        "runsHiddenMode": "SHOWALL",
+    }
+    saved = json.dumps({"name": name, "createdAt": experiment.creation_time, "state": json.dumps(state)})
+    tag = f"mlflow.sharedViewState.{key}"
+    if experiment.tags.get(tag) != saved:
+        client.set_experiment_tag(experiment.experiment_id, tag, saved)
+    return f"/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey={key}&compareRunsMode=CHART"
+
+
+def _present(client: MlflowClient, experiment: Experiment) -> dict[str, str]:
+    """The complete runs by their key. One that was cut short has not been marked as finished: it goes, to be made again."""
+    found: dict[str, str] = {}
+    token = None
+    while True:
+        page = client.search_runs([experiment.experiment_id], "tags.run_key != ''", max_results=1000, page_token=token)
+        for run in page:
+            if run.info.status == "FINISHED":
+                found[run.data.tags["run_key"]] = run.info.run_id
+            else:
+                client.delete_run(run.info.run_id)
+        token = page.token
+        if not token:
+            return found
+
+
+def _log_run(client: MlflowClient, experiment: Experiment, run: Finished, tags: Mapping[str, str]) -> str:
+    """Make one run, and mark it as finished at the very end; its id."""
+    timing = _timing(run)
+    end = time.time()
+    start = end - timing.get("seconds", 0.0)
+    about = {
+        "strategy": run.strategy,
+        "seed": str(run.seed),
+        "status": run.evaluation["status"],
+        "run_key": run.key,
+        "train_run_key": run.run["run_key"],
+        **({"hostname": timing["hostname"]} if timing else {}),
+        **tags,
+    }
+    made = client.create_run(experiment.experiment_id, int(start * 1000), about, run.name).info.run_id
+    params = [Param(key, value) for key, value in _params(run).items()]
+    metrics = list(_metrics(run, timing, int(start * 1000), int(end * 1000)))
+    for first in range(0, len(params), PARAMS_PER_REQUEST):
+        client.log_batch(made, params=params[first : first + PARAMS_PER_REQUEST])
+    for first in range(0, len(metrics), METRICS_PER_REQUEST):
+        client.log_batch(made, metrics=metrics[first : first + METRICS_PER_REQUEST])
+    if (grid := run.evaluate / "grid.png").exists():
+        with Image.open(grid) as picture:
+            client.log_image(made, picture, key="samples", step=run.run["steps_done"])
+    client.set_terminated(made, RunStatus.to_string(RunStatus.FINISHED), int(end * 1000))
+    return str(made)
+
+
+def _params(run: Finished) -> dict[str, str]:
+    """All settings, flat: `train.steps`, `evaluate.scheduler`. Rules of initialisation stay together, as JSON."""
+    settings = {**run.run["settings"], **run.evaluation["settings"]}
+    rules = json.dumps(settings.pop("rules"))
+    counted = {"parameters": run.run["parameters"], "device": run.run["device"]}
+    flat = {"strategy": run.strategy, "seed": run.seed, "rules": rules, **counted, **_flat(settings)}
+    return {key: str(value) for key, value in flat.items()}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _metrics(run: Finished, timing: Mapping[str, Any], start: int, end: int) -> Iterator[Metric]:
+    """Every series under the same name in every run, so that the chart view lays the runs over each other.
+
+    What has one value stands at step 0, where the UI draws bars instead of a line.
+    """
+    last = run.run["steps_done"]
+    values = [*_training(run.train), *_validation(run.train), *_gradients(run.train)]
+    values += [(f"evaluation/{name}", 0, value) for name, value in run.evaluation["metrics"].items()]
+    values += [(f"time/{name}", 0, timing[name]) for name in ("seconds", "images_per_second") if name in timing]
+    for name, step, value in values:
+        if value is not None and math.isfinite(value):
+            yield Metric(name, value, start + (end - start) * step // max(last, 1), step)
+
+
+Value = tuple[str, int, float | None]
+
+
+def _training(train: Path) -> Iterator[Value]:
+    for row in _rows(train / "metrics.csv"):
+        for name in row.keys() - {"step"}:
+            yield f"train/{name}", int(row["step"]), _number(row[name])
+
+
+def _validation(train: Path) -> Iterator[Value]:
+    """The EMA weights, which are the ones evaluated, also by range of timesteps; the model's own beside them."""
+    for row in _rows(train / "validation.csv"):
+        step = int(row["step"])
+        if row["weights"] == "model":
+            yield "validation/mse_without_ema", step, _number(row["mse"])
+            continue
+        yield "validation/mse", step, _number(row["mse"])
+        for name in row:
+            if name.startswith("mse_t"):
+                yield f"validation_by_timestep/{name}", step, _number(row[name])
+
+
+def _gradients(train: Path) -> Iterator[Value]:
+    """The RMS gradient of the weights of each group, over its roles."""
+    squares: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for row in _rows(train / "diagnostics.csv"):
+        gradient = _number(row["gradient_rms"])
+        if row["role"].endswith(".weight") and gradient is not None:
+            squares[_group(row["role"]), int(row["step"])].append(gradient**2)
+    for (group, step), values in squares.items():
+        yield f"gradient_rms/{group}", step, math.sqrt(sum(values) / len(values))
+
+
+def _group(role: str) -> str:
+    return next((group for group in reversed(GROUPS) if any(part in role for part in GROUPS[group])), "other")
+
+
+def _rows(path: Path) -> Iterable[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
+
+
+def _timing(run: Finished) -> dict[str, Any]:
+    """Wall-clock facts, which live in scratch and never in an output; empty where another machine has them."""
+    path = scratch(run.run["run_key"]) / "timing.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _provenance(root: Path, runs: Sequence[Finished]) -> dict[str, dict[str, str]]:
+    """For each run, by name: the commit, and what `dvc.lock` says about the outputs of its two stages."""
+    lock = root / "dvc.lock"
+    stages = yaml.safe_load(lock.read_text())["stages"] if runs and lock.exists() else {}
+    commit = _commit(root)
+    found = {}
+    for run in runs:
+        outs = {stage: stages.get(f"{stage}@{run.name}", {}).get("outs", []) for stage in ("train", "evaluate")}
+        found[run.name] = {**commit, **{f"dvc.{stage}": paths[0]["md5"] for stage, paths in outs.items() if paths}}
+    return found
+
+
+def _commit(root: Path) -> dict[str, str]:
+    """The commit that is checked out, and whether the files differ from it."""
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+        return None if done.returncode else done.stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    if not commit:
+        return {}
+    return {"git_commit": commit, "git_changes": str(bool(git("status", "--porcelain"))), "mlflow.source.git.commit": commit}
+
+
+def _probe(uri: str) -> None:
+    """Raise `UnreachableError` within seconds, where MLflow itself would try for minutes."""
+    parts = urlsplit(uri)
+    try:
+        if parts.scheme in ("http", "https"):
+            requests.get(f"{uri.rstrip('/')}/health", timeout=PROBE_SECONDS)
+        elif parts.hostname and (port := parts.port or PORTS.get(parts.scheme.partition("+")[0])):
+            socket.create_connection((parts.hostname, port), timeout=PROBE_SECONDS).close()
+    except (requests.RequestException, OSError):
+        raise UnreachableError(f"MLflow at {shown(uri)} cannot be reached; nothing is lost, `make mlflow` catches up") from None
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Two processes that sync at once would both find a run missing."""
+    lock = Path(".scratch/mlflow.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,58 @@
+"""Fixtures that several test files share: shipped parameters, small latents, small networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dit import config, model
+from dit.data.latents import LatentStore
+from dit.data.store import StoreWriter
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def params() -> config.Params:
+    """The shipped parameters."""
+    return config.load(ROOT / "params.yaml")
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> LatentStore:
+    """Smooth random latents of 3 classes, 48 for training and 24 for validation, with mirror images; 4 x 8 x 8."""
+    directory = tmp_path_factory.mktemp("store") / "latents"
+    item = (np.float32, (2, 4, 8, 8))
+    splits = {"train": 48, "validation": 24}
+    kinds = {"mean": item, "std": item, "labels": (np.int64, ())}
+    writer = StoreWriter(directory, **{f"{split}_{kind}": spec for split in splits for kind, spec in kinds.items()})
+    draws = np.random.default_rng(0)
+    for split, count in splits.items():
+        coarse = draws.standard_normal((count, 4, 2, 2), dtype=np.float32)
+        fine = coarse.repeat(4, axis=2).repeat(4, axis=3)
+        mean = np.stack([fine, fine[..., ::-1]], axis=1)
+        writer.append(f"{split}_mean", mean)
+        writer.append(f"{split}_std", np.full_like(mean, 0.05))
+        writer.append(f"{split}_labels", np.arange(count) % 3)
+    unit = {"shift": [0.0] * 4, "scale": [1.0] * 4}
+    writer.close(class_names=["a", "b", "c"], num_classes=3, flip=True, normalize=unit)
+    return LatentStore(directory)
+
+
+@pytest.fixture
+def micro() -> Callable[..., model.DiT]:
+    """Builds the smallest named network for latents of 4 x 8 x 8 and 3 classes."""
+
+    def build(learn_sigma: bool = True) -> model.DiT:
+        return model.build("DiT-Micro/2", latent_size=8, latent_channels=4, num_classes=3, learn_sigma=learn_sigma)
+
+    return build

@@ -1,0 +1,192 @@
+"""The autoencoder: trained or loaded, it ends up in one place, in one format, measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from dit.autoencoder import (
+    MAX_PSNR,
+    build,
+    decode,
+    encode,
+    load_autoencoder,
+    load_pretrained,
+    measure,
+    peak_signal,
+    reconstruct,
+    save,
+    side_by_side,
+    to_pixels,
+    to_tensor,
+    train,
+)
+from dit.config import PretrainedAutoencoder, TrainedAutoencoder
+from dit.errors import ConfigError, DataError
+
+SIZE = 16
+
+
+def settings(**changes: Any) -> TrainedAutoencoder:
+    values = {"kind": "train", "latent_channels": 4, "downsample": 2, "channels": [8, 16], "steps": 20, "batch_size": 8}
+    values |= {"learning_rate": 2e-3, "kl_weight": 1e-6, "seed": 0, "threads": 1, "device": "cpu"}
+    return TrainedAutoencoder.model_validate(values | changes)
+
+
+def pretrained(path: Path | str, **changes: Any) -> PretrainedAutoencoder:
+    values = {"kind": "pretrained", "path": str(path), "revision": None, "latent_channels": 4, "downsample": 2}
+    return PretrainedAutoencoder.model_validate(values | {"threads": 1, "device": "cpu"} | changes)
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    """Smooth colour gradients (48, 16, 16, 3) uint8."""
+    corners = np.random.default_rng(0).uniform(0, 255, (48, 2, 2, 3))
+    ramp = np.linspace(0, 1, SIZE)
+    weights = np.stack([1 - ramp, ramp])  # (2, size)
+    return np.einsum("nijc,iy,jx->nyxc", corners, weights, weights).round().astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in diffusers format, as anybody may publish."""
+    directory = tmp_path_factory.mktemp("published")
+    build(settings(), SIZE).save_pretrained(directory)
+    return directory
+
+
+def test_training_learns_to_reconstruct_unseen_images(images: np.ndarray) -> None:
+    unseen = images[32:]
+    before = measure(build(settings(), SIZE).eval(), unseen)
+    after = measure(train(settings(steps=60, learning_rate=5e-3), images[:32]), unseen)
+    assert after["psnr"] > before["psnr"] + 3
+    assert after["ssim"] > before["ssim"]
+    assert after["num_images"] == 16
+
+
+def test_training_is_repeatable_and_leaves_the_global_randomness_alone(images: np.ndarray) -> None:
+    torch.manual_seed(1)
+    first = train(settings(steps=3), images).state_dict()
+    torch.manual_seed(2)
+    expected = torch.random.get_rng_state()
+    second = train(settings(steps=3), images).state_dict()
+    assert torch.equal(torch.random.get_rng_state(), expected)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = train(settings(steps=3, seed=1), images).state_dict()
+    assert not torch.equal(first["encoder.conv_in.weight"], other["encoder.conv_in.weight"])
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_names_the_parameter(images: np.ndarray) -> None:
+    with pytest.raises(ConfigError, match=r"loss is (nan|inf) at step \d+; accepted: autoencoder\.learning_rate below"):
+        train(settings(learning_rate=1e30), images)
+
+
+@pytest.mark.parametrize("channels", [[8], [12, 18], [7, 21, 14]])
+def test_any_widths_can_be_built(channels: list[int]) -> None:
+    autoencoder = build(settings(channels=channels, downsample=2 ** (len(channels) - 1)), SIZE)
+    mean, std = encode(autoencoder, np.zeros((1, SIZE, SIZE, 3), np.uint8))
+    assert mean.shape == std.shape == (1, 4, SIZE // 2 ** (len(channels) - 1), SIZE // 2 ** (len(channels) - 1))
+
+
+def test_a_saved_autoencoder_comes_back_frozen_and_computes_the_same(images: np.ndarray, tmp_path: Path) -> None:
+    trained = train(settings(steps=2), images)
+    save(trained, tmp_path)
+    loaded = load_autoencoder(tmp_path, "cpu")
+    assert not loaded.training
+    assert not any(weight.requires_grad for weight in loaded.parameters())
+    np.testing.assert_array_equal(reconstruct(loaded, images[:4]), reconstruct(trained, images[:4]))
+    AutoencoderKL.from_pretrained(tmp_path / "model")  # the format of diffusers
+
+
+def test_encoding_does_not_depend_on_randomness_and_gives_the_posterior(images: np.ndarray, published: Path) -> None:
+    autoencoder = load_pretrained(pretrained(published))
+    mean, std = encode(autoencoder, images[:5])
+    again, _ = encode(autoencoder, images[:5])
+    assert torch.equal(mean, again)
+    posterior = autoencoder.encode(to_tensor(images[:5])).latent_dist
+    assert torch.equal(mean, posterior.mean)
+    torch.testing.assert_close(std, posterior.std)
+    low, _ = encode(autoencoder, images[:5], torch.bfloat16)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, mean, rtol=0.05, atol=0.05)
+    assert decode(autoencoder, mean).shape == (5, SIZE, SIZE, 3)
+
+
+def test_pixels_survive_the_way_to_the_network_and_back() -> None:
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    tensor = to_tensor(pixels)
+    assert (tensor.min().item(), tensor.max().item()) == (-1, 1)
+    np.testing.assert_array_equal(to_pixels(tensor), pixels)
+    assert to_pixels(torch.tensor([-7.0, 7.0, 0.0]).view(1, 3, 1, 1)).ravel().tolist() == [0, 255, 128]
+
+
+def test_an_exact_reconstruction_counts_as_rounding_error(images: np.ndarray) -> None:
+    assert peak_signal(images[0], images[0]) == MAX_PSNR == pytest.approx(58.92, abs=0.01)
+    assert peak_signal(np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)) == 0
+
+
+def test_the_picture_shows_originals_beside_reconstructions(images: np.ndarray, published: Path) -> None:
+    autoencoder = load_pretrained(pretrained(published))
+    picture = np.asarray(side_by_side(autoencoder, images[:6]))
+    zoom = 96 // SIZE
+    shown = picture[::zoom, ::zoom]
+    np.testing.assert_array_equal(shown[:SIZE, :SIZE], images[0])
+    np.testing.assert_array_equal(shown[:SIZE, SIZE : 2 * SIZE], reconstruct(autoencoder, images[:6])[0])
+    second_row = shown[SIZE + SIZE // 8 :]
+    np.testing.assert_array_equal(second_row[:SIZE, :SIZE], images[4])
+
+
+def test_a_pretrained_autoencoder_is_copied_without_a_trace_of_its_place(published: Path, tmp_path: Path) -> None:
+    save(load_pretrained(pretrained(published)), tmp_path)
+    assert str(published.parent) not in (tmp_path / "model" / "config.json").read_text()
+    copied, original = (load_file(path / "diffusion_pytorch_model.safetensors") for path in (tmp_path / "model", published))
+    assert copied.keys() == original.keys()
+    assert all(torch.equal(copied[name], original[name]) for name in original)
+
+
+def test_the_autoencoder_of_a_pipeline_is_found_in_its_subfolder(published: Path, tmp_path: Path) -> None:
+    (tmp_path / "vae").symlink_to(published)
+    (tmp_path / "model_index.json").write_text("{}")
+    assert load_pretrained(pretrained(tmp_path)).config.latent_channels == 4
+
+
+@pytest.mark.parametrize(("key", "stated", "actual"), [("latent_channels", 16, 4), ("downsample", 8, 2)])
+def test_a_pretrained_autoencoder_of_another_shape_is_refused(published: Path, key: str, stated: int, actual: int) -> None:
+    with pytest.raises(ConfigError, match=rf"autoencoder\.{key} = {stated}, but .* has {actual}; accepted: {actual}"):
+        load_pretrained(pretrained(published, **{key: stated}))
+
+
+def test_what_is_no_autoencoder_is_refused(published: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such directory"):
+        load_pretrained(pretrained(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        load_pretrained(pretrained(tmp_path))
+    config = json.loads((published / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="safetensors"):
+        load_pretrained(pretrained(tmp_path))
+    weights = load_file(published / "diffusion_pytorch_model.safetensors")
+    del weights["encoder.conv_in.bias"]
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=r"encoder\.conv_in\.bias"):
+        load_pretrained(pretrained(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderDC"}))
+    with pytest.raises(ConfigError, match="class AutoencoderDC; accepted: AutoencoderKL"):
+        load_pretrained(pretrained(tmp_path))
+    with pytest.raises(DataError, match="dvc repro autoencoder"):
+        load_autoencoder(tmp_path, "cpu")
+
+
+def test_a_hub_that_does_not_answer_is_a_fault_that_a_retry_may_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match=r"autoencoder\.path = 'stabilityai/none-such' is no directory") as caught:
+        load_pretrained(pretrained("stabilityai/none-such"))
+    assert not isinstance(caught.value, LocalEntryNotFoundError)

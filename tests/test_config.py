@@ -1,0 +1,89 @@
+"""Wrong parameters are refused before any work, in one message that says what would be accepted."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from dit import config
+from dit.errors import ConfigError
+
+SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())
+
+
+def with_value(key: str, value: Any) -> dict[str, Any]:
+    data = copy.deepcopy(SHIPPED)
+    *path, last = key.split(".")
+    section = data
+    for part in path:
+        section = section[part]
+    section[last] = value
+    return data
+
+
+def test_the_shipped_parameters_are_valid() -> None:
+    assert config.parse(SHIPPED).latent_size == 8
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("study.strategies", ["adaln_zero", "nope"], r"unknown strategy 'nope'; accepted: adaln_zero, head_xavier"),
+        ("study.baseline", "nope", r"study: baseline = 'nope'; accepted: one of study.strategies"),
+        ("study.seeds", [0, 0], r"seeds = \[0, 0\]; accepted: each entry once"),
+        ("model.name", "DiT-Q/2", r"unknown model 'DiT-Q/2'; accepted: one of DiT-Micro"),
+        ("images.size", 36, r"patch size 2 does not divide the latent size 9"),
+        ("images.size", 34, r"images.size = 34; accepted: a multiple of autoencoder.downsample = 4"),
+        ("images.source.kind", "folders", r"images.source = 'folders'; accepted: .*'photos', 'folder', 'huggingface'"),
+        ("autoencoder.downsample", 8, r"downsample = 8; accepted: 4, as channels has 3 entries"),
+        ("latents.normalize", "no", r"latents.normalize = 'no'; accepted: 'per_channel' or 'global' or a valid number"),
+        ("train.steps", -3, r"train.steps = -3; accepted: greater than 0"),
+        ("train.stepz", 3, r"train.stepz is not a known key"),
+        ("train.precision", "fp8", r"train.precision = 'fp8'; accepted: 'auto', 'fp32', 'bf16' or 'fp16'"),
+        ("diffusion.objective", "v", r"learn_sigma = true with objective 'v'; accepted: false, or objective 'eps'"),
+        ("evaluate.scheduler", "euler", r"evaluate.scheduler = 'euler'; accepted: 'ddpm', 'ddim'"),
+        ("evaluate.scheduler", "flow_euler", r"'flow_euler' does not fit diffusion.objective = 'eps'; accepted: ddpm, ddim"),
+        ("evaluate.kernel_subset_size", 10**6, r"kernel_subset_size = 1000000; accepted: at most evaluate.num_samples"),
+        ("strategies.adaln", {"rules": [{"role": "gate", "init": "zeros"}]}, r"strategies.adaln.no rule claims"),
+        (
+            "strategies.adaln",
+            {"rules": [{"role": "all", "init": "zeros"}, {"role": "modulaton", "init": "zeros"}]},
+            r"strategies.adaln.rules\[1\]: role 'modulaton' names no weight.*did you mean modulation",
+        ),
+        ("strategies.adaln", {"rules": [{"role": "all", "init": "zero"}]}, r"rules\[0\] = 'zero'; accepted: .*'zeros'"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key_and_what_is_accepted(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        config.parse(with_value(key, value))
+    assert str(caught.value).startswith("params.yaml: ")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_missing_key_is_named() -> None:
+    data = copy.deepcopy(SHIPPED)
+    del data["train"]["steps"]
+    with pytest.raises(ConfigError, match=r"params.yaml: train.steps is missing"):
+        config.parse(data)
+
+
+def test_every_wrong_key_is_told_at_once() -> None:
+    data = with_value("train.steps", 0)
+    data["images"]["size"] = "big"
+    with pytest.raises(ConfigError) as caught:
+        config.parse(data)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_missing_or_broken_file_is_one_clear_message(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere.yaml: no such file"):
+        config.load(tmp_path / "nowhere.yaml")
+    broken = tmp_path / "params.yaml"
+    broken.write_text("train: [")
+    with pytest.raises(ConfigError, match=r"params.yaml: not valid YAML"):
+        config.load(broken)

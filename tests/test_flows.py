@@ -1,0 +1,295 @@
+"""A micro study for real: DVC, Prefect and MLflow, from one command, in a copy of this working tree."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import psutil
+import pytest
+
+from pipelines.experiments import override
+
+ROOT = Path(__file__).parents[1]
+MICRO = {
+    "study.strategies": ["adaln_zero", "symmetric"],
+    "study.seeds": [0, 1],
+    "images.size": 16,
+    "images.source.train_per_class": 8,
+    "images.source.validation_per_class": 4,
+    "autoencoder.channels": [8, 8, 8],
+    "autoencoder.steps": 2,
+    "autoencoder.threads": 1,
+    "latents.threads": 1,
+    "model.name": "DiT-Micro/2",
+    "train.steps": 8,
+    "train.batch_size": 8,
+    "train.log_every": 2,
+    "train.diagnose_every": 4,
+    "train.validate_every": 4,
+    "train.validation.samples": 16,
+    "train.checkpoint_every": 4,
+    "evaluate.num_samples": 8,
+    "evaluate.steps": 2,
+    "evaluate.kernel_subset_size": 4,
+    "evaluate.kernel_subsets": 2,
+    "evaluate.nearest_k": 2,
+    "evaluate.grid_rows": 1,
+    "features.size": 32,
+}
+STAGES = 13
+SHELL_STAGES = """
+stages:
+  fine:
+    cmd: echo well > fine
+    deps: [params.yaml]
+    outs: [fine]
+  flaky:
+    cmd: test -e tried || { touch tried; exit 75; }; cp tried flaky
+    deps: [params.yaml]
+    outs: [flaky]
+  wrong:
+    cmd: "echo attempt >> attempts; echo 'error: params.yaml: it is wrong' >&2; exit 2"
+    deps: [params.yaml]
+    outs: [wrong]
+  below:
+    cmd: cp wrong below
+    deps: [wrong]
+    outs: [below]
+  endless:
+    cmd: echo $$ > pid; sleep 60; touch endless
+    deps: [params.yaml]
+    outs: [endless]
+"""
+
+
+def command(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m ...` in `root` as a person would, with stdout and stderr together."""
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=root,
+        env=environment(root) | variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+def environment(root: Path) -> dict[str, str]:
+    """This environment without anybody's settings of the tools, and with this interpreter as `python`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW", "DVC", "DIT"))}
+    own = {"PYTHONPATH": str(root if (root / "pipelines").exists() else ROOT), "DVC_SITE_CACHE_DIR": str(root.parent / "site")}
+    return {**kept, **own, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+
+
+def git(root: Path, *arguments: str) -> str:
+    person = ["-c", "user.name=t", "-c", "user.email=t@t"]
+    return subprocess.run(["git", *person, *arguments], cwd=root, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(scope="session")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The micro study, run once from nothing, then committed; and what the command printed."""
+    root = tmp_path_factory.mktemp("study")
+    for name in git(ROOT, "ls-files", "--cached", "--others", "--exclude-standard", "-z").split("\0"):
+        if name and (ROOT / name).exists():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, root / name)
+    (root / "dvc.lock").unlink(missing_ok=True)
+    (root / "params.yaml").write_text(override((root / "params.yaml").read_text(), MICRO))
+    git(root, "init", "--quiet")
+    git(root, "add", ".")
+    git(root, "commit", "--quiet", "--message", "micro")
+    done = command(root, "pipelines", "study")
+    assert done.returncode == 0, done.stdout
+    git(root, "add", "dvc.lock")
+    git(root, "commit", "--quiet", "--message", "study")
+    return root, done
+
+
+@pytest.fixture
+def study(first: tuple[Path, subprocess.CompletedProcess[str]]) -> Path:
+    """The folder of the finished micro study."""
+    return first[0]
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Path:
+    """A project whose stages are shell commands: fine, flaky (succeeds when tried again), wrong, below (it), endless."""
+    (tmp_path / "params.yaml").write_text(override((ROOT / "params.yaml").read_text(), MICRO))
+    (tmp_path / "dvc.yaml").write_text(SHELL_STAGES)
+    (tmp_path / ".gitignore").write_text("/.scratch\n")
+    git(tmp_path, "init", "--quiet")
+    assert command(tmp_path, "dvc", "init", "--quiet").returncode == 0
+    return tmp_path
+
+
+def test_study_ends_with_report_and_comparison(first: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    root, done = first
+    assert f"report: {root}/reports/index.html" in done.stdout
+    assert (root / "reports" / "index.html").exists()
+    assert "4 runs added, 0 already there" in done.stdout
+    assert "http://127.0.0.1:5000/#/experiments/1/runs?viewStateShareKey=photos-32" in done.stdout
+    assert f"{STAGES} stages ran, 0 were cached" in done.stdout
+
+
+def test_repeating_it_computes_nothing_in_15_seconds(study: Path) -> None:
+    lock = (study / "dvc.lock").read_bytes()
+    started = time.monotonic()
+    done = command(study, "pipelines", "study")
+    assert time.monotonic() - started < 15
+    assert f"0 stages ran, {STAGES} were cached" in done.stdout
+    assert "0 runs added, 4 already there" in done.stdout
+    assert (study / "dvc.lock").read_bytes() == lock
+
+
+def test_dvc_alone_agrees(study: Path) -> None:
+    lock = (study / "dvc.lock").read_bytes()
+    done = command(study, "dvc", "repro")
+    assert done.stdout.count("didn't change, skipping") == STAGES
+    assert command(study, "dvc", "repro", "--force", "--single-item", "train@adaln_zero-0").returncode == 0
+    assert (study / "dvc.lock").read_bytes() == lock
+
+
+def test_second_clone_restores_the_study_and_fills_its_mlflow(study: Path, tmp_path: Path) -> None:
+    assert (
+        command(study, "dvc", "remote", "add", "--local", "--force", "--default", "here", str(tmp_path / "remote")).returncode
+        == 0
+    )
+    assert command(study, "dvc", "push", "--quiet").returncode == 0
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "--quiet", str(study), str(clone))
+    shutil.copy(study / ".dvc" / "config.local", clone / ".dvc" / "config.local")
+    assert command(clone, "dvc", "pull", "--quiet").returncode == 0
+    assert "up to date" in command(clone, "dvc", "status").stdout
+    assert "4 runs added, 0 already there" in command(clone, "pipelines", "mlflow").stdout
+
+
+def test_overrides_run_an_experiment_beside_the_workspace(study: Path) -> None:
+    before = [(study / name).read_bytes() for name in ("dvc.lock", "params.yaml", "reports/summary.json")]
+    done = command(study, "pipelines", "study", "--set", "train.steps=6", "*@adaln_zero-0")
+    assert done.returncode == 0, done.stdout
+    assert "2 stages ran, 4 were cached" in done.stdout
+    assert "1 runs added, 0 already there, 3 not evaluated yet" in done.stdout
+    name = done.stdout.partition("dvc exp apply ")[2].partition("`")[0]
+    assert name in command(study, "dvc", "exp", "show", "--json").stdout
+    assert [(study / name).read_bytes() for name in ("dvc.lock", "params.yaml", "reports/summary.json")] == before
+    assert git(study, "status", "--porcelain") == ""
+    assert git(study, "worktree", "list").count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "train.stepz=1"], "params.yaml with overrides: train.stepz is not a known key (value 1)"),
+        (["--set", "train.steps"], "--set train.steps; accepted: KEY=VALUE"),
+        (["trian"], "targets: no stage is called 'trian'; accepted: images, autoencoder"),
+    ],
+)
+def test_wrong_input_is_one_clear_message_before_any_work(study: Path, arguments: list[str], message: str) -> None:
+    done = command(study, "pipelines", "study", *arguments)
+    assert done.returncode != 0
+    assert done.stdout.startswith("error: ")
+    assert message in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_failure_stops_what_is_below_it_and_nothing_else(shell: Path) -> None:
+    done = command(shell, "pipelines", "study", "fine", "flaky", "below")
+    assert done.returncode == 1
+    assert (
+        "error: stage 'wrong' failed with exit code 2: params.yaml: it is wrong\nnot run because of that: below" in done.stdout
+    )
+    assert "stage 'flaky' failed with exit code 75" in done.stdout
+    assert (shell / "attempts").read_text() == "attempt\n"
+    assert (shell / "fine").exists()
+    assert (shell / "flaky").exists()
+    assert "Traceback" not in done.stdout
+
+
+def test_one_study_at_a_time_and_interrupting_it_ends_everything(shell: Path) -> None:
+    running = subprocess.Popen(
+        [sys.executable, "-m", "pipelines", "study", "endless"],
+        cwd=shell,
+        env=environment(shell),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not ((shell / "pid").exists() and (shell / "pid").read_text()):
+        assert running.poll() is None
+        time.sleep(0.1)
+    assert "a study is running in this workspace" in command(shell, "pipelines", "study", "fine").stdout
+    family = psutil.Process(running.pid).children(recursive=True)
+    running.send_signal(signal.SIGINT)
+    output, _ = running.communicate(timeout=40)
+    assert "interrupted; the next run goes on from here" in output
+    assert running.returncode == 128 + signal.SIGINT
+    psutil.wait_procs(family, timeout=10)
+    assert not any(process.is_running() for process in family)
+    assert not psutil.pid_exists(int((shell / "pid").read_text()))
+
+
+@pytest.fixture
+def services(study: Path) -> Iterator[dict[str, int]]:
+    """`up` on free ports, and `down` at the end."""
+    ports = {"PREFECT_PORT": free_port(), "MLFLOW_PORT": free_port()}
+    done = command(study, "pipelines", "up", **{name: str(port) for name, port in ports.items()})
+    assert done.returncode == 0, done.stdout
+    assert f"Prefect  http://127.0.0.1:{ports['PREFECT_PORT']}" in done.stdout
+    assert f"MLflow   http://127.0.0.1:{ports['MLFLOW_PORT']}" in done.stdout
+    yield ports
+    command(study, "pipelines", "down")
+
+
+def test_deployment_runs_through_the_worker_and_down_stops_exactly_the_services(study: Path, services: dict[str, int]) -> None:
+    again = command(study, "pipelines", "up", **{name: str(port) for name, port in services.items()})
+    assert again.returncode == 0, again.stdout
+    done = command(study, "prefect", "deployment", "run", "study/local", "--watch", "--param", "workers=1")
+    assert done.returncode == 0, done.stdout
+    server = f"http://127.0.0.1:{services['PREFECT_PORT']}/api"
+    flow_runs = ask(f"{server}/flow_runs/filter", {"sort": "START_TIME_DESC"})
+    assert flow_runs[0]["state_type"] == "COMPLETED"
+    assert flow_runs[0]["deployment_id"]
+    task_runs = ask(f"{server}/task_runs/filter", {"flow_runs": {"id": {"any_": [flow_runs[0]["id"]]}}})
+    states = {run["name"]: run["state"]["name"] for run in task_runs}
+    assert states.pop("mlflow") == "Completed"
+    assert len(states) == STAGES
+    assert set(states.values()) == {"Cached"}
+    artifacts = {artifact["key"]: artifact["data"] for artifact in ask(f"{server}/artifacts/filter", {})}
+    assert "| symmetric |" in artifacts["comparison"]
+    assert f"{study.as_uri()}/reports/index.html" in artifacts["report"]
+    schema = ask(f"{server}/deployments/filter", {})[0]["parameter_openapi_schema"]["properties"]
+    assert {"overrides", "workers", "targets"} == schema.keys()
+    assert all(parameter["description"] for parameter in schema.values())
+    with socket.create_server(("127.0.0.1", 0)) as bystander:
+        assert "stopped prefect" in command(study, "pipelines", "down").stdout
+        assert all(socket.socket().connect_ex(("127.0.0.1", port)) for port in services.values())
+        assert "nothing was running" in command(study, "pipelines", "down").stdout
+        taken = command(study, "pipelines", "up", PREFECT_PORT=str(bystander.getsockname()[1]))
+        assert "is taken by another program; choose another, as in `make up PREFECT_PORT=" in taken.stdout
+        assert taken.returncode != 0
+
+
+def ask(url: str, body: dict[str, Any]) -> Any:
+    request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urlopen(request, timeout=20) as answer:
+        return json.load(answer)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,165 @@
+"""Latents: what is stored, how it is normalised, and that decoding undoes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dit.autoencoder import build, encode
+from dit.config import Latents as Settings
+from dit.config import TrainedAutoencoder
+from dit.data.images import ImageStore
+from dit.data.latents import LatentStore, Moments, write_latents
+from dit.errors import DataError
+
+
+def settings(**changes: Any) -> Settings:
+    values = {"flip": True, "normalize": "per_channel", "dtype": "float32", "batch_size": 5}
+    return Settings.model_validate(values | {"precision": "fp32", "threads": 1, "device": "cpu"} | changes)
+
+
+def images(train: int = 12, validation: int = 7) -> ImageStore:
+    draws = np.random.default_rng(0)
+    pixels = draws.integers(0, 256, (train + validation, 8, 8, 3), np.uint8)
+    labels = np.arange(train + validation) % 3
+    return ImageStore(pixels[:train], labels[:train], pixels[train:], labels[train:], ["a", "b", "c"], {})
+
+
+def shades(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """A stand-in encoder that can be checked by hand: every other pixel, and a spread of one tenth of its size."""
+    mean = torch.from_numpy(pixels[:, ::2, ::2].astype(np.float32)).permute(0, 3, 1, 2) * torch.tensor([1.0, 5.0, 9.0]).view(
+        3, 1, 1
+    )
+    return mean, mean / 10 + 1
+
+
+def test_every_image_and_its_mirror_image_are_stored_in_order_as_encoded(tmp_path: Path) -> None:
+    source = images()
+    write_latents(source, shades, settings(), tmp_path)
+    store = LatentStore(tmp_path)
+    store.store.verify()
+    assert (store.num_classes, store.class_names) == (3, ["a", "b", "c"])
+    assert (store.latent_size, store.latent_channels) == (4, 3)
+    for split, pixels, labels in (
+        ("train", source.train_images, source.train_labels),
+        ("validation", source.validation_images, source.validation_labels),
+    ):
+        latents = store.split(split)  # type: ignore[arg-type]
+        assert latents.mean.shape == (len(pixels), 2, 3, 4, 4)
+        for view, seen in enumerate((pixels, pixels[:, :, ::-1])):
+            mean, std = shades(seen)
+            np.testing.assert_array_equal(latents.mean[:, view], mean)
+            np.testing.assert_array_equal(latents.std[:, view], std)
+        np.testing.assert_array_equal(latents.labels, labels)
+        assert len(latents) == len(pixels)
+
+
+def test_without_flip_there_is_one_view(tmp_path: Path) -> None:
+    write_latents(images(), shades, settings(flip=False), tmp_path)
+    assert LatentStore(tmp_path).split("train").mean.shape == (12, 1, 3, 4, 4)
+
+
+def test_the_same_images_and_settings_give_the_same_bytes(tmp_path: Path) -> None:
+    values = {"kind": "train", "latent_channels": 4, "downsample": 2, "channels": [8, 8], "steps": 1, "batch_size": 1}
+    values |= {"learning_rate": 1e-3, "kl_weight": 0.0, "seed": 0, "threads": 1, "device": "cpu"}
+    autoencoder = build(TrainedAutoencoder.model_validate(values), 8).eval()
+    for name in ("first", "second"):
+        torch.rand(1)
+        write_latents(images(), lambda pixels: encode(autoencoder, pixels), settings(), tmp_path / name)
+    first, second = ((tmp_path / name / "manifest.json").read_bytes() for name in ("first", "second"))
+    assert first == second
+
+
+def drawn(store: LatentStore) -> Tensor:
+    """Many draws from every training posterior, (B, C, h, w)."""
+    latents = store.split("train")
+    mean, std = (torch.tensor(values).flatten(0, 1) for values in (latents.mean, latents.std))
+    noise = torch.randn(500, *mean.shape, generator=torch.Generator().manual_seed(0))
+    return (mean + std * noise).flatten(0, 1)
+
+
+def test_per_channel_gives_draws_zero_mean_and_unit_variance(tmp_path: Path) -> None:
+    write_latents(images(), shades, settings(), tmp_path)
+    store = LatentStore(tmp_path)
+    z = store.normalize(drawn(store))
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(3), atol=0.005, rtol=0)
+    torch.testing.assert_close(z.var((0, 2, 3)), torch.ones(3), atol=0.005, rtol=0)
+
+
+def test_global_keeps_the_proportions_of_channels(tmp_path: Path) -> None:
+    write_latents(images(), shades, settings(normalize="global"), tmp_path)
+    store = LatentStore(tmp_path)
+    raw = drawn(store)
+    z = store.normalize(raw)
+    assert z.mean().item() == pytest.approx(0, abs=0.005)
+    assert z.var().item() == pytest.approx(1, abs=0.005)
+    proportions = (z.std((0, 2, 3)) / raw.std((0, 2, 3))).tolist()
+    assert proportions == pytest.approx([proportions[0]] * 3, rel=1e-4)
+
+
+def test_a_number_is_the_factor_itself(tmp_path: Path) -> None:
+    write_latents(images(), shades, settings(normalize=0.18215), tmp_path)
+    z = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(LatentStore(tmp_path).normalize(z), z * 0.18215)
+
+
+@pytest.mark.parametrize("normalize", ["per_channel", "global", 0.18215])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_denormalize_undoes_normalize(tmp_path: Path, normalize: str | float, dtype: str) -> None:
+    write_latents(images(), shades, settings(normalize=normalize, dtype=dtype), tmp_path)
+    store = LatentStore(tmp_path)
+    assert store.split("train").mean.dtype == store.split("train").std.dtype == dtype
+    z = torch.randn(2, 3, 4, 4) * 100
+    torch.testing.assert_close(store.denormalize(store.normalize(z)), z, rtol=1e-4, atol=1e-4)
+
+
+@given(st.integers(1, 5), st.floats(-100, 100), st.floats(0.01, 100), st.floats(0, 10), st.integers(0, 99))
+def test_factors_do_not_depend_on_how_images_are_batched(
+    batch_size: int, offset: float, spread: float, noise: float, seed: int
+) -> None:
+    mean = np.random.default_rng(seed).normal(offset, spread, (6, 2, 3, 2, 2)).astype(np.float32)
+    std = np.full_like(mean, noise)
+    whole, parts = Moments(3), Moments(3)
+    whole.add(mean, std)
+    for start in range(0, len(mean), batch_size):
+        parts.add(mean[start : start + batch_size], std[start : start + batch_size])
+    for name, values in whole.factors("per_channel").items():
+        np.testing.assert_allclose(values, parts.factors("per_channel")[name], rtol=1e-6)
+    expected = mean.astype(np.float64).transpose(2, 0, 1, 3, 4).reshape(3, -1)
+    np.testing.assert_allclose(whole.factors("per_channel")["shift"], expected.mean(1), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(whole.factors("per_channel")["scale"], (expected.var(1) + noise**2) ** -0.5, rtol=1e-4)
+
+
+def test_latents_that_cannot_be_stored_are_refused_by_name(tmp_path: Path) -> None:
+    def huge(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+        mean, std = shades(pixels)
+        return mean * 1e4, std
+
+    with pytest.raises(DataError, match=r"train image 0 is not finite in float16"):
+        write_latents(images(), huge, settings(dtype="float16"), tmp_path / "huge")
+
+    def broken(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+        mean, std = shades(pixels)
+        if len(pixels) == 2:  # the last batch: images 10 and 11
+            std[1] = torch.nan
+        return mean, std
+
+    with pytest.raises(DataError, match=r"train image 11 is not finite in float32"):
+        write_latents(images(), broken, settings(), tmp_path / "broken")
+
+
+def test_a_channel_that_never_varies_has_no_unit_variance(tmp_path: Path) -> None:
+    def flat(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+        mean, std = shades(pixels)
+        mean[:, 1], std[:, 1] = 3, 0
+        return mean, std
+
+    with pytest.raises(DataError, match=r"channels \[1\] are constant"):
+        write_latents(images(), flat, settings(), tmp_path / "flat")

@@ -1,0 +1,217 @@
+"""MLflow as a view of outputs: complete, once, whatever happened before. Outputs are made by hand, the store is real."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from PIL import Image
+
+from dit.errors import UserError
+from pipelines import tracking
+from pipelines.stages.entry import scratch, write_json
+
+ROOT = Path(__file__).parents[1]
+STRATEGIES, SEEDS = ["adaln_zero", "symmetric"], [0, 1]
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study of 2 strategies and 2 seeds, evaluated; symmetric-1 has diverged. Its folder is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("DIT_SCRATCH", raising=False)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["study"] |= {"strategies": STRATEGIES, "seeds": SEEDS}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    for strategy in STRATEGIES:
+        for seed in SEEDS:
+            make_run(tmp_path, params, strategy, seed, diverged=(strategy, seed) == ("symmetric", 1))
+    outs = {f"{stage}@adaln_zero-0": {"outs": [{"md5": f"{stage}.dir"}]} for stage in ("train", "evaluate")}
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": outs}))
+    return tmp_path
+
+
+def make_run(root: Path, params: dict[str, Any], strategy: str, seed: int, *, diverged: bool, version: str = "") -> None:
+    train, evaluate = (root / "runs" / stage / f"{strategy}-{seed}" for stage in ("train", "evaluate"))
+    train.mkdir(parents=True, exist_ok=True)
+    evaluate.mkdir(parents=True, exist_ok=True)
+    key = f"train-{strategy}-{seed}{version}"
+    rules = params["strategies"][strategy]["rules"]
+    settings = {name: params[name] for name in ("model", "diffusion", "train")}
+    status = "diverged" if diverged else "finished"
+    run = {"run_key": key, "status": status, "steps_done": 20, "parameters": 7, "device": "cpu"}
+    write_json(train / "run.json", {**run, "settings": {**settings, "rules": rules}})
+    table(train / "metrics.csv", "step,loss,mse", [[0, 2.0, 1.0], [10, 1.0, "nan" if diverged else 0.5]])
+    table(
+        train / "validation.csv",
+        "step,weights,mse,mse_t0",
+        [[0, "model", 1.0, 1.1], [0, "ema", 1.0, 1.2], [20, "ema", 0.25, 0.3]],
+    )
+    roles = [
+        "block[0].mlp_in.weight",
+        "block[1].mlp_out.weight",
+        "block[0].mlp_in.bias",
+        "block[0].modulation.attn.gate.weight",
+    ]
+    table(
+        train / "diagnostics.csv",
+        "step,role,gradient_rms",
+        [[0, role, value] for role, value in zip(roles, "3479", strict=True)],
+    )
+    metrics = {"frechet_distance": None if diverged else 12.5, "recall": None if diverged else 0.25}
+    about = {"run_key": f"evaluate-{strategy}-{seed}{version}", "train_run_key": key, "status": status}
+    write_json(evaluate / "metrics.json", {**about, "settings": {"evaluate": params["evaluate"]}, "metrics": metrics})
+    if not diverged:
+        Image.new("RGB", (8, 8)).save(evaluate / "grid.png")
+
+
+def table(path: Path, header: str, rows: list[list[Any]]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header.split(","), *rows])
+
+
+def runs() -> dict[str, Run]:
+    """The active runs in the store, by name; a name that is there twice is an error."""
+    client = MlflowClient(tracking.tracking_uri())
+    found = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert len({run.info.run_name for run in found}) == len(found)
+    return {run.info.run_name: run for run in found}
+
+
+def history(run: Run, metric: str) -> list[tuple[int, float]]:
+    client = MlflowClient(tracking.tracking_uri())
+    return sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, metric))
+
+
+def test_every_run_is_there_once_with_all_about_it(study: Path) -> None:
+    timing = {"seconds": 3.0, "images_per_second": 100.0, "hostname": "somewhere"}
+    scratch("train-adaln_zero-0").mkdir(parents=True)
+    write_json(scratch("train-adaln_zero-0") / "timing.json", timing)
+    synced = tracking.sync(study, {"dvc_experiment": "witty-name"})
+    assert (len(synced.added), synced.present, synced.missing) == (4, [], [])
+    found = runs()
+    assert set(found) == {"adaln_zero-0", "adaln_zero-1", "symmetric-0", "symmetric-1"}
+    run = found["adaln_zero-0"]
+    assert run.info.status == "FINISHED"
+    assert run.info.end_time - run.info.start_time == pytest.approx(3000, abs=10)
+    assert {
+        "strategy": "adaln_zero",
+        "seed": "0",
+        "train.steps": "400",
+        "train.validation.seed": "0",
+    }.items() <= run.data.params.items()
+    assert json.loads(run.data.params["rules"])[0] == {"role": "all", "init": "xavier_uniform"}
+    tags = {
+        "run_key": "evaluate-adaln_zero-0",
+        "dvc.train": "train.dir",
+        "dvc.evaluate": "evaluate.dir",
+        "hostname": "somewhere",
+    }
+    assert {**tags, "dvc_experiment": "witty-name"}.items() <= run.data.tags.items()
+    assert history(run, "train/mse") == [(0, 1.0), (10, 0.5)]
+    assert history(run, "validation/mse") == [(0, 1.0), (20, 0.25)]
+    assert history(run, "validation_by_timestep/mse_t0") == [(0, 1.2), (20, 0.3)]
+    assert history(run, "gradient_rms/mlp") == [(0, pytest.approx((3**2 / 2 + 4**2 / 2) ** 0.5))]
+    assert history(run, "gradient_rms/gates") == [(0, 9.0)]
+    assert {"evaluation/frechet_distance": 12.5, "time/images_per_second": 100.0}.items() <= run.data.metrics.items()
+    pictures = MlflowClient(tracking.tracking_uri()).list_artifacts(run.info.run_id, "images")
+    assert any(picture.path.endswith(".png") for picture in pictures)
+
+
+def test_diverged_run_is_shown_as_such(study: Path) -> None:
+    tracking.sync(study)
+    run = runs()["symmetric-1"]
+    assert run.data.tags["status"] == "diverged"
+    assert history(run, "train/mse") == [(0, 1.0)]
+    assert "evaluation/frechet_distance" not in run.data.metrics
+
+
+def test_doing_it_twice_adds_nothing(study: Path) -> None:
+    tracking.sync(study)
+    before = {name: run.info.run_id for name, run in runs().items()}
+    again = tracking.sync(study)
+    assert (again.added, len(again.present)) == ([], 4)
+    assert {name: run.info.run_id for name, run in runs().items()} == before
+
+
+def test_what_is_missing_is_filled_in(study: Path) -> None:
+    late = study / "runs" / "evaluate" / "symmetric-0"
+    shutil.move(late, study / "late")
+    assert tracking.sync(study).missing == ["symmetric-0"]
+    shutil.move(study / "late", late)
+    assert tracking.sync(study).added == ["symmetric-0"]
+    assert len(runs()) == 4
+
+
+def test_evaluation_of_another_training_is_not_shown_as_this_ones(study: Path) -> None:
+    file = study / "runs" / "train" / "symmetric-0" / "run.json"
+    write_json(file, {**json.loads(file.read_text()), "run_key": "a newer training"})
+    assert tracking.sync(study).missing == ["symmetric-0"]
+
+
+def test_run_that_was_cut_short_is_made_again(study: Path) -> None:
+    client = MlflowClient(tracking.tracking_uri())
+    half = client.create_run(
+        client.create_experiment("photos-32"), tags={"run_key": "evaluate-adaln_zero-0"}, run_name="adaln_zero-0"
+    )
+    assert "adaln_zero-0" in tracking.sync(study).added
+    assert runs()["adaln_zero-0"].info.run_id != half.info.run_id
+    assert runs()["adaln_zero-0"].info.status == "FINISHED"
+
+
+def test_view_shows_the_runs_of_this_study_by_strategy(study: Path) -> None:
+    tracking.sync(study)
+    params = yaml.safe_load((study / "params.yaml").read_text())
+    make_run(study, params, "adaln_zero", 0, diverged=False, version="-edited")
+    synced = tracking.sync(study)
+    assert synced.added == ["adaln_zero-0"]
+    client = MlflowClient(tracking.tracking_uri())
+    experiment = client.get_experiment_by_name("photos-32")
+    assert experiment
+    saved = json.loads(experiment.tags["mlflow.sharedViewState.photos-32"])
+    state = json.loads(saved["state"])
+    shown = client.search_runs([experiment.experiment_id], state["searchFilter"])
+    assert len(shown) == 4
+    assert {run.data.tags["run_key"] for run in shown} >= {"evaluate-adaln_zero-0-edited"}
+    assert state["groupBy"]["groupByKeys"] == [{"mode": "param", "groupByData": "strategy"}]
+    assert "viewStateShareKey=photos-32" in synced.view
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:{port}", "postgresql://user:secret@127.0.0.1:{port}/mlflow"])
+def test_server_that_is_away_costs_seconds_and_loses_nothing(study: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(port=unused.getsockname()[1]))
+        started = time.monotonic()
+        with pytest.raises(tracking.UnreachableError, match="cannot be reached; nothing is lost") as error:
+            tracking.sync(study)
+        assert time.monotonic() - started < 8
+    assert "secret" not in str(error.value)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert len(tracking.sync(study).added) == 4
+
+
+def test_server_that_does_not_answer_costs_seconds(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(tracking.UnreachableError):
+            tracking.sync(study)
+        assert time.monotonic() - started < 8
+
+
+def test_experiment_deleted_in_mlflow_is_a_clear_error(study: Path) -> None:
+    client = MlflowClient(tracking.tracking_uri())
+    client.delete_experiment(client.create_experiment("photos-32"))
+    with pytest.raises(UserError, match=r"was deleted there; restore it, or change study\.name"):
+        tracking.sync(study)

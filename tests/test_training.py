@@ -1,0 +1,154 @@
+"""Training repeats exactly: from the start, from a checkpoint, and with the same randomness for every strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit import init, model
+from dit.analysis.diagnostics import distinct_units
+from dit.config import Params
+from dit.data.latents import LatentStore
+from dit.diffusion import Diffusion
+from dit.training import checkpoint
+from dit.training.batches import Batches, epoch_order
+from dit.training.loop import Trainer
+
+Build = Callable[..., Trainer]
+
+
+@pytest.fixture
+def trainer(params: Params, latents: LatentStore, micro: Callable[..., model.DiT], tmp_path: Path) -> Build:
+    """Builds a run of 12 steps on the small latents."""
+    validation = params.train.validation.model_copy(update={"samples": 20})
+    short = {"steps": 12, "batch_size": 8, "log_every": 3, "validate_every": 6, "checkpoint_every": 5, "diagnose_every": 6}
+
+    def build(strategy: str = "adaln_zero", seed: int = 0, scratch: str = "scratch", **changes: object) -> Trainer:
+        settings = params.train.model_copy(update={"validation": validation, **short, **changes})
+        network = init.apply(micro(), strategy, seed)
+        diffusion = Diffusion(params.diffusion)
+        return Trainer(network, latents, diffusion, settings, label_dropout=0.1, seed=seed, scratch=tmp_path / scratch)
+
+    return build
+
+
+def test_a_run_repeats_bit_for_bit(trainer: Build) -> None:
+    first, second = trainer(scratch="a"), trainer(scratch="b")
+    first.run("first")
+    second.run("second")
+    assert first.records == second.records
+    assert all(torch.equal(first.ema[name], second.ema[name]) for name in first.ema)
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("killed_at", [3, 7, 11])
+def test_a_killed_run_resumes_and_ends_bit_identical(trainer: Build, monkeypatch: pytest.MonkeyPatch, killed_at: int) -> None:
+    whole = trainer(scratch="whole")
+    whole.run("whole")
+    interrupted = trainer()
+    train = interrupted._train
+
+    def train_until_killed(step: int) -> None:
+        if step == killed_at:
+            raise KilledError
+        train(step)
+
+    monkeypatch.setattr(interrupted, "_train", train_until_killed)
+    with pytest.raises(KilledError):
+        interrupted.run("interrupted")
+    resumed = trainer()
+    resumed.run("resumed")
+    assert resumed.records == whole.records
+    assert all(torch.equal(whole.ema[name], resumed.ema[name]) for name in whole.ema)
+
+
+def test_an_ended_run_leaves_no_checkpoint_so_that_a_forced_rerun_computes(trainer: Build) -> None:
+    run = trainer()
+    run.run("run")
+    assert checkpoint.load(run.scratch, torch.device("cpu")) is None
+
+
+def test_strategies_of_one_seed_see_the_same_batches_in_any_order(params: Params, latents: LatentStore) -> None:
+    def batches(seed: int) -> Batches:
+        return Batches(latents, Diffusion(params.diffusion), batch_size=8, label_dropout=0.5, seed=seed)
+
+    forwards = [batches(0)(step) for step in range(4)]
+    again = batches(0)
+    backwards = [again(step) for step in reversed(range(4))][::-1]
+    for one, other in zip(forwards, backwards, strict=True):
+        assert all(torch.equal(vars(one)[name], vars(other)[name]) for name in vars(one))
+    assert not torch.equal(forwards[0].eps, forwards[1].eps)
+    assert not torch.equal(forwards[0].eps, batches(1)(0).eps)
+    assert latents.num_classes in torch.cat([batch.labels for batch in forwards])
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 100), count=st.integers(1, 50), length=st.integers(1, 60), steps=st.integers(1, 6))
+def test_every_epoch_visits_every_sample_once(seed: int, count: int, length: int, steps: int) -> None:
+    stream = torch.cat([epoch_order(seed, count, step * length, length) for step in range(steps)])
+    for epoch in range(len(stream) // count):
+        assert sorted(stream[epoch * count : (epoch + 1) * count].tolist()) == list(range(count))
+
+
+def test_a_zero_head_starts_at_the_targets_second_moment_and_a_random_head_above(trainer: Build) -> None:
+    start = {}
+    for strategy in ("adaln_zero", "head_xavier"):
+        run = trainer(strategy, scratch=strategy, steps=1)
+        run.run(strategy)
+        start[strategy] = run.records.validation[0]["mse"]
+    assert start["adaln_zero"] == pytest.approx(run.validation.target_second_moment, rel=1e-6)
+    assert start["head_xavier"] > 1.5 * start["adaln_zero"]
+
+
+def test_the_published_network_wakes_up_in_three_steps(trainer: Build) -> None:
+    run = trainer(steps=3, diagnose_every=1)
+    run.run("run")
+    asleep = {(row["step"], row["role"]) for row in run.records.diagnostics if row["zero_gradient_fraction"] == 1}
+    roles = {row["role"] for row in run.records.diagnostics}
+    awake = [{role for role in roles if (step, role) not in asleep} for step in range(3)]
+    head = {role for role in roles if "final.projection" in role}
+    second = {role for role in roles if "final.modulation" in role or ".gate" in role or "patch_embed" in role}
+    assert awake[0] == head
+    assert awake[1] == head | second
+    assert awake[2] == roles
+
+
+def test_validation_falls_and_is_told_by_timestep_bucket(trainer: Build) -> None:
+    run = trainer(steps=60, validate_every=30)
+    run.run("run")
+    rows = [row for row in run.records.validation if row["weights"] == "model"]
+    assert [row["step"] for row in rows] == [0, 1, 2, 4, 8, 16, 30, 60]
+    assert rows[-1]["mse"] < 0.7 * rows[0]["mse"]
+    buckets = [rows[-1][f"mse_t{index}"] for index in range(5)]
+    assert sum(buckets) / 5 == pytest.approx(rows[-1]["mse"])
+
+
+def test_a_diverging_run_is_a_result_that_names_the_step(trainer: Build) -> None:
+    run = trainer(learning_rate=1e30)
+    run.run("run")
+    assert run.divergence is not None
+    assert 1 <= run.divergence.step <= 3
+    assert run.steps_done < 12
+
+
+def test_hidden_units_that_start_equal_stay_equal_and_others_stay_distinct(trainer: Build) -> None:
+    for strategy, expected in (("symmetric", 1), ("adaln_zero", 256)):
+        run = trainer(strategy, scratch=strategy)
+        run.run(strategy)
+        assert run.model.blocks[0].mlp.fc1.weight.grad.any()
+        units = {row["distinct_units"] for row in run.records.diagnostics if row["role"] == "block[0].mlp_in.weight"}
+        assert units == {expected}
+
+
+def test_distinct_units_counts_planted_duplicates() -> None:
+    incoming, bias, outgoing = torch.randn(10, 6), torch.randn(10), torch.randn(6, 10)
+    incoming[7], bias[7], outgoing[:, 7] = incoming[2], bias[2], outgoing[:, 2]
+    assert distinct_units(incoming, bias, outgoing) == 9
