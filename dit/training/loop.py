@@ -98,7 +98,7 @@ class Trainer:
 
     def run(self, description: str) -> None:
         """Train from the last checkpoint, or from the start, to the end or to divergence."""
-        self._resume()
+        self._resume(description)
         first, started = self.steps_done, time.monotonic()
         with progress(self.params.steps, description, "step", done=first) as bar:
             while self.steps_done < self.params.steps and not self.divergence:
@@ -187,10 +187,11 @@ class Trainer:
         }
         checkpoint.save(self.scratch, state)
 
-    def _resume(self) -> None:
+    def _resume(self, description: str) -> None:
         state = checkpoint.load(self.scratch, self.diffusion.device)
         if state is not None:
             self.steps_done = state["steps_done"]
             self.model.load_state_dict(state["model"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.records = Records(**state["records"])
+            print(f"{description}: resumed at step {self.steps_done}")
