@@ -83,11 +83,15 @@ def down() -> None:
 def _assignment(text: str) -> tuple[str, Any]:
     """`train.steps=300` -> ("train.steps", 300): the value is YAML."""
     from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError as YAMLError
 
     key, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--set {text}; accepted: KEY=VALUE, such as train.steps=300")
-    return key, YAML(typ="safe").load(value)
+    try:
+        return key, YAML(typ="safe").load(value)
+    except YAMLError as error:
+        raise UserError(f"--set {text}: not valid YAML ({error.problem}); make's SET splits at spaces") from None
 
 
 class _Lines(logging.Formatter):

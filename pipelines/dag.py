@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -114,14 +114,14 @@ def _in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
     return ordered
 
 
-def select(stages: Mapping[str, Stage], targets: Iterable[str] | None) -> dict[str, Stage]:
-    """The stages that `targets` name, and all that they need. None names everything.
+def select(stages: Mapping[str, Stage], targets: Collection[str] | None) -> dict[str, Stage]:
+    """The stages that `targets` name, and all that they need. None, or nothing, names everything.
 
     A target is a stage, a pattern such as `*@adaln_zero-*`, or a group such as `train`, which is every `train@...`.
 
     Raises `ConfigError` for a target that is no stage.
     """
-    if targets is None:
+    if not targets:
         return dict(stages)
     wanted: set[str] = set()
     for target in targets:

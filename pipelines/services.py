@@ -81,12 +81,16 @@ def up(prefect_port: int, mlflow_port: int, tracking_uri: str, tell: Callable[[s
     _ensure("worker", worker, environment, "", lambda: _has_worker(prefect.url))
     tell(f"Prefect  {prefect.url}  (worker in work pool '{POOL}')")
     if _is_server(tracking_uri):
-        tell(f"MLflow   {tracking_uri}  (MLFLOW_TRACKING_URI; not started here)")
+        from pipelines.tracking import shown
+
+        tell(f"MLflow   {shown(tracking_uri)}  (MLFLOW_TRACKING_URI; not started here)")
     else:
         url = f"http://{HOST}:{mlflow_port}"
         command = [*_module("mlflow"), "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"]
-        command += ["--backend-store-uri", tracking_uri]
-        environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # six processes that nothing here uses
+        environment |= {
+            "MLFLOW_BACKEND_STORE_URI": tracking_uri,  # not an argument: those are seen by all, and it may hold a password
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # six processes that nothing here uses
+        }
         mlflow = _ensure("mlflow", command, environment, url, lambda: _answers(f"{url}/health"))
         tell(f"MLflow   {mlflow.url}")
     tell(f"logs     {SERVICES}/*.log")

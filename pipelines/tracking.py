@@ -341,7 +341,11 @@ def _commit(root: Path) -> dict[str, str]:
     commit = git("rev-parse", "HEAD")
     if not commit:
         return {}
-    return {"git_commit": commit, "git_changes": str(bool(git("status", "--porcelain"))), "mlflow.source.git.commit": commit}
+    return {
+        "git_commit_at_sync": commit,
+        "git_changes_at_sync": str(bool(git("status", "--porcelain"))),
+        "mlflow.source.git.commit": commit,
+    }
 
 
 def _probe(uri: str) -> None:

@@ -36,6 +36,11 @@ def test_the_shipped_parameters_are_valid() -> None:
         ("study.strategies", ["adaln_zero", "nope"], r"unknown strategy 'nope'; accepted: adaln_zero, head_xavier"),
         ("study.baseline", "nope", r"study: baseline = 'nope'; accepted: one of study.strategies"),
         ("study.seeds", [0, 0], r"seeds = \[0, 0\]; accepted: each entry once"),
+        (
+            "strategies",
+            {**SHIPPED["strategies"], "a.b": SHIPPED["strategies"]["adaln"]},
+            r"strategies.a.b.*accepted: .*pattern",
+        ),
         ("model.name", "DiT-Q/2", r"unknown model 'DiT-Q/2'; accepted: one of DiT-Micro"),
         ("images.size", 36, r"patch size 2 does not divide the latent size 9"),
         ("images.size", 34, r"images.size = 34; accepted: a multiple of autoencoder.downsample = 4"),

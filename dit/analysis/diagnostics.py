@@ -41,7 +41,7 @@ def diagnose(model: DiT, update: Callable[[], None]) -> list[RoleState]:
         rows = role.rows(len(before[role.parameter]))
         weight, gradient = before[role.parameter][rows], gradients[role.parameter][rows]
         change = parameters[role.parameter].detach()[rows] - weight
-        zeros = (gradient == 0).double().mean()
+        zeros = (gradient == 0).float().mean()
         names.append(role.path)
         values.append(torch.stack([_rms(gradient), _rms(weight), _rms(change), zeros]))
     units = {f"block[{index}].mlp_in.weight": distinct_units(*_mlp(before, index)) for index in range(model.depth)}
@@ -52,19 +52,21 @@ def diagnose(model: DiT, update: Callable[[], None]) -> list[RoleState]:
 
 
 def _rms(x: Tensor) -> Tensor:
-    return x.double().square().mean().sqrt()
+    return x.float().square().mean().sqrt()
 
 
 def _mlp(parameters: dict[str, Tensor], index: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(parameters[f"blocks.{index}.mlp.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight"))  # type: ignore[return-value]
 
 
-def distinct_units(incoming: Tensor, bias: Tensor, outgoing: Tensor) -> int:
+def distinct_units(incoming: Tensor, bias: Tensor, outgoing: Tensor) -> int | None:
     """Number of different hidden units of a layer: rows of `incoming` (H, D) and `bias` (H,) with columns of `outgoing` (D, H).
 
-    Units that are equal receive equal gradients and stay equal: this number then stays 1.
+    Units that are equal receive equal gradients and stay equal: this number then stays 1. None where a weight is not finite.
     """
-    units = torch.cat([incoming, bias[:, None], outgoing.T], dim=1).double()  # (H, 2D + 1)
+    units = torch.cat([incoming, bias[:, None], outgoing.T], dim=1).float()  # (H, 2D + 1)
+    if not units.isfinite().all():
+        return None
     distances = torch.cdist(units, units, compute_mode="donot_use_mm_for_euclid_dist")
     close = distances <= UNIT_TOLERANCE * units.norm(dim=1).median()
     repeats = close.tril(-1).any(1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from prdc import compute_prdc
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
@@ -95,7 +96,7 @@ def measure_precision_recall(real: Tensor, generated: Tensor, *, nearest_k: int)
     _check_finite(real, generated)
     _check_count("nearest_k", nearest_k, len(real) - 2, "real")
     _check_count("nearest_k", nearest_k, len(generated) - 2, "generated")
-    with redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()), threadpool_limits(torch.get_num_threads()):
         figures = compute_prdc(real.numpy(), generated.numpy(), nearest_k)
     return float(figures["precision"]), float(figures["recall"])
 

@@ -10,7 +10,7 @@ import math
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 from torch import Generator, Tensor, nn
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -82,7 +82,7 @@ class TruncatedNormal(BaseRule):
     """Normal with mean 0 and standard deviation `std`, cut at two standard deviations."""
 
     init: Literal["truncated_normal"]
-    std: NonNegative
+    std: PositiveFloat
 
     def fill(self, matrix: Tensor, generator: Generator) -> None:  # noqa: D102
         nn.init.trunc_normal_(matrix, 0.0, self.std, -2 * self.std, 2 * self.std, generator=generator)

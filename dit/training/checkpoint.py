@@ -14,7 +14,7 @@ FILE = "checkpoint.pt"
 def save(directory: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors and plain containers) so that a reader sees all of it or the one before."""
     directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f".{FILE}.{os.getpid()}"
+    partial = directory / f".{FILE}.partial"
     with partial.open("wb") as file:
         torch.save(state, file)
         file.flush()

@@ -107,6 +107,8 @@ class Trainer:
                     self._save()
                 if self._validation_due(step):
                     self._validate(step)
+                    if self.divergence:
+                        break
                 self._train(step)
                 self.steps_done += 1
                 if self._reading_due(step):
@@ -175,8 +177,8 @@ class Trainer:
         for weights, measured in (("model", score), ("ema", averaged)):
             buckets = {f"mse_t{index}": mse for index, mse in enumerate(measured.by_bucket)}
             self.records.validation.append({"step": step, "weights": weights, "mse": measured.mse, **buckets})
-        if not math.isfinite(score.mse):
-            self.divergence = Divergence(step, "validation_mse", repr(score.mse))
+            if not math.isfinite(measured.mse) and not self.divergence:
+                self.divergence = Divergence(step, f"validation_mse of the {weights} weights", repr(measured.mse))
 
     def _save(self) -> None:
         state = {

@@ -39,7 +39,7 @@ class Validation:
         self.timesteps = diffusion.timesteps_at(fractions)
         self.x_t = diffusion.add_noise(x0, eps, self.timesteps)
         self.target = diffusion.target(x0, eps, self.timesteps)
-        self.buckets = (fractions * params.buckets).long()
+        self.buckets = (fractions * params.buckets).long().cpu()
         self.bucket_count = params.buckets
         self.batch_size = params.batch_size
 
@@ -57,6 +57,6 @@ class Validation:
                 output = model(self.x_t[rows], self.timesteps[rows], self.labels[rows])
                 prediction = output[:, : self.target.shape[1]].float()
                 errors.append((prediction - self.target[rows]).square().flatten(1).mean(1))
-        error = torch.cat(errors).double()
+        error = torch.cat(errors).cpu().double()  # MPS has no float64
         buckets = [error[self.buckets == bucket].mean().item() for bucket in range(self.bucket_count)]
         return Score(error.mean().item(), buckets)

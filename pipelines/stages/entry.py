@@ -33,6 +33,9 @@ def run_stage(stage: Callable[[Params], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_INPUT)
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(WRONG_INPUT)
     except (OSError, torch.OutOfMemoryError) as error:
         traceback.print_exc()
         print(f"error: {error}; a retry may help", file=sys.stderr)
@@ -46,7 +49,11 @@ def complete_directory(path: str | Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
 
