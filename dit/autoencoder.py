@@ -24,6 +24,7 @@ from dit.devices import autocast, resolve_device
 from dit.errors import ConfigError, DataError
 from dit.progress import progress
 from dit.seeding import derive_seed, generator
+from dit.training import checkpoint
 
 MODEL = "model"
 LAYERS_PER_BLOCK = 1
@@ -33,17 +34,23 @@ BATCH_SIZE = 16
 """Of reconstructions; it bounds memory, and results do not depend on it beyond rounding."""
 MEASURED_IMAGES = 1024
 """Reconstructions are measured on this many validation images at most, evenly spaced."""
+CHECKPOINT_EVERY = 250
+"""Steps between checkpoints; the result does not depend on it."""
+
 MAX_PSNR = 10 * math.log10(12 * 255**2)
 """58.9 dB, that of an error of rounding to whole grey values (variance 1/12): what an exact reconstruction counts as."""
 SHOWN, SHOWN_PER_ROW, SHOWN_SIZE = 32, 4, 96
 """The picture: pairs, pairs in a row, and the pixels that small images are enlarged to at most."""
 
 
-def make_autoencoder(params: TrainedAutoencoder | PretrainedAutoencoder, images: np.ndarray) -> AutoencoderKL:
-    """The autoencoder that `params` asks for, in eval mode, on its device; it may be trained on `images` (N, H, W, 3) uint8."""
+def make_autoencoder(params: TrainedAutoencoder | PretrainedAutoencoder, images: np.ndarray, scratch: Path) -> AutoencoderKL:
+    """The autoencoder that `params` asks for, in eval mode, on its device; it may be trained on `images` (N, H, W, 3) uint8.
+
+    `scratch` holds the checkpoint of the training, and belongs to it alone.
+    """
     if isinstance(params, PretrainedAutoencoder):
         return load_pretrained(params).to(resolve_device(params.device))
-    return train(params, images)
+    return train(params, images, scratch)
 
 
 def build(params: TrainedAutoencoder, size: int) -> AutoencoderKL:
@@ -63,17 +70,27 @@ def build(params: TrainedAutoencoder, size: int) -> AutoencoderKL:
         )
 
 
-def train(params: TrainedAutoencoder, images: np.ndarray) -> AutoencoderKL:
+def train(params: TrainedAutoencoder, images: np.ndarray, scratch: Path) -> AutoencoderKL:
     """Train on `images` (N, size, size, 3) uint8 and their mirror images: Adam, its learning rate falling to zero as a cosine.
 
-    Raises `ConfigError` where the loss stops being finite.
+    It goes on from the checkpoint in `scratch`, if there is one, and ends as if it had never stopped. Raises `ConfigError`
+    where the loss stops being finite.
     """
     device = resolve_device(params.device)
     autoencoder = build(params, images.shape[1]).to(device).train()
     optimiser = torch.optim.Adam(autoencoder.parameters(), lr=params.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, params.steps)
-    with progress(params.steps, "autoencoder", "step") as bar:
-        for step in range(params.steps):
+    state = {"model": autoencoder, "optimiser": optimiser, "schedule": schedule}
+    first = 0
+    if saved := checkpoint.load(scratch, device):
+        first = saved["steps_done"]
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+        print(f"autoencoder: resumed at step {first}")
+    with progress(params.steps, "autoencoder", "step", done=first) as bar:
+        for step in range(first, params.steps):
+            if step > first and step % CHECKPOINT_EVERY == 0:
+                checkpoint.save(scratch, {"steps_done": step, **{name: part.state_dict() for name, part in state.items()}})
             draws = generator("autoencoder", params.seed, step)
             loss = _loss(autoencoder, _batch(images, params.batch_size, draws).to(device), params.kl_weight, draws)
             if not loss.isfinite():
@@ -87,6 +104,7 @@ def train(params: TrainedAutoencoder, images: np.ndarray) -> AutoencoderKL:
             schedule.step()
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             bar.update()
+    checkpoint.remove(scratch)
     return autoencoder.eval().requires_grad_(False)
 
 

@@ -32,6 +32,7 @@ from pydantic import Field
 from dit.config import Params
 from dit.errors import UserError
 from pipelines import dag, experiments, services, tracking
+from pipelines.report.words import samples
 
 LOGGER = "study"
 """The child of Prefect's run loggers that holds what a person wants to read, less what Prefect says about itself."""
@@ -215,7 +216,11 @@ def comparison(workspace: Path, report: Path, mlflow: str) -> str:
     table = [f"| strategy | {' | '.join(labels)} |", f"|---|{'---:|' * len(labels)}"]
     for name, strategy in summary["strategies"].items():
         table.append(f"| {name} | {' | '.join(_cell(strategy, metric) for metric in shown)} |")
-    where = [f"Means over seeds. Intervals and figures: `{report}`", "", mlflow.replace("\n", "  \n")]
+    where = [
+        f"Means over seeds; distances from {samples(summary)}. Intervals and figures: `{report}`",
+        "",
+        mlflow.replace("\n", "  \n"),
+    ]
     return "\n".join([*(f"- {line}" for line in summary["headline"]), "", *table, "", *where])
 
 

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
+from dit import autoencoder as module_under_test
 from dit.autoencoder import (
     MAX_PSNR,
     build,
@@ -63,30 +64,55 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_training_learns_to_reconstruct_unseen_images(images: np.ndarray) -> None:
+def test_training_learns_to_reconstruct_unseen_images(images: np.ndarray, tmp_path: Path) -> None:
     unseen = images[32:]
     before = measure(build(settings(), SIZE).eval(), unseen)
-    after = measure(train(settings(steps=60, learning_rate=5e-3), images[:32]), unseen)
+    after = measure(train(settings(steps=60, learning_rate=5e-3), images[:32], tmp_path), unseen)
     assert after["psnr"] > before["psnr"] + 3
     assert after["ssim"] > before["ssim"]
     assert after["num_images"] == 16
 
 
-def test_training_is_repeatable_and_leaves_the_global_randomness_alone(images: np.ndarray) -> None:
+def test_training_is_repeatable_and_leaves_the_global_randomness_alone(images: np.ndarray, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    first = train(settings(steps=3), images).state_dict()
+    first = train(settings(steps=3), images, tmp_path).state_dict()
     torch.manual_seed(2)
     expected = torch.random.get_rng_state()
-    second = train(settings(steps=3), images).state_dict()
+    second = train(settings(steps=3), images, tmp_path).state_dict()
     assert torch.equal(torch.random.get_rng_state(), expected)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = train(settings(steps=3, seed=1), images).state_dict()
+    other = train(settings(steps=3, seed=1), images, tmp_path).state_dict()
     assert not torch.equal(first["encoder.conv_in.weight"], other["encoder.conv_in.weight"])
 
 
-def test_a_loss_that_is_not_finite_stops_training_and_names_the_parameter(images: np.ndarray) -> None:
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+def test_killed_training_resumes_and_ends_bit_identical(
+    images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module_under_test, "CHECKPOINT_EVERY", 2)
+    whole = train(settings(steps=6), images, tmp_path / "whole").state_dict()
+    loss, losses = module_under_test._loss, iter(range(5))
+
+    def loss_until_killed(*arguments: Any) -> torch.Tensor:
+        if next(losses, None) is None:
+            raise KilledError
+        return loss(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module_under_test, "_loss", loss_until_killed)
+        with pytest.raises(KilledError):
+            train(settings(steps=6), images, tmp_path / "killed")
+    resumed = train(settings(steps=6), images, tmp_path / "killed").state_dict()
+    assert "resumed at step 4" in capsys.readouterr().out
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_names_the_parameter(images: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"loss is (nan|inf) at step \d+; accepted: autoencoder\.learning_rate below"):
-        train(settings(learning_rate=1e30), images)
+        train(settings(learning_rate=1e30), images, tmp_path)
 
 
 @pytest.mark.parametrize("channels", [[8], [12, 18], [7, 21, 14]])
@@ -97,7 +123,7 @@ def test_any_widths_can_be_built(channels: list[int]) -> None:
 
 
 def test_a_saved_autoencoder_comes_back_frozen_and_computes_the_same(images: np.ndarray, tmp_path: Path) -> None:
-    trained = train(settings(steps=2), images)
+    trained = train(settings(steps=2), images, tmp_path)
     save(trained, tmp_path)
     loaded = load_autoencoder(tmp_path, "cpu")
     assert not loaded.training

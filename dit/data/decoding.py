@@ -5,6 +5,7 @@ Only numpy and Pillow are imported here, so that a decoding process starts quick
 
 from __future__ import annotations
 
+import errno
 import io
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,9 @@ from PIL import Image, UnidentifiedImageError
 
 CHUNK = 16
 """Pictures that travel together; at most 2 * workers + 1 chunks are in flight."""
+
+FAULTS_OF_THE_MACHINE = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""Errors of reading that are no verdict on the file: the stage fails, and a retry may help."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,8 @@ def _decode_or_reject(picture: Encoded, size: int) -> Sample | Rejected:
     except UnidentifiedImageError:
         reason = "not a picture in a known format"
     except OSError as error:
+        if error.errno in FAULTS_OF_THE_MACHINE:
+            raise
         reason = error.strerror or str(error)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"

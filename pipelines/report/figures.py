@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 
 from dit.analysis.comparison import METRICS, interval
 from pipelines.report.runs import Run, Study
-from pipelines.report.words import counted
+from pipelines.report.words import counted, samples
 
 PALETTE = ("#3b7dd8", "#e0802b", "#2f9e6e", "#a36bd0", "#d9534f", "#1aa3b0", "#a1783a", "#d6649f", "#868e96")
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -92,7 +92,8 @@ def differences(study: Study, summary: dict[str, Any], styles: dict[str, Look]) 
     _finish(plot, height=130 + 48 * len(rows), showlegend=False, hovermode="closest", margin={"b": 70, "t": 10})
     caption = (
         f"Each strategy minus {study.baseline}, paired by seed. Squares: mean with its 95 % interval. Open circles: single "
-        f"seeds. An interval that crosses the line at zero is not distinguishable."
+        f"seeds. An interval that crosses the line at zero is not distinguishable. All but the validation error: "
+        f"{samples(summary)}."
     )
     return Figure("differences", f"Difference to {study.baseline} after training", caption, plot)
 

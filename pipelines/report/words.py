@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 MINUS = "\u2212"
 NARROW = "\u202f"
@@ -36,3 +37,10 @@ def listed(items: Sequence[str]) -> str:
 def counted(count: int, noun: str) -> str:
     """`1 seed`, `3 seeds`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def samples(summary: Mapping[str, Any]) -> str:
+    """How many images a distance compares, and in which feature space: what stands beside every such figure."""
+    features = summary["features"]
+    counts = f"{summary['num_generated']} generated and {summary['num_real']} real images"
+    return f"{counts} in the features of {features['extractor']} at {features['size']} px"

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dit.autoencoder import make_autoencoder, measure, save, side_by_side
 from dit.config import Params
 from dit.data.images import load_images
-from dit.devices import make_deterministic
-from pipelines.stages.entry import complete_directory, run_stage, write_json
+from dit.devices import make_deterministic, resolve_device
+from pipelines.stages.entry import complete_directory, run_key, run_stage, scratch, write_json
 
 
 def autoencoder(params: Params) -> None:
     """Write `data/autoencoder`: the model, the quality of its validation reconstructions, and a picture of some."""
     make_deterministic(params.autoencoder.threads)
     images = load_images()
-    model = make_autoencoder(params.autoencoder, images.train_images)
+    key = run_key("autoencoder", [params.autoencoder.model_dump(mode="json"), resolve_device(params.autoencoder.device).type])
+    model = make_autoencoder(params.autoencoder, images.train_images, scratch(key))
     metrics = measure(model, images.validation_images)
     with complete_directory("data/autoencoder") as out:
         write_json(out / "metrics.json", metrics)

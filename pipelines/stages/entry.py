@@ -68,10 +68,11 @@ def scratch(run_key: str) -> Path:
     return Path(os.environ.get("DIT_SCRATCH", ".scratch")) / run_key
 
 
-def run_key(stage: str, strategy: str, seed: int, settings: object) -> str:
+def run_key(stage: str, settings: object, strategy: str = "", seed: int = 0) -> str:
     """The identity of a run: a digest of its settings, and of the code and inputs that `dvc.yaml` declares for its stage.
 
-    `settings` is the JSON-able slice of parameters that the run depends on, as well as the kind of device it runs on.
+    `settings` is the JSON-able slice of parameters that the run depends on, as well as the kind of device it runs on;
+    `strategy` and `seed` are those of a stage that has them.
     """
     identity = [stage, strategy, seed, torch.__version__, settings]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())

@@ -39,7 +39,8 @@ def evaluate(params: Params, strategy: str, seed: int) -> None:
     device = resolve_device(params.evaluate.device)
     trained = read_run(strategy, seed, params)
     settings = {section: getattr(params, section).model_dump(mode="json") for section in ("evaluate", "features")}
-    key = run_key("evaluate", strategy, seed, [params.model.name, trained["settings"]["diffusion"], settings, device.type])
+    identity = [params.model.name, trained["settings"]["diffusion"], settings, device.type]
+    key = run_key("evaluate", identity, strategy, seed)
     extractor = load_extractor(params.features, device)
     real = load_features("data/features", extractor)
     check_counts(len(real), params.evaluate)
@@ -69,7 +70,8 @@ def evaluate(params: Params, strategy: str, seed: int) -> None:
         write_json(out / "metrics.json", result)
         if grid:
             grid.save(out / "grid.png")
-    print(f"evaluate {name}: {ending(trained, distances)}")
+    counts = f"{params.evaluate.num_samples} generated and {len(real)} real images, {extractor.name}"
+    print(f"evaluate {name}: {ending(trained, distances)} ({counts})")
 
 
 def read_run(strategy: str, seed: int, params: Params) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dit.config import Params
 from dit.data.images import load_images
 from dit.devices import make_deterministic, resolve_device
+from dit.evaluation.distances import check_counts
 from dit.evaluation.features import load_extractor, save_features
 from pipelines.stages.entry import complete_directory, run_stage
 
@@ -13,8 +14,10 @@ def features(params: Params) -> None:
     """Measure the validation images of `data/images` and write `data/features`."""
     settings = params.features
     make_deterministic(settings.threads)
+    images = load_images().validation_images
+    check_counts(len(images), params.evaluate)  # here, since every run would fail on it after its training
     extractor = load_extractor(settings, resolve_device(settings.device))
-    found = extractor.extract(load_images().validation_images, settings.batch_size, "features")
+    found = extractor.extract(images, settings.batch_size, "features")
     with complete_directory("data/features") as out:
         save_features(found, extractor, out)
     print(f"features: {extractor.name}, {found.shape[0]} images, {found.shape[1]} features each")

@@ -36,7 +36,7 @@ def train(params: Params, strategy: str, seed: int) -> None:
         "train": params.train.model_dump(mode="json"),
         "rules": rules.model_dump(mode="json", exclude_defaults=True)["rules"],
     }
-    key = run_key("train", strategy, seed, [settings, device.type])
+    key = run_key("train", [settings, device.type], strategy, seed)
     store = LatentStore(Path("data/latents"))
     network = model.build(
         params.model.name,
