@@ -54,7 +54,7 @@ class Zeros(BaseRule):
 
     init: Literal["zeros"]
 
-    def fill(self, matrix: Tensor, generator: Generator) -> None:  # noqa: D102
+    def fill(self, matrix: Tensor, generator: Generator) -> None:
         matrix.zero_()
 
 
@@ -64,7 +64,7 @@ class Constant(BaseRule):
     init: Literal["constant"]
     value: Finite
 
-    def fill(self, matrix: Tensor, generator: Generator) -> None:  # noqa: D102
+    def fill(self, matrix: Tensor, generator: Generator) -> None:
         matrix.fill_(self.value)
 
 
@@ -74,7 +74,7 @@ class Normal(BaseRule):
     init: Literal["normal"]
     std: NonNegative
 
-    def fill(self, matrix: Tensor, generator: Generator) -> None:  # noqa: D102
+    def fill(self, matrix: Tensor, generator: Generator) -> None:
         matrix.normal_(0.0, self.std, generator=generator)
 
 
@@ -84,7 +84,7 @@ class TruncatedNormal(BaseRule):
     init: Literal["truncated_normal"]
     std: PositiveFloat
 
-    def fill(self, matrix: Tensor, generator: Generator) -> None:  # noqa: D102
+    def fill(self, matrix: Tensor, generator: Generator) -> None:
         nn.init.trunc_normal_(matrix, 0.0, self.std, -2 * self.std, 2 * self.std, generator=generator)
 
 
@@ -94,7 +94,7 @@ class Uniform(BaseRule):
     init: Literal["uniform"]
     bound: NonNegative
 
-    def fill(self, matrix: Tensor, generator: Generator) -> None:  # noqa: D102
+    def fill(self, matrix: Tensor, generator: Generator) -> None:
         matrix.uniform_(-self.bound, self.bound, generator=generator)
 
 
@@ -105,7 +105,7 @@ class XavierUniform(BaseRule):
     needs_matrix: ClassVar[bool] = True
     gain: NonNegative = 1.0
 
-    def fill(self, matrix: Tensor, generator: Generator) -> None:  # noqa: D102
+    def fill(self, matrix: Tensor, generator: Generator) -> None:
         nn.init.xavier_uniform_(matrix, self.gain, generator=generator)
 
 
@@ -116,7 +116,7 @@ class XavierNormal(BaseRule):
     needs_matrix: ClassVar[bool] = True
     gain: NonNegative = 1.0
 
-    def fill(self, matrix: Tensor, generator: Generator) -> None:  # noqa: D102
+    def fill(self, matrix: Tensor, generator: Generator) -> None:
         nn.init.xavier_normal_(matrix, self.gain, generator=generator)
 
 
@@ -126,7 +126,7 @@ class KaimingNormal(BaseRule):
     init: Literal["kaiming_normal"]
     needs_matrix: ClassVar[bool] = True
 
-    def fill(self, matrix: Tensor, generator: Generator) -> None:  # noqa: D102
+    def fill(self, matrix: Tensor, generator: Generator) -> None:
         nn.init.kaiming_normal_(matrix, nonlinearity="relu", generator=generator)
 
 
@@ -137,7 +137,7 @@ class Orthogonal(BaseRule):
     needs_matrix: ClassVar[bool] = True
     gain: NonNegative = 1.0
 
-    def fill(self, matrix: Tensor, generator: Generator) -> None:  # noqa: D102
+    def fill(self, matrix: Tensor, generator: Generator) -> None:
         nn.init.orthogonal_(matrix, self.gain, generator=generator)
 
 
