@@ -1,7 +1,8 @@
 # Everything a person types. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help install study mlflow report up down test lint format
+.PHONY: help install study mlflow report up down test browser lint format
 
+export CHROMIUM
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 INSTALLED := $(VENV)/installed
@@ -36,8 +37,15 @@ up: $(INSTALLED) ## Start a Prefect server, a worker and the MLflow UI on 127.0.
 down: $(INSTALLED) ## Stop what `make up` started
 	@$(RUN) pipelines down
 
-test: $(INSTALLED) ## Run the tests [TESTS=tests/test_model.py]
+test: $(INSTALLED) browser ## Run the tests [TESTS=tests/test_model.py] [CHROMIUM=/path/to/chrome]
 	$(RUN) pytest $(TESTS)
+
+browser: # The report's page test opens it in Chromium or Chrome.
+	@for name in "$(CHROMIUM)" chromium chromium-browser google-chrome google-chrome-stable; do \
+		command -v "$$name" >/dev/null && exit 0; done; \
+	command -v apt-get >/dev/null || { echo "error: the tests need Chromium or Chrome: install one, or make test CHROMIUM=/path/to/chrome" >&2; exit 2; }; \
+	root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	$$root apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$root apt-get install -y -qq --no-install-recommends chromium >/dev/null
 
 lint: $(INSTALLED) ## Check style and types
 	$(RUN) ruff check .

@@ -21,14 +21,15 @@ class DataError(UserError):
 
 def explain(error: ValidationError, where: str) -> str:
     """A pydantic error as one line for each wrong key: where, the key, its value, and what is accepted."""
-    alternatives: dict[tuple[str, str], list[str]] = {}
-    for problem in error.errors(include_url=False):
+    problems = error.errors(include_url=False)
+    alternatives: dict[str, list[str]] = {}
+    for problem in problems:
         location = problem["loc"]
-        if any(_same_place(problem, other) for other in error.errors(include_url=False)):
+        if any(_same_place(problem, other) for other in problems):
             location = location[:-1]  # the last part names a member of a union, not a key
         head, accepted = _told(problem, _key(location))
-        alternatives.setdefault((where, head), []).append(accepted)
-    return "\n".join(f"{where}: {head}{' or '.join(accepted)}" for (where, head), accepted in alternatives.items())
+        alternatives.setdefault(head, []).append(accepted)
+    return "\n".join(f"{where}: {head}{' or '.join(accepted)}" for head, accepted in alternatives.items())
 
 
 def _same_place(problem: Any, other: Any) -> bool:

@@ -7,6 +7,7 @@ published DiT does with its patch embedding. A fused matrix is drawn whole, so t
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -17,7 +18,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class BaseRule(BaseModel):
+class BaseRule(BaseModel, ABC):
     """A role, or several, and how their weights are drawn."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,9 +45,9 @@ class BaseRule(BaseModel):
             matrix = matrix[:, :1].expand_as(matrix)
         return matrix.reshape(shape)
 
+    @abstractmethod
     def fill(self, matrix: Tensor, generator: Generator) -> None:
         """Fill a matrix (out, in), or a vector, in place."""
-        raise NotImplementedError
 
 
 class Zeros(BaseRule):
