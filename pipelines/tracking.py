@@ -138,7 +138,9 @@ def sync(root: Path, tags: Mapping[str, str] | None = None) -> Synced:
             about = _provenance(root, added)
             for run in reversed(added):  # the UI lists the last first
                 color = {"mlflow.runColor": colors[run.strategy]}
-                present[run.key] = _log_run(client, experiment, run, {**(tags or {}), **about[run.name], **color})
+                present[run.key] = _log_run(
+                    client, experiment, run, {**(tags or {}), **about[run.name], **color, "added_by": _adder()}
+                )
                 synced.added.append(run.name)
             if found:
                 name = (tags or {}).get("dvc_experiment", study.name)
@@ -193,8 +195,13 @@ def _save_view(client: MlflowClient, experiment: Experiment, name: str, run_ids:
     return f"/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey={key}&compareRunsMode=CHART"
 
 
+def _adder() -> str:
+    """Who adds runs: this folder of this machine. Nobody else's unfinished run is touched."""
+    return f"{socket.gethostname()}:{Path.cwd()}"
+
+
 def _present(client: MlflowClient, experiment: Experiment) -> dict[str, str]:
-    """The complete runs by their key. One that was cut short has not been marked as finished: it goes, to be made again."""
+    """The complete runs by their key. One of ours that was cut short is not finished: it goes, to be made again."""
     found: dict[str, str] = {}
     token = None
     while True:
@@ -202,7 +209,7 @@ def _present(client: MlflowClient, experiment: Experiment) -> dict[str, str]:
         for run in page:
             if run.info.status == "FINISHED":
                 found[run.data.tags["run_key"]] = run.info.run_id
-            else:
+            elif run.data.tags.get("added_by") == _adder():
                 client.delete_run(run.info.run_id)
         token = page.token
         if not token:

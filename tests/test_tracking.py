@@ -159,14 +159,19 @@ def test_evaluation_of_another_training_is_not_shown_as_this_ones(study: Path) -
     assert tracking.sync(study).missing == ["symmetric-0"]
 
 
-def test_run_that_was_cut_short_is_made_again(study: Path) -> None:
+def test_run_that_was_cut_short_is_made_again_unless_somebody_else_is_at_it(study: Path) -> None:
     client = MlflowClient(tracking.tracking_uri())
-    half = client.create_run(
-        client.create_experiment("photos-32"), tags={"run_key": "evaluate-adaln_zero-0"}, run_name="adaln_zero-0"
-    )
+    experiment = client.create_experiment("photos-32")
+
+    def half_a_run(adder: str) -> str:
+        tags = {"run_key": "evaluate-adaln_zero-0", "added_by": adder}
+        return client.create_run(experiment, tags=tags, run_name="half").info.run_id
+
+    ours, others = half_a_run(f"{socket.gethostname()}:{Path.cwd()}"), half_a_run("elsewhere:/study")
     assert "adaln_zero-0" in tracking.sync(study).added
-    assert runs()["adaln_zero-0"].info.run_id != half.info.run_id
     assert runs()["adaln_zero-0"].info.status == "FINISHED"
+    assert client.get_run(ours).info.lifecycle_stage == "deleted"
+    assert client.get_run(others).info.lifecycle_stage == "active"
 
 
 def test_view_shows_the_runs_of_this_study_by_strategy(study: Path) -> None:
