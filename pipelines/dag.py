@@ -25,6 +25,7 @@ from typing import Any
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
+from dvc.utils.serialize import load_yaml, modify_yaml
 
 from dit.errors import ConfigError, UserError
 from pipelines import guard
@@ -112,6 +113,20 @@ def _in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
     for name in stages:
         add(name)
     return ordered
+
+
+def order_lock(root: Path) -> None:
+    """Put the entries of `dvc.lock` in the order of `dvc.yaml`, as `dvc repro` does: side by side, stages end as it happens."""
+    lock = root / "dvc.lock"
+    if not lock.exists():
+        return
+    with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
+        recorded = list(load_yaml(lock)["stages"])
+        listed = [stage.name for stage in _pipeline(repo.index.stages)]
+        ordered = [*(name for name in listed if name in recorded), *(name for name in recorded if name not in listed)]
+        if ordered != recorded:
+            with modify_yaml(lock) as data:
+                data["stages"] = {name: data["stages"][name] for name in ordered}
 
 
 def select(stages: Mapping[str, Stage], targets: Collection[str] | None) -> dict[str, Stage]:

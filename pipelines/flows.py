@@ -135,6 +135,7 @@ def _run(
     scratch = Path(os.environ.get("DIT_SCRATCH", ".scratch")).resolve()
     with dag.Processes(workspace, {"DIT_SCRATCH": str(scratch)}) as processes:
         states = run_all(stages, processes, slots)
+    dag.order_lock(workspace)
     mlflow = fill_mlflow(workspace, {"dvc_experiment": experiment} if experiment else {}, return_state=True)
     if not all(state.is_completed() for state in states.values()):
         return Failed(message=_failure(states))
