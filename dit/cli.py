@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from dit import config, init, model
+from dit.config import Params
 from dit.errors import ConfigError, UserError
-from dit.init.strategy import claims
+from dit.init import Strategy, tables
+from dit.model import DiT
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -48,41 +52,90 @@ def check(params: ParamsFile = Path("params.yaml")) -> None:
 
 @app.command("init")
 def show_init(
-    strategy: Annotated[str, typer.Option(help="A strategy of the parameter file.")],
-    name: Annotated[str | None, typer.Option("--model", help="A network such as DiT-S/2. [default: the study's]")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    strategy: Annotated[str | None, typer.Option(metavar="NAME", help="Show what this strategy gives every role.")] = None,
+    diff: Annotated[
+        tuple[str, str], typer.Option(metavar="A B", help="Show what strategy B draws differently from strategy A.")
+    ] = ("", ""),
+    name: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="A network such as DiT-S/2. [default: the study's]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the values that --strategy shows.")] = 0,
+    every: Annotated[bool, typer.Option("--all", help="Show every block, also where blocks have the same rule.")] = False,
     params: ParamsFile = Path("params.yaml"),
 ) -> None:
-    """Show what a strategy does to every role of a network: its rule, and the values that it gives."""
+    """Show what strategies do: the library, one strategy's rule and values for each role, or how two strategies differ.
+
+    Without an option: the strategies of the parameter file, with what they are and where they come from.
+    """
     with _told():
         loaded = config.load(params)
-        if strategy not in loaded.strategies:
-            raise ConfigError(f"{params}: unknown strategy '{strategy}'; accepted: {', '.join(loaded.strategies)}")
-        chosen = loaded.strategies[strategy]
-        network = model.build(
-            name or loaded.model.name,
-            latent_size=loaded.latent_size,
-            latent_channels=loaded.autoencoder.latent_channels,
-            num_classes=CLASSES_SHOWN,
-            learn_sigma=loaded.diffusion.learn_sigma,
-        )
-        init.apply(network, chosen, seed)
-    table = Table(title=f"{strategy}: {chosen.description}", caption=chosen.source, title_justify="left")
+        if strategy and any(diff):
+            raise ConfigError("--strategy and --diff are two questions; accepted: one of them")
+        if strategy:
+            table = _strategy_table(loaded, _strategy(loaded, strategy, params), name, seed, every)
+            table.title = f"{strategy}: {table.title}"
+        elif any(diff):
+            table = _diff_table(loaded, [_strategy(loaded, each, params) for each in diff], diff, name)
+        else:
+            table = _library(loaded)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _strategy(loaded: Params, name: str, params: Path) -> Strategy:
+    if name not in loaded.strategies:
+        near = get_close_matches(name, loaded.strategies, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"{params}: unknown strategy '{name}'{hint}; accepted: {', '.join(loaded.strategies)}")
+    return loaded.strategies[name]
+
+
+def _network(loaded: Params, name: str | None) -> DiT:
+    return model.build(
+        name or loaded.model.name,
+        latent_size=loaded.latent_size,
+        latent_channels=loaded.autoencoder.latent_channels,
+        num_classes=CLASSES_SHOWN,
+        learn_sigma=loaded.diffusion.learn_sigma,
+    )
+
+
+def _library(loaded: Params) -> Table:
+    table = Table("strategy", "what it does", "source", title="Strategies", title_justify="left", show_lines=True)
+    for name, strategy in loaded.strategies.items():
+        table.add_row(name, strategy.description, strategy.source)
+    table.columns[0].no_wrap = True
+    return table
+
+
+def _strategy_table(loaded: Params, strategy: Strategy, name: str | None, seed: int, every: bool) -> Table:
+    network = init.apply(_network(loaded, name), strategy, seed)
+    table = Table(title=strategy.description, caption=strategy.source, title_justify="left", caption_justify="left")
     table.add_column("role", no_wrap=True)
     for column in ("shape", "rule"):
         table.add_column(column)
     for column in ("mean", "std", "zero"):
         table.add_column(column, justify="right")
-    parameters = dict(network.named_parameters())
-    for role, rule in claims(chosen, network.depth).items():
-        values = parameters[role.parameter].detach()
-        values = values[role.rows(len(values))]
-        arguments = rule.model_dump(exclude={"role", "init"}, exclude_defaults=True)
-        shown = " ".join([rule.init, *(f"{key}={value}" for key, value in arguments.items())])
-        shape = " x ".join(map(str, values.shape))
-        zero = (values == 0).float().mean()
-        table.add_row(role.path, shape, shown, f"{values.mean():.4f}", f"{values.std(correction=0):.4f}", f"{zero:.0%}")
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    for row in tables.rows(network, strategy, every):
+        shape = " x ".join(map(str, row.shape))
+        table.add_row(row.role, shape, row.rule, f"{row.mean:.4f}", f"{row.std:.4f}", f"{row.zero:.0%}")
+    return table
+
+
+def _diff_table(loaded: Params, strategies: Sequence[Strategy], names: Sequence[str], name: str | None) -> Table:
+    with torch.device("meta"):
+        network = _network(loaded, name)
+    changes = tables.changes(network, *strategies)
+    changed = sum(change.parameters for change in changes)
+    total = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+    table = Table(title=f"{names[0]} -> {names[1]}: {changed:,} of {total:,} parameters are drawn differently")
+    table.title_justify = "left"
+    table.add_column("role", no_wrap=True)
+    for column in names:
+        table.add_column(column)
+    table.add_column("parameters", justify="right")
+    for change in changes:
+        table.add_row(change.role, change.before, change.after, f"{change.parameters:,}")
+    return table
 
 
 if __name__ == "__main__":

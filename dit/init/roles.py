@@ -1,20 +1,24 @@
 """Roles: what each weight of a DiT is for, and how a rule addresses it.
 
 A role is a dotted path, such as `block[3].modulation.attn.gate.weight`. A *selector* is a path with parts left out: it names
-every role that contains its segments in that order. `modulation` is all modulation, `modulation.gate` all gates,
-`block[0:6].mlp_out` that layer in the first six blocks, `bias` every bias, and `all` everything.
+every role that contains its segments in that order. `modulation` is all modulation, `modulation.gate` all gates, `qkv.value`
+all value projections, `block[0:6].mlp_out` that layer in the first six blocks, `bias` every bias, and `all` everything.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Literal
 
 from dit.errors import ConfigError
+from dit.model import DiT
 
-BLOCK_LAYERS = {"attn.qkv": "qkv", "attn.proj": "attn_out", "mlp.fc1": "mlp_in", "mlp.fc2": "mlp_out"}
+BLOCK_LAYERS = {"attn.proj": "attn_out", "mlp.fc1": "mlp_in", "mlp.fc2": "mlp_out"}
+QKV = ("query", "key", "value")
 BLOCK_MODULATION = tuple(f"{branch}.{part}" for branch in ("attn", "mlp") for part in ("shift", "scale", "gate"))
 FINAL_MODULATION = ("shift", "scale")
 
@@ -33,6 +37,42 @@ class Role:
         step = length // self.chunks
         return slice(self.chunk * step, (self.chunk + 1) * step)
 
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is a vector rather than a matrix."""
+        return self.path.endswith(".bias")
+
+    @property
+    def block(self) -> int | None:
+        """The index of its block; None outside the blocks."""
+        found = re.match(r"block\[(\d+)\]", self.path)
+        return int(found[1]) if found else None
+
+    @property
+    def per_head(self) -> Literal["rows", "columns"] | None:
+        """Whether each attention head has rows of its own (queries, keys, values) or columns of its own (the output)."""
+        if ".qkv." in self.path:
+            return "rows"
+        return "columns" if self.path.endswith(".attn_out.weight") else None
+
+
+@dataclass(frozen=True)
+class Site:
+    """A role in a network of some size: all that a rule may need to know."""
+
+    role: Role
+    shape: tuple[int, ...]
+    """Of the whole parameter, of which the role may be some rows."""
+    fan_in: int
+    """Inputs of its layer; a bias has those of its weight."""
+    depth: int
+    num_heads: int
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the parameter that play the role."""
+        return self.role.rows(self.shape[0])
+
 
 def roles(depth: int) -> list[Role]:
     """Every role of a DiT of `depth` blocks. Together they cover every trainable row exactly once."""
@@ -44,11 +84,22 @@ def roles(depth: int) -> list[Role]:
     ]
     for index in range(depth):
         block, module = f"block[{index}]", f"blocks.{index}"
+        found += _fused(f"{block}.qkv", f"{module}.attn.qkv", QKV)
         for layer, name in BLOCK_LAYERS.items():
             found += _linear(f"{block}.{name}", f"{module}.{layer}")
         found += _fused(f"{block}.modulation", f"{module}.adaLN_modulation.1", BLOCK_MODULATION)
     found += _fused("final.modulation", "final_layer.adaLN_modulation.1", FINAL_MODULATION)
     return [*found, *_linear("final.projection", "final_layer.linear")]
+
+
+def sites(model: DiT) -> list[Site]:
+    """Every role of `model` with its shape, in the order of `roles`."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = []
+    for role in roles(model.depth):
+        weight = shapes[f"{role.parameter.rpartition('.')[0]}.weight"]
+        found.append(Site(role, shapes[role.parameter], math.prod(weight[1:]), model.depth, model.num_heads))
+    return found
 
 
 def _linear(path: str, module: str) -> Iterator[Role]:
@@ -94,7 +145,7 @@ def _unknown(selector: str, candidates: list[Role]) -> str:
     words = re.findall(r"[a-z_]+", selector)
     near = [match for word in words if word not in segments for match in get_close_matches(word, segments, n=1)]
     hint = f" (did you mean {', '.join(near)}?)" if near else ""
-    depth = sum(role.path.endswith(".qkv.weight") for role in candidates)
+    depth = sum(role.path.endswith(".mlp_in.weight") for role in candidates)
     return (
         f"role '{selector}' names no weight of this model{hint}; accepted: 'all', or a dotted path of {', '.join(segments)}, "
         f"where block[i] and block[i:j] address blocks 0 to {depth - 1}"

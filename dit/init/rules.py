@@ -1,53 +1,71 @@
 """Rules: which weights (`role`), and how they are drawn (`init` and its arguments). A strategy is a list of them.
 
 Every initialiser sees a tensor as a matrix (out, in); a convolution is flattened to (out, in * height * width), as the
-published DiT does with its patch embedding. A fused matrix is drawn whole, so the fan of its parts is that of the whole.
+published DiT does with its patch embedding. A fused matrix is drawn whole, so the fan of its parts is that of the whole; what a
+rule then does to the rows of its role (`equal`, `scaled_by`) stays within them.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 from torch import Generator, Tensor, nn
 
+from dit.errors import ConfigError
+from dit.init import checkpoint
+from dit.init.roles import Role, Site
+
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+Pattern = Literal["zero", "equal_columns", "generic"]
+"""What is known of a role's weights before they are drawn.
+
+`zero`: every entry is zero. `equal_columns`: a matrix that is not zero and whose columns are all equal, such as a constant one,
+so that it passes the same gradient to each of its inputs. `generic`: neither; a bias is zero or generic.
+"""
 
 
 class BaseRule(BaseModel, ABC):
     """A role, or several, and how their weights are drawn."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    needs_matrix: ClassVar[bool] = False
 
     init: str
     role: str | tuple[str, ...]
-    equal: Literal["rows", "columns"] | None = None
-    """Repeat the first row or column, which makes the units of a layer equal (a symmetry, on purpose)."""
 
     @property
     def selectors(self) -> tuple[str, ...]:
         """The role selectors of this rule; see `dit.init.roles`."""
         return (self.role,) if isinstance(self.role, str) else self.role
 
-    def draw(self, shape: tuple[int, ...], generator: Generator) -> Tensor:
-        """A float32 CPU tensor of `shape`, drawn from `generator` alone."""
-        matrix = torch.empty(shape[0], math.prod(shape[1:])) if len(shape) > 1 else torch.empty(shape)
-        with torch.no_grad():
-            self.fill(matrix, generator)
-        if self.equal == "rows":
-            matrix = matrix[:1].expand_as(matrix)
-        elif self.equal == "columns":
-            matrix = matrix[:, :1].expand_as(matrix)
-        return matrix.reshape(shape)
+    def check(self, role: Role) -> None:
+        """Raise `ConfigError` where this rule cannot draw `role` in any network."""
 
     @abstractmethod
-    def fill(self, matrix: Tensor, generator: Generator) -> None:
+    def pattern(self, site: Site) -> Pattern:
+        """What this rule makes of a role, whatever the seed."""
+
+    def draw(self, site: Site, generator: Generator) -> Tensor:
+        """The whole parameter, of which `site` is some rows, as a float32 CPU matrix or vector drawn from `generator` alone."""
+        shape = site.shape if site.role.is_bias else (site.shape[0], math.prod(site.shape[1:]))
+        matrix = torch.empty(shape)
+        with torch.no_grad():
+            self.fill(matrix, site, generator)
+        return matrix
+
+    @abstractmethod
+    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
         """Fill a matrix (out, in), or a vector, in place."""
+
+    def part(self, matrix: Tensor, site: Site) -> Tensor:
+        """The rows of the role `site`, from what `draw` returned."""
+        return matrix[site.rows]
 
 
 class Zeros(BaseRule):
@@ -55,94 +73,248 @@ class Zeros(BaseRule):
 
     init: Literal["zeros"]
 
-    def fill(self, matrix: Tensor, generator: Generator) -> None:
+    def pattern(self, site: Site) -> Pattern:
+        return "zero"
+
+    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
         matrix.zero_()
 
 
-class Constant(BaseRule):
+class ModifiableRule(BaseRule, ABC):
+    """A rule whose weights can be made equal, on purpose, or smaller with depth."""
+
+    needs_matrix: ClassVar[bool] = False
+
+    equal: Literal["rows", "columns", "heads"] | None = None
+    """Repeat the first row, the first column, or the first attention head: a symmetry, on purpose."""
+    scaled_by: Literal["depth", "block_index"] | None = None
+    """`depth`: times 1 / sqrt(2 * depth); Radford et al. (2019), section 2.3, where a block has two residual layers.
+
+    `block_index`: times 1 / sqrt(2 * l) in block l = 1, 2, ...; Bao et al. (2022), "BEiT", section 2.5.
+    """
+
+    def scale(self, site: Site) -> float:
+        """The factor of `scaled_by`."""
+        if self.scaled_by == "depth":
+            return (2 * site.depth) ** -0.5
+        if self.scaled_by == "block_index" and site.role.block is not None:
+            return (2 * (site.role.block + 1)) ** -0.5
+        return 1.0
+
+    def check(self, role: Role) -> None:
+        if role.is_bias and (self.needs_matrix or self.equal == "columns"):
+            raise ConfigError(
+                f"'{role.path}' is a vector, which a rule with a fan or columns cannot draw; "
+                f"add a later rule for it, such as {{role: bias, init: zeros}}"
+            )
+        if self.equal == "heads" and role.per_head is None:
+            raise ConfigError(
+                f"'{role.path}' belongs to no attention head, as equal: heads needs; accepted: roles of qkv, or attn_out.weight"
+            )
+        if self.scaled_by == "block_index" and role.block is None:
+            raise ConfigError(
+                f"'{role.path}' lies outside the blocks and has no index, as scaled_by: block_index needs; "
+                f"accepted: roles of block, or scaled_by: depth"
+            )
+
+    def pattern(self, site: Site) -> Pattern:
+        if self.is_zero:
+            return "zero"
+        return "equal_columns" if self.equal == "columns" else "generic"
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether its one argument of size is zero, and so are all weights."""
+        return 0 in (getattr(self, size, None) for size in ("value", "std", "bound", "gain"))
+
+    def part(self, matrix: Tensor, site: Site) -> Tensor:
+        rows = super().part(matrix, site)
+        if self.equal == "rows":
+            rows = rows[:1].expand_as(rows)
+        elif self.equal == "columns":
+            rows = rows[:, :1].expand_as(rows)
+        elif self.equal == "heads" and site.role.per_head == "columns":
+            rows = rows[:, : rows.shape[1] // site.num_heads].repeat(1, site.num_heads)
+        elif self.equal == "heads":
+            rows = torch.cat([rows[: len(rows) // site.num_heads]] * site.num_heads)
+        return rows if self.scaled_by is None else rows * self.scale(site)
+
+
+class Constant(ModifiableRule):
     """All equal to `value`."""
 
     init: Literal["constant"]
     value: Finite
 
-    def fill(self, matrix: Tensor, generator: Generator) -> None:
+    def pattern(self, site: Site) -> Pattern:
+        return "equal_columns" if not (self.is_zero or site.role.is_bias) else super().pattern(site)
+
+    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
         matrix.fill_(self.value)
 
 
-class Normal(BaseRule):
+class Identity(ModifiableRule):
+    """`gain` on the diagonal and zero elsewhere; of a fused matrix, each part has a diagonal of its own."""
+
+    init: Literal["identity"]
+    needs_matrix: ClassVar[bool] = True
+    gain: NonNegative = 1.0
+
+    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
+        for part in matrix.chunk(site.role.chunks):
+            nn.init.eye_(part).mul_(self.gain)
+
+
+class Normal(ModifiableRule):
     """Normal with mean 0 and standard deviation `std`."""
 
     init: Literal["normal"]
     std: NonNegative
 
-    def fill(self, matrix: Tensor, generator: Generator) -> None:
+    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
         matrix.normal_(0.0, self.std, generator=generator)
 
 
-class TruncatedNormal(BaseRule):
+class TruncatedNormal(ModifiableRule):
     """Normal with mean 0 and standard deviation `std`, cut at two standard deviations."""
 
     init: Literal["truncated_normal"]
     std: PositiveFloat
 
-    def fill(self, matrix: Tensor, generator: Generator) -> None:
+    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
         nn.init.trunc_normal_(matrix, 0.0, self.std, -2 * self.std, 2 * self.std, generator=generator)
 
 
-class Uniform(BaseRule):
+class Uniform(ModifiableRule):
     """Uniform on [-bound, bound]."""
 
     init: Literal["uniform"]
     bound: NonNegative
 
-    def fill(self, matrix: Tensor, generator: Generator) -> None:
+    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
         matrix.uniform_(-self.bound, self.bound, generator=generator)
 
 
-class XavierUniform(BaseRule):
+class XavierUniform(ModifiableRule):
     """Uniform on +- gain * sqrt(6 / (fan_in + fan_out)); Glorot & Bengio (2010), eq. 16."""
 
     init: Literal["xavier_uniform"]
     needs_matrix: ClassVar[bool] = True
     gain: NonNegative = 1.0
 
-    def fill(self, matrix: Tensor, generator: Generator) -> None:
+    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
         nn.init.xavier_uniform_(matrix, self.gain, generator=generator)
 
 
-class XavierNormal(BaseRule):
+class XavierNormal(ModifiableRule):
     """Normal with variance gain^2 * 2 / (fan_in + fan_out); Glorot & Bengio (2010), eq. 12."""
 
     init: Literal["xavier_normal"]
     needs_matrix: ClassVar[bool] = True
     gain: NonNegative = 1.0
 
-    def fill(self, matrix: Tensor, generator: Generator) -> None:
+    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
         nn.init.xavier_normal_(matrix, self.gain, generator=generator)
 
 
-class KaimingNormal(BaseRule):
+class KaimingUniform(ModifiableRule):
+    """Uniform with variance 2 / fan_in, which is a bound of sqrt(6 / fan_in); He et al. (2015), eq. 10."""
+
+    init: Literal["kaiming_uniform"]
+    needs_matrix: ClassVar[bool] = True
+
+    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
+        nn.init.kaiming_uniform_(matrix, nonlinearity="relu", generator=generator)
+
+
+class KaimingNormal(ModifiableRule):
     """Normal with variance 2 / fan_in; He et al. (2015), eq. 10."""
 
     init: Literal["kaiming_normal"]
     needs_matrix: ClassVar[bool] = True
 
-    def fill(self, matrix: Tensor, generator: Generator) -> None:
+    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
         nn.init.kaiming_normal_(matrix, nonlinearity="relu", generator=generator)
 
 
-class Orthogonal(BaseRule):
+class FanInUniform(ModifiableRule):
+    """Uniform on +- gain / sqrt(fan_in); a bias has the fan of its weight.
+
+    With gain 1 the default of `torch.nn.Linear` and `Conv2d`, weights and biases: `reset_parameters` in torch/nn/modules.
+    """
+
+    init: Literal["fan_in_uniform"]
+    gain: NonNegative = 1.0
+
+    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
+        bound = self.gain * site.fan_in**-0.5
+        matrix.uniform_(-bound, bound, generator=generator)
+
+
+class FanInNormal(ModifiableRule):
+    """Normal with standard deviation gain / sqrt(fan_in), that of its weight for a bias; LeCun et al. (1998), section 4.6."""
+
+    init: Literal["fan_in_normal"]
+    gain: NonNegative = 1.0
+
+    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
+        matrix.normal_(0.0, self.gain * site.fan_in**-0.5, generator=generator)
+
+
+class Orthogonal(ModifiableRule):
     """Rows or columns orthonormal, times `gain`; Saxe et al. (2014)."""
 
     init: Literal["orthogonal"]
     needs_matrix: ClassVar[bool] = True
     gain: NonNegative = 1.0
 
-    def fill(self, matrix: Tensor, generator: Generator) -> None:
+    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
         nn.init.orthogonal_(matrix, self.gain, generator=generator)
 
 
+class FromCheckpoint(BaseRule):
+    """The values of a checkpoint in the names and shapes of facebookresearch/DiT; see `dit.init.checkpoint`.
+
+    `sha256` is that of the file, so that the parameters alone say which weights these are. `prefix` stands before each name in
+    the file, such as `module.`.
+    """
+
+    init: Literal["from_checkpoint"]
+    path: Path
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    prefix: str = ""
+
+    def check(self, role: Role) -> None:
+        checkpoint.verify(self.path, self.sha256)
+
+    def pattern(self, site: Site) -> Pattern:
+        weights = self._values(site)[site.rows]
+        if not weights.any():
+            return "zero"
+        return "equal_columns" if not site.role.is_bias and bool((weights == weights[:, :1]).all()) else "generic"
+
+    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
+        matrix.copy_(self._values(site))
+
+    def _values(self, site: Site) -> Tensor:
+        values = checkpoint.tensor(self.path, self.sha256, self.prefix + site.role.parameter, site.shape)
+        return values if site.role.is_bias else values.flatten(1)
+
+
 Rule = Annotated[
-    Zeros | Constant | Normal | TruncatedNormal | Uniform | XavierUniform | XavierNormal | KaimingNormal | Orthogonal,
+    Zeros
+    | Constant
+    | Identity
+    | Normal
+    | TruncatedNormal
+    | Uniform
+    | XavierUniform
+    | XavierNormal
+    | KaimingUniform
+    | KaimingNormal
+    | FanInUniform
+    | FanInNormal
+    | Orthogonal
+    | FromCheckpoint,
     Field(discriminator="init"),
 ]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
 
 from dit.errors import ConfigError, explain
-from dit.init.roles import Role, roles, select
-from dit.init.rules import BaseRule, Rule
+from dit.init import checkpoint
+from dit.init.roles import Role, roles, select, sites
+from dit.init.rules import BaseRule, Pattern, Rule
 from dit.model import DiT
 from dit.seeding import generator
 
@@ -20,7 +23,8 @@ from dit.seeding import generator
 class Strategy(BaseModel):
     """A named initialisation of the whole network. Later rules override earlier ones.
 
-    `description` and `source` are for readers; only `rules` decide a weight.
+    `rules` may hold lists of rules, such as those of another strategy by a YAML alias; they are joined into one, and messages
+    count the rules of that one. `description` and `source` are for readers; only `rules` decide a weight.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,12 +33,25 @@ class Strategy(BaseModel):
     description: str = ""
     source: str = ""
 
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _join(cls, rules: Any) -> Any:
+        return tuple(_flattened(rules)) if isinstance(rules, (list, tuple)) else rules
+
+
+def _flattened(rules: list | tuple) -> Iterator[Any]:
+    for entry in rules:
+        if isinstance(entry, (list, tuple)):
+            yield from _flattened(entry)
+        else:
+            yield entry
+
 
 def claims(strategy: Strategy, depth: int) -> dict[Role, BaseRule]:
     """Which rule sets each role of a DiT of `depth` blocks.
 
-    Raises `ConfigError`, naming the rule, where a selector names nothing, a role is left unclaimed, or a rule that needs a fan
-    claims a bias.
+    Raises `ConfigError`, naming the rule, where a selector names nothing, no rule claims a role, or one claims a role that it
+    cannot draw.
     """
     every_role = roles(depth)
     claimed: dict[Role, BaseRule] = {}
@@ -49,12 +66,10 @@ def claims(strategy: Strategy, depth: int) -> dict[Role, BaseRule]:
     if unclaimed:
         raise ConfigError(f"no rule claims {_listed(unclaimed)}; a first rule with role 'all' claims everything")
     for role, rule in claimed.items():
-        if role.path.endswith(".bias") and (rule.needs_matrix or rule.equal == "columns"):
-            index = strategy.rules.index(rule)
-            raise ConfigError(
-                f"rules[{index}]: '{role.path}' is a vector, which a rule with a fan or columns cannot draw; "
-                f"add a later rule for it, such as {{role: bias, init: zeros}}"
-            )
+        try:
+            rule.check(role)
+        except ConfigError as error:
+            raise ConfigError(f"rules[{strategy.rules.index(rule)}]: {error}") from None
     return {role: claimed[role] for role in every_role}
 
 
@@ -68,15 +83,30 @@ def apply(model: DiT, strategy: str | Mapping | Strategy, seed: int) -> DiT:
     Each tensor draws from a generator of its own, derived from (seed, tensor name): a change of one rule leaves every other
     tensor, and the other rows of a fused one, bit-identical. Raises `ConfigError` for an unknown name or a wrong rule.
     """
-    strategy = resolve(strategy)
+    claimed = claims(resolve(strategy), model.depth)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for role, rule in claims(strategy, model.depth).items():
-            parameter = parameters[role.parameter]
-            rows = role.rows(parameter.shape[0])
-            drawn = rule.draw(tuple(parameter.shape), generator(seed, role.parameter))
-            parameter[rows] = drawn[rows].to(parameter)
+        for name, parts in groupby(sites(model), key=lambda site: site.role.parameter):
+            drawn: dict[BaseRule, torch.Tensor] = {}
+            for site in parts:
+                rule = claimed[site.role]
+                if rule not in drawn:
+                    drawn[rule] = rule.draw(site, generator(seed, name))
+                rows = parameters[name][site.rows]
+                rows.copy_(rule.part(drawn[rule], site).reshape(rows.shape))
+    checkpoint.forget()
     return model
+
+
+def patterns(strategy: str | Mapping | Strategy, model: DiT) -> dict[str, Pattern]:
+    """What `strategy` makes of each role of `model`, by role path, whatever the seed: from the rules, not from weights.
+
+    Only for `from_checkpoint` the values of the file decide.
+    """
+    claimed = claims(resolve(strategy), model.depth)
+    found = {site.role.path: claimed[site.role].pattern(site) for site in sites(model)}
+    checkpoint.forget()
+    return found
 
 
 def resolve(strategy: str | Mapping | Strategy) -> Strategy:
