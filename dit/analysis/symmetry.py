@@ -1,0 +1,105 @@
+"""Symmetry: which units of a layer are the same, and why: the two factors of a layer's gradient.
+
+A linear layer y = W h, applied to N inputs, has dL/dW = delta^T h with delta = dL/dy (N, out) and h (N, in). Row j of the
+gradient is sum_n delta[n, j] h[n]: two rows receive the same gradient where their columns of delta are the same, whatever the
+weights are.
+
+- The units of an *output* layer each have their own target, so their columns of delta differ. A head that starts at zero has
+  equal rows, and distinct gradients: its rows are distinct after one step. Zero weights are no symmetry there.
+- The units of a *hidden* layer have delta = (delta_out W_out) * activation'(y). Units that start equal, rows of W and columns
+  of W_out, have equal columns of delta, receive equal gradients, and stay equal for ever.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dit.model import MLP, Attention
+from dit.seeding import generator
+
+UNIT_TOLERANCE = 1e-3
+"""Two units count as one where their weights differ by less than this fraction of the typical unit's norm."""
+
+SKETCH_SIZE = 16
+"""More units, of more weights, than this are compared in so many random projections; Johnson & Lindenstrauss (1984)."""
+
+
+def distinct_units(units: Tensor) -> int | None:
+    """Number of different rows of `units` (H, K), up to `UNIT_TOLERANCE`. None where a weight is not finite.
+
+    Rows: `mlp_units`, `attention_heads` or `output_units` of a layer.
+    """
+    count = count_distinct(units).item()
+    return int(count) if math.isfinite(count) else None
+
+
+def count_distinct(units: Tensor) -> Tensor:
+    """As `distinct_units`, as a float32 scalar tensor that stays on the device; NaN where a weight is not finite.
+
+    Projections keep equal units equal, and the distance of others to about a fifth (a standard deviation of 1 / sqrt(2 *
+    SKETCH_SIZE) of it), far finer than what separates units that differ; comparing all weights of all pairs costs too much.
+    """
+    units = units.detach().float()
+    if min(units.shape) > SKETCH_SIZE:
+        width = units.shape[1]
+        draws = generator("symmetry", width, device=units.device)
+        units = units @ torch.randn(width, SKETCH_SIZE, generator=draws, device=units.device)
+    distances = torch.cdist(units, units, compute_mode="donot_use_mm_for_euclid_dist")
+    close = distances <= UNIT_TOLERANCE * units.norm(dim=1).median()
+    repeats = close.tril(-1).any(1)
+    return torch.where(units.isfinite().all(), (~repeats).sum().float(), torch.nan)
+
+
+def mlp_units(mlp: MLP) -> Tensor:
+    """The hidden units of an MLP (H, 2D + 1): incoming weights, bias and outgoing weights of each."""
+    return torch.cat([mlp.fc1.weight, mlp.fc1.bias[:, None], mlp.fc2.weight.T], dim=1)
+
+
+def attention_heads(attention: Attention) -> Tensor:
+    """The heads of an attention layer (heads, K): all weights of each, with its columns of the output projection.
+
+    A key's bias is left out: it shifts all logits of a query alike, which softmax does not see. Its gradient is rounding, which
+    AdamW enlarges to steps of full size, so that heads which do the same would not look it.
+    """
+    heads = attention.num_heads
+    rows = attention.qkv.weight.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(1)  # (heads, 3 * D / heads * D)
+    query, _, value = attention.qkv.bias.unflatten(0, (3, heads, -1))  # each (heads, D / heads)
+    columns = attention.proj.weight.T.unflatten(0, (heads, -1)).flatten(1)  # (heads, D / heads * D)
+    return torch.cat([rows, query, value, columns], dim=1)
+
+
+def output_units(linear: nn.Linear) -> Tensor:
+    """The units of an output layer (out, in + 1): its rows, each with its bias."""
+    return torch.cat([linear.weight, linear.bias[:, None]], dim=1)
+
+
+def factors(linear: nn.Linear, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """Both factors of dL/dW of `linear`, for the scalar loss that `run` computes with it: h (N, in) and delta (N, out).
+
+    delta.T @ h is dL/dW, and delta.sum(0) is dL/db. N counts every input that the layer sees, over samples and tokens.
+    No `.grad` changes. Raises `ValueError` where `run` does not use the layer.
+    """
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def capture(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        inputs.append(arguments[0].detach())
+        outputs.append(output)
+
+    hook = linear.register_forward_hook(capture)
+    try:
+        loss = run()
+    finally:
+        hook.remove()
+    if not outputs:
+        raise ValueError("the layer took no part in the loss that `run` computed")
+    deltas = torch.autograd.grad(loss, outputs, materialize_grads=True)
+    return _stack(inputs), _stack(deltas)
+
+
+def _stack(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors])
