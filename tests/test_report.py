@@ -27,6 +27,7 @@ from dit.config import Params, parse
 from dit.data.store import StoreWriter
 from dit.errors import DataError
 from dit.init.roles import roles
+from pipelines.report.figures import distinct_units
 from pipelines.report.runs import read_run, read_study
 from pipelines.stages.compare import compare
 
@@ -164,7 +165,8 @@ class Curve:
             for role in roles(depth=4):
                 delay = 0 if "final.projection" in role.path else 1 if "gate" in role.path or "final" in role.path else 2
                 asleep = step < max(0, delay - (self.strategy == "head_xavier"))
-                units = (1 if self.strategy == "symmetric" else 512) if role.path.endswith("mlp_in.weight") else None
+                hidden = 1 if self.strategy == "symmetric" else 512
+                units = {"mlp_in.weight": hidden, "attn_out.weight": 4, "final.projection.weight": 32}
                 yield {
                     "step": step,
                     "role": role.path,
@@ -172,7 +174,7 @@ class Curve:
                     "weight_rms": 0.02,
                     "update_ratio": None,
                     "zero_gradient_fraction": 1.0 if asleep else 0.0,
-                    "distinct_units": units,
+                    "distinct_units": next((count for name, count in units.items() if role.path.endswith(name)), None),
                 }
 
 
@@ -295,6 +297,11 @@ def test_a_verdict_that_rests_on_the_averaging_alone_is_pointed_out(workspace: W
     assert found["strategies"]["adaln"]["difference"][f"validation_mse_step_{STEPS}"]["verdict"] == "not distinguishable"
     (warning,) = [text for text in found["headline"] if text.startswith("The EMA lags")]
     assert "adaln is worse by the averaged weights, not distinguishable by the trained ones" in warning
+
+
+def test_the_figure_of_hidden_units_leaves_attention_heads_and_rows_of_the_head_out(workspace: Workspace) -> None:
+    study = read_study(workspace(["adaln_zero", "symmetric"], [0]))
+    assert {name: set(distinct_units(runs[0])) for name, runs in study.runs.items()} == {"adaln_zero": {512}, "symmetric": {1}}
 
 
 def test_the_same_runs_give_the_same_bytes(workspace: Workspace) -> None:

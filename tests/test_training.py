@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit import init, model
-from dit.analysis.diagnostics import distinct_units
 from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
@@ -146,9 +145,3 @@ def test_hidden_units_that_start_equal_stay_equal_and_others_stay_distinct(train
         assert run.model.blocks[0].mlp.fc1.weight.grad.any()
         units = {row["distinct_units"] for row in run.records.diagnostics if row["role"] == "block[0].mlp_in.weight"}
         assert units == {expected}
-
-
-def test_distinct_units_counts_planted_duplicates() -> None:
-    incoming, bias, outgoing = torch.randn(10, 6), torch.randn(10), torch.randn(6, 10)
-    incoming[7], bias[7], outgoing[:, 7] = incoming[2], bias[2], outgoing[:, 2]
-    assert distinct_units(incoming, bias, outgoing) == 9

@@ -1,23 +1,34 @@
-"""What each role of the network does at one optimiser step: its gradient, its weights, its update, and its distinct units."""
+"""What each role of the network does at one optimiser step, and how noisy the step's gradient is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dit.init.roles import roles
-from dit.model import DiT
+from dit.analysis.symmetry import attention_heads, count_distinct, mlp_units, output_units
+from dit.init.roles import Role, roles
+from dit.model import DiT, DiTBlock
 
-UNIT_TOLERANCE = 1e-3
-"""Two hidden units count as one where their weights differ by less than this fraction of the typical unit's norm."""
+HEAD = "final.projection.weight"
+GATE = ".gate.weight"
 
 
 @dataclass(frozen=True)
 class RoleState:
-    """One role at one step. Root mean squares are over the role's entries; `distinct_units` is for the MLPs' first layer."""
+    """One role at one step. Root mean squares are over the role's entries; what does not apply to a role is None.
+
+    - `update_ratio`: RMS of the update over that of the weights, None where all weights are zero.
+    - `distinct_units`: of the hidden units on `block[i].mlp_in.weight`, of the heads on `block[i].attn_out.weight`, of the
+      head's rows on `final.projection.weight`; None where a weight is not finite.
+    - `effective_rank`: of the weights of the head and of each gate; None where they are all zero or not finite.
+    - `gate_rms`: of the gate itself, over the batch and its features, on `block[i].modulation.attn|mlp.gate.weight`.
+    """
 
     role: str
     gradient_rms: float
@@ -25,49 +36,128 @@ class RoleState:
     update_ratio: float | None
     zero_gradient_fraction: float
     distinct_units: int | None
+    effective_rank: float | None
+    gate_rms: float | None
 
 
-def diagnose(model: DiT, update: Callable[[], None]) -> list[RoleState]:
+@torch.no_grad()
+def diagnose(model: DiT, update: Callable[[], None], timesteps: Tensor, labels: Tensor) -> list[RoleState]:
     """Describe every role at this step, from the gradients that `model` holds, and call `update` to see what it changes.
 
-    `update_ratio` is the RMS of the update over that of the weights, None where all weights are zero.
+    `timesteps` (B,) and `labels` (B,) are those of the step's batch. The host waits for the device once, at the end.
     """
-    parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    before = {name: weight.detach().clone() for name, weight in parameters.items()}
-    gradients = {name: weight.grad.detach().clone() for name, weight in parameters.items() if weight.grad is not None}
+    found = roles(model.depth)
+    parameters = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    held = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    weights, gradients = _by_role(found, parameters), _by_role(found, held)
+    measured = [torch._foreach_norm(gradients), torch._foreach_norm(gradients, 0), torch._foreach_norm(weights)]
+    by_path = {role.path: weight for role, weight in zip(found, weights, strict=True)}
+    special = [_distinct(model), _effective_ranks(by_path), _gates(model, by_path, timesteps, labels)]
+    changes = {name: weight.clone() for name, weight in parameters.items()}
     update()
-    names, values = [], []
-    for role in roles(model.depth):
-        rows = role.rows(len(before[role.parameter]))
-        weight, gradient = before[role.parameter][rows], gradients[role.parameter][rows]
-        change = parameters[role.parameter].detach()[rows] - weight
-        zeros = (gradient == 0).float().mean()
-        names.append(role.path)
-        values.append(torch.stack([_rms(gradient), _rms(weight), _rms(change), zeros]))
-    units = {f"block[{index}].mlp_in.weight": distinct_units(*_mlp(before, index)) for index in range(model.depth)}
-    return [
-        RoleState(name, gradient, weight, change / weight if weight else None, zeros, units.get(name))
-        for name, (gradient, weight, change, zeros) in zip(names, torch.stack(values).tolist(), strict=True)
-    ]
+    torch._foreach_sub_(list(changes.values()), list(parameters.values()))
+    measured.append(torch._foreach_norm(_by_role(found, changes)))
+    scalars = [value.float() for values in (*measured, *(values.values() for values in special)) for value in values]
+    read = iter(torch.stack(scalars).tolist())
+    columns = [[next(read) for _ in found] for _ in measured]
+    units, ranks, gates = ({path: next(read) for path in values} for values in special)
+    states = []
+    for role, size, *norms in zip(found, (weight.numel() for weight in weights), *columns, strict=True):
+        gradient, nonzero, weight, change = norms
+        states.append(
+            RoleState(
+                role=role.path,
+                gradient_rms=gradient / math.sqrt(size),
+                weight_rms=weight / math.sqrt(size),
+                update_ratio=change / weight if weight else None,
+                zero_gradient_fraction=1 - nonzero / size,
+                distinct_units=None if (count := _finite(units.get(role.path))) is None else int(count),
+                effective_rank=_finite(ranks.get(role.path)),
+                gate_rms=gates.get(role.path),
+            )
+        )
+    return states
 
 
-def _rms(x: Tensor) -> Tensor:
-    return x.float().square().mean().sqrt()
+def _by_role(found: list[Role], tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    return [tensors[role.parameter][role.rows(len(tensors[role.parameter]))] for role in found]
 
 
-def _mlp(parameters: dict[str, Tensor], index: int) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(parameters[f"blocks.{index}.mlp.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight"))  # type: ignore[return-value]
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
-def distinct_units(incoming: Tensor, bias: Tensor, outgoing: Tensor) -> int | None:
-    """Number of different hidden units of a layer: rows of `incoming` (H, D) and `bias` (H,) with columns of `outgoing` (D, H).
+def _distinct(model: DiT) -> dict[str, Tensor]:
+    counts = {HEAD: count_distinct(output_units(model.final_layer.linear))}
+    for index, module in enumerate(model.blocks):
+        block = cast(DiTBlock, module)
+        counts[f"block[{index}].mlp_in.weight"] = count_distinct(mlp_units(block.mlp))
+        counts[f"block[{index}].attn_out.weight"] = count_distinct(attention_heads(block.attn))
+    return counts
 
-    Units that are equal receive equal gradients and stay equal: this number then stays 1. None where a weight is not finite.
+
+def _effective_ranks(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {path: effective_rank(weight) for path, weight in weights.items() if path == HEAD or path.endswith(GATE)}
+
+
+def effective_rank(weight: Tensor) -> Tensor:
+    """(tr A)^2 / tr(A^2) of A = W W^T, for a matrix W: a scalar from 1 to its rank, NaN where all its entries are zero.
+
+    The participation ratio of the eigenvalues of A, the squared singular values of W: the effective rank R_0 of Bartlett et al.
+    (2020), "Benign overfitting in linear regression". It needs no decomposition: with W scaled to tr A = 1 it is 1 / |A|^2.
     """
-    units = torch.cat([incoming, bias[:, None], outgoing.T], dim=1).float()  # (H, 2D + 1)
-    if not units.isfinite().all():
-        return None
-    distances = torch.cdist(units, units, compute_mode="donot_use_mm_for_euclid_dist")
-    close = distances <= UNIT_TOLERANCE * units.norm(dim=1).median()
-    repeats = close.tril(-1).any(1)
-    return int((~repeats).sum())
+    scaled = weight.float() / weight.float().norm()
+    return 1 / (scaled @ scaled.T).square().sum()
+
+
+def _gates(model: DiT, weights: Mapping[str, Tensor], timesteps: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """RMS of every gate (B, D) of a batch: alpha of Peebles & Xie (2023), figure 3."""
+    conditioning = F.silu(model.t_embedder(timesteps) + model.y_embedder(labels))  # (B, D)
+    found = {}
+    for path, weight in weights.items():
+        if path.endswith(GATE):
+            gate = F.linear(conditioning, weight, weights[path.removesuffix("weight") + "bias"])
+            found[path] = gate.float().norm() / math.sqrt(gate.numel())
+    return found
+
+
+@dataclass(frozen=True)
+class GradientNoise:
+    """How noisy the gradient of one step is; McCandlish et al. (2018), "An empirical model of large-batch training".
+
+    `squared_norm` and `covariance_trace` are unbiased estimates, which may be negative, of |G|^2 and tr(Sigma): G is the
+    expected gradient and Sigma the covariance of that of one sample. `batch_norm` and `part_norm` are the norms of the gradient
+    over the whole batch and over a part of it, from which they come.
+    """
+
+    squared_norm: float
+    covariance_trace: float
+    batch_norm: float
+    part_norm: float
+
+
+def gradient_noise(batch_norm: float, part_norm: float, batch_size: int, part_size: int) -> GradientNoise:
+    """Both estimates from the gradient's norm over `batch_size` samples and over `part_size`, fewer, of them.
+
+    A mean over B samples has E|g|^2 = |G|^2 + tr(Sigma) / B, which two sizes solve; appendix A.1 of the paper. The part may
+    belong to the batch, as expectations add up all the same.
+    """
+    whole, part = batch_norm * batch_norm, part_norm * part_norm
+    return GradientNoise(
+        squared_norm=(batch_size * whole - part_size * part) / (batch_size - part_size),
+        covariance_trace=(part - whole) / (1 / part_size - 1 / batch_size),
+        batch_norm=batch_norm,
+        part_norm=part_norm,
+    )
+
+
+def noise_scale(noise: Iterable[GradientNoise]) -> float | None:
+    """The simple noise scale tr(Sigma) / |G|^2, in samples, over several steps: about the largest batch that still pays.
+
+    A ratio of averages, as each step's own ratio is biased; appendix A.1 of the paper. Steps that are not finite are left out.
+    None where the averages do not determine it, as too few steps leave an estimate of |G|^2 or of tr(Sigma) below zero.
+    """
+    finite = [one for one in noise if math.isfinite(one.squared_norm) and math.isfinite(one.covariance_trace)]
+    squared_norm = math.fsum(one.squared_norm for one in finite)
+    covariance_trace = math.fsum(one.covariance_trace for one in finite)
+    return covariance_trace / squared_norm if squared_norm > 0 and covariance_trace >= 0 else None

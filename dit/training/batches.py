@@ -26,6 +26,10 @@ class Batch:
     timesteps: Tensor
     labels: Tensor
 
+    def first(self, count: int) -> Batch:
+        """Its first `count` samples."""
+        return Batch(*(tensor[:count] for tensor in (self.x0, self.eps, self.timesteps, self.labels)))
+
 
 class Batches:
     """`batches(step)` is the batch of that optimiser step."""

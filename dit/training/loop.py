@@ -6,29 +6,33 @@ import csv
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit.analysis.diagnostics import diagnose
+from dit.analysis.diagnostics import diagnose, gradient_noise
 from dit.config import Train
 from dit.data.latents import LatentStore
 from dit.devices import autocast, resolve_precision
-from dit.diffusion import Diffusion
+from dit.diffusion import Diffusion, Loss
 from dit.model import DiT
 from dit.progress import progress
 from dit.training import checkpoint
-from dit.training.batches import Batches
+from dit.training.batches import Batch, Batches
 from dit.training.optimiser import Optimiser
 from dit.training.validation import Validation
 
 EARLY_DIAGNOSES = 5
 """The first optimiser steps, at which roles wake up, are all diagnosed."""
 
+NOISE_PART = 4
+"""A diagnosed step compares its gradient with that of the first of so many parts of its batch, to tell how noisy it is."""
+
 Row = dict[str, Any]
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,10 @@ class Records:
     metrics: list[Row] = field(default_factory=list)
     validation: list[Row] = field(default_factory=list)
     diagnostics: list[Row] = field(default_factory=list)
+    gradient_noise: list[Row] = field(default_factory=list)
 
     def write(self, directory: Path) -> None:
-        """Write `metrics.csv`, `validation.csv` and `diagnostics.csv`."""
+        """Write `metrics.csv`, `validation.csv`, `diagnostics.csv` and `gradient_noise.csv`."""
         for name, rows in vars(self).items():
             with (directory / f"{name}.csv").open("w", newline="") as file:
                 writer = csv.DictWriter(file, rows[0] if rows else (), lineterminator="\n")
@@ -81,7 +86,7 @@ class Trainer:
         self.scratch = scratch
         self.precision = resolve_precision(params.precision, diffusion.device)
         compiled = diffusion.device.type == "cuda" if params.compile == "auto" else params.compile
-        self.forward: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compile(model) if compiled else model
+        self.forward: Forward = torch.compile(model) if compiled else model
         self.batches = Batches(store, diffusion, batch_size=params.batch_size, label_dropout=label_dropout, seed=seed)
         self.validation = Validation(store, diffusion, params.validation)
         self.optimiser = Optimiser(self.model, params, self.precision)
@@ -121,20 +126,45 @@ class Trainer:
 
     def _train(self, step: int) -> None:
         batch = self.batches(step)
-        x_t = self.diffusion.add_noise(batch.x0, batch.eps, batch.timesteps)
-        with autocast(self.diffusion.device, self.precision):
-            output = self.forward(x_t, batch.timesteps, batch.labels)
-        loss = self.diffusion.loss(output, batch.x0, batch.eps, batch.timesteps, x_t)
+        loss = self._loss(self.forward, batch)
         total = loss.total.mean()
         self.optimiser.backward(total)
         logged = step % self.params.log_every == 0
         gradient_norm = self.optimiser.gradient_norm() if logged else torch.zeros_like(total)
         self._pending.append(torch.stack([total.detach(), loss.mse.mean().detach(), gradient_norm]))
-        if step < EARLY_DIAGNOSES or step % self.params.diagnose_every == 0:
-            states = diagnose(self.model, lambda: self.optimiser.step(step))
-            self.records.diagnostics += [{"step": step, **asdict(state)} for state in states]
+        if self._diagnosis_due(step):
+            self._diagnosed_update(step, batch)
         else:
             self.optimiser.step(step)
+
+    def _loss(self, forward: Forward, batch: Batch) -> Loss:
+        x_t = self.diffusion.add_noise(batch.x0, batch.eps, batch.timesteps)
+        with autocast(self.diffusion.device, self.precision):
+            output = forward(x_t, batch.timesteps, batch.labels)
+        return self.diffusion.loss(output, batch.x0, batch.eps, batch.timesteps, x_t)
+
+    def _diagnosis_due(self, step: int) -> bool:
+        return step < EARLY_DIAGNOSES or step % self.params.diagnose_every == 0
+
+    def _diagnosed_update(self, step: int, batch: Batch) -> None:
+        """Take the step, and record what it does. Changes nothing that the run depends on."""
+        whole = self.params.batch_size
+        part = max(1, whole // NOISE_PART)
+        norms = self._gradient_norms(batch.first(part)) if part < whole else None
+        states = diagnose(self.model, lambda: self.optimiser.step(step), batch.timesteps, batch.labels)
+        self.records.diagnostics += [{"step": step, **vars(state)} for state in states]
+        if norms is not None:
+            whole_norm, part_norm = norms.tolist()
+            noise = gradient_noise(whole_norm, part_norm, whole, part)
+            self.records.gradient_noise.append({"step": step, **vars(noise)})
+
+    def _gradient_norms(self, part: Batch) -> Tensor:
+        """Norms (2,) of the gradient that the weights hold, and of that of a part of its batch.
+
+        The second is the work of the network that is not compiled: a compiled one would be compiled again for this size.
+        """
+        loss = self._loss(self.model, part).total.mean()
+        return torch.stack([self.optimiser.gradient_norm(), self.optimiser.gradient_norm_of(loss)])
 
     def _reading_due(self, step: int) -> bool:
         """Losses stay on the device between these steps, so that it never waits for the host."""

@@ -53,6 +53,11 @@ class Optimiser:
         """Euclidean norm of all gradients, as a scalar tensor on the device."""
         return nn.utils.get_total_norm([weight.grad for weight in self.weights if weight.grad is not None])
 
+    def gradient_norm_of(self, loss: Tensor) -> Tensor:
+        """The norm that `gradient_norm` would have after `backward(loss)`, without a change of any gradient."""
+        gradients = torch.autograd.grad(self.scaler.scale(loss), self.weights)
+        return nn.utils.get_total_norm(gradients) / self.scaler.scale(torch.ones_like(loss))
+
     def state_dict(self) -> dict[str, Any]:
         """All state, for a checkpoint."""
         return {"adamw": self.adamw.state_dict(), "scaler": self.scaler.state_dict(), "ema": self.ema}

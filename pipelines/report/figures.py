@@ -299,7 +299,8 @@ def units(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Fig
 
 def distinct_units(run: Run) -> pd.Series:
     """Mean number of distinct hidden units over blocks, by step."""
-    return run.diagnostics.dropna(subset=["distinct_units"]).groupby("step")["distinct_units"].mean()
+    hidden = run.diagnostics[run.diagnostics["role"].str.endswith(".mlp_in.weight")]
+    return hidden.dropna(subset=["distinct_units"]).groupby("step")["distinct_units"].mean()
 
 
 def _curves(
