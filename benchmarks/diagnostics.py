@@ -1,0 +1,166 @@
+"""The share of training time that diagnostics cost: `python benchmarks/diagnostics.py [--model DiT-S/2] [--json]`.
+
+Trains on random latents, through the study's own training loop. Windows of steps that hold one diagnosed step alternate with
+windows that hold none, so that both see the same machine; the difference of their medians is what one diagnosis costs.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dit import config, init, model
+from dit.data.latents import LatentStore
+from dit.data.store import StoreWriter
+from dit.devices import make_deterministic, resolve_device
+from dit.diffusion import Diffusion
+from dit.training.loop import EARLY_DIAGNOSES, Trainer
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED_LATENT_SIZE = 32
+"""Of an image of 256 pixels under a published autoencoder."""
+CLASSES = 10
+
+
+def main(
+    name: Annotated[str | None, typer.Option("--model", help="A network such as DiT-S/2. [default: the study's]")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="[default: the study's]")] = None,
+    latent_size: Annotated[int | None, typer.Option(min=1, help="[default: the study's; 32 for another network]")] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Steps in a window. [default: 1 on a CPU, else 10]")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Windows of each kind.")] = 15,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure what diagnostics cost."""
+    params = config.load(ROOT / "params.yaml")
+    own = name in (None, params.model.name)
+    where = resolve_device(device)
+    window = window or (1 if where.type == "cpu" else 10)  # a GPU works on while the host runs ahead
+    make_deterministic(params.train.threads, params.train.deterministic)
+    with tempfile.TemporaryDirectory() as scratch:
+        store = random_latents(Path(scratch), latent_size or (params.latent_size if own else PUBLISHED_LATENT_SIZE))
+        run = trainer(params, name or params.model.name, batch_size or params.train.batch_size, where, window, store)
+        plain, diagnosed = windows(run, window, repeats)
+    found = costs(params.train, plain, diagnosed, window)
+    about = {
+        "model": name or params.model.name,
+        "tokens": (store.latent_size // run.model.patch_size) ** 2,
+        "batch_size": run.params.batch_size,
+        "precision": str(run.precision).removeprefix("torch."),
+        "compiled": run.forward is not run.model,
+        "device": torch.cuda.get_device_name() if where.type == "cuda" else f"{where.type} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "window": window,
+        "repeats": repeats,
+    }
+    if as_json:
+        print(json.dumps({**about, **found}, indent=2))
+    else:
+        Console().print(table({**about, **found}))
+
+
+def random_latents(directory: Path, size: int) -> LatentStore:
+    """A store of normal latents (4, size, size), large enough for batches and validation to be drawn from."""
+    item = (np.float32, (1, 4, size, size))
+    kinds = {"mean": item, "std": item, "labels": (np.int64, ())}
+    splits = {"train": 256, "validation": 8}
+    writer = StoreWriter(directory / "latents", **{f"{split}_{kind}": spec for split in splits for kind, spec in kinds.items()})
+    draws = np.random.default_rng(0)
+    for split, count in splits.items():
+        mean = draws.standard_normal((count, *item[1]), dtype=np.float32)
+        writer.append(f"{split}_mean", mean)
+        writer.append(f"{split}_std", np.full_like(mean, 0.1))
+        writer.append(f"{split}_labels", np.arange(count) % CLASSES)
+    unit = {"shift": [0.0] * 4, "scale": [1.0] * 4}
+    names = [str(label) for label in range(CLASSES)]
+    writer.close(class_names=names, num_classes=CLASSES, flip=False, normalize=unit)
+    return LatentStore(directory / "latents")
+
+
+def trainer(
+    params: config.Params, name: str, batch_size: int, device: torch.device, window: int, store: LatentStore
+) -> Trainer:
+    """A run that diagnoses the first step of every second window."""
+    size = {"latent_size": store.latent_size, "latent_channels": store.latent_channels}
+    network = model.build(name, **size, num_classes=store.num_classes, learn_sigma=params.diffusion.learn_sigma)
+    init.apply(network, params.study.baseline, 0)
+    settings = params.train.model_copy(update={"batch_size": batch_size, "diagnose_every": 2 * window})
+    diffusion = Diffusion(params.diffusion, device)
+    return Trainer(network, store, diffusion, settings, label_dropout=params.model.label_dropout, seed=0, scratch=Path())
+
+
+def windows(run: Trainer, window: int, repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of each plain window and of each diagnosed one, past the first steps, which are all diagnosed."""
+    taken: tuple[list[float], list[float]] = ([], [])
+    warm = -(-EARLY_DIAGNOSES // (2 * window)) * 2 + 2  # whole pairs of windows, the last of them like those that count
+    for index in range(warm + 2 * repeats):
+        wait(run)
+        started = time.perf_counter()
+        for step in range(index * window, (index + 1) * window):
+            run._train(step)
+        wait(run)
+        if index >= warm:
+            taken[index % 2 == 0].append(time.perf_counter() - started)
+    return taken
+
+
+def wait(run: Trainer) -> None:
+    """Until the device has done all that it was given."""
+    if run.diffusion.device.type != "cpu":
+        getattr(torch, run.diffusion.device.type).synchronize()
+
+
+def costs(train: config.Train, plain: list[float], diagnosed: list[float], window: int) -> dict[str, Any]:
+    """Milliseconds, and the shares of training time that diagnoses take."""
+    step = statistics.median(plain) / window
+    diagnosis = statistics.median(diagnosed) - statistics.median(plain)
+    early = sum(number % train.diagnose_every > 0 for number in range(min(EARLY_DIAGNOSES, train.steps)))
+    count = -(-train.steps // train.diagnose_every) + early
+    return {
+        "step_ms": step * 1e3,
+        "diagnosis_ms": diagnosis * 1e3,
+        "diagnosis_in_steps": diagnosis / step,
+        "diagnose_every": train.diagnose_every,
+        "share": share(diagnosis, step * train.diagnose_every),
+        "study_steps": train.steps,
+        "study_diagnoses": count,
+        "study_share": share(diagnosis * count, step * train.steps),
+    }
+
+
+def share(part: float, rest: float) -> float:
+    """Of the whole that both make up."""
+    return part / (part + rest)
+
+
+def table(found: dict[str, Any]) -> Table:
+    """What was measured, for a terminal."""
+    rows = {
+        "network": f"{found['model']}, {found['tokens']} tokens, batch of {found['batch_size']}, {found['precision']}"
+        + (", compiled" if found["compiled"] else ""),
+        "device": f"{found['device']}, {found['threads']} threads, torch {found['torch']}",
+        "one step": f"{found['step_ms']:.1f} ms",
+        "one diagnosis": f"{found['diagnosis_ms']:.1f} ms, {found['diagnosis_in_steps']:.0%} of a step",
+        f"share, one in {found['diagnose_every']} steps": f"{found['share']:.2%} of training time",
+        f"share, {found['study_diagnoses']} in {found['study_steps']} steps": f"{found['study_share']:.2%} of the study's run",
+    }
+    shown = Table("diagnostics", f"medians of {found['repeats']} windows of {found['window']} steps", show_header=True)
+    for label, value in rows.items():
+        shown.add_row(label, value)
+    return shown
+
+
+if __name__ == "__main__":
+    typer.run(main)
