@@ -183,6 +183,17 @@ class Validation(Section):
     batch_size: PositiveInt
 
 
+class Analyse(Section):
+    """Stage `analyse@<strategy>`."""
+
+    steps: Annotated[int, Field(ge=3)]
+    batch_size: Annotated[int, Field(ge=2)]
+    seed: Seed
+    widths: Annotated[list[Annotated[int, Field(gt=0, multiple_of=64)]], Field(min_length=2)]
+    threads: PositiveInt
+    device: Device
+
+
 class Train(Section):
     """Stage `train@<strategy>-<seed>`."""
 
@@ -254,6 +265,7 @@ class Params(Section):
     latents: Latents
     model: Model
     diffusion: Diffusion
+    analyse: Analyse
     train: Train
     evaluate: Evaluate
     features: Features

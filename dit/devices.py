@@ -23,6 +23,11 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """`device`, or the CPU where that has no float64 (MPS)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 on a GPU that has it, else float32."""
     if name == "auto":

@@ -1,0 +1,153 @@
+"""A strategy at its start: its wake-up schedule, its signal, its first steps, and what width does to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dit import init
+from dit.analysis import wakeup
+from dit.analysis.signal import Coordinates, Signal, coordinate_check, loss, measure
+from dit.analysis.symmetry import attention_heads, distinct_units, mlp_units, output_units
+from dit.config import Analyse
+from dit.data.latents import LatentStore
+from dit.diffusion import Diffusion
+from dit.init import Strategy
+from dit.model import DiT, DiTBlock
+from dit.training.batches import Batches
+
+HEAD_SIZE = 64
+"""Width of an attention head in the coordinate check, that of DiT-S, B and L."""
+
+COORDINATE_DEPTH = 2
+"""Blocks of the networks in the coordinate check."""
+
+
+@dataclass(frozen=True)
+class EarlyStep:
+    """The network before optimiser step `step`. Units are counted in the block that has the fewest, None where not finite."""
+
+    step: int
+    mse: float
+    timestep_sensitivity: float
+    label_sensitivity: float
+    distinct_units: int | None
+    distinct_heads: int | None
+    distinct_head_rows: int | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """What `examine` found. `coordinates` is empty for a strategy that is tied to one width by a checkpoint."""
+
+    predicted: wakeup.Schedule
+    gradients: list[wakeup.RoleGradient]
+    signal: Signal
+    early: list[EarlyStep]
+    coordinates: list[Coordinates]
+
+    @property
+    def measured(self) -> wakeup.Schedule:
+        """The wake-up schedule that was seen."""
+        return wakeup.schedule(self.gradients)
+
+
+class Examiner:
+    """Examines strategies on one network, one data set and one objective, each from the same batches.
+
+    AdamW without weight decay, warm-up or clipping takes the steps, with `learning_rate` and `betas`.
+    """
+
+    def __init__(
+        self,
+        model: DiT,
+        store: LatentStore,
+        diffusion: Diffusion,
+        params: Analyse,
+        *,
+        label_dropout: float,
+        learning_rate: float,
+        betas: tuple[float, float],
+    ) -> None:
+        self.model = model
+        self.diffusion = diffusion
+        self.params = params
+        self.learning_rate = learning_rate
+        self.betas = betas
+        size = params.batch_size
+        self.batches = Batches(store, diffusion, batch_size=size, label_dropout=label_dropout, seed=params.seed)
+
+    def __call__(self, strategy: Strategy) -> Start:
+        """Examine one strategy."""
+        tied = any(rule.init == "from_checkpoint" for rule in strategy.rules)
+        return Start(
+            predicted=wakeup.predict(strategy, self.model, self.params.steps),
+            gradients=self._wake_up(strategy),
+            signal=measure(self._network(strategy), self.batches(0), self.diffusion),
+            early=list(self._early(strategy)),
+            coordinates=[] if tied else self._coordinates(strategy),
+        )
+
+    def _network(self, strategy: Strategy, model: DiT | None = None) -> DiT:
+        return init.apply(deepcopy(model or self.model), strategy, self.params.seed).to(self.diffusion.device)
+
+    def _optimiser(self, network: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(network.parameters(), lr=self.learning_rate, betas=self.betas, weight_decay=0.0)
+
+    def _wake_up(self, strategy: Strategy) -> list[wakeup.RoleGradient]:
+        network = self._network(strategy).double()
+        return wakeup.measure(
+            network,
+            lambda model, step: loss(model, self.batches(step), self.diffusion),
+            self._optimiser(network),
+            self.params.steps,
+        )
+
+    def _early(self, strategy: Strategy) -> Iterator[EarlyStep]:
+        network = self._network(strategy)
+        optimiser = self._optimiser(network)
+        blocks: list[DiTBlock] = list(network.blocks)  # type: ignore[arg-type]
+        for step in range(self.params.steps):
+            batch = self.batches(step)
+            seen = measure(network, batch, self.diffusion)
+            yield EarlyStep(
+                step=step,
+                mse=seen.mse,
+                timestep_sensitivity=seen.timestep_sensitivity,
+                label_sensitivity=seen.label_sensitivity,
+                distinct_units=_fewest(mlp_units(block.mlp) for block in blocks),
+                distinct_heads=_fewest(attention_heads(block.attn) for block in blocks),
+                distinct_head_rows=distinct_units(output_units(network.final_layer.linear)),
+            )
+            if not math.isfinite(seen.mse):
+                return
+            optimiser.zero_grad()
+            loss(network, batch, self.diffusion).backward()
+            optimiser.step()
+
+    def _coordinates(self, strategy: Strategy) -> list[Coordinates]:
+        networks = {width: self._network(strategy, self._of_width(width)) for width in self.params.widths}
+        return coordinate_check(networks, self.batches, self.diffusion, self._optimiser, self.params.steps)
+
+    def _of_width(self, width: int) -> DiT:
+        model = self.model
+        return DiT(
+            latent_size=model.latent_size,
+            patch_size=model.patch_size,
+            latent_channels=model.latent_channels,
+            hidden_size=width,
+            depth=COORDINATE_DEPTH,
+            num_heads=width // HEAD_SIZE,
+            num_classes=model.num_classes,
+            learn_sigma=model.learn_sigma,
+        )
+
+
+def _fewest(layers: Iterable[Tensor]) -> int | None:
+    counts = [distinct_units(units) for units in layers]
+    return None if None in counts else min(count for count in counts if count is not None)

@@ -1,0 +1,91 @@
+"""The signal at the start: what is exact for the published strategy, and what the coordinate check tells apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dit import init
+from dit.analysis import signal
+from dit.analysis.start import Examiner
+from dit.config import Params
+from dit.data.latents import LatentStore
+from dit.diffusion import Diffusion
+from dit.init import Strategy, named
+from dit.model import DiT
+from dit.training.batches import Batches
+
+
+@pytest.fixture
+def diffusion(params: Params) -> Diffusion:
+    return Diffusion(params.diffusion)
+
+
+@pytest.fixture
+def batches(latents: LatentStore, diffusion: Diffusion) -> Batches:
+    return Batches(latents, diffusion, batch_size=16, label_dropout=0.1, seed=0)
+
+
+def test_the_published_start_is_identity_blocks_and_a_zero_prediction(
+    micro: Callable[..., DiT], batches: Batches, diffusion: Diffusion
+) -> None:
+    found = signal.measure(init.apply(micro(), "adaln_zero", 0), batches(0), diffusion)
+    assert found.output_rms == 0
+    assert found.mse == pytest.approx(found.zero_output_mse) == pytest.approx(1, abs=0.05)
+    assert found.timestep_sensitivity == found.label_sensitivity == 0
+    assert all(block.attn_contribution == block.mlp_contribution == block.gradient_rms == 0 for block in found.blocks)
+
+
+def test_a_random_head_starts_above_the_zero_output_and_still_ignores_nothing_but_the_gates(
+    micro: Callable[..., DiT], batches: Batches, diffusion: Diffusion
+) -> None:
+    found = signal.measure(init.apply(micro(), "head_xavier", 0), batches(0), diffusion)
+    assert found.mse > 1.2 * found.zero_output_mse
+    assert all(block.gradient_rms > 0 and block.attn_contribution == 0 for block in found.blocks)
+    assert found.label_sensitivity == 0  # zero modulation: conditioning has no effect yet
+
+
+def test_the_measured_contribution_is_that_of_the_branch(
+    micro: Callable[..., DiT], batches: Batches, diffusion: Diffusion
+) -> None:
+    model, batch = init.apply(micro(), "adaln", 0), batches(0)
+    found = signal.measure(model, batch, diffusion).blocks[0].attn_contribution
+    x = model.x_embedder(diffusion.add_noise(batch.x0, batch.eps, batch.timesteps)) + model.pos_embed
+    c = model.t_embedder(batch.timesteps) + model.y_embedder(batch.labels)
+    block = model.blocks[0]
+    shift, scale, gate, *_ = block.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=2)  # type: ignore[operator,union-attr]
+    added = gate * block.attn(block.norm1(x) * (1 + scale) + shift)  # type: ignore[operator]
+    assert found == pytest.approx((added.square().mean() / x.square().mean()).sqrt().item(), rel=1e-4)
+
+
+def test_measuring_changes_nothing(micro: Callable[..., DiT], batches: Batches, diffusion: Diffusion) -> None:
+    model = init.apply(micro(), "adaln", 0)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    signal.measure(model, batches(0), diffusion)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_an_examined_strategy_is_described_from_prediction_to_width(
+    micro: Callable[..., DiT], latents: LatentStore, diffusion: Diffusion, params: Params
+) -> None:
+    analyse = params.analyse.model_copy(update={"steps": 3, "batch_size": 8, "widths": [64, 128]})
+    examine = Examiner(micro(), latents, diffusion, analyse, label_dropout=0.1, learning_rate=1e-3, betas=(0.9, 0.999))
+    found = examine(named("adaln_zero"))
+    assert found.predicted == found.measured
+    assert [step.label_sensitivity > 0 for step in found.early] == [False, False, True]
+    assert [step.distinct_head_rows for step in found.early] == [1, 32, 32]
+    assert {row.width for row in found.coordinates} == {64, 128}
+    assert examine(named("adaln_zero")) == found
+    assert examine(named("symmetric")).early[-1].distinct_units == 1
+
+
+def test_a_strategy_that_diverges_is_described_up_to_there(
+    micro: Callable[..., DiT], latents: LatentStore, diffusion: Diffusion, params: Params
+) -> None:
+    analyse = params.analyse.model_copy(update={"steps": 3, "batch_size": 8, "widths": [64, 128]})
+    examine = Examiner(micro(), latents, diffusion, analyse, label_dropout=0.1, learning_rate=1e-3, betas=(0.9, 0.999))
+    huge = Strategy.model_validate({"rules": [{"role": "all", "init": "normal", "std": 1e20}]})
+    assert len(examine(huge).early) == 1

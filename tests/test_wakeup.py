@@ -1,0 +1,99 @@
+"""The wake-up schedule: predicted from a strategy and the architecture, and the same when measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit import init
+from dit.analysis import wakeup
+from dit.config import Params
+from dit.diffusion import Diffusion
+from dit.init import Strategy, named, named_strategies
+from dit.init.roles import roles
+from dit.model import DiT
+
+SHAPES: list[dict[str, Any]] = [
+    {"latent_size": 4, "latent_channels": 3, "patch_size": 2, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 3},
+    {"latent_size": 8, "latent_channels": 4, "patch_size": 4, "hidden_size": 48, "depth": 2, "num_heads": 3, "num_classes": 5},
+    {"latent_size": 4, "latent_channels": 4, "patch_size": 2, "hidden_size": 64, "depth": 4, "num_heads": 4, "num_classes": 2},
+]
+STEPS = 4
+OPTIMISERS: dict[str, Callable[[DiT], torch.optim.Optimizer]] = {
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
+}
+
+
+def measured(params: Params, strategy: Strategy, shape: dict[str, Any], objective: str, optimiser: str) -> wakeup.Schedule:
+    sigma = objective == "eps"
+    diffusion = Diffusion(params.diffusion.model_copy(update={"objective": objective, "learn_sigma": sigma}))
+    model = init.apply(DiT(**shape, learn_sigma=sigma), strategy, seed=0).double()
+
+    def loss(model: DiT, step: int) -> torch.Tensor:
+        draws = torch.Generator().manual_seed(step)
+        x0 = torch.randn(8, model.latent_channels, model.latent_size, model.latent_size, generator=draws)
+        eps = torch.randn(x0.shape, generator=draws)
+        t = torch.randint(0, 1000, (8,), generator=draws)
+        y = torch.randint(0, model.num_classes + 1, (8,), generator=draws)
+        x_t = diffusion.add_noise(x0, eps, t)
+        return diffusion.loss(model(x_t.double(), t, y), x0, eps, t, x_t).total.mean()
+
+    return wakeup.schedule(wakeup.measure(model, loss, OPTIMISERS[optimiser](model), STEPS))
+
+
+def predicted(strategy: Strategy, shape: dict[str, Any]) -> wakeup.Schedule:
+    return wakeup.predict(strategy, DiT(**shape, learn_sigma=True), STEPS)
+
+
+@pytest.mark.parametrize("name", named_strategies())
+def test_every_named_strategy_wakes_up_as_predicted(params: Params, name: str) -> None:
+    for shape in SHAPES:
+        expected = predicted(named(name), shape)
+        for objective in ("eps", "v"):
+            for optimiser in OPTIMISERS:
+                assert measured(params, named(name), shape, objective, optimiser) == expected, (shape, objective, optimiser)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_whatever_roles_are_zero_the_prediction_holds(params: Params, data: st.DataObject) -> None:
+    shape = data.draw(st.sampled_from(SHAPES))
+    paths = [role.path for role in roles(shape["depth"])]
+    zero = data.draw(st.lists(st.sampled_from(paths), unique=True))
+    rules: list[dict[str, Any]] = [{"role": "all", "init": "xavier_uniform"}, {"role": "bias", "init": "normal", "std": 0.1}]
+    rules += [{"role": zero, "init": "zeros"}] if zero else []
+    strategy = Strategy.model_validate({"rules": rules})
+    assert measured(params, strategy, shape, "eps", "AdamW") == predicted(strategy, shape)
+
+
+def test_the_published_schedule_is_head_then_gates_then_all() -> None:
+    schedule = predicted(named("adaln_zero"), SHAPES[1])
+    by_step: dict[int | None, set[str]] = {}
+    for role, step in schedule.items():
+        by_step.setdefault(step, set()).add(role)
+    gates = {role for role in schedule if ".gate." in role}
+    final = {role for role in schedule if role.startswith("final.modulation")}
+    assert by_step[0] == {"final.projection.weight", "final.projection.bias"}
+    assert by_step[1] == gates | final | {"patch_embed.weight", "patch_embed.bias"}
+    assert by_step[None] == {"block[0].qkv.key.bias", "block[1].qkv.key.bias"}
+    assert wakeup.awake(schedule) == 2
+    assert wakeup.awake(predicted(named("head_xavier"), SHAPES[1])) == 1
+
+
+def test_a_network_that_can_never_learn_is_seen_without_running_it() -> None:
+    dead = Strategy.model_validate({"rules": [{"role": "all", "init": "zeros"}]})
+    schedule = wakeup.predict(dead, DiT(**SHAPES[0], learn_sigma=True), steps=50)
+    assert schedule["block[0].qkv.query.weight"] is None
+    assert wakeup.awake(schedule) is None
+
+
+def test_a_single_precision_network_is_refused() -> None:
+    model = DiT(**SHAPES[0], learn_sigma=True)
+    with pytest.raises(ValueError, match="float64"):
+        wakeup.measure(model, lambda model, step: torch.zeros(()), OPTIMISERS["SGD"](model), 1)
