@@ -191,7 +191,8 @@ def _final_state(future: PrefectFuture[Any]) -> State[Any]:
 
 def places(params: Params, workers: int | None) -> list[dict[str, str]]:
     """The environment of each stage that may run at the same time: one a GPU, where GPUs are used, else as cores allow."""
-    devices = {params.train.device, params.evaluate.device}
+    sections = (params.analyse, params.train, params.evaluate)
+    devices = {section.device for section in sections}
     if torch.cuda.is_available() and devices & {"auto", "cuda"}:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         gpus = visible.split(",")
@@ -199,7 +200,7 @@ def places(params: Params, workers: int | None) -> list[dict[str, str]]:
     if torch.backends.mps.is_available() and devices & {"auto", "mps"}:
         return [{} for _ in range(workers or 1)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return [{} for _ in range(workers or max(1, cores // max(params.train.threads, params.evaluate.threads)))]
+    return [{} for _ in range(workers or max(1, cores // max(section.threads for section in sections)))]
 
 
 def _failure(states: Mapping[str, State[Any]]) -> str:

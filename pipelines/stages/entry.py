@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -15,12 +16,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
 from dit.config import Params, load
-from dit.errors import UserError
+from dit.errors import ConfigError, UserError
+from dit.init import Strategy
 
 WRONG_INPUT = 2
 TRANSIENT = os.EX_TEMPFAIL
@@ -56,6 +59,22 @@ def complete_directory(path: str | Path) -> Iterator[Path]:
         raise
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
+
+
+def strategy_of(params: Params, name: str) -> Strategy:
+    """The strategy called `name`. Raises `ConfigError` where `params.yaml` has none."""
+    if name not in params.strategies:
+        raise ConfigError(f"unknown strategy '{name}'; accepted: {', '.join(params.strategies)}, as in params.yaml: strategies")
+    return params.strategies[name]
+
+
+def finite(value: Any) -> Any:
+    """The same JSON-able value with None for every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: object) -> None:

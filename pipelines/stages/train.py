@@ -16,20 +16,15 @@ from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.devices import make_deterministic, resolve_device
 from dit.diffusion import Diffusion
-from dit.errors import ConfigError
 from dit.training.loop import Trainer
-from pipelines.stages.entry import complete_directory, run_key, run_stage, scratch, write_json
+from pipelines.stages.entry import complete_directory, run_key, run_stage, scratch, strategy_of, write_json
 
 
 def train(params: Params, strategy: str, seed: int) -> None:
     """Initialise, train, and write `runs/train/<strategy>-<seed>`."""
     make_deterministic(params.train.threads, params.train.deterministic)
     device = resolve_device(params.train.device)
-    if strategy not in params.strategies:
-        raise ConfigError(
-            f"unknown strategy '{strategy}'; accepted: {', '.join(params.strategies)}, as in params.yaml: strategies"
-        )
-    rules = params.strategies[strategy]
+    rules = strategy_of(params, strategy)
     settings = {
         "model": params.model.model_dump(mode="json"),
         "diffusion": params.diffusion.model_dump(mode="json"),
