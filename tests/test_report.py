@@ -23,11 +23,13 @@ import pytest
 import yaml
 from PIL import Image
 
+from dit.analysis import wakeup
 from dit.config import Params, parse
 from dit.data.store import StoreWriter
 from dit.errors import DataError
 from dit.init.roles import roles
-from pipelines.report.figures import distinct_units
+from dit.model import build
+from pipelines.report.mechanism import by_step
 from pipelines.report.runs import read_run, read_study
 from pipelines.stages.compare import compare
 
@@ -54,6 +56,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
         write_images(params)
         write_autoencoder()
         for strategy in strategies:
+            write_start(params, strategy)
             for seed in seeds:
                 write_run(params, strategy, seed, until=at if f"{strategy}-{seed}" in diverged else STEPS)
         return params
@@ -82,6 +85,48 @@ def write_autoencoder() -> None:
     write_json(directory / "model/config.json", {"latent_channels": 4, "block_out_channels": [32, 64, 64]})
     write_json(directory / "metrics.json", {"psnr": 27.43, "ssim": 0.901, "num_images": 512})
     Image.fromarray(np.full((64, 256, 3), 130, np.uint8)).save(directory / "reconstructions.png")
+
+
+def write_start(params: Params, strategy: str) -> None:
+    """What stage `analyse` writes: the schedule that the architecture predicts, and a plausible signal."""
+    directory = Path(f"runs/analyse/{strategy}")
+    directory.mkdir(parents=True)
+    network = build("DiT-Tiny/2", latent_size=8, latent_channels=4, num_classes=4, learn_sigma=True)
+    schedule = wakeup.predict(params.strategies[strategy], network, steps=5)
+    sensitivity = {"timestep_sensitivity": 0.0, "label_sensitivity": 0.0}
+    mse = START.get(strategy, 1.0)
+    block = {"attn_contribution": 0.0, "mlp_contribution": 0.0, "stream_rms": 0.9, "gradient_rms": 1e-3}
+    units = {"distinct_units": 512, "distinct_heads": 4, "distinct_head_rows": 32}
+    start = {
+        "strategy": strategy,
+        "run_key": hashlib.sha256(strategy.encode()).hexdigest()[:16],
+        "awake_step": wakeup.awake(schedule),
+        "predicted_equals_measured": True,
+        "predicted": schedule,
+        "measured": schedule,
+        "signal": {
+            "output_rms": mse - 1,
+            "output_variance": (mse - 1) ** 2,
+            "mse": mse,
+            "zero_output_mse": 1.0,
+            **sensitivity,
+            "blocks": [{"block": index, **block} for index in range(4)],
+        },
+        "early": [
+            {"step": step, "mse": mse, "timestep_sensitivity": step / 9, "label_sensitivity": step / 9, **units}
+            for step in range(5)
+        ],
+    }
+    write_json(directory / "start.json", start)
+    write_csv(
+        directory / "coordinates.csv",
+        [
+            {"width": width, "step": step, "activation": name, "rms": 1.0, "change_rms": 0.01 * step * width**0.5}
+            for width in (384, 768, 1024)
+            for step in (1, 2)
+            for name in ("block[0]", "block[1]", "prediction")
+        ],
+    )
 
 
 def write_run(params: Params, strategy: str, seed: int, *, until: int) -> None:
@@ -159,6 +204,8 @@ class Curve:
         write_csv(directory / "validation.csv", validation)
         write_csv(directory / "metrics.csv", metrics)
         write_csv(directory / "diagnostics.csv", list(self._diagnostics()))
+        estimates = {"squared_norm": 0.5, "covariance_trace": 40.0, "batch_norm": 1.0, "part_norm": 1.5}
+        write_csv(directory / "gradient_noise.csv", [{"step": step, **estimates} for step in range(0, self.until, 50)])
 
     def _diagnostics(self) -> Iterator[dict[str, Any]]:
         for step in [0, 1, 2, 3, 4, *range(50, self.until, 50)] if self.until else []:
@@ -172,9 +219,11 @@ class Curve:
                     "role": role.path,
                     "gradient_rms": 0.0 if asleep else 1e-3 / (1 + step) * (1 + delay),
                     "weight_rms": 0.02,
-                    "update_ratio": None,
+                    "update_ratio": 0.01 if step else None,
                     "zero_gradient_fraction": 1.0 if asleep else 0.0,
                     "distinct_units": next((count for name, count in units.items() if role.path.endswith(name)), None),
+                    "effective_rank": 3.0 if role.path.endswith(("gate.weight", "final.projection.weight")) else None,
+                    "gate_rms": 0.01 * step if role.path.endswith("gate.weight") else None,
                 }
 
 
@@ -213,7 +262,7 @@ def test_the_answer_is_read_off_the_numbers(workspace: Workspace) -> None:
     assert any("The control is caught: symmetric is worse" in text for text in others)
     assert any("adaln is not distinguishable" in text for text in others)
     assert any("head_xavier starts at 2.1" in text and "start at the error of a zero output (1.00" in text for text in others)
-    assert any("from step 1 on in head_xavier and from step 2 on in adaln_zero" in text for text in others)
+    assert any("from step 1 on in head_xavier and adaln and from step 2 on in adaln_zero" in text for text in others)
     difference = found["strategies"]["symmetric"]["difference"]["validation_mse"]
     assert 0 < difference["low"] < difference["mean"] < difference["high"]
     assert found["comparisons"] == 4 * (5 + len(found["compared_steps"]))
@@ -301,7 +350,8 @@ def test_a_verdict_that_rests_on_the_averaging_alone_is_pointed_out(workspace: W
 
 def test_the_figure_of_hidden_units_leaves_attention_heads_and_rows_of_the_head_out(workspace: Workspace) -> None:
     study = read_study(workspace(["adaln_zero", "symmetric"], [0]))
-    assert {name: set(distinct_units(runs[0])) for name, runs in study.runs.items()} == {"adaln_zero": {512}, "symmetric": {1}}
+    hidden = {name: set(by_step(runs[0], "distinct_units", ".mlp_in.weight")) for name, runs in study.runs.items()}
+    assert hidden == {"adaln_zero": {512}, "symmetric": {1}}
 
 
 def test_the_same_runs_give_the_same_bytes(workspace: Workspace) -> None:
@@ -405,7 +455,8 @@ def test_a_browser_opens_the_report_from_disk_and_shows_every_figure(workspace: 
     assert CHROMIUM, "no browser found: `make test` installs one where it can; CHROMIUM=/path/to/chrome names another"
     compare(workspace(ALL, [0, 1, 2], diverged=("adaln-2",)))
     page = Page(dumped(Path("reports/index.html"), tmp_path / "profile"))
-    names = ("differences", "validation", "early", "relative", "training", "buckets", "gradients", "units")
+    names = ("differences", "validation", "early", "relative", "training", "buckets", "wake-up", "gradients")
+    names += ("depth", "conditioning", "widths", "units", "gates", "ranks", "updates")
     assert page.drawn == str(len(names))
     assert {name for name, marks in page.marks.items() if marks} == {f"figure-{name}" for name in names}
     assert [page.zero_lines[f"figure-{name}"] for name in ("differences", "relative", "buckets")] == [5, 1, 1]

@@ -1,10 +1,9 @@
-"""The figures, as Plotly describes them. The colours of paper, ink and grid belong to the page, which may be light or dark."""
+"""The figures of results and training, as Plotly describes them; colours of paper, ink and grid belong to the page."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -13,64 +12,18 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from dit.analysis.comparison import METRICS, interval
+from pipelines.report.drawing import ERROR_AXIS, LOG_AXIS, Figure, Look, band, curves, finish, line_of, looks, ribbon
+from pipelines.report.mechanism import MECHANISM
 from pipelines.report.runs import Run, Study
-from pipelines.report.words import counted, samples
+from pipelines.report.words import samples
 
-PALETTE = ("#3b7dd8", "#e0802b", "#2f9e6e", "#a36bd0", "#d9534f", "#1aa3b0", "#a1783a", "#d6649f", "#868e96")
-DASHES = ("solid", "dash", "dot", "dashdot")
 SMOOTHING = 5
 """Logged rows in the running mean of the training error."""
-
-PANELS = 5
-"""Heat maps side by side."""
-
-ASLEEP = "rgba(128, 128, 128, 0.22)"
-TICKS = [mantissa * 10.0**power for power in range(-5, 5) for mantissa in (1, 1.5, 2, 3, 5, 7)]
-LOG_AXIS = {"type": "log", "tickvals": TICKS, "ticktext": [f"{tick:g}" for tick in TICKS]}
-ERROR_AXIS = {**LOG_AXIS, "title": "mean squared error"}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure: its name in the page, what it shows, how to read it, and its Plotly description."""
-
-    name: str
-    title: str
-    caption: str
-    plot: go.Figure
-
-    @property
-    def json(self) -> str:
-        """The description as JSON, the same for the same numbers, and safe inside a script element."""
-        return self.plot.to_json(engine="json").replace("</", "<\\/")
-
-
-@dataclass(frozen=True)
-class Look:
-    """How one strategy is drawn, everywhere."""
-
-    colour: str
-    dash: str
-    width: float
-
-    @property
-    def tint(self) -> str:
-        """The colour of its bands."""
-        red, green, blue = (int(self.colour[index : index + 2], 16) for index in (1, 3, 5))
-        return f"rgba({red}, {green}, {blue}, 0.16)"
-
-
-def looks(study: Study) -> dict[str, Look]:
-    """A look for each strategy; the baseline has the first colour and the strongest line."""
-    return {
-        name: Look(PALETTE[index % len(PALETTE)], DASHES[index // len(PALETTE) % len(DASHES)], 2 if index else 3)
-        for index, name in enumerate([study.baseline, *study.others])
-    }
 
 
 def figures(study: Study, summary: dict[str, Any]) -> dict[str, Figure]:
     """Every figure for which the study has data, by name."""
-    drawn = [differences, validation, early, relative, training, buckets, gradients, units]
+    drawn = [differences, validation, early, relative, training, buckets, *MECHANISM]
     found = (draw(study, summary, looks(study)) for draw in drawn)
     return {figure.name: figure for figure in found if figure.plot.data}
 
@@ -89,7 +42,7 @@ def differences(study: Study, summary: dict[str, Any], styles: dict[str, Look]) 
         plot.update_xaxes(_around_zero(traces, "x"), title=title, nticks=4, row=1, col=column)
     places = {"range": [-0.6, len(rows) - 0.4], "tickvals": list(range(len(rows))), "ticktext": rows}
     plot.update_yaxes(places, showgrid=False, zeroline=False)
-    _finish(plot, height=130 + 48 * len(rows), showlegend=False, hovermode="closest", margin={"b": 70, "t": 10})
+    finish(plot, height=130 + 48 * len(rows), showlegend=False, hovermode="closest", margin={"b": 70, "t": 10})
     caption = (
         f"Each strategy minus {study.baseline}, paired by seed. Squares: mean with its 95 % interval. Open circles: single "
         f"seeds. An interval that crosses the line at zero is not distinguishable. All but the validation error: "
@@ -131,19 +84,19 @@ def validation(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -
     titles = ("Trained weights", "EMA weights")
     plot = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=titles)
     for column, weights in ((1, "model"), (2, "ema")):
-        for trace in _curves(study, styles, lambda run, weights=weights: run.validation(weights)["mse"], legend=column == 1):  # type: ignore[misc]
+        for trace in curves(study, styles, lambda run, weights=weights: run.validation(weights)["mse"], legend=column == 1):  # type: ignore[misc]
             plot.add_trace(trace, row=1, col=column)
     plot.update_xaxes(title="optimiser step")
     plot.update_yaxes(ERROR_AXIS, row=1, col=1)
     plot.update_yaxes(LOG_AXIS, row=1, col=2)
-    _finish(plot, height=420, margin={"t": 74}, legend={"y": 1.1})
-    caption = f"Held-out latents, fixed noise and timesteps. {_band(study)}"
+    finish(plot, height=420, margin={"t": 74}, legend={"y": 1.1})
+    caption = f"Held-out latents, fixed noise and timesteps. {band(study)}"
     return Figure("validation", "Validation error by step", caption, plot)
 
 
 def early(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
     """The same on a logarithmic step axis, where the start can be seen."""
-    plot = go.Figure(list(_curves(study, styles, lambda run: run.validation("model")["mse"], position=_log_position)))
+    plot = go.Figure(list(curves(study, styles, lambda run: run.validation("model")["mse"], position=_log_position)))
     last = summary["study"]["steps"]
     powers = int(math.log2(last)) + 1
     ticks = [0, *(2**power for power in range(0, powers, math.ceil(powers / 10)))]
@@ -153,8 +106,8 @@ def early(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Fig
     moment = summary["study"]["target_second_moment"]
     label = {"text": f"zero output: {moment:.2f}", "font": {"size": 11}, "textposition": "end"}
     plot.add_hline(y=moment, line={"dash": "dot", "width": 1, "color": "#868e96"}, label=label)
-    _finish(plot, height=400, margin={"t": 50})
-    caption = f"Trained weights. Step 0 is before the first update. {_band(study)}"
+    finish(plot, height=400, margin={"t": 50})
+    caption = f"Trained weights. Step 0 is before the first update. {band(study)}"
     return Figure("early", "Getting going", caption, plot)
 
 
@@ -170,12 +123,12 @@ def relative(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> 
         if curves.shape[1] > 1:
             bounds = [interval(list(row)) for row in curves.to_numpy()]
             low, high = ([bound[side] for bound in bounds] for side in (0, 1))
-            plot.add_trace(_ribbon(list(curves.index), low, high, name, styles[name]))
-        plot.add_trace(_line(list(curves.index), list(mean), name, styles[name], "%{y:+.1%}"))
+            plot.add_trace(ribbon(list(curves.index), low, high, name, styles[name]))
+        plot.add_trace(line_of(list(curves.index), list(mean), name, styles[name], "%{y:+.1%}"))
     plot.update_xaxes(title="optimiser step")
     means = [trace for trace in plot.data if trace.name]
     plot.update_yaxes(_around_zero(means, "y", room=0.3), title=f"validation error against {study.baseline}", tickformat="+.0%")
-    _finish(plot, height=400, margin={"t": 50})
+    finish(plot, height=400, margin={"t": 50})
     bands = "Bands: 95 % interval at each step, cut off by the axis where wide. " if len(study.seeds) > 1 else ""
     caption = f"Trained weights, paired by seed. {bands}Above zero is worse than {study.baseline}."
     return Figure("relative", "How the difference evolves", caption, plot)
@@ -183,11 +136,11 @@ def relative(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> 
 
 def training(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
     """Training error by step, lightly smoothed."""
-    plot = go.Figure(list(_curves(study, styles, smoothed)))
+    plot = go.Figure(list(curves(study, styles, smoothed)))
     plot.update_xaxes(title="optimiser step")
     plot.update_yaxes(ERROR_AXIS)
-    _finish(plot, height=400, margin={"t": 50})
-    caption = f"Smoothed: running mean of {SMOOTHING} logged steps. Batches are the same for every strategy. {_band(study)}"
+    finish(plot, height=400, margin={"t": 50})
+    caption = f"Smoothed: running mean of {SMOOTHING} logged steps. Batches are the same for every strategy. {band(study)}"
     return Figure("training", "Training error by step", caption, plot)
 
 
@@ -219,115 +172,10 @@ def buckets(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> F
     plot.update_xaxes(ranges, title="timestep, from clean to noise", showgrid=False, zeroline=False)
     plot.update_yaxes(ERROR_AXIS, row=1, col=1)
     plot.update_yaxes(_around_zero(list(plot.select_traces(row=1, col=2)), "y"), tickformat="+.0%", row=1, col=2)
-    _finish(plot, height=420, hovermode="closest", margin={"t": 74}, legend={"y": 1.1})
+    finish(plot, height=420, hovermode="closest", margin={"t": 74}, legend={"y": 1.1})
     intervals = ", right 95 % intervals, paired by seed" if len(study.seeds) > 1 else ""
     caption = f"EMA weights at the end of training. Bars: left the range over seeds{intervals}."
     return Figure("buckets", "Final validation error by timestep", caption, plot)
-
-
-def gradients(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
-    """Who receives a gradient, and how large, over the first steps: one heat map for each strategy."""
-    names = [name for name in study.runs if any(len(run.diagnostics) for run in study.runs[name].values())]
-    columns = min(PANELS, len(names)) or 1
-    rows = math.ceil(len(names) / columns) or 1
-    plot = make_subplots(rows, columns, shared_yaxes=True, horizontal_spacing=0.02, subplot_titles=names)
-    for index, name in enumerate(names):
-        grid = gradient_grid(list(study.runs[name].values()))
-        steps = [str(step) for step in grid.columns]
-        where = {"row": index // columns + 1, "col": index % columns + 1}
-        awake = grid.where(grid > 0)
-        plot.add_trace(
-            go.Heatmap(
-                x=steps,
-                y=list(grid.index),
-                z=[[0 if value == 0 else None for value in row] for row in grid.to_numpy()],
-                colorscale=[[0, ASLEEP], [1, ASLEEP]],
-                showscale=False,
-                xgap=2,
-                ygap=2,
-                hovertemplate="%{y}<br>step %{x}: no gradient<extra>" + name + "</extra>",
-            ),
-            **where,
-        )
-        plot.add_trace(
-            go.Heatmap(
-                x=steps,
-                y=list(grid.index),
-                z=[[None if math.isnan(value) else math.log10(value) for value in row] for row in awake.to_numpy()],
-                coloraxis="coloraxis",
-                xgap=2,
-                ygap=2,
-                hovertemplate="%{y}<br>step %{x}: gradient RMS 10<sup>%{z:.1f}</sup><extra>" + name + "</extra>",
-            ),
-            **where,
-        )
-        plot.update_xaxes(title="step", type="category", **where)
-    plot.update_xaxes(showgrid=False, ticks="")
-    plot.update_yaxes(autorange="reversed", showgrid=False, ticks="")
-    title = {"text": "gradient RMS", "font": {"size": 12}}
-    bar = {"title": title, "tickprefix": "10<sup>", "ticksuffix": "</sup>", "dtick": 1, "thickness": 12}
-    _finish(plot, height=60 + 400 * rows, hovermode="closest", margin={"t": 40, "l": 150})
-    plot.update_layout(coloraxis={"colorscale": "Viridis", "colorbar": bar})
-    caption = (
-        "Root mean square of the gradient of each kind of weight, over all blocks and seeds, in the order of the network. "
-        "Grey: every entry of the gradient is exactly zero, so the weights do not move."
-    )
-    return Figure("gradients", "Who learns when: gradients over the first steps", caption, plot)
-
-
-def gradient_grid(runs: list[Run]) -> pd.DataFrame:
-    """Gradient RMS of each kind of weight (rows) at the first steps that were all diagnosed, and at the last (columns)."""
-    table = pd.concat([run.diagnostics for run in runs], ignore_index=True)
-    table = table[table["role"].str.endswith(".weight")]
-    steps = sorted(table["step"].unique())
-    shown = [step for index, step in enumerate(steps) if step == index or index == len(steps) - 1]
-    table = table.assign(square=table["gradient_rms"] ** 2, kind=table["role"].map(_kind))
-    grid = table.pivot_table(index="kind", columns="step", values="square", aggfunc="mean", sort=False) ** 0.5
-    return grid[shown]
-
-
-def units(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
-    """How many hidden units of the MLPs differ from each other."""
-    plot = go.Figure(list(_curves(study, styles, distinct_units)))
-    plot.update_xaxes(title="optimiser step")
-    powers = [2**power for power in range(16)]
-    plot.update_yaxes(title="distinct hidden units", type="log", tickvals=powers, ticktext=[str(power) for power in powers])
-    _finish(plot, height=400, margin={"t": 50})
-    caption = f"Hidden units of an MLP that differ from every other, mean over blocks. {_band(study)}"
-    return Figure("units", "Symmetry: distinct hidden units", caption, plot)
-
-
-def distinct_units(run: Run) -> pd.Series:
-    """Mean number of distinct hidden units over blocks, by step."""
-    hidden = run.diagnostics[run.diagnostics["role"].str.endswith(".mlp_in.weight")]
-    return hidden.dropna(subset=["distinct_units"]).groupby("step")["distinct_units"].mean()
-
-
-def _curves(
-    study: Study,
-    styles: dict[str, Look],
-    curve: Callable[[Run], pd.Series],
-    *,
-    position: Callable[[float], float] = float,
-    legend: bool = True,
-) -> Iterator[go.Scatter]:
-    """Mean and range over the finished runs of each strategy; a diverged run by itself, up to its last finite value."""
-    for name in [study.baseline, *study.others]:
-        finished = study.finished(name)
-        if finished:
-            runs = pd.concat([curve(run) for run in finished], axis=1, join="inner")
-            x = [position(step) for step in runs.index]
-            if len(finished) > 1:
-                yield _ribbon(x, list(runs.min(axis=1)), list(runs.max(axis=1)), name, styles[name])
-            line = _line(x, list(runs.mean(axis=1)), name, styles[name], "%{y:.4g}")
-            yield line.update(showlegend=legend, text=[f"step {step}" for step in runs.index])
-        for run in study.runs[name].values():
-            values = curve(run)
-            if not run.finished and len(values):
-                label = f"{name}, seed {run.seed}, diverged"
-                lost = _line([position(step) for step in values.index], list(values), label, styles[name], "%{y:.4g}")
-                marker = {"symbol": "x", "size": [0] * (len(values) - 1) + [10], "opacity": 1}
-                yield lost.update(mode="lines+markers", marker=marker, line={"dash": "dot", "width": 1.5}, showlegend=legend)
 
 
 def _paired(study: Study, name: str, curve: Callable[[Run], pd.Series]) -> pd.DataFrame:
@@ -338,25 +186,6 @@ def _paired(study: Study, name: str, curve: Callable[[Run], pd.Series]) -> pd.Da
         return pd.DataFrame()
     scale = pd.DataFrame({seed: base[seed] for seed in values}).mean(axis=1)
     return pd.DataFrame({seed: (value - base[seed]) / scale for seed, value in values.items()}).dropna()
-
-
-def _line(x: Sequence[float], y: Sequence[float], name: str, look: Look, value: str) -> go.Scatter:
-    line = {"color": look.colour, "width": look.width, "dash": look.dash}
-    return go.Scatter(x=x, y=y, name=name, legendgroup=name, mode="lines", line=line, hovertemplate=value)
-
-
-def _ribbon(x: list[float], low: list[float], high: list[float], name: str, look: Look) -> go.Scatter:
-    return go.Scatter(
-        x=[*x, *reversed(x)],
-        y=[*high, *reversed(low)],
-        fill="toself",
-        fillcolor=look.tint,
-        line={"width": 0},
-        mode="lines",
-        hoverinfo="skip",
-        legendgroup=name,
-        showlegend=False,
-    )
 
 
 def _points(
@@ -423,34 +252,10 @@ def _bucket_labels(study: Study) -> list[str]:
     return [f"{low} to {high - 1}" for low, high in pairwise(edges)]
 
 
-def _kind(role: str) -> str:
-    """`block[3].modulation.attn.gate.weight` -> `modulation.gate`: what a role is, whichever block and branch it is in."""
-    parts = role.removesuffix(".weight").split(".")
-    if parts[0].startswith("block["):
-        parts = parts[1:]
-    return ".".join(part for part in parts if part not in ("attn", "mlp"))
-
-
 def _log_position(step: float) -> float:
     """Where a step stands on a logarithmic axis: step 0 has a place of its own, left of step 1."""
     return float(step) if step >= 1 else 0.5
 
 
-def _band(study: Study) -> str:
-    count = len(study.seeds)
-    return f"Line: mean; band: lowest to highest of {counted(count, 'seed')}." if count > 1 else "One seed."
-
-
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _finish(plot: go.Figure, **layout: Any) -> None:
-    """What all figures share."""
-    legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", **layout.pop("legend", {})}
-    margin = {"l": 64, "r": 16, "t": 40, "b": 48, **layout.pop("margin", {})}
-    shared = {"template": go.layout.Template(), "font": {"size": 12}, "hovermode": "x unified"}
-    plot.update_layout({**shared, "legend": legend, "margin": margin, **layout})
-    plot.update_annotations(font={"size": 13})
-    for update in (plot.update_xaxes, plot.update_yaxes):
-        update(automargin=True, title={"font": {"size": 12}, "standoff": 8})

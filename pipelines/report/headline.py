@@ -203,16 +203,20 @@ def _going(summary: dict[str, Any]) -> Finding | None:
     return Finding("note", text + (f" {listed(never)} never reached it." if never else ""))
 
 
-def _awake(summary: dict[str, Any]) -> Finding | None:
+def _awake(summary: dict[str, Any]) -> Finding:
     """From which step on every role of the network learns."""
-    steps: dict[float, list[str]] = defaultdict(list)
+    steps: dict[int, list[str]] = defaultdict(list)
+    never = []
     for name, entry in summary["strategies"].items():
-        if entry["mean"]["awake_step"] is not None:
-            steps[entry["mean"]["awake_step"]].append(name)
-    if not steps:
-        return None
-    parts = [f"from step {step:.0f} on in {listed(names)}" for step, names in sorted(steps.items())]
-    return Finding("note", f"Every part of the network receives a gradient {listed(parts)}.")
+        step = entry["start"]["awake_step"]
+        never.append(name) if step is None else steps[step].append(name)
+    parts = [f"from step {step} on in {listed(names)}" for step, names in sorted(steps.items())]
+    sentences = [f"Every part of the network receives a gradient {listed(parts)}."] if parts else []
+    sentences += [f"In {listed(never)} some part of it receives none in the steps looked at."] if never else []
+    wrong = [name for name, entry in summary["strategies"].items() if not entry["start"]["predicted_equals_measured"]]
+    if wrong:
+        return Finding("warning", " ".join([*sentences, f"That is not what the architecture predicts for {listed(wrong)}."]))
+    return Finding("note", " ".join([*sentences, "The architecture alone predicts the same."]))
 
 
 def _samples(summary: dict[str, Any]) -> Finding | None:

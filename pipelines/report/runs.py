@@ -16,10 +16,20 @@ from dit.config import Params
 from dit.errors import DataError, explain
 from dit.init import Strategy
 
+ANALYSE = Path("runs/analyse")
 TRAIN = Path("runs/train")
 EVALUATE = Path("runs/evaluate")
 
-DIAGNOSTICS = ["step", "role", "gradient_rms", "zero_gradient_fraction", "distinct_units"]
+DIAGNOSTICS = [
+    "step",
+    "role",
+    "gradient_rms",
+    "update_ratio",
+    "zero_gradient_fraction",
+    "distinct_units",
+    "effective_rank",
+    "gate_rms",
+]
 """The columns that the report needs of a run that was never diagnosed, as it diverged at once."""
 
 
@@ -66,6 +76,28 @@ class TrainRecord(Record):
     initial: Initial
 
 
+class SignalRecord(Record):
+    """A network before training, on one batch; `dit.analysis.signal.Signal`. None stands for what is not finite."""
+
+    output_rms: float | None
+    mse: float | None
+    zero_output_mse: float
+    timestep_sensitivity: float | None
+    label_sensitivity: float | None
+    blocks: list[dict[str, float | None]]
+
+
+class StartRecord(Record):
+    """`start.json` of an analysed strategy. Schedules hold, by role, the first optimiser step with a gradient."""
+
+    awake_step: int | None
+    predicted_equals_measured: bool
+    predicted: dict[str, int | None]
+    measured: dict[str, int | None]
+    signal: SignalRecord
+    early: list[dict[str, float | None]]
+
+
 class EvaluateRecord(Record):
     """`metrics.json` of an evaluation."""
 
@@ -109,6 +141,11 @@ class Run:
         return _table(TRAIN / self.name / "diagnostics.csv", DIAGNOSTICS)
 
     @cached_property
+    def gradient_noise(self) -> pd.DataFrame:
+        """`gradient_noise.csv`, by step; `dit.analysis.diagnostics.GradientNoise`."""
+        return _table(TRAIN / self.name / "gradient_noise.csv", ["step", "squared_norm", "covariance_trace"]).set_index("step")
+
+    @cached_property
     def _validation(self) -> pd.DataFrame:
         return _table(TRAIN / self.name / "validation.csv", ["step", "weights", "mse"])
 
@@ -125,6 +162,29 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Start:
+    """One strategy at its start: what stage `analyse` left on disk."""
+
+    strategy: str
+    record: StartRecord
+
+    @property
+    def early(self) -> pd.DataFrame:
+        """The first optimiser steps, by step."""
+        return pd.DataFrame(self.record.early, dtype=float).set_index("step")
+
+    @property
+    def blocks(self) -> pd.DataFrame:
+        """The signal in every block, by block."""
+        return pd.DataFrame(self.record.signal.blocks, dtype=float).set_index("block")
+
+    @property
+    def coordinates(self) -> pd.DataFrame:
+        """`coordinates.csv`: activations of networks of several widths in their first steps."""
+        return _table(ANALYSE / self.strategy / "coordinates.csv", ["width", "step", "activation", "rms", "change_rms"])
+
+
+@dataclass(frozen=True)
 class Study:
     """The runs of a study, by strategy and seed, in the order of `params.yaml`."""
 
@@ -133,6 +193,7 @@ class Study:
     seeds: list[int]
     strategies: dict[str, Strategy]
     runs: dict[str, dict[int, Run]]
+    starts: dict[str, Start]
 
     @property
     def all_runs(self) -> list[Run]:
@@ -159,7 +220,8 @@ def read_study(params: Params) -> Study:
     study = params.study
     runs = {name: {seed: read_run(name, seed) for seed in study.seeds} for name in study.strategies}
     strategies = {name: params.strategies[name] for name in study.strategies}
-    found = Study(study.name, study.baseline, study.seeds, strategies, runs)
+    starts = {name: Start(name, _record(StartRecord, ANALYSE / name / "start.json", f"analyse@{name}")) for name in runs}
+    found = Study(study.name, study.baseline, study.seeds, strategies, runs, starts)
     _check_alike(found.all_runs)
     return found
 
@@ -178,12 +240,12 @@ def read_run(strategy: str, seed: int) -> Run:
 
 
 def departed(study: Study) -> Iterator[Path]:
-    """Directories of runs that are no longer part of the study."""
+    """Directories of runs and strategies that are no longer part of the study."""
     expected = {run.name for run in study.all_runs}
-    for parent in (TRAIN, EVALUATE):
+    for parent, kept in ((TRAIN, expected), (EVALUATE, expected), (ANALYSE, study.starts.keys())):
         for path in sorted(parent.iterdir()):
             name = path.name.removeprefix(".").removesuffix(".partial")
-            if path.is_dir() and name not in expected and name.rpartition("-")[2].isdigit():
+            if path.is_dir() and name not in kept and (parent == ANALYSE or name.rpartition("-")[2].isdigit()):
                 yield path
 
 

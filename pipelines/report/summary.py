@@ -7,10 +7,11 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from dit.analysis.comparison import CONFIDENCE, METRICS, Difference, Metric, paired_difference, spread, step_reached
-from pipelines.report.runs import Run, Study
+from pipelines.report.runs import Run, Start, Study
 
 INITIAL = Metric("initial_validation_mse", "initial validation error")
 COMPARED = (1 / 8, 1 / 4, 1 / 2, 1)
@@ -103,7 +104,6 @@ def _values(steps: list[int], limits: dict[int, float]) -> dict[str, Value]:
         values[error_at(step).name] = lambda run, step=step: _error(run, step)  # type: ignore[misc]
     for step, limit in limits.items():
         values[steps_to(step)] = lambda run, limit=limit: _reached(run, limit)  # type: ignore[misc]
-    values["awake_step"] = _awake_step
     return values
 
 
@@ -116,24 +116,51 @@ def _reached(run: Run, limit: float) -> float | None:
     return step_reached(list(curve.index), list(curve), limit) if run.finished else None
 
 
-def _awake_step(run: Run) -> float | None:
-    """The first diagnosed step at which every role has a gradient that is not all zero."""
-    asleep = run.diagnostics.groupby("step")["zero_gradient_fraction"].max()
-    awake = asleep.index[asleep < 1]
-    return float(awake[0]) if len(awake) else None
-
-
 def _strategy(study: Study, name: str, values: dict[str, Value]) -> dict[str, Any]:
     runs = {seed: _run(run, values) for seed, run in study.runs[name].items()}
     spreads = {key: spread(run[key] for run in runs.values()) for key in values}
     return {
         "description": study.strategies[name].description,
         "source": study.strategies[name].source,
+        "start": _start(study.starts[name]),
         "n": len(study.finished(name)),
         "mean": {key: found.mean for key, found in spreads.items()},
         "sd": {key: found.sd for key, found in spreads.items()},
         "runs": runs,
     }
+
+
+def _start(start: Start) -> dict[str, Any]:
+    """The strategy before training, and what width does to the change of its prediction in the first steps."""
+    record = start.record
+    return {
+        "awake_step": record.awake_step,
+        "predicted_equals_measured": record.predicted_equals_measured,
+        **record.signal.model_dump(exclude={"blocks"}),
+        "conditioned_from_step": _conditioned_from(start),
+        "width_exponent": width_exponent(start),
+    }
+
+
+def _conditioned_from(start: Start) -> dict[str, int | None]:
+    """The first step before which a change of timestep, and of label, changes the prediction."""
+    steps = {}
+    for kind in ("timestep", "label"):
+        seen = start.early.index[start.early[f"{kind}_sensitivity"] > 0]
+        steps[kind] = int(seen[0]) if len(seen) else None
+    return steps
+
+
+def width_exponent(start: Start) -> float | None:
+    """The power of the width with which the prediction moved in the first steps: the slope of log(change) on log(width).
+
+    0 is what a parametrisation that suits every width has; None where nothing moved, or the check was not made.
+    """
+    table = start.coordinates
+    moved = table[(table["activation"] == "prediction") & (table["step"] == table["step"].max()) & (table["change_rms"] > 0)]
+    if len(moved) < 2:
+        return None
+    return float(np.polyfit(np.log(moved["width"].astype(float)), np.log(moved["change_rms"].astype(float)), 1)[0])
 
 
 def _run(run: Run, values: dict[str, Value]) -> dict[str, Any]:

@@ -1,0 +1,310 @@
+"""Figures of the mechanism: who learns when, what signal and conditioning do at the start, symmetry, gates and ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from pipelines.report.drawing import Figure, Look, band, curves, finish, line_of
+from pipelines.report.runs import Run, Start, Study
+
+PANELS = 5
+"""Heat maps side by side."""
+
+ASLEEP = "rgba(128, 128, 128, 0.22)"
+FIGURE_HEIGHT = 380
+NOISE_WINDOW = 5
+
+Panel = tuple[str, Callable[[Run], pd.Series]]
+StartPanel = tuple[str, Callable[[Start], pd.Series]]
+
+
+def wake_up(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
+    """The first step at which each kind of weight receives a gradient, in every strategy."""
+    starts = [study.starts[name] for name in [study.baseline, *study.others]]
+    measured, predicted = (
+        pd.DataFrame({start.strategy: first_steps(getattr(start.record, which)) for start in starts})
+        for which in ("measured", "predicted")
+    )
+    shown = measured.map(lambda step: "never" if math.isnan(step) else f"{step:.0f}")
+    plot = go.Figure(
+        go.Heatmap(
+            x=list(measured.columns),
+            y=list(measured.index),
+            z=[[None if math.isnan(step) else step for step in row] for row in measured.to_numpy()],
+            text=shown.to_numpy().tolist(),
+            customdata=predicted.map(lambda step: "never" if math.isnan(step) else f"step {step:.0f}").to_numpy().tolist(),
+            texttemplate="%{text}",
+            colorscale=[[0, "#2f9e6e"], [0.5, "#e0b02b"], [1, "#d9534f"]],
+            showscale=False,
+            hoverongaps=True,
+            xgap=2,
+            ygap=2,
+            hovertemplate="%{y} in %{x}: first gradient at step %{text}<br>predicted: %{customdata}<extra></extra>",
+        )
+    )
+    plot.update_xaxes(side="top", showgrid=False, ticks="")
+    plot.update_yaxes(autorange="reversed", showgrid=False, ticks="")
+    finish(plot, height=80 + 24 * len(measured), hovermode="closest", margin={"t": 60, "l": 150})
+    agree = all(start.record.predicted_equals_measured for start in starts)
+    verdict = "agrees for every role" if agree else "does not agree for every role (see the cells)"
+    caption = (
+        "The optimiser step, counted from 0, at which all weights of a kind first receive a gradient that is not exactly zero; "
+        "never: not within the steps looked at. Measured in float64 with AdamW. The prediction from the strategy and the "
+        f"architecture alone, where a product with a zero factor passes nothing back, {verdict}."
+    )
+    return Figure("wake-up", "Wake-up schedule: the first step with a gradient", caption, plot)
+
+
+def first_steps(schedule: dict[str, int | None]) -> pd.Series:
+    """By kind of weight, the step from which on all of that kind receive a gradient; NaN for never."""
+    steps = pd.Series({role: math.nan if step is None else step for role, step in schedule.items()}, dtype=float)
+    weights = steps[steps.index.str.endswith(".weight")]
+    return weights.groupby(weights.index.map(_kind), sort=False).agg(lambda kind: kind.max(skipna=False))
+
+
+def gradients(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
+    """Who receives a gradient, and how large, over the first steps: one heat map for each strategy."""
+    names = [name for name in study.runs if any(len(run.diagnostics) for run in study.runs[name].values())]
+    columns = min(PANELS, len(names)) or 1
+    rows = math.ceil(len(names) / columns) or 1
+    plot = make_subplots(rows, columns, shared_yaxes=True, horizontal_spacing=0.02, subplot_titles=names)
+    for index, name in enumerate(names):
+        grid = gradient_grid(list(study.runs[name].values()))
+        steps = [str(step) for step in grid.columns]
+        where = {"row": index // columns + 1, "col": index % columns + 1}
+        awake = grid.where(grid > 0)
+        plot.add_trace(
+            go.Heatmap(
+                x=steps,
+                y=list(grid.index),
+                z=[[0 if value == 0 else None for value in row] for row in grid.to_numpy()],
+                colorscale=[[0, ASLEEP], [1, ASLEEP]],
+                showscale=False,
+                xgap=2,
+                ygap=2,
+                hovertemplate="%{y}<br>step %{x}: no gradient<extra>" + name + "</extra>",
+            ),
+            **where,
+        )
+        plot.add_trace(
+            go.Heatmap(
+                x=steps,
+                y=list(grid.index),
+                z=[[None if math.isnan(value) else math.log10(value) for value in row] for row in awake.to_numpy()],
+                coloraxis="coloraxis",
+                xgap=2,
+                ygap=2,
+                hovertemplate="%{y}<br>step %{x}: gradient RMS 10<sup>%{z:.1f}</sup><extra>" + name + "</extra>",
+            ),
+            **where,
+        )
+        plot.update_xaxes(title="step", type="category", **where)
+    plot.update_xaxes(showgrid=False, ticks="")
+    plot.update_yaxes(autorange="reversed", showgrid=False, ticks="")
+    title = {"text": "gradient RMS", "font": {"size": 12}}
+    bar = {"title": title, "tickprefix": "10<sup>", "ticksuffix": "</sup>", "dtick": 1, "thickness": 12}
+    finish(plot, height=60 + 400 * rows, hovermode="closest", margin={"t": 40, "l": 150})
+    plot.update_layout(coloraxis={"colorscale": "Viridis", "colorbar": bar})
+    caption = (
+        "Root mean square of the gradient of each kind of weight, over all blocks and seeds, in the order of the network. "
+        "Grey: every entry of the gradient is exactly zero, so the weights do not move."
+    )
+    return Figure("gradients", "Gradients over the first steps, and at the last", caption, plot)
+
+
+def gradient_grid(runs: list[Run]) -> pd.DataFrame:
+    """Gradient RMS of each kind of weight (rows) at the first steps that were all diagnosed, and at the last (columns)."""
+    table = pd.concat([run.diagnostics for run in runs], ignore_index=True)
+    table = table[table["role"].str.endswith(".weight")]
+    steps = sorted(table["step"].unique())
+    shown = [step for index, step in enumerate(steps) if step == index or index == len(steps) - 1]
+    table = table.assign(square=table["gradient_rms"] ** 2, kind=table["role"].map(_kind))
+    grid = table.pivot_table(index="kind", columns="step", values="square", aggfunc="mean", sort=False) ** 0.5
+    return grid[shown]
+
+
+def depth(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
+    """What each block adds at the start, and how large stream and gradient are, by depth."""
+    panels: list[StartPanel] = [
+        ("attention adds", lambda start: start.blocks["attn_contribution"]),
+        ("MLP adds", lambda start: start.blocks["mlp_contribution"]),
+        ("RMS of the stream", lambda start: start.blocks["stream_rms"]),
+        ("RMS of its gradient", lambda start: start.blocks["gradient_rms"]),
+    ]
+    plot = _start_panels(study, styles, panels, "block")
+    caption = (
+        "Before training, on one batch. What a branch adds is its RMS over that of the residual stream that it adds to: 0 is a "
+        "block that is the identity. Stream and its gradient are taken after each block."
+    )
+    return Figure("depth", "Signal by depth at the start", caption, plot)
+
+
+def conditioning(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
+    """From which step on the prediction depends on timestep and label."""
+    panels: list[StartPanel] = [
+        ("another timestep", lambda start: start.early["timestep_sensitivity"]),
+        ("another label", lambda start: start.early["label_sensitivity"]),
+        ("loss of the batch (mean squared error)", lambda start: start.early["mse"]),
+    ]
+    plot = _start_panels(study, styles, panels, "optimiser step")
+    caption = (
+        "RMS change of the prediction when every sample is given another timestep, or another label, over the RMS of the "
+        "prediction, before each of the first optimiser steps. 0: conditioning has no effect yet."
+    )
+    return Figure("conditioning", "Conditioning in the first steps", caption, plot)
+
+
+def widths(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
+    """The coordinate check: how far activations move in the first steps, by width."""
+
+    def moved(start: Start, activation: Callable[[str], bool]) -> pd.Series:
+        table = start.coordinates
+        last = table[(table["step"] == table["step"].max()) & table["activation"].map(activation).astype(bool)]
+        return last.groupby("width")["change_rms"].mean()
+
+    panels: list[StartPanel] = [
+        ("residual stream", lambda start: moved(start, lambda name: name.startswith("block"))),
+        ("prediction", lambda start: moved(start, lambda name: name == "prediction")),
+    ]
+    plot = _start_panels(study, styles, panels, "width")
+    plot.update_xaxes(
+        type="log", tickvals=sorted({width for start in study.starts.values() for width in start.coordinates["width"]})
+    )
+    plot.update_yaxes(type="log", rangemode="normal")
+    exponents = [
+        f"{name} {entry['start']['width_exponent']:+.2f}"
+        for name, entry in summary["strategies"].items()
+        if entry["start"]["width_exponent"] is not None
+    ]
+    caption = (
+        "RMS of the change of activations since the start, after the first optimiser steps at one learning rate, in networks "
+        "of two blocks (coordinate check, Yang et al. 2022). A flat line suits every width. "
+        + (f"Powers of the width with which the prediction moves: {', '.join(exponents)}." if exponents else "")
+    )
+    return Figure("widths", "Coordinate check: does one learning rate suit every width?", caption, plot)
+
+
+def units(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
+    """How many units differ from each other: of the MLPs, heads of attention, rows of the output projection."""
+    panels = [
+        ("hidden units of an MLP", lambda run: by_step(run, "distinct_units", ".mlp_in.weight")),
+        ("attention heads of a block", lambda run: by_step(run, "distinct_units", ".attn_out.weight")),
+        ("rows of the output projection", lambda run: by_step(run, "distinct_units", "final.projection.weight")),
+    ]
+    plot = _panels(study, styles, panels)
+    plot.update_yaxes(type="log", tickvals=[2**power for power in range(16)])
+    caption = f"Units that differ from every other, mean over blocks. {band(study)}"
+    return Figure("units", "Symmetry: distinct units", caption, plot)
+
+
+def gates(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
+    """How far the gates open, by step and by depth at the last."""
+    panels = [
+        ("gates of attention", lambda run: by_step(run, "gate_rms", ".attn.gate.weight")),
+        ("gates of the MLPs", lambda run: by_step(run, "gate_rms", ".mlp.gate.weight")),
+    ]
+    by_depth = [
+        ("attention, by block at the last step", lambda run: by_block(run, "gate_rms", ".attn.gate.weight")),
+        ("MLPs, by block at the last step", lambda run: by_block(run, "gate_rms", ".mlp.gate.weight")),
+    ]
+    plot = _panels(study, styles, [*panels, *by_depth])
+    for column in (3, 4):
+        plot.update_xaxes(title="block", dtick=1, row=1, col=column)
+    caption = f"RMS of the gates over the samples of a batch, mean over blocks, or block by block. {band(study)}"
+    return Figure("gates", "Gates", caption, plot)
+
+
+def ranks(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
+    """How many directions the head and the gates use, and how large updates are."""
+    panels = [
+        ("output projection", lambda run: by_step(run, "effective_rank", "final.projection.weight")),
+        ("gates", lambda run: by_step(run, "effective_rank", ".gate.weight")),
+    ]
+    plot = _panels(study, styles, panels)
+    caption = (
+        "Effective rank (tr A)² / tr A² of A = W Wᵀ (Bartlett et al. 2020), mean over blocks and branches; a zero matrix has "
+        f"none. {band(study)}"
+    )
+    return Figure("ranks", "Effective rank", caption, plot)
+
+
+def updates(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
+    """Update-to-weight ratios, and the gradient noise scale."""
+    panels = [
+        ("MLPs: update / weight", lambda run: by_step(run, "update_ratio", ".mlp_in.weight")),
+        ("output projection: update / weight", lambda run: by_step(run, "update_ratio", "final.projection.weight")),
+        ("gradient noise scale, in samples", noise_by_step),
+    ]
+    plot = _panels(study, styles, panels)
+    plot.update_yaxes(type="log", exponentformat="power", dtick=1)
+    caption = (
+        "RMS of an update over that of the weights that it changes, mean over blocks. Noise scale: trace of the covariance of "
+        "a sample's gradient over the squared norm of the expected one (McCandlish et al. 2018), both averaged over "
+        f"{NOISE_WINDOW} diagnosed steps; left out where that is too few to tell. {band(study)}"
+    )
+    return Figure("updates", "Updates and gradient noise", caption, plot)
+
+
+MECHANISM = (wake_up, gradients, depth, conditioning, widths, units, gates, ranks, updates)
+
+
+def by_step(run: Run, column: str, role: str) -> pd.Series:
+    """A diagnosed quantity by step, the mean over the roles whose path ends in `role`."""
+    table = run.diagnostics
+    table = table[table["role"].str.endswith(role)] if len(table) else table
+    return table.dropna(subset=[column]).groupby("step")[column].mean()
+
+
+def noise_by_step(run: Run) -> pd.Series:
+    """The gradient noise scale: a ratio of averages over neighbouring diagnosed steps, where it is determined."""
+    means = run.gradient_noise[["squared_norm", "covariance_trace"]].rolling(NOISE_WINDOW).mean().dropna()
+    return (means["covariance_trace"] / means["squared_norm"])[(means > 0).all(axis=1)]
+
+
+def by_block(run: Run, column: str, role: str) -> pd.Series:
+    """A diagnosed quantity at the last diagnosed step, by block."""
+    table = run.diagnostics
+    if not len(table):
+        return pd.Series(dtype=float)
+    last = table[(table["step"] == table["step"].max()) & table["role"].str.endswith(role)].dropna(subset=[column])
+    return last.set_index(last["role"].str.extract(r"block\[(\d+)\]", expand=False).astype(int))[column]
+
+
+def _panels(study: Study, styles: dict[str, Look], panels: list[Panel]) -> go.Figure:
+    """Curves of all strategies, side by side."""
+    plot = make_subplots(1, len(panels), horizontal_spacing=0.06, subplot_titles=[title for title, _ in panels])
+    for column, (_, curve) in enumerate(panels, start=1):
+        for trace in curves(study, styles, curve, legend=column == 1):
+            plot.add_trace(trace, row=1, col=column)
+    plot.update_xaxes(title="optimiser step")
+    finish(plot, height=FIGURE_HEIGHT, margin={"t": 74}, legend={"y": 1.12})
+    return plot
+
+
+def _start_panels(study: Study, styles: dict[str, Look], panels: list[StartPanel], axis: str) -> go.Figure:
+    """One line with markers for each strategy at its start, side by side."""
+    plot = make_subplots(1, len(panels), horizontal_spacing=0.06, subplot_titles=[title for title, _ in panels])
+    for column, (_, values) in enumerate(panels, start=1):
+        for name in [study.baseline, *study.others]:
+            curve = values(study.starts[name])
+            if len(curve):
+                line = line_of(list(curve.index), list(curve), name, styles[name], "%{y:.4g}")
+                plot.add_trace(line.update(mode="lines+markers", showlegend=column == 1), row=1, col=column)
+    plot.update_xaxes(title=axis)
+    plot.update_yaxes(rangemode="tozero")
+    finish(plot, height=FIGURE_HEIGHT, margin={"t": 74}, legend={"y": 1.12})
+    return plot
+
+
+def _kind(role: str) -> str:
+    """`block[3].modulation.attn.gate.weight` -> `modulation.gate`: what a role is, whichever block and branch it is in."""
+    parts = role.removesuffix(".weight").split(".")
+    if parts[0].startswith("block["):
+        parts = parts[1:]
+    return ".".join(part for part in parts if part not in ("attn", "mlp"))
