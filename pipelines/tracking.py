@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 import requests
 import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, Metric, Param, RunStatus
+from mlflow.entities import Experiment, Metric, Param, Run, RunStatus
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
@@ -49,6 +49,16 @@ GROUPS = {
     "final_projection": ("final.projection",),
 }
 """Roles whose gradients are shown as one series: a role belongs to the last group that has a part of its path."""
+DIAGNOSED = {
+    "gates/attention": ("gate_rms", ".attn.gate.weight"),
+    "gates/mlp": ("gate_rms", ".mlp.gate.weight"),
+    "effective_rank/gates": ("effective_rank", ".gate.weight"),
+    "effective_rank/final_projection": ("effective_rank", "final.projection.weight"),
+    "distinct_units/mlp": ("distinct_units", ".mlp_in.weight"),
+    "distinct_units/attention_heads": ("distinct_units", ".attn_out.weight"),
+    "distinct_units/final_projection": ("distinct_units", "final.projection.weight"),
+}
+"""Series of `diagnostics.csv`: the mean of a column over the roles whose path ends so."""
 METRICS_PER_REQUEST, PARAMS_PER_REQUEST = 1000, 100
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
@@ -88,6 +98,8 @@ class Finished:
     """`run.json` of the training."""
     evaluation: dict[str, Any]
     """`metrics.json` of the evaluation."""
+    start: dict[str, Any] | None
+    """`start.json` of the strategy, where it has been analysed."""
 
     @property
     def name(self) -> str:
@@ -134,6 +146,9 @@ def sync(root: Path, tags: Mapping[str, str] | None = None) -> Synced:
             experiment = _experiment(client, study.name, uri)
             present = _present(client, experiment)
             synced.present = [run.name for run in found if run.key in present]
+            for run in found:
+                if run.key in present and run.start:
+                    _add_start(client, present[run.key], run.start)
             added = [run for run in found if run.key not in present]
             about = _provenance(root, added)
             for run in reversed(added):  # the UI lists the last first
@@ -144,7 +159,7 @@ def sync(root: Path, tags: Mapping[str, str] | None = None) -> Synced:
                 synced.added.append(run.name)
             if found:
                 name = (tags or {}).get("dvc_experiment", study.name)
-                synced.view = _save_view(client, experiment, name, [present[run.key] for run in found])
+                synced.view = _save_view(client, experiment, name, [present[run.key].info.run_id for run in found])
     except (MlflowException, requests.RequestException) as error:
         raise UnreachableError(
             f"MLflow at {shown(uri)} does not take runs: {error}; nothing is lost, `make mlflow` catches up"
@@ -161,7 +176,9 @@ def finished(root: Path, strategies: Sequence[str], seeds: Sequence[int]) -> Ite
                 continue
             run, evaluation = (json.loads(file.read_text()) for file in (train / "run.json", evaluate / "metrics.json"))
             if evaluation["train_run_key"] == run["run_key"]:
-                yield Finished(strategy, seed, train, evaluate, run, evaluation)
+                start = root / "runs" / "analyse" / strategy / "start.json"
+                analysed = json.loads(start.read_text()) if start.exists() else None
+                yield Finished(strategy, seed, train, evaluate, run, evaluation, analysed)
 
 
 def _experiment(client: MlflowClient, name: str, uri: str) -> Experiment:
@@ -200,15 +217,15 @@ def _adder() -> str:
     return f"{socket.gethostname()}:{Path.cwd()}"
 
 
-def _present(client: MlflowClient, experiment: Experiment) -> dict[str, str]:
+def _present(client: MlflowClient, experiment: Experiment) -> dict[str, Run]:
     """The complete runs by their key. One of ours that was cut short is not finished: it goes, to be made again."""
-    found: dict[str, str] = {}
+    found: dict[str, Run] = {}
     token = None
     while True:
         page = client.search_runs([experiment.experiment_id], "tags.run_key != ''", max_results=1000, page_token=token)
         for run in page:
             if run.info.status == "FINISHED":
-                found[run.data.tags["run_key"]] = run.info.run_id
+                found[run.data.tags["run_key"]] = run
             elif run.data.tags.get("added_by") == _adder():
                 client.delete_run(run.info.run_id)
         token = page.token
@@ -216,8 +233,8 @@ def _present(client: MlflowClient, experiment: Experiment) -> dict[str, str]:
             return found
 
 
-def _log_run(client: MlflowClient, experiment: Experiment, run: Finished, tags: Mapping[str, str]) -> str:
-    """Make one run, and mark it as finished at the very end; its id."""
+def _log_run(client: MlflowClient, experiment: Experiment, run: Finished, tags: Mapping[str, str]) -> Run:
+    """Make one run, and mark it as finished at the very end."""
     timing = _timing(run)
     end = time.time()
     start = end - timing.get("seconds", 0.0)
@@ -240,8 +257,19 @@ def _log_run(client: MlflowClient, experiment: Experiment, run: Finished, tags: 
     if (grid := run.evaluate / "grid.png").exists():
         with Image.open(grid) as picture:
             client.log_image(made, picture, key="samples", step=run.run["steps_done"])
+    if run.start:
+        _add_start(client, client.get_run(made), run.start)
     client.set_terminated(made, RunStatus.to_string(RunStatus.FINISHED), int(end * 1000))
-    return str(made)
+    return client.get_run(made)
+
+
+def _add_start(client: MlflowClient, run: Run, start: dict[str, Any]) -> None:
+    """Add what the analysis of its strategy found to a run that does not have it: it may have been made after the run."""
+    if run.data.tags.get("analyse_run_key") == start["run_key"]:
+        return
+    metrics = [Metric(name, value, run.info.start_time, step) for name, step, value in _start(start) if value is not None]
+    client.log_batch(run.info.run_id, metrics=metrics)
+    client.set_tag(run.info.run_id, "analyse_run_key", start["run_key"])
 
 
 def _params(run: Finished) -> dict[str, str]:
@@ -266,7 +294,7 @@ def _metrics(run: Finished, timing: Mapping[str, Any], start: int, end: int) -> 
     What has one value stands at step 0, where the UI draws bars instead of a line.
     """
     last = run.run["steps_done"]
-    values = [*_training(run.train), *_validation(run.train), *_gradients(run.train)]
+    values = [*_training(run.train), *_validation(run.train), *_gradients(run.train), *_diagnosed(run.train)]
     values += [(f"evaluation/{name}", 0, value) for name, value in run.evaluation["metrics"].items()]
     values += [(f"time/{name}", 0, timing[name]) for name in ("seconds", "images_per_second") if name in timing]
     for name, step, value in values:
@@ -305,6 +333,36 @@ def _gradients(train: Path) -> Iterator[Value]:
             squares[_group(row["role"]), int(row["step"])].append(gradient**2)
     for (group, step), values in squares.items():
         yield f"gradient_rms/{group}", step, math.sqrt(sum(values) / len(values))
+
+
+def _diagnosed(train: Path) -> Iterator[Value]:
+    """Gates, ranks, distinct units and update-to-weight ratios, and the estimates behind the gradient noise scale."""
+    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for row in _rows(train / "diagnostics.csv"):
+        series = [(name, row[column]) for name, (column, role) in DIAGNOSED.items() if row["role"].endswith(role)]
+        if row["role"].endswith(".weight"):
+            series.append((f"update_ratio/{_group(row['role'])}", row["update_ratio"]))
+        for name, text in series:
+            if (value := _number(text)) is not None:
+                found[name, int(row["step"])].append(value)
+    for (name, step), values in found.items():
+        yield name, step, sum(values) / len(values)
+    for row in _rows(train / "gradient_noise.csv"):
+        for name in ("squared_norm", "covariance_trace"):
+            yield f"gradient_noise/{name}", int(row["step"]), _number(row[name])
+
+
+def _start(start: Mapping[str, Any]) -> Iterator[Value]:
+    """The strategy before and in its first steps, and by block: there, the step of a metric is the block."""
+    yield "start/awake_step", 0, start["awake_step"]
+    for name in ("output_rms", "zero_output_mse"):
+        yield f"start/{name}", 0, start["signal"][name]
+    for row in start["early"]:
+        for name in ("mse", "timestep_sensitivity", "label_sensitivity"):
+            yield f"start/{name}", int(row["step"]), row[name]
+    for block in start["signal"]["blocks"]:
+        for name in block.keys() - {"block"}:
+            yield f"start_by_block/{name}", int(block["block"]), block[name]
 
 
 def _group(role: str) -> str:

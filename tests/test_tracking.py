@@ -65,9 +65,13 @@ def make_run(root: Path, params: dict[str, Any], strategy: str, seed: int, *, di
     ]
     table(
         train / "diagnostics.csv",
-        "step,role,gradient_rms",
-        [[0, role, value] for role, value in zip(roles, "3479", strict=True)],
+        "step,role,gradient_rms,update_ratio,gate_rms,effective_rank,distinct_units",
+        [
+            [0, role, value, 0.5, *([0.25, 3.0] if "gate" in role else ["", ""]), 7 if "mlp_in.weight" in role else ""]
+            for role, value in zip(roles, "3479", strict=True)
+        ],
     )
+    table(train / "gradient_noise.csv", "step,squared_norm,covariance_trace,batch_norm,part_norm", [[0, 2.0, 80.0, 1, 1]])
     metrics = {"frechet_distance": None if diverged else 12.5, "recall": None if diverged else 0.25}
     about = {"run_key": f"evaluate-{strategy}-{seed}{version}", "train_run_key": key, "status": status}
     write_json(evaluate / "metrics.json", {**about, "settings": {"evaluate": params["evaluate"]}, "metrics": metrics})
@@ -123,6 +127,13 @@ def test_every_run_is_there_once_with_all_about_it(study: Path) -> None:
     assert history(run, "validation_by_timestep/mse_t0") == [(0, 1.2), (20, 0.3)]
     assert history(run, "gradient_rms/mlp") == [(0, pytest.approx((3**2 / 2 + 4**2 / 2) ** 0.5))]
     assert history(run, "gradient_rms/gates") == [(0, 9.0)]
+    assert [history(run, f"{name}") for name in ("gates/attention", "effective_rank/gates", "distinct_units/mlp")] == [
+        [(0, 0.25)],
+        [(0, 3.0)],
+        [(0, 7.0)],
+    ]
+    assert history(run, "update_ratio/gates") == [(0, 0.5)]
+    assert history(run, "gradient_noise/covariance_trace") == [(0, 80.0)]
     assert {"evaluation/frechet_distance": 12.5, "time/images_per_second": 100.0}.items() <= run.data.metrics.items()
     pictures = MlflowClient(tracking.tracking_uri()).list_artifacts(run.info.run_id, "images")
     assert any(picture.path.endswith(".png") for picture in pictures)
@@ -151,6 +162,26 @@ def test_what_is_missing_is_filled_in(study: Path) -> None:
     shutil.move(study / "late", late)
     assert tracking.sync(study).added == ["symmetric-0"]
     assert len(runs()) == 4
+
+
+def test_a_strategys_start_is_on_all_its_runs_whenever_it_was_analysed(study: Path) -> None:
+    tracking.sync(study)
+    directory = study / "runs" / "analyse" / "adaln_zero"
+    directory.mkdir(parents=True)
+    block = {"block": 0, "attn_contribution": 0.0}
+    early = [{"step": step, "mse": 1.0, "timestep_sensitivity": 0.0, "label_sensitivity": float(step)} for step in range(2)]
+    signal = {"output_rms": 0.0, "zero_output_mse": 1.0, "blocks": [block]}
+    write_json(directory / "start.json", {"run_key": "start", "awake_step": 2, "signal": signal, "early": early})
+    for _ in range(2):
+        assert tracking.sync(study).added == []
+        assert history(runs()["adaln_zero-1"], "start/label_sensitivity") == [(0, 0.0), (1, 1.0)]
+    found = runs()
+    assert {name: run.data.metrics.get("start/awake_step") for name, run in found.items()} == {
+        "adaln_zero-0": 2,
+        "adaln_zero-1": 2,
+        "symmetric-0": None,
+        "symmetric-1": None,
+    }
 
 
 def test_evaluation_of_another_training_is_not_shown_as_this_ones(study: Path) -> None:
