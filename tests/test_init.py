@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
+from diffusers import DiTTransformer2DModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from scipy.stats import ks_2samp
+from typer.testing import CliRunner
 
 from dit import init, model
+from dit.cli import app
 from dit.errors import ConfigError
-from dit.init.roles import roles, select
+from dit.init.roles import Role, roles, select
 
 BASE = [
     {"role": "all", "init": "xavier_uniform"},
@@ -23,15 +33,56 @@ DEPTH = model.SIZES["DiT-Micro"].depth
 INITIALISERS: list[dict[str, Any]] = [
     {"init": "zeros"},
     {"init": "constant", "value": 0.5},
+    {"init": "identity", "gain": 0.5},
     {"init": "normal", "std": 0.3},
     {"init": "truncated_normal", "std": 0.3},
     {"init": "uniform", "bound": 0.2},
     {"init": "xavier_uniform", "gain": 2.0},
     {"init": "xavier_normal"},
+    {"init": "kaiming_uniform"},
     {"init": "kaiming_normal"},
+    {"init": "fan_in_uniform"},
+    {"init": "fan_in_normal"},
     {"init": "orthogonal"},
-    {"init": "normal", "std": 0.3, "equal": "rows"},
+    {"init": "from_checkpoint"},
+    {"init": "normal", "std": 0.0},
+    {"init": "constant", "value": 0.0},
+    {"init": "fan_in_uniform", "gain": 0.0},
 ]
+NEED_MATRICES = ("identity", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal", "orthogonal")
+UNMODIFIABLE = ("zeros", "from_checkpoint")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A rule that reads the micro network with random, zero and constant tensors from a file."""
+    network = model.build("DiT-Micro/2", latent_size=8, latent_channels=4, num_classes=3, learn_sigma=True)
+    rules = [
+        {"role": "all", "init": "fan_in_normal"},
+        {"role": "block[0].modulation.gate", "init": "zeros"},
+        {"role": "final.projection.weight", "init": "constant", "value": 0.1},
+    ]
+    path = tmp_path_factory.mktemp("checkpoint") / "weights.safetensors"
+    save_file(init.apply(network, {"rules": rules}, seed=9).state_dict(), path)
+    return {"init": "from_checkpoint", "path": str(path), "sha256": digest(path)}
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@st.composite
+def some_rule(draw: st.DrawFn) -> tuple[Role, dict[str, Any]]:
+    """A role, and any initialiser with any modifiers that suit it; `from_checkpoint` still lacks its file."""
+    role = draw(st.sampled_from(roles(DEPTH)))
+    suitable = [rule for rule in INITIALISERS if not (role.is_bias and rule["init"] in NEED_MATRICES)]
+    rule = {"role": role.path, **draw(st.sampled_from(suitable))}
+    if rule["init"] in UNMODIFIABLE:
+        return role, rule
+    equal = ["rows", *([] if role.is_bias else ["columns"]), *(["heads"] if role.per_head else [])]
+    scaled_by = ["depth", *([] if role.block is None else ["block_index"])]
+    modifiers = {"equal": draw(st.sampled_from([None, *equal])), "scaled_by": draw(st.sampled_from([None, *scaled_by]))}
+    return role, rule | modifiers
 
 
 def tensors(network: model.DiT) -> dict[str, torch.Tensor]:
@@ -70,10 +121,20 @@ def test_the_strategies_differ_where_they_say_and_nowhere_else(micro: Callable[.
     gates = {f"blocks.{index}.adaLN_modulation.1.bias" for index in range(DEPTH)}
     final = {"final_layer.adaLN_modulation.1.weight"}
     mlps = {f"blocks.{index}.mlp.{layer}.weight" for index in range(DEPTH) for layer in ("fc1", "fc2")}
-    assert changed("head_xavier") == {"final_layer.linear.weight"}
+    head = {"final_layer.linear.weight"}
+    outputs = {f"blocks.{index}.{layer}.weight" for index in range(DEPTH) for layer in ("attn.proj", "mlp.fc2")}
+    inputs = {f"blocks.{index}.{layer}.weight" for index in range(DEPTH) for layer in ("attn.qkv", "mlp.fc1")}
+    for name in ("head_xavier", "head_normal_0_001", "head_normal_0_02", "head_normal_0_1", "constant_head"):
+        assert changed(name) == head
     assert changed("adaln") == modulation | gates | final
     assert changed("gates_only_zero") == modulation | final
+    assert changed("adaln_gaussian") == modulation
+    assert changed("small_gates") == gates
+    assert changed("zero_residual_outputs") == gates | outputs
+    assert changed("gpt2_depth_scaled") == changed("block_index_scaled") == changed("fixup_like") == gates | inputs | outputs
+    assert changed("mup_readout") == inputs | outputs | {"x_embedder.proj.weight", "t_embedder.mlp.2.weight"}
     assert changed("symmetric") == mlps
+    assert changed("symmetric_heads") == {name for name in inputs | outputs if "attn" in name}
 
 
 def test_gates_only_zero_leaves_exactly_the_gate_rows_zero(micro: Callable[..., model.DiT]) -> None:
@@ -90,24 +151,53 @@ def test_symmetric_makes_all_hidden_units_of_an_mlp_equal(micro: Callable[..., m
     assert incoming[0].unique().numel() == incoming.shape[1]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    role=st.sampled_from([role.path for role in roles(DEPTH) if role.path.endswith("weight")]),
-    initialiser=st.sampled_from(INITIALISERS),
-    seed=st.integers(0, 2**62),
-)
-def test_a_rule_changes_its_own_rows_and_leaves_all_others_bit_identical(
-    micro: Callable[..., model.DiT], role: str, initialiser: dict[str, Any], seed: int
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(chosen=some_rule(), seed=st.integers(0, 2**62))
+def test_a_rule_sets_its_own_rows_as_predicted_and_leaves_all_others_bit_identical(
+    micro: Callable[..., model.DiT], checkpoint: dict[str, Any], chosen: tuple[Role, dict[str, Any]], seed: int
 ) -> None:
-    before = tensors(init.apply(micro(), {"rules": BASE}, seed))
-    after = tensors(init.apply(micro(), {"rules": [*BASE, {"role": role, **initialiser}]}, seed))
-    (claimed,) = [candidate for candidate in roles(DEPTH) if candidate.path == role]
-    rows = claimed.rows(len(before[claimed.parameter]))
-    assert initialiser["init"] == "xavier_uniform" or not torch.equal(
-        before[claimed.parameter][rows], after[claimed.parameter][rows]
-    )
-    before[claimed.parameter][rows] = after[claimed.parameter][rows]
+    role, rule = chosen
+    rules = [*BASE, rule | checkpoint if rule["init"] == "from_checkpoint" else rule]
+    before, after = (tensors(init.apply(micro(), {"rules": each}, seed)) for each in (BASE, rules))
+    rows = role.rows(len(before[role.parameter]))
+    own = after[role.parameter][rows].clone()
+    before[role.parameter][rows] = own
     assert all(torch.equal(before[name], after[name]) for name in before)
+    equal_columns = not role.is_bias and bool((own.flatten(1) == own.flatten(1)[:, :1]).all())
+    seen = "zero" if not own.any() else "equal_columns" if equal_columns else "generic"
+    assert init.patterns({"rules": rules}, micro())[role.path] == seen
+
+
+def test_the_initialisers_have_the_scales_of_their_sources(micro: Callable[..., model.DiT]) -> None:
+    def drawn(role: str, **rule: Any) -> torch.Tensor:
+        weights = tensors(init.apply(micro(), {"rules": [*BASE, {"role": role, **rule}]}, seed=0))
+        (found,) = select(role, roles(DEPTH))
+        return weights[found.parameter][found.rows(len(weights[found.parameter]))]
+
+    uniform = {"kaiming_uniform": math.sqrt(6 / 256), "fan_in_uniform": math.sqrt(1 / 256)}
+    normal = {"kaiming_normal": math.sqrt(2 / 256), "fan_in_normal": math.sqrt(1 / 256)}
+    for name, bound in uniform.items():
+        assert bound * 0.99 < drawn("block[0].mlp_out.weight", init=name).abs().max().item() <= bound
+    for name, std in normal.items():
+        assert drawn("block[0].mlp_out.weight", init=name).std().item() == pytest.approx(std, rel=0.03)
+    bias = drawn("block[0].mlp_out.bias", init="fan_in_uniform").abs().max().item()
+    assert 0.9 / 16 < bias <= 1 / 16  # the fan of its weight
+    for part in ("attn.shift", "mlp.gate"):  # each part of a fused matrix has a diagonal of its own
+        assert torch.equal(drawn(f"block[1].modulation.{part}.weight", init="identity", gain=0.5), 0.5 * torch.eye(64))
+    plain = drawn("block[1].attn_out.weight", init="normal", std=0.02)
+    by_depth = drawn("block[1].attn_out.weight", init="normal", std=0.02, scaled_by="depth")
+    by_index = drawn("block[0].attn_out.weight", init="constant", value=1.0, scaled_by="block_index")
+    assert torch.allclose(by_depth, plain / math.sqrt(2 * DEPTH))
+    assert torch.allclose(by_index, torch.full((64, 64), 1 / math.sqrt(2)))
+
+
+def test_equal_heads_compute_the_same(micro: Callable[..., model.DiT]) -> None:
+    weights = tensors(init.apply(micro(), "symmetric_heads", seed=0))
+    heads = weights["blocks.0.attn.qkv.weight"].unflatten(0, (3, 2, 32))
+    columns = weights["blocks.0.attn.proj.weight"].unflatten(1, (2, 32))
+    assert torch.equal(heads[:, 0], heads[:, 1])
+    assert torch.equal(columns[:, 0], columns[:, 1])
+    assert heads[:, 0].unique().numel() == heads[:, 0].numel()
 
 
 def test_weights_depend_on_seed_and_tensor_not_on_global_randomness(micro: Callable[..., model.DiT]) -> None:
@@ -129,7 +219,9 @@ def test_weights_depend_on_seed_and_tensor_not_on_global_randomness(micro: Calla
         ("modulation.attn.gate", 6 * 2),
         ("block[0:4].mlp_out", 4 * 2),
         ("block[:2].mlp_out.weight", 2),
-        ("block[5].qkv", 2),
+        ("block[5].qkv", 3 * 2),
+        ("block[5].qkv.value.weight", 1),
+        ("query", 6 * 2),
         ("final.modulation", 4),
         ("final.projection.bias", 1),
         ("label_table", 1),
@@ -150,6 +242,15 @@ def test_roles_are_addressed_singly_by_group_and_by_slice_of_blocks(selector: st
         ([{"role": "all", "init": "normal"}], r"rules\[0\].normal.std is missing"),
         ([{"role": "all", "init": "normal", "std": -1}], r"rules\[0\].normal.std = -1; accepted: greater than or equal to 0"),
         ([{"role": "all", "init": "zeros", "std": 1}], r"rules\[0\].zeros.std is not a known key"),
+        ([BASE, [{"role": "gaet", "init": "zeros"}]], r"rules\[2\]: role 'gaet' names no weight.*did you mean gate"),
+        (
+            [*BASE, {"role": "mlp_in", "init": "normal", "std": 1, "equal": "heads"}],
+            r"rules\[2\]: 'block\[0\].mlp_in.weight' belongs to no attention head.*accepted: roles of qkv, or attn_out.weight",
+        ),
+        (
+            [*BASE, {"role": "label_table", "init": "normal", "std": 1, "scaled_by": "block_index"}],
+            r"rules\[2\]: 'label_table.weight' lies outside the blocks.*accepted: roles of block, or scaled_by: depth",
+        ),
     ],
 )
 def test_a_wrong_rule_is_refused_by_number_and_with_what_is_accepted(
@@ -162,3 +263,133 @@ def test_a_wrong_rule_is_refused_by_number_and_with_what_is_accepted(
 def test_an_unknown_strategy_is_refused_with_the_known_ones(micro: Callable[..., model.DiT]) -> None:
     with pytest.raises(ConfigError, match=r"unknown strategy 'adaln_0'; accepted: adaln_zero, head_xavier"):
         init.apply(micro(), "adaln_0", seed=0)
+
+
+def test_lists_of_rules_within_rules_are_joined(micro: Callable[..., model.DiT]) -> None:
+    own = {"role": "final", "init": "zeros"}
+    nested, flat = (tensors(init.apply(micro(), {"rules": each}, 0)) for each in ([[BASE], own], [*BASE, own]))
+    assert all(torch.equal(nested[name], flat[name]) for name in flat)
+
+
+@pytest.mark.parametrize("name", init.named_strategies())
+def test_a_shipped_strategy_fits_every_depth_and_says_what_it_is(name: str) -> None:
+    strategy = init.named(name)
+    for depth in (1, 2, 28):
+        init.claims(strategy, depth)
+    assert strategy.description
+    assert strategy.source
+    assert f"`{name}`" in (ROOT / "docs" / "strategies.md").read_text()
+
+
+def test_diffusers_default_is_what_the_constructor_of_diffusers_leaves() -> None:
+    torch.manual_seed(0)
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=8,
+        num_embeds_ada_norm=100,
+    ).state_dict()
+    network = model.DiT(
+        latent_size=8,
+        patch_size=2,
+        latent_channels=4,
+        hidden_size=64,
+        depth=1,
+        num_heads=2,
+        num_classes=100,
+        learn_sigma=True,
+    )
+    ours = tensors(init.apply(network, "diffusers_default", seed=0))
+    block = "transformer_blocks.0"
+    fused = {part: f"{block}.attn1.to_{part[0]}" for part in ("query", "key", "value")}
+    layers = {
+        "patch_embed": "pos_embed.proj",
+        "timestep_mlp.in": f"{block}.norm1.emb.timestep_embedder.linear_1",
+        "timestep_mlp.out": f"{block}.norm1.emb.timestep_embedder.linear_2",
+        "label_table": f"{block}.norm1.emb.class_embedder.embedding_table",
+        "attn_out": f"{block}.attn1.to_out.0",
+        "mlp_in": f"{block}.ff.net.0.proj",
+        "mlp_out": f"{block}.ff.net.2",
+        "modulation": f"{block}.norm1.linear",
+        "final.modulation": "proj_out_1",
+        "final.projection": "proj_out_2",
+    }
+    for role in roles(1):
+        own = ours[role.parameter][role.rows(len(ours[role.parameter]))]
+        layer, _, kind = role.path.removeprefix("block[0].").rpartition(".")
+        if layer.startswith("qkv."):
+            reference = theirs[f"{fused[layer.removeprefix('qkv.')]}.{kind}"]
+        else:
+            stem = layer if layer in layers else re.split(r"\.(?:attn|mlp|shift|scale)", layer)[0]
+            reference = theirs[f"{layers[stem]}.{kind}"].chunk(role.chunks)[role.chunk]
+        assert own.shape == reference.shape, role.path
+        assert ks_2samp(own.flatten(), reference.flatten()).pvalue > 1e-3, role.path
+
+
+@pytest.mark.parametrize("holder", [None, "model", "ema"])
+def test_from_checkpoint_takes_the_values_of_published_and_training_files(
+    micro: Callable[..., model.DiT], tmp_path: Path, holder: str | None
+) -> None:
+    source = tensors(init.apply(micro(), "torch_default", seed=4))
+    content = {f"module.{name}": weight for name, weight in source.items()}
+    others = {"opt": {"state": {}}, "args": argparse.Namespace(model="DiT-S/2")}
+    torch.save(content if holder is None else {holder: content, **others}, tmp_path / "weights.pt")
+    rule = {"init": "from_checkpoint", "path": tmp_path / "weights.pt", "sha256": digest(tmp_path / "weights.pt")}
+    rules = [*BASE, {"role": "block", **rule, "prefix": "module."}]
+    plain, read = (tensors(init.apply(micro(), {"rules": each}, seed=0)) for each in (BASE, rules))
+    assert all(torch.equal(weight, (source if name.startswith("blocks.") else plain)[name]) for name, weight in read.items())
+
+
+def test_a_wrong_checkpoint_is_refused(micro: Callable[..., model.DiT], checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    def told(network: model.DiT, **changes: Any) -> str:
+        with pytest.raises(ConfigError) as error:
+            init.apply(network, {"rules": [*BASE, {"role": "block", **checkpoint, **changes}]}, seed=0)
+        return str(error.value)
+
+    wider = model.build("DiT-Tiny/2", latent_size=8, latent_channels=4, num_classes=3, learn_sigma=True)
+    code = tmp_path / "code.pt"
+    torch.save({"blocks.0.attn.qkv.weight": Path("/")}, code)
+    assert re.search(r"rules\[2\]: path = '/no/file.pt': No such file", told(micro(), path="/no/file.pt"))
+    assert f"is {checkpoint['sha256']}; accepted: the digest of the file" in told(micro(), sha256="0" * 64)
+    assert "no tensor is called 'ema.blocks.0.attn.qkv.weight'; it has blocks.0." in told(micro(), prefix="ema.")
+    assert "'blocks.0.attn.qkv.weight' has shape (192, 64); accepted: (384, 128)" in told(wider)
+    assert "code.pt: refused, as it is no file of tensors alone" in told(micro(), path=code, sha256=digest(code))
+
+
+def test_the_command_shows_the_library_one_strategy_and_what_two_change() -> None:
+    def shown(*arguments: str) -> str:
+        done = CliRunner().invoke(app, ["init", "--params", str(ROOT / "params.yaml"), "--model", "DiT-Micro/2", *arguments])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    assert all(name in shown() for name in init.named_strategies())
+    table = shown("--strategy", "block_index_scaled")
+    assert re.search(r"block\[0:2\].qkv.query.weight .* 64 x 64 .* normal std=0.02 .* 0.0[12]\d\d .* 0%", table)
+    assert re.search(r"block\[1\].attn_out.weight .* scaled_by=block_index", table)
+    assert re.search(r"block\[1\].qkv.query.weight ", shown("--strategy", "adaln", "--all"))
+    change = shown("--diff", "adaln_zero", "head_xavier")
+    assert re.search(r"2,048 of \d+,\d+ parameters", change)
+    assert re.findall(r"│ (\S+) +│ (\S+) +│ (\S+) +│ +(\S+) │", change) == [
+        ("final.projection.weight", "zeros", "xavier_uniform", "2,048")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--strategy", "adaln_zeros"],
+            r"unknown strategy 'adaln_zeros' \(did you mean adaln_zero\?\); accepted: adaln_zero, ",
+        ),
+        (["--diff", "adaln", "x"], r"unknown strategy 'x'; accepted: adaln_zero, "),
+        (["--diff", "adaln", "symmetric", "--strategy", "adaln"], r"--strategy and --diff are two questions"),
+        (["--strategy", "adaln", "--model", "DiT-H/2"], r"unknown model 'DiT-H/2'; accepted: one of DiT-Micro"),
+    ],
+)
+def test_the_command_says_what_is_wrong(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["init", "--params", str(ROOT / "params.yaml"), *arguments])
+    assert done.exit_code == 2
+    assert re.search(message, done.output)
