@@ -50,7 +50,7 @@ MICRO = {
     "evaluate.grid_rows": 1,
     "features.size": 32,
 }
-STAGES = 13
+STAGES = 15
 SHELL_STAGES = """
 stages:
   fine:

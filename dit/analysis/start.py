@@ -19,13 +19,16 @@ from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
 from dit.init import Strategy
 from dit.model import DiT, DiTBlock
-from dit.training.batches import Batches
+from dit.training.batches import Batch, Batches
 
 HEAD_SIZE = 64
 """Width of an attention head in the coordinate check, that of DiT-S, B and L."""
 
 COORDINATE_DEPTH = 2
 """Blocks of the networks in the coordinate check."""
+
+COORDINATE_SAMPLES = 8
+"""Samples of each batch that the coordinate check uses: its networks are wide."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,10 @@ class Examiner:
 
     def _coordinates(self, strategy: Strategy) -> list[Coordinates]:
         networks = {width: self._network(strategy, self._of_width(width)) for width in self.params.widths}
-        return coordinate_check(networks, self.batches, self.diffusion, self._optimiser, self.params.steps)
+        return coordinate_check(networks, self._few, self.diffusion, self._optimiser, self.params.steps)
+
+    def _few(self, step: int) -> Batch:
+        return self.batches(step).first(COORDINATE_SAMPLES)
 
     def _of_width(self, width: int) -> DiT:
         model = self.model

@@ -1,0 +1,155 @@
+"""The figures of docs/zero-init.md, from the study that lies in this folder: `make study`, then `python docs/figures/zero_init.py`.
+
+It reads `data/latents` and `runs/train`, computes the rest in seconds, and writes SVG files beside itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.colors import ListedColormap
+
+from dit import config, init, model
+from dit.analysis import wakeup
+from dit.analysis.signal import loss, measure
+from dit.analysis.symmetry import factors
+from dit.config import Params
+from dit.data.latents import LatentStore
+from dit.diffusion import Diffusion
+from dit.init import Strategy
+from dit.model import DiT
+from dit.training.batches import Batches
+
+HERE = Path(__file__).parent
+STEPS = 5
+SIGMAS = np.array([0.0, 0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2])
+WIDTHS = (128, 384)
+
+
+def main() -> None:
+    """Draw every figure."""
+    plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "dit"}
+    params = config.load()
+    store = LatentStore(Path("data/latents"))
+    diffusion = Diffusion(params.diffusion)
+    batches = Batches(store, diffusion, batch_size=64, label_dropout=params.model.label_dropout, seed=0)
+    draw("wake-up", wake_up(params, network(params, store)))
+    draw("factors", head_factors(params, network(params, store), batches, diffusion))
+    draw("start", initial_error(params, store, batches, diffusion))
+    draw("units", distinct_units())
+
+
+def network(params: Params, store: LatentStore, width: int | None = None) -> DiT:
+    """The study's network, or one of its depth and another width."""
+    plain = model.build(
+        params.model.name,
+        latent_size=store.latent_size,
+        latent_channels=store.latent_channels,
+        num_classes=store.num_classes,
+        learn_sigma=params.diffusion.learn_sigma,
+    )
+    if width is None:
+        return plain
+    return DiT(
+        latent_size=plain.latent_size,
+        patch_size=plain.patch_size,
+        latent_channels=plain.latent_channels,
+        hidden_size=width,
+        depth=plain.depth,
+        num_heads=width // 32,
+        num_classes=plain.num_classes,
+        learn_sigma=plain.learn_sigma,
+    )
+
+
+def wake_up(params: Params, plain: DiT) -> plt.Figure:
+    """The first step with a gradient, predicted, for every strategy of the library and every kind of weight."""
+    columns = {}
+    for name, strategy in params.strategies.items():
+        steps: dict[str, float] = {}
+        for role, step in wakeup.predict(strategy, plain, STEPS).items():
+            if (role.endswith(".weight") and not role.startswith("block")) or (
+                role.startswith("block[0]") and role.endswith(".weight")
+            ):
+                kind = role.removesuffix(".weight").removeprefix("block[0].").replace(".attn", "").replace(".mlp", "")
+                steps[kind] = max(steps.get(kind, 0.0), np.inf if step is None else step)
+        columns[name] = steps
+    table = pd.DataFrame(columns)
+    figure, axes = plt.subplots(figsize=(9, 5))
+    axes.imshow(table.to_numpy(), cmap=ListedColormap(["#bfe3cf", "#f5df9a", "#f0b27a", "#d98880"]), vmin=-0.5, vmax=3.5)
+    for (row, column), step in np.ndenumerate(table.to_numpy()):
+        axes.text(column, row, "–" if np.isinf(step) else f"{step:.0f}", ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(len(table.columns)), table.columns, rotation=60, ha="right")
+    axes.set_yticks(range(len(table.index)), table.index)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    return figure
+
+
+def head_factors(params: Params, plain: DiT, batches: Batches, diffusion: Diffusion) -> plt.Figure:
+    """Singular values of both factors of the head's gradient at step 0, and of the gradient itself."""
+    head = init.apply(plain, "adaln_zero", 0).final_layer.linear
+    inputs, deltas = factors(head, lambda: loss(plain, batches(0), diffusion))
+    figure, axes = plt.subplots(figsize=(6, 3))
+    for label, matrix in (
+        ("h, the inputs of the head", inputs),
+        ("δ, the loss gradient of its outputs", deltas),
+        ("dL/dW = δᵀh", deltas.T @ inputs),
+    ):
+        values = torch.linalg.svdvals(matrix.double())
+        axes.semilogy(range(1, len(values) + 1), values / values[0], marker=".", lw=1, label=f"{label} {tuple(matrix.shape)}")
+    axes.set(xlabel="singular value", ylabel="relative to the largest", ylim=(1e-6, 2), title="The zero head at step 0")
+    axes.legend(frameon=False)
+    return figure
+
+
+def initial_error(params: Params, store: LatentStore, batches: Batches, diffusion: Diffusion) -> plt.Figure:
+    """Error at the start against the standard deviation of the head: formula and measurement."""
+    figure, axes = plt.subplots(figsize=(6, 3))
+    for colour, width in zip(("#3b7dd8", "#e0802b"), WIDTHS, strict=True):
+        measured = []
+        for sigma in SIGMAS:
+            head = {"role": "final.projection.weight", "init": "normal", "std": float(sigma)}
+            strategy = Strategy(rules=(*params.strategies["adaln_zero"].rules, head))
+            found = [
+                measure(init.apply(network(params, store, width), strategy, seed), batches(seed), diffusion)
+                for seed in range(5)
+            ]
+            measured.append([one.mse for one in found])
+        curve = np.linspace(0, SIGMAS.max(), 100)
+        axes.plot(curve, 1 + curve**2 * width, color=colour, lw=1, label=f"1 + σ²D, D = {width}")
+        axes.plot(SIGMAS, measured, ".", color=colour, alpha=0.6)
+    axes.set(xlabel="σ of the output projection", ylabel="mean squared error at step 0", yscale="log", title="Points: 5 seeds")
+    axes.legend(frameon=False)
+    return figure
+
+
+def distinct_units() -> plt.Figure:
+    """Distinct hidden units, and rows of the head, over the training runs of the study."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3))
+    panels = zip(
+        axes, (".mlp_in.weight", "final.projection.weight"), ("hidden units of an MLP", "rows of the head"), strict=True
+    )
+    for panel, role, title in panels:
+        for path in sorted(Path("runs/train").glob("*-0")):
+            table = pd.read_csv(path / "diagnostics.csv")
+            counts = table[table["role"].str.endswith(role)].groupby("step")["distinct_units"].mean()
+            panel.plot(counts.index + 1, counts, marker=".", lw=1, label=path.name.removesuffix("-0"))
+        panel.set(xscale="log", xlabel="optimiser step + 1", title=f"Distinct {title}", ylim=(0, None))
+    axes[0].legend(frameon=False, fontsize=7)
+    return figure
+
+
+def draw(name: str, figure: plt.Figure) -> None:
+    """Write one figure, the same bytes for the same numbers."""
+    figure.savefig(HERE / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    print(HERE / f"{name}.svg")
+
+
+if __name__ == "__main__":
+    main()
