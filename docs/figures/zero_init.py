@@ -1,10 +1,11 @@
-"""The figures of docs/zero-init.md, from the study that lies in this folder: `make study`, then `python docs/figures/zero_init.py`.
+"""The figures of docs/zero-init.md: `make study`, then `python docs/figures/zero_init.py` in the same folder.
 
 It reads `data/latents` and `runs/train`, computes the rest in seconds, and writes SVG files beside itself.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -28,6 +29,9 @@ HERE = Path(__file__).parent
 STEPS = 5
 SIGMAS = np.array([0.0, 0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2])
 WIDTHS = (128, 384)
+SEEDS = 5
+KIND = re.compile(r"^block\[\d+\]\.|\.attn|\.mlp|\.weight$")
+"""What a role's path has beside its kind: the block, the branch, and that it is a weight."""
 
 
 def main() -> None:
@@ -72,17 +76,15 @@ def wake_up(params: Params, plain: DiT) -> plt.Figure:
     for name, strategy in params.strategies.items():
         steps: dict[str, float] = {}
         for role, step in wakeup.predict(strategy, plain, STEPS).items():
-            if (role.endswith(".weight") and not role.startswith("block")) or (
-                role.startswith("block[0]") and role.endswith(".weight")
-            ):
-                kind = role.removesuffix(".weight").removeprefix("block[0].").replace(".attn", "").replace(".mlp", "")
+            if role.endswith(".weight"):
+                kind = KIND.sub("", role)
                 steps[kind] = max(steps.get(kind, 0.0), np.inf if step is None else step)
         columns[name] = steps
     table = pd.DataFrame(columns)
     figure, axes = plt.subplots(figsize=(9, 5))
     axes.imshow(table.to_numpy(), cmap=ListedColormap(["#bfe3cf", "#f5df9a", "#f0b27a", "#d98880"]), vmin=-0.5, vmax=3.5)
     for (row, column), step in np.ndenumerate(table.to_numpy()):
-        axes.text(column, row, "–" if np.isinf(step) else f"{step:.0f}", ha="center", va="center", fontsize=8)
+        axes.text(column, row, "-" if np.isinf(step) else f"{step:.0f}", ha="center", va="center", fontsize=8)
     axes.set_xticks(range(len(table.columns)), table.columns, rotation=60, ha="right")
     axes.set_yticks(range(len(table.index)), table.index)
     axes.spines[:].set_visible(False)
@@ -97,8 +99,8 @@ def head_factors(params: Params, plain: DiT, batches: Batches, diffusion: Diffus
     figure, axes = plt.subplots(figsize=(6, 3))
     for label, matrix in (
         ("h, the inputs of the head", inputs),
-        ("δ, the loss gradient of its outputs", deltas),
-        ("dL/dW = δᵀh", deltas.T @ inputs),
+        (r"$\delta$, the loss gradient of its outputs", deltas),
+        (r"$dL/dW = \delta^T h$", deltas.T @ inputs),
     ):
         values = torch.linalg.svdvals(matrix.double())
         axes.semilogy(range(1, len(values) + 1), values / values[0], marker=".", lw=1, label=f"{label} {tuple(matrix.shape)}")
@@ -115,15 +117,18 @@ def initial_error(params: Params, store: LatentStore, batches: Batches, diffusio
         for sigma in SIGMAS:
             head = {"role": "final.projection.weight", "init": "normal", "std": float(sigma)}
             strategy = Strategy(rules=(*params.strategies["adaln_zero"].rules, head))
-            found = [
-                measure(init.apply(network(params, store, width), strategy, seed), batches(seed), diffusion)
-                for seed in range(5)
-            ]
+            networks = [init.apply(network(params, store, width), strategy, seed) for seed in range(SEEDS)]
+            found = [measure(one, batches(seed), diffusion) for seed, one in enumerate(networks)]
             measured.append([one.mse for one in found])
         curve = np.linspace(0, SIGMAS.max(), 100)
-        axes.plot(curve, 1 + curve**2 * width, color=colour, lw=1, label=f"1 + σ²D, D = {width}")
+        axes.plot(curve, 1 + curve**2 * width, color=colour, lw=1, label=rf"$1 + \sigma^2 D$, $D = {width}$")
         axes.plot(SIGMAS, measured, ".", color=colour, alpha=0.6)
-    axes.set(xlabel="σ of the output projection", ylabel="mean squared error at step 0", yscale="log", title="Points: 5 seeds")
+    axes.set(
+        xlabel=r"$\sigma$ of the output projection",
+        ylabel="mean squared error at step 0",
+        yscale="log",
+        title=f"Points: {SEEDS} seeds",
+    )
     axes.legend(frameon=False)
     return figure
 
@@ -131,10 +136,8 @@ def initial_error(params: Params, store: LatentStore, batches: Batches, diffusio
 def distinct_units() -> plt.Figure:
     """Distinct hidden units, and rows of the head, over the training runs of the study."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3))
-    panels = zip(
-        axes, (".mlp_in.weight", "final.projection.weight"), ("hidden units of an MLP", "rows of the head"), strict=True
-    )
-    for panel, role, title in panels:
+    roles = {".mlp_in.weight": "hidden units of an MLP", "final.projection.weight": "rows of the head"}
+    for panel, (role, title) in zip(axes, roles.items(), strict=True):
         for path in sorted(Path("runs/train").glob("*-0")):
             table = pd.read_csv(path / "diagnostics.csv")
             counts = table[table["role"].str.endswith(role)].groupby("step")["distinct_units"].mean()
