@@ -75,7 +75,7 @@ def show_init(
             table = _strategy_table(loaded, _strategy(loaded, strategy, params), name, seed, every)
             table.title = f"{strategy}: {table.title}"
         elif any(diff):
-            table = _diff_table(loaded, [_strategy(loaded, each, params) for each in diff], diff, name)
+            table = _diff_table(loaded, [_strategy(loaded, each, params) for each in diff], diff, name, every)
         else:
             table = _library(loaded)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
@@ -121,10 +121,11 @@ def _strategy_table(loaded: Params, strategy: Strategy, name: str | None, seed: 
     return table
 
 
-def _diff_table(loaded: Params, strategies: Sequence[Strategy], names: Sequence[str], name: str | None) -> Table:
+def _diff_table(loaded: Params, strategies: Sequence[Strategy], names: Sequence[str], name: str | None, every: bool) -> Table:
     with torch.device("meta"):
         network = _network(loaded, name)
-    changes = tables.changes(network, *strategies)
+    before, after = strategies
+    changes = tables.changes(network, before, after, every)
     changed = sum(change.parameters for change in changes)
     total = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
     table = Table(title=f"{names[0]} -> {names[1]}: {changed:,} of {total:,} parameters are drawn differently")

@@ -352,11 +352,14 @@ def test_a_wrong_checkpoint_is_refused(micro: Callable[..., model.DiT], checkpoi
     wider = model.build("DiT-Tiny/2", latent_size=8, latent_channels=4, num_classes=3, learn_sigma=True)
     code = tmp_path / "code.pt"
     torch.save({"blocks.0.attn.qkv.weight": Path("/")}, code)
+    text = tmp_path / "text.pt"
+    text.write_text("hello world")
     assert re.search(r"rules\[2\]: path = '/no/file.pt': No such file", told(micro(), path="/no/file.pt"))
     assert f"is {checkpoint['sha256']}; accepted: the digest of the file" in told(micro(), sha256="0" * 64)
     assert "no tensor is called 'ema.blocks.0.attn.qkv.weight'; it has blocks.0." in told(micro(), prefix="ema.")
     assert "'blocks.0.attn.qkv.weight' has shape (192, 64); accepted: (384, 128)" in told(wider)
-    assert "code.pt: refused, as it is no file of tensors alone" in told(micro(), path=code, sha256=digest(code))
+    assert "code.pt: refused: it names pathlib" in told(micro(), path=code, sha256=digest(code))
+    assert "text.pt: refused: it is no such file" in told(micro(), path=text, sha256=digest(text))
 
 
 def test_the_command_shows_the_library_one_strategy_and_what_two_change() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 from functools import cache, lru_cache
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -65,9 +65,10 @@ def _read(path: Path, sha256: str) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments that train.py of DiT saves beside
             found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"{path}: refused, as it is no file of tensors alone: {told[0]}") from None
+    except Exception as error:  # a broken pickle may raise anything
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it names {named[1]}, which is code" if named else "it is no such file"
+        raise ConfigError(f"{path}: refused: {reason}; accepted: a file of tensors and plain values alone") from None
     for holder in HOLDERS:
         if isinstance(found, dict) and isinstance(found.get(holder), dict):
             found = found[holder]

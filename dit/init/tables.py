@@ -46,7 +46,7 @@ def rows(model: DiT, strategy: Strategy, every_block: bool = False) -> list[Row]
     weights = dict(model.named_parameters())
 
     def drawn_by(site: Site) -> Hashable:
-        return (site.role.path, *_key(claimed[site.role], site)) if every_block else _key(claimed[site.role], site)
+        return _key(claimed[site.role], site), every_block and site.role.path
 
     return [
         Row(_path(alike), _shape(alike[0]), describe(claimed[alike[0].role]), *_moments(weights, alike))
@@ -54,12 +54,12 @@ def rows(model: DiT, strategy: Strategy, every_block: bool = False) -> list[Row]
     ]
 
 
-def changes(model: DiT, before: Strategy, after: Strategy) -> list[Change]:
-    """The roles of `model` whose rules differ; its weights are not looked at."""
+def changes(model: DiT, before: Strategy, after: Strategy, every_block: bool = False) -> list[Change]:
+    """The roles of `model` whose rules differ, as `rows` groups them; its weights are not looked at."""
     old, new = claims(before, model.depth), claims(after, model.depth)
 
     def drawn_by(site: Site) -> Hashable:
-        return _key(old[site.role], site), _key(new[site.role], site)
+        return _key(old[site.role], site), _key(new[site.role], site), every_block and site.role.path
 
     return [
         Change(
