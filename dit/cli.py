@@ -11,10 +11,12 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from dit import config, init, model
+from dit.analysis.wakeup import by_kind, predict
 from dit.config import Params
 from dit.errors import ConfigError, UserError
 from dit.init import Strategy, tables
@@ -78,6 +80,10 @@ def show_init(
             table = _diff_table(loaded, [_strategy(loaded, each, params) for each in diff], diff, name, every)
         else:
             table = _library(loaded)
+    _show(table)
+
+
+def _show(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
@@ -137,6 +143,35 @@ def _diff_table(loaded: Params, strategies: Sequence[Strategy], names: Sequence[
     for change in changes:
         table.add_row(change.role, change.before, change.after, f"{change.parameters:,}")
     return table
+
+
+@app.command()
+def wakeup(
+    strategies: Annotated[
+        list[str] | None, typer.Argument(metavar="[STRATEGY]...", help="Strategies of the parameter file. [default: all]")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="A network such as DiT-S/2. [default: the study's]")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps to look at.")] = 5,
+    params: ParamsFile = Path("params.yaml"),
+) -> None:
+    """Predict, without running anything, from which optimiser step on each kind of weight receives a gradient."""
+    with _told():
+        loaded = config.load(params)
+        chosen = {each: _strategy(loaded, each, params) for each in strategies or loaded.strategies}
+        with torch.device("meta"):
+            network = _network(loaded, name)
+        schedules = {each: by_kind(predict(strategy, network, steps)) for each, strategy in chosen.items()}
+    kinds = list(next(iter(schedules.values())))
+    table = Table("strategy", title="First optimiser step with a gradient, counted from 0", title_justify="left", box=SIMPLE)
+    table.columns[0].no_wrap = True
+    for kind in kinds:
+        short = kind.replace("modulation", "mod").replace("projection", "proj").replace("timestep", "time")
+        table.add_column(short.replace(".", "\n").replace("_", "\n"), justify="right")
+    for each, schedule in schedules.items():
+        table.add_row(each, *("never" if (step := schedule[kind]) is None else str(step) for kind in kinds))
+    _show(table)
 
 
 if __name__ == "__main__":

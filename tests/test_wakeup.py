@@ -83,6 +83,8 @@ def test_the_published_schedule_is_head_then_gates_then_all() -> None:
     assert by_step[1] == gates | final | {"patch_embed.weight", "patch_embed.bias"}
     assert by_step[None] == {"block[0].qkv.key.bias", "block[1].qkv.key.bias"}
     assert wakeup.awake(schedule) == 2
+    assert wakeup.by_kind(schedule)["modulation.gate"] == 1
+    assert wakeup.by_kind(schedule)["mlp_in"] == 2
     assert wakeup.awake(predicted(named("head_xavier"), SHAPES[1])) == 1
 
 

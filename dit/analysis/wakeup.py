@@ -161,6 +161,26 @@ def awake(schedule: Schedule) -> int | None:
     return None if None in steps else max(step for step in steps if step is not None)
 
 
+def by_kind(schedule: Schedule) -> Schedule:
+    """The schedule of the weights, not biases, by what they are in whichever block and branch, such as `modulation.gate`.
+
+    The step is that from which on all weights of the kind receive a gradient.
+    """
+    found: Schedule = {}
+    for role, step in schedule.items():
+        if role.endswith(".weight"):
+            name = kind(role)
+            known = found.get(name, 0)
+            found[name] = None if step is None or known is None else max(known, step)
+    return found
+
+
+def kind(role: str) -> str:
+    """`block[3].modulation.attn.gate.weight` -> `modulation.gate`."""
+    parts = [part for part in role.removesuffix(".weight").split(".") if part not in ("attn", "mlp")]
+    return ".".join(parts[1:] if parts[0].startswith("block[") else parts)
+
+
 def _set_gradients(loss: Tensor, weights: Mapping[str, Tensor], parts: list[Role]) -> list[tuple[Role, Tensor]]:
     """Set the gradient of every weight, zero where it is mere rounding; the part of it that belongs to each role, as a view."""
     inputs = list(weights.values())

@@ -5,7 +5,6 @@ It reads `data/latents` and `runs/train`, computes the rest in seconds, and writ
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -30,8 +29,6 @@ STEPS = 5
 SIGMAS = np.array([0.0, 0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2])
 WIDTHS = (128, 384)
 SEEDS = 5
-KIND = re.compile(r"^block\[\d+\]\.|\.attn|\.mlp|\.weight$")
-"""What a role's path has beside its kind: the block, the branch, and that it is a weight."""
 
 
 def main() -> None:
@@ -72,19 +69,12 @@ def network(params: Params, store: LatentStore, width: int | None = None) -> DiT
 
 def wake_up(params: Params, plain: DiT) -> plt.Figure:
     """The first step with a gradient, predicted, for every strategy of the library and every kind of weight."""
-    columns = {}
-    for name, strategy in params.strategies.items():
-        steps: dict[str, float] = {}
-        for role, step in wakeup.predict(strategy, plain, STEPS).items():
-            if role.endswith(".weight"):
-                kind = KIND.sub("", role)
-                steps[kind] = max(steps.get(kind, 0.0), np.inf if step is None else step)
-        columns[name] = steps
-    table = pd.DataFrame(columns)
+    schedules = {name: wakeup.predict(strategy, plain, STEPS) for name, strategy in params.strategies.items()}
+    table = pd.DataFrame({name: wakeup.by_kind(schedule) for name, schedule in schedules.items()}, dtype=float)
     figure, axes = plt.subplots(figsize=(9, 5))
     axes.imshow(table.to_numpy(), cmap=ListedColormap(["#bfe3cf", "#f5df9a", "#f0b27a", "#d98880"]), vmin=-0.5, vmax=3.5)
     for (row, column), step in np.ndenumerate(table.to_numpy()):
-        axes.text(column, row, "-" if np.isinf(step) else f"{step:.0f}", ha="center", va="center", fontsize=8)
+        axes.text(column, row, "-" if np.isnan(step) else f"{step:.0f}", ha="center", va="center", fontsize=8)
     axes.set_xticks(range(len(table.columns)), table.columns, rotation=60, ha="right")
     axes.set_yticks(range(len(table.index)), table.index)
     axes.spines[:].set_visible(False)

@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from dit.analysis.wakeup import by_kind, kind
 from pipelines.report.drawing import Figure, Look, band, curves, finish, line_of
 from pipelines.report.runs import Run, Start, Study
 
@@ -28,7 +29,7 @@ def wake_up(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> F
     """The first step at which each kind of weight receives a gradient, in every strategy."""
     starts = [study.starts[name] for name in [study.baseline, *study.others]]
     measured, predicted = (
-        pd.DataFrame({start.strategy: first_steps(getattr(start.record, which)) for start in starts})
+        pd.DataFrame({start.strategy: by_kind(getattr(start.record, which)) for start in starts}, dtype=float)
         for which in ("measured", "predicted")
     )
     shown = measured.map(lambda step: "never" if math.isnan(step) else f"{step:.0f}")
@@ -59,13 +60,6 @@ def wake_up(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> F
         f"architecture alone, where a product with a zero factor passes nothing back, {verdict}."
     )
     return Figure("wake-up", "Wake-up schedule: the first step with a gradient", caption, plot)
-
-
-def first_steps(schedule: dict[str, int | None]) -> pd.Series:
-    """By kind of weight, the step from which on all of that kind receive a gradient; NaN for never."""
-    steps = pd.Series({role: math.nan if step is None else step for role, step in schedule.items()}, dtype=float)
-    weights = steps[steps.index.str.endswith(".weight")]
-    return weights.groupby(weights.index.map(_kind), sort=False).agg(lambda kind: kind.max(skipna=False))
 
 
 def gradients(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
@@ -124,7 +118,7 @@ def gradient_grid(runs: list[Run]) -> pd.DataFrame:
     table = table[table["role"].str.endswith(".weight")]
     steps = sorted(table["step"].unique())
     shown = [step for index, step in enumerate(steps) if step == index or index == len(steps) - 1]
-    table = table.assign(square=table["gradient_rms"] ** 2, kind=table["role"].map(_kind))
+    table = table.assign(square=table["gradient_rms"] ** 2, kind=table["role"].map(kind))
     grid = table.pivot_table(index="kind", columns="step", values="square", aggfunc="mean", sort=False) ** 0.5
     return grid[shown]
 
@@ -300,11 +294,3 @@ def _start_panels(study: Study, styles: dict[str, Look], panels: list[StartPanel
     plot.update_yaxes(rangemode="tozero")
     finish(plot, height=FIGURE_HEIGHT, margin={"t": 74}, legend={"y": 1.12})
     return plot
-
-
-def _kind(role: str) -> str:
-    """`block[3].modulation.attn.gate.weight` -> `modulation.gate`: what a role is, whichever block and branch it is in."""
-    parts = role.removesuffix(".weight").split(".")
-    if parts[0].startswith("block["):
-        parts = parts[1:]
-    return ".".join(part for part in parts if part not in ("attn", "mlp"))
