@@ -98,8 +98,8 @@ class Finished:
     """`run.json` of the training."""
     evaluation: dict[str, Any]
     """`metrics.json` of the evaluation."""
-    start: dict[str, Any] | None
-    """`start.json` of the strategy, where it has been analysed."""
+    start: Path | None
+    """What the analysis of its strategy left, where there is one."""
 
     @property
     def name(self) -> str:
@@ -176,8 +176,8 @@ def finished(root: Path, strategies: Sequence[str], seeds: Sequence[int]) -> Ite
                 continue
             run, evaluation = (json.loads(file.read_text()) for file in (train / "run.json", evaluate / "metrics.json"))
             if evaluation["train_run_key"] == run["run_key"]:
-                start = root / "runs" / "analyse" / strategy / "start.json"
-                analysed = json.loads(start.read_text()) if start.exists() else None
+                start = root / "runs" / "analyse" / strategy
+                analysed = start if (start / "start.json").exists() else None
                 yield Finished(strategy, seed, train, evaluate, run, evaluation, analysed)
 
 
@@ -263,12 +263,15 @@ def _log_run(client: MlflowClient, experiment: Experiment, run: Finished, tags: 
     return client.get_run(made)
 
 
-def _add_start(client: MlflowClient, run: Run, start: dict[str, Any]) -> None:
+def _add_start(client: MlflowClient, run: Run, directory: Path) -> None:
     """Add what the analysis of its strategy found to a run that does not have it: it may have been made after the run."""
+    start = json.loads((directory / "start.json").read_text())
     if run.data.tags.get("analyse_run_key") == start["run_key"]:
         return
-    metrics = [Metric(name, value, run.info.start_time, step) for name, step, value in _start(start) if value is not None]
-    client.log_batch(run.info.run_id, metrics=metrics)
+    values = [*_start(start), *_first_gradients(directory / "gradients.csv")]
+    metrics = [Metric(name, value, run.info.start_time, step) for name, step, value in values if value is not None]
+    for first in range(0, len(metrics), METRICS_PER_REQUEST):
+        client.log_batch(run.info.run_id, metrics=metrics[first : first + METRICS_PER_REQUEST])
     client.set_tag(run.info.run_id, "analyse_run_key", start["run_key"])
 
 
@@ -363,6 +366,18 @@ def _start(start: Mapping[str, Any]) -> Iterator[Value]:
     for block in start["signal"]["blocks"]:
         for name in block.keys() - {"block"}:
             yield f"start_by_block/{name}", int(block["block"]), block[name]
+
+
+def _first_gradients(path: Path) -> Iterator[Value]:
+    """Norm, ranks and update of the gradients in the first steps, the mean over the weights of each group."""
+    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for row in _rows(path):
+        if row["role"].endswith(".weight"):
+            for name in ("norm", "stable_rank", "numerical_rank", "update_ratio"):
+                if (value := _number(row[name])) is not None:
+                    found[f"start_gradient_{name}/{_group(row['role'])}", int(row["step"])].append(value)
+    for (name, step), values in found.items():
+        yield name, step, sum(values) / len(values)
 
 
 def _group(role: str) -> str:

@@ -118,6 +118,11 @@ def write_start(params: Params, strategy: str) -> None:
         ],
     }
     write_json(directory / "start.json", start)
+    gradient = {"norm": 0.1, "stable_rank": 3.5, "numerical_rank": 32.0, "update_ratio": 0.01}
+    write_csv(
+        directory / "gradients.csv",
+        [{"step": step, "role": role, **gradient} for step in range(5) for role in schedule if role.endswith("weight")],
+    )
     write_csv(
         directory / "coordinates.csv",
         [
@@ -456,7 +461,7 @@ def test_a_browser_opens_the_report_from_disk_and_shows_every_figure(workspace: 
     compare(workspace(ALL, [0, 1, 2], diverged=("adaln-2",)))
     page = Page(dumped(Path("reports/index.html"), tmp_path / "profile"))
     names = ("differences", "validation", "early", "relative", "training", "buckets", "wake-up", "gradients")
-    names += ("depth", "conditioning", "widths", "units", "gates", "ranks", "updates")
+    names += ("gradient-ranks", "depth", "conditioning", "widths", "units", "gates", "ranks", "updates")
     assert page.drawn == str(len(names))
     assert {name for name, marks in page.marks.items() if marks} == {f"figure-{name}" for name in names}
     assert [page.zero_lines[f"figure-{name}"] for name in ("differences", "relative", "buckets")] == [5, 1, 1]

@@ -172,10 +172,13 @@ def test_a_strategys_start_is_on_all_its_runs_whenever_it_was_analysed(study: Pa
     early = [{"step": step, "mse": 1.0, "timestep_sensitivity": 0.0, "label_sensitivity": float(step)} for step in range(2)]
     signal = {"output_rms": 0.0, "zero_output_mse": 1.0, "blocks": [block]}
     write_json(directory / "start.json", {"run_key": "start", "awake_step": 2, "signal": signal, "early": early})
+    gradients = [[0, "block[0].mlp_in.weight", 0.5, 2.0, 32, ""], [1, "block[1].mlp_in.weight", 0.25, 4.0, 30, 0.1]]
+    table(directory / "gradients.csv", "step,role,norm,stable_rank,numerical_rank,update_ratio", gradients)
     for _ in range(2):
         assert tracking.sync(study).added == []
         assert history(runs()["adaln_zero-1"], "start/label_sensitivity") == [(0, 0.0), (1, 1.0)]
     found = runs()
+    assert history(found["adaln_zero-0"], "start_gradient_stable_rank/mlp") == [(0, 2.0), (1, 4.0)]
     assert {name: run.data.metrics.get("start/awake_step") for name, run in found.items()} == {
         "adaln_zero-0": 2,
         "adaln_zero-1": 2,

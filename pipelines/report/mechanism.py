@@ -123,6 +123,51 @@ def gradient_grid(runs: list[Run]) -> pd.DataFrame:
     return grid[shown]
 
 
+def gradient_ranks(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
+    """How many directions the gradient of each kind of weight has in the first steps."""
+    names = [study.baseline, *study.others]
+    columns = min(PANELS, len(names))
+    rows = math.ceil(len(names) / columns)
+    plot = make_subplots(rows, columns, shared_yaxes=True, horizontal_spacing=0.02, subplot_titles=names)
+    for index, name in enumerate(names):
+        table = study.starts[name].gradients.dropna(subset=["stable_rank"])
+        table = table.assign(kind=table["role"].map(kind))
+        shown = ("stable_rank", "numerical_rank", "update_ratio")
+        stable, numerical, ratio = (
+            table.pivot_table(index="kind", columns="step", values=column, sort=False, dropna=False) for column in shown
+        )
+        ratio = ratio.reindex_like(stable).map(lambda value: "weights are zero" if math.isnan(value) else f"{value:.2g}")
+        where = {"row": index // columns + 1, "col": index % columns + 1}
+        plot.add_trace(
+            go.Heatmap(
+                x=[str(step) for step in stable.columns],
+                y=list(stable.index),
+                z=stable.where(stable > 0).astype(object).where(stable > 0, None).to_numpy().tolist(),
+                text=numerical.map(lambda rank: f"{rank:.0f}" if rank else "").to_numpy().tolist(),
+                customdata=ratio.to_numpy().tolist(),
+                texttemplate="%{text}",
+                textfont={"size": 9},
+                coloraxis="coloraxis",
+                xgap=2,
+                ygap=2,
+                hovertemplate="%{y}<br>step %{x}: stable rank %{z:.1f}, numerical rank %{text}<br>"
+                "update / weight: %{customdata}<extra>" + name + "</extra>",
+            ),
+            **where,
+        )
+        plot.update_xaxes(title="step", type="category", **where)
+    plot.update_xaxes(showgrid=False, ticks="")
+    plot.update_yaxes(autorange="reversed", showgrid=False, ticks="")
+    bar = {"title": {"text": "stable rank", "font": {"size": 12}}, "thickness": 12}
+    finish(plot, height=60 + 400 * rows, hovermode="closest", margin={"t": 40, "l": 150})
+    plot.update_layout(coloraxis={"colorscale": "Viridis", "colorbar": bar})
+    caption = (
+        "Colour: stable rank of the gradient, the squared Frobenius norm over the squared spectral norm; number: its numerical "
+        "rank; both mean over blocks, in float64. Empty: no gradient. A gradient of many directions leaves no symmetry."
+    )
+    return Figure("gradient-ranks", "Ranks of the gradients in the first steps", caption, plot)
+
+
 def depth(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
     """What each block adds at the start, and how large stream and gradient are, by depth."""
     panels: list[StartPanel] = [
@@ -245,7 +290,7 @@ def updates(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> F
     return Figure("updates", "Updates and gradient noise", caption, plot)
 
 
-MECHANISM = (wake_up, gradients, depth, conditioning, widths, units, gates, ranks, updates)
+MECHANISM = (wake_up, gradients, gradient_ranks, depth, conditioning, widths, units, gates, ranks, updates)
 
 
 def by_step(run: Run, column: str, role: str) -> pd.Series:

@@ -179,6 +179,12 @@ class Start:
         return pd.DataFrame(self.record.signal.blocks, dtype=float).set_index("block")
 
     @property
+    def gradients(self) -> pd.DataFrame:
+        """`gradients.csv`: norm, ranks and update of every role's gradient in the first steps."""
+        columns = ["step", "role", "norm", "stable_rank", "numerical_rank", "update_ratio"]
+        return _table(ANALYSE / self.strategy / "gradients.csv", columns)
+
+    @property
     def coordinates(self) -> pd.DataFrame:
         """`coordinates.csv`: activations of networks of several widths in their first steps."""
         return _table(ANALYSE / self.strategy / "coordinates.csv", ["width", "step", "activation", "rms", "change_rms"])
