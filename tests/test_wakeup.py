@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from dit import init
 from dit.analysis import wakeup
+from dit.cli import app
 from dit.config import Params
 from dit.diffusion import Diffusion
 from dit.init import Strategy, named, named_strategies
@@ -99,3 +102,13 @@ def test_a_single_precision_network_is_refused() -> None:
     model = DiT(**SHAPES[0], learn_sigma=True)
     with pytest.raises(ValueError, match="float64"):
         wakeup.measure(model, lambda model, step: torch.zeros(()), OPTIMISERS["SGD"](model), 1)
+
+
+def test_the_command_shows_the_schedule_of_a_strategy_and_names_one_that_is_not_there() -> None:
+    arguments = ["--params", str(Path(__file__).parents[1] / "params.yaml"), "--model", "DiT-XL/2"]
+    shown = CliRunner().invoke(app, ["wakeup", "adaln_zero", *arguments])
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.splitlines()[-2].split() == ["adaln_zero", *"1222222222221110"]
+    unknown = CliRunner().invoke(app, ["wakeup", "adaln_zer", *arguments])
+    assert unknown.exit_code == 2
+    assert "did you mean adaln_zero?" in unknown.output

@@ -84,7 +84,7 @@ def wake_up(params: Params, plain: DiT) -> plt.Figure:
 
 def head_factors(params: Params, plain: DiT, batches: Batches, diffusion: Diffusion) -> plt.Figure:
     """Singular values of both factors of the head's gradient at step 0, and of the gradient itself."""
-    head = init.apply(plain, "adaln_zero", 0).final_layer.linear
+    head = init.apply(plain, "adaln_zero", 0).double().final_layer.linear
     inputs, deltas = factors(head, lambda: loss(plain, batches(0), diffusion))
     figure, axes = plt.subplots(figsize=(6, 3))
     for label, matrix in (
@@ -92,9 +92,9 @@ def head_factors(params: Params, plain: DiT, batches: Batches, diffusion: Diffus
         (r"$\delta$, the loss gradient of its outputs", deltas),
         (r"$dL/dW = \delta^T h$", deltas.T @ inputs),
     ):
-        values = torch.linalg.svdvals(matrix.double())
+        values = torch.linalg.svdvals(matrix)
         axes.semilogy(range(1, len(values) + 1), values / values[0], marker=".", lw=1, label=f"{label} {tuple(matrix.shape)}")
-    axes.set(xlabel="singular value", ylabel="relative to the largest", ylim=(1e-6, 2), title="The zero head at step 0")
+    axes.set(xlabel="singular value", ylabel="relative to the largest", xlim=(0, 36), ylim=(1e-8, 2), title="Zero head, step 0")
     axes.legend(frameon=False)
     return figure
 
@@ -132,7 +132,7 @@ def distinct_units() -> plt.Figure:
             table = pd.read_csv(path / "diagnostics.csv")
             counts = table[table["role"].str.endswith(role)].groupby("step")["distinct_units"].mean()
             panel.plot(counts.index + 1, counts, marker=".", lw=1, label=path.name.removesuffix("-0"))
-        panel.set(xscale="log", xlabel="optimiser step + 1", title=f"Distinct {title}", ylim=(0, None))
+        panel.set(xscale="log", yscale="log", xlabel="optimiser step + 1", title=f"Distinct {title}")
     axes[0].legend(frameon=False, fontsize=7)
     return figure
 

@@ -215,7 +215,7 @@ def widths(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Fi
     plot.update_xaxes(
         type="log", tickvals=sorted({width for start in study.starts.values() for width in start.coordinates["width"]})
     )
-    plot.update_yaxes(type="log", rangemode="normal")
+    plot.update_yaxes(type="log", rangemode="normal", exponentformat="power", dtick=1)
     exponents = [
         f"{name} {entry['start']['width_exponent']:+.2f}"
         for name, entry in summary["strategies"].items()
@@ -254,7 +254,7 @@ def gates(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Fig
     ]
     plot = _panels(study, styles, [*panels, *by_depth])
     for column in (3, 4):
-        plot.update_xaxes(title="block", dtick=1, row=1, col=column)
+        plot.update_xaxes(title_text="block", dtick=1, row=1, col=column)
     caption = f"RMS of the gates over the samples of a batch, mean over blocks, or block by block. {band(study)}"
     return Figure("gates", "Gates", caption, plot)
 
