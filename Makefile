@@ -22,8 +22,8 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(RUN) pip install -qq --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-study: $(INSTALLED) ## Run what is not up to date [SET="train.steps=300 study.seeds=[0]"] [TARGETS=train] [WORKERS=2]
-	@$(RUN) pipelines study $(foreach value,$(SET),--set '$(value)') $(if $(WORKERS),--workers $(WORKERS)) $(TARGETS)
+study: $(INSTALLED) ## Run what is not up to date [SET="train.steps=300 study.seeds=[0]"] [PROFILE=gpu] [TARGETS=train] [WORKERS=2]
+	@$(RUN) pipelines study $(foreach value,$(SET),--set '$(value)') $(if $(PROFILE),--profile $(PROFILE)) $(if $(WORKERS),--workers $(WORKERS)) $(TARGETS)
 
 mlflow: $(INSTALLED) ## Bring runs that MLflow does not have into it [MLFLOW_TRACKING_URI=...]
 	@$(RUN) pipelines mlflow

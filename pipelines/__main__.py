@@ -21,6 +21,7 @@ SET = typer.Option(
     "--set", metavar="KEY=VALUE", help="Another value of params.yaml, in an isolated experiment, such as train.steps=300."
 )
 TARGETS = typer.Argument(help="Only these stages and what they need, such as train; default: all.")
+PROFILE = typer.Option(metavar="NAME", help="The values of profiles/NAME.yaml, in an isolated experiment, such as gpu.")
 WORKERS = typer.Option(min=1, help="Stages at the same time; default: what the machine has room for.")
 
 
@@ -29,6 +30,7 @@ def study(
     set_: Annotated[list[str] | None, SET] = None,
     targets: Annotated[list[str] | None, TARGETS] = None,
     workers: Annotated[int | None, WORKERS] = None,
+    profile: Annotated[str | None, PROFILE] = None,
 ) -> None:
     """Run the study: whatever is not up to date, side by side, as a Prefect flow, and fill MLflow."""
     overrides = dict(_assignment(text) for text in set_ or [])
@@ -36,11 +38,12 @@ def study(
     os.environ.update(services.prefect_environment(url))
     from pipelines import experiments, flows
 
-    experiments.parameters(Path.cwd(), overrides)
+    given = experiments.profile(Path.cwd(), profile) if profile else {}
+    experiments.parameters(Path.cwd(), {**given, **overrides})
     services.wait_for(url)
     _log_for_people(flows.LOGGER)
     try:
-        state = flows.study(overrides or None, workers, targets or None, return_state=True)
+        state = flows.study(overrides or None, workers, targets or None, profile, return_state=True)
     except KeyboardInterrupt:
         print("interrupted; the next run goes on from here", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGINT) from None

@@ -27,6 +27,7 @@ from dit.errors import ConfigError, UserError
 from pipelines import dag
 
 EXPERIMENTS = Path(".scratch/experiments")
+PROFILES = Path("profiles")
 IDENTITY = {
     f"GIT_{who}_{what}": value
     for who in ("AUTHOR", "COMMITTER")
@@ -42,6 +43,18 @@ def parameters(root: Path, overrides: Mapping[str, Any] | None = None) -> Params
         return config.load(path)
     config.load(path)
     return config.parse(YAML(typ="safe").load(override(path.read_text(), overrides)), "params.yaml with overrides")
+
+
+def profile(root: Path, name: str) -> dict[str, Any]:
+    """The overrides of `profiles/<name>.yaml`, by dotted key. Raises `ConfigError` where there is no such profile."""
+    path = root / PROFILES / f"{name}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(file.stem for file in (root / PROFILES).glob("*.yaml"))) or "none: the folder is empty"
+        raise ConfigError(f"{path}: no such profile; accepted: {known}")
+    overrides = YAML(typ="safe").load(path.read_text())
+    if not isinstance(overrides, dict):
+        raise ConfigError(f"{path}: accepted: dotted keys of params.yaml with their values, such as train.steps: 300")
+    return overrides
 
 
 def override(text: str, overrides: Mapping[str, Any]) -> str:

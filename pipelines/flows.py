@@ -93,6 +93,7 @@ def study(
     overrides: dict[str, Any] | None = None,
     workers: Annotated[int, Field(ge=1)] | None = None,
     targets: list[str] | None = None,
+    profile: str | None = None,
 ) -> State[Any]:
     """Images, autoencoder, latents, a DiT per initialisation strategy and seed, their evaluation, and the comparison.
 
@@ -103,9 +104,11 @@ def study(
             The run is then an isolated DVC experiment: the workspace stays as it is, and `dvc exp show` lists the result.
         workers: Stages that run at the same time; by default as many as the machine has room for.
         targets: Only these stages and what they need, such as ["train@adaln_zero-0"] or ["evaluate"]; by default all.
+        profile: A file of overrides, such as "gpu" for profiles/gpu.yaml; `overrides` come on top.
     """
     root = Path.cwd()
     try:
+        overrides = {**(experiments.profile(root, profile) if profile else {}), **(overrides or {})}
         params = experiments.parameters(root, overrides)
         with _workspace(root, overrides) as (workspace, experiment):
             stages = dag.select(dag.read(workspace), targets)

@@ -280,3 +280,12 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_every_profile_gives_valid_parameters_and_another_name_is_one_clear_error() -> None:
+    profiles = [path.stem for path in (ROOT / "profiles").glob("*.yaml")]
+    assert "gpu" in profiles
+    for name in profiles:
+        experiments.parameters(ROOT, experiments.profile(ROOT, name))
+    with pytest.raises(ConfigError, match=r"profiles/gpu8\.yaml: no such profile; accepted: .*gpu"):
+        experiments.profile(ROOT, "gpu8")
