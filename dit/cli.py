@@ -174,5 +174,39 @@ def wakeup(
     _show(table)
 
 
+@app.command()
+def audit(
+    target: Annotated[str, typer.Argument(help="What to audit: see docs/audit.md.", metavar="TARGET")],
+    settings: Annotated[str, typer.Option("--config", help="Constructor arguments, as JSON or as a JSON file.")] = "{}",
+    name: Annotated[str | None, typer.Option("--model", help="For a strategy: a network. [default: the study's]")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Of a network that is built here.")] = 0,
+    expect: Annotated[str | None, typer.Option(help="Exit with 1 where the network is something else.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    params: ParamsFile = Path("params.yaml"),
+) -> None:
+    """Find out how a network is initialised, from what it does.
+
+    TARGET is diffusers:ClassName, strategy:NAME, a checkpoint, a diffusers directory, or package.module:function, which returns
+    (model, batch) or (model, batch, loss).
+    """
+    from dit.audit import audit as measure
+    from dit.audit import sources
+    from dit.audit.report import known
+
+    with _told():
+        expected = known(expect) if expect else None
+        source = sources.load(target, sources.read_config(settings), model_name=name, seed=seed, params=params)
+        report = measure(source.model, source.batch, source.loss, steps=steps)
+    if as_json:
+        print(report.model_dump_json(indent=2))
+    else:
+        Console(width=None if sys.stdout.isatty() else 100).print(report)
+    reasons = report.failures(expected) if expected else []
+    if reasons:
+        print(f"expected {expected}, but {'; '.join(reasons)}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
 if __name__ == "__main__":
     app()

@@ -1,0 +1,252 @@
+"""What `dit audit` is pointed at: a network, and a batch to call it with, from a name, a file, a directory or a function."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import pickle
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit import config as settings
+from dit import init, model
+from dit.audit.measure import Batch, LossFunction
+from dit.errors import ConfigError, DataError, UserError
+from dit.seeding import generator
+
+ACCEPTED = (
+    "diffusers:ClassName, strategy:name, a checkpoint (.pt, .safetensors), a diffusers directory with config.json and "
+    "*.safetensors, or package.module:function"
+)
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+PARAMS = Path("params.yaml")
+BATCH = 4
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network, what it is called with, and its loss where there is one of its own."""
+
+    model: nn.Module
+    batch: Batch
+    loss: LossFunction | None = None
+
+
+def load(target: str, config: Mapping[str, Any], *, model_name: str | None = None, seed: int = 0, params: Path = PARAMS) -> Source:
+    """The network that `target` names; `config` are its constructor's arguments, or what a checkpoint does not tell.
+
+    A strategy is one of the file `params`, and its network `model_name`, or that file's own.
+
+    Raises `ConfigError` or `DataError` where there is no such network, or where what it holds cannot be used safely.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        kind, _, name = target.partition(":")
+        if kind == "diffusers":
+            return _diffusers(name, config)
+        if kind == "strategy":
+            return _strategy(name, model_name, seed, params)
+        path = Path(target)
+        if path.is_dir():
+            return _directory(path, config)
+        if path.suffix in SUFFIXES:
+            return _checkpoint(path, config)
+        if name and not path.exists():
+            return _function(kind, name)
+    raise ConfigError(f"'{target}' is nothing that can be audited; accepted: {ACCEPTED}")
+
+
+def read_config(text: str) -> dict[str, Any]:
+    """A mapping from JSON, or from the JSON file at that path. Raises `ConfigError`."""
+    source = text
+    with contextlib.suppress(OSError, ValueError):
+        if Path(text).is_file():
+            source = Path(text).read_text()
+    try:
+        config = json.loads(source)
+    except ValueError as error:
+        raise ConfigError(f"--config = {text}: not a file, and not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"--config = {text}: {type(config).__name__}; accepted: a JSON object of constructor arguments")
+    return config
+
+
+def _diffusers(name: str, config: Mapping[str, Any]) -> Source:
+    """A transformer of diffusers, built by its constructor: small where `config` does not say otherwise."""
+    from dit.audit import synthesis
+
+    constructor = _diffusers_class(name)
+    arguments = synthesis.small_config(constructor, config)
+    network = _built(constructor, arguments)
+    return Source(network, synthesis.inputs(network, arguments))
+
+
+def _built(constructor: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
+    try:
+        return constructor(**arguments)
+    except Exception as error:
+        shown = json.dumps(arguments, default=str)
+        raise ConfigError(
+            f"{constructor.__name__} cannot be built: {type(error).__name__}: {error}; give the arguments that it needs with "
+            f"--config; it was given {shown}"
+        ) from None
+
+
+def _diffusers_class(name: str) -> type[nn.Module]:
+    import diffusers
+
+    found = getattr(diffusers, name, None) if name and not name.startswith("_") else None
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        known = ", ".join(sorted(each for each in diffusers.__all__ if "Transformer" in each and each.endswith("Model")))
+        raise ConfigError(f"diffusers has no network '{name}'; accepted: {known}")
+    return found
+
+
+def _strategy(name: str, model_name: str | None, seed: int, params: Path) -> Source:
+    """The published network, for the latents of a parameter file, with one of that file's strategies."""
+    loaded = settings.load(params)
+    if name not in loaded.strategies:
+        raise ConfigError(f"{params}: unknown strategy '{name}'; accepted: {', '.join(loaded.strategies)}")
+    network = model.build(
+        model_name or loaded.model.name,
+        latent_size=loaded.latent_size,
+        latent_channels=loaded.autoencoder.latent_channels,
+        num_classes=CLASSES,
+        learn_sigma=loaded.diffusion.learn_sigma,
+    )
+    return Source(init.apply(network, loaded.strategies[name], seed), _dit_batch(network))
+
+
+def _dit_batch(network: model.DiT) -> Batch:
+    draws = generator("audit", "batch")
+    x = torch.randn(BATCH, network.latent_channels, network.latent_size, network.latent_size, generator=draws)
+    labels = torch.randint(network.num_classes, (BATCH,), generator=draws)
+    if network.num_classes > 1 and labels.unique().numel() == 1:
+        labels[0] = (labels[0] + 1) % network.num_classes
+    return x, torch.tensor([50, 350, 650, 950]), labels
+
+
+def _checkpoint(path: Path, config: Mapping[str, Any]) -> Source:
+    """A file with the published DiT's layout. Its sizes follow from its shapes, and heads from the published sizes."""
+    weights = read_weights(path)
+    try:
+        width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
+        depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+        tokens = weights["pos_embed"].shape[1]
+        classes = weights["y_embedder.embedding_table.weight"].shape[0] - 1
+        out_channels = weights["final_layer.linear.weight"].shape[0] // patch**2
+    except (KeyError, ValueError, IndexError) as error:
+        names = ", ".join(list(weights)[:3])
+        raise DataError(
+            f"{path} has not the layout of a published DiT ({error} is missing; it holds {names}, ...); "
+            "write a function that returns (model, batch) and audit it as package.module:function"
+        ) from None
+    heads = config.get("num_heads") or _heads(path, depth, width)
+    network = model.DiT(
+        latent_size=round(tokens**0.5) * patch,
+        patch_size=patch,
+        latent_channels=channels,
+        hidden_size=width,
+        depth=depth,
+        num_heads=heads,
+        num_classes=classes,
+        learn_sigma=out_channels == 2 * channels,
+    )
+    _fill(network, weights, path)
+    return Source(network, _dit_batch(network))
+
+
+def _heads(path: Path, depth: int, width: int) -> int:
+    for size in model.SIZES.values():
+        if (size.depth, size.hidden_size) == (depth, width):
+            return size.num_heads
+    raise ConfigError(
+        f"{path}: a DiT of {depth} blocks and width {width} is none of {', '.join(model.SIZES)}, and a checkpoint does not tell "
+        """the number of heads; give it with --config '{"num_heads": 6}'"""
+    )
+
+
+def _fill(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        network.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise DataError(f"{path} does not fit {type(network).__name__}: {' '.join(str(error).split())[:500]}") from None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors by name from a checkpoint, without executing anything that it holds.
+
+    `{"ema": ...}`, `{"model": ...}` and `{"state_dict": ...}` are opened, in this order. Raises `DataError`.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n", maxsplit=1)[0]
+        raise DataError(
+            f"{path} is refused: it holds more than tensors and plain containers, which loading would execute ({reason}); "
+            "save its state_dict alone, or as .safetensors"
+        ) from None
+    except Exception as error:
+        raise DataError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}") from None
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise DataError(f"{path} holds no state_dict; accepted: tensors by name, alone or under 'ema', 'model' or 'state_dict'")
+    return dict(content)
+
+
+def _directory(path: Path, config: Mapping[str, Any]) -> Source:
+    """A directory written by diffusers' `save_pretrained`: its class by name, its weights from safetensors alone."""
+    from dit.audit import synthesis
+
+    if not (path / "config.json").is_file():
+        raise DataError(f"{path} holds no config.json; accepted: a directory of diffusers with config.json and *.safetensors")
+    saved = {**read_config(str(path / "config.json")), **config}
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise DataError(f"{path} holds no *.safetensors; other formats are not read from a directory")
+    arguments = synthesis.small_config(constructor := _diffusers_class(str(saved.get("_class_name", ""))), saved)
+    network = _built(constructor, arguments)
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        weights |= read_weights(file)
+    _fill(network, weights, path)
+    return Source(network, synthesis.inputs(network, arguments))
+
+
+def _function(module: str, name: str) -> Source:
+    """What somebody's function returns: (model, batch) or (model, batch, loss). Modules are found from the working directory."""
+    where = f"{module}:{name}"
+    sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ConfigError(f"'{where}': {error}; accepted: {ACCEPTED}") from None
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(function):
+        raise ConfigError(f"'{where}': {module} has no function '{name}'")
+    try:
+        returned = function()
+    except TypeError as error:
+        raise UserError(f"'{where}' cannot be called without arguments: {error}") from error
+    if not isinstance(returned, tuple) or len(returned) not in (2, 3) or not isinstance(returned[0], nn.Module):
+        raise ConfigError(f"'{where}' returned {type(returned).__name__}; accepted: (model, batch) or (model, batch, loss)")
+    return Source(*returned)
