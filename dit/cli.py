@@ -179,7 +179,7 @@ def audit(
     target: Annotated[str, typer.Argument(help="What to audit: see docs/audit.md.", metavar="TARGET")],
     settings: Annotated[str, typer.Option("--config", help="Constructor arguments, as JSON or as a JSON file.")] = "{}",
     name: Annotated[str | None, typer.Option("--model", help="For a strategy: a network. [default: the study's]")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps to watch.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of a network that is built here.")] = 0,
     expect: Annotated[str | None, typer.Option(help="Exit with 1 where the network is something else.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,

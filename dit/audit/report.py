@@ -46,7 +46,7 @@ class Output(Finding):
 
 
 class Block(Finding):
-    """A block of the network. `change` is the RMS of output minus input over that of the input, its largest over all streams."""
+    """A block of the network. `change` is the RMS of output minus input over that of the input, the largest of all streams."""
 
     path: str
     kind: str
@@ -78,8 +78,8 @@ class Layer(Finding):
 class Wake(Finding):
     """Rows of a tensor (all of them where `rows` is empty) and the step, from 0, of their first gradient.
 
-    Where `step` is None they had none: `unused` (not in the graph of the loss), `rounding` (nothing but rounding, as for the bias
-    of attention keys, which softmax does not see), or `zero`.
+    Where `step` is None they had none: `unused` (not in the graph of the loss), `rounding` (nothing but rounding, as for the
+    bias of attention keys, which softmax does not see), or `zero`.
     """
 
     tensor: str
@@ -91,8 +91,8 @@ class Wake(Finding):
 class Units(Finding):
     """Units of a layer, rows of its weight with their biases, that start equal.
 
-    `still_equal` counts those that moved and moved alike, which is a symmetry; `unmoved` those that did not move, of which nothing
-    is known. `period` is the distance between equal rows where it is regular, as for equal attention heads.
+    `still_equal` counts those that moved and moved alike, which is a symmetry; `unmoved` those that did not move, of which
+    nothing is known. `period` is the distance between equal rows where it is regular, as for equal attention heads.
     """
 
     layer: str
@@ -137,7 +137,7 @@ class AuditReport(Finding):
         return f"{name}: {' '.join(_capital(sentence) + '.' for sentence in self._sentences())}"
 
     def failures(self, expectation: Expectation | str) -> list[str]:
-        """Why the network is not what is expected, one reason each; empty where it is. Raises `ConfigError` for an unknown name."""
+        """Why the network is not what is expected; empty where it is. Raises `ConfigError` for an unknown name."""
         return [reason for check in EXPECTATIONS[known(expectation)] for reason in check(self)]
 
     def expect(self, expectation: Expectation | str) -> None:
@@ -201,7 +201,9 @@ class AuditReport(Finding):
             return f"all {len(self.blocks)} blocks are the identity"
         if not identical:
             changes = [block.change for block in self.blocks]
-            return f"blocks are not the identity (they change their input by {min(changes):.2g} to {max(changes):.2g} of its size)"
+            return (
+                f"blocks are not the identity (they change their input by {min(changes):.2g} to {max(changes):.2g} of its size)"
+            )
         paths = _brief(self.collapse((block.path for block in identical), (block.path for block in self.blocks)))
         return f"{len(identical)} of {len(self.blocks)} blocks are the identity ({paths})"
 
@@ -239,7 +241,13 @@ class AuditReport(Finding):
         every = [block.path for block in self.blocks]
         for (kind, identity), members in _grouped(self.blocks, lambda block: (block.kind, block.identity)):
             changes = [block.change for block in members]
-            shown = "identity" if identity else f"{min(changes):.2g}" if len(members) == 1 else f"{min(changes):.2g} to {max(changes):.2g}"
+            shown = (
+                "identity"
+                if identity
+                else f"{min(changes):.2g}"
+                if len(members) == 1
+                else f"{min(changes):.2g} to {max(changes):.2g}"
+            )
             table.add_row("\n".join(self.collapse((block.path for block in members), every)), kind, shown)
         return table
 

@@ -41,7 +41,9 @@ class Source:
     loss: LossFunction | None = None
 
 
-def load(target: str, config: Mapping[str, Any], *, model_name: str | None = None, seed: int = 0, params: Path = PARAMS) -> Source:
+def load(
+    target: str, config: Mapping[str, Any], *, model_name: str | None = None, seed: int = 0, params: Path = PARAMS
+) -> Source:
     """The network that `target` names; `config` are its constructor's arguments, or what a checkpoint does not tell.
 
     A strategy is one of the file `params`, and its network `model_name`, or that file's own.
@@ -170,8 +172,8 @@ def _heads(path: Path, depth: int, width: int) -> int:
         if (size.depth, size.hidden_size) == (depth, width):
             return size.num_heads
     raise ConfigError(
-        f"{path}: a DiT of {depth} blocks and width {width} is none of {', '.join(model.SIZES)}, and a checkpoint does not tell "
-        """the number of heads; give it with --config '{"num_heads": 6}'"""
+        f"{path}: a DiT of {depth} blocks and width {width} is none of {', '.join(model.SIZES)}, and a checkpoint does not "
+        """tell the number of heads; give it with --config '{"num_heads": 6}'"""
     )
 
 
@@ -232,7 +234,7 @@ def _directory(path: Path, config: Mapping[str, Any]) -> Source:
 
 
 def _function(module: str, name: str) -> Source:
-    """What somebody's function returns: (model, batch) or (model, batch, loss). Modules are found from the working directory."""
+    """What somebody's function returns: (model, batch) or (model, batch, loss). The working directory is searched too."""
     where = f"{module}:{name}"
     sys.path.insert(0, os.getcwd())
     try:

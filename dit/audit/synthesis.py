@@ -11,11 +11,11 @@ import itertools
 import math
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dit.errors import ConfigError
 from dit.seeding import generator
@@ -30,10 +30,10 @@ SMALL_WIDTH = 64
 LARGE = 256
 """Widths above this are made small."""
 LAYERS = 2
-MAX_ATTEMPTS = 200
+MAX_ATTEMPTS = 500
 """Combinations of input layouts that are tried."""
 
-FILLED = {"in_channels": 4, "patch_size": 2, "sample_size": SIDE * 2}
+FILLED = {"in_channels": 4, "patch_size": 2, "sample_size": SIDE * 2, "caption_channels": SMALL_WIDTH}
 """Arguments whose default None stands for a value that a network needs."""
 
 WIDTH_NAMES = ("hidden_size", "model_dim", "embed_dim", "token_dim", "dit_dim", "dim")
@@ -62,29 +62,41 @@ TEXT_NAMES = (
 
 def small_config(constructor: type[nn.Module], given: Mapping[str, Any]) -> dict[str, Any]:
     """The constructor's arguments: those `given`, and small values for the rest. Raises `ConfigError` for an unknown name."""
-    parameters = {name: item for name, item in inspect.signature(constructor).parameters.items() if item.kind != item.VAR_KEYWORD}
+    parameters = {
+        name: item for name, item in inspect.signature(constructor).parameters.items() if item.kind != item.VAR_KEYWORD
+    }
     given = {name: value for name, value in given.items() if not name.startswith("_")}
     unknown = [name for name in given if name not in parameters]
     if unknown:
         raise ConfigError(f"{constructor.__name__} has no argument '{unknown[0]}'; accepted: {', '.join(parameters)}")
     defaults = {name: None if item.default is item.empty else item.default for name, item in parameters.items()}
-    small = {name: _small(name, value) for name, value in defaults.items()}
-    small |= _heads(defaults)
-    small |= {name: value for name, value in FILLED.items() if name in defaults and defaults[name] is None}
-    if "norm_num_groups" in defaults and defaults.get("in_channels", 0) is None:
-        small["in_channels"] = defaults["norm_num_groups"]
-    small |= {name: small["num_attention_heads"] for name in ("num_kv_heads",) if name in small and small[name] is None}
-    small |= given
+    small = {name: _small(name, value) for name, value in defaults.items()} | _heads(defaults)
+    small |= _needed(defaults, small) | given
     old, new = _width(defaults), _new_width(defaults, small, given)
-    if old and new:
-        for name, value in defaults.items():
-            if name not in given and isinstance(value, int) and value >= old and value % old == 0 and not _is_heads(name):
-                small[name] = value // old * new
-    layers = min((value for name, value in small.items() if _is_layers(name) and isinstance(value, int) and value), default=LAYERS)
     for name, value in defaults.items():
-        if name not in given and isinstance(value, list | tuple) and re.search(r"layers$|layer_ids$", name) and value:
+        if name in given:
+            continue
+        if old and new and isinstance(value, int) and value >= old and value % old == 0 and not _is_heads(name):
+            small[name] = value // old * new
+        if isinstance(value, list | tuple) and re.search(r"layers$|layer_ids$", name) and value:
+            layers = min(
+                small[other] for other in small if _is_layers(other) and isinstance(small[other], int) and small[other]
+            )
             small[name] = type(value)(item for item in value if item < layers) or type(value)([0])
     return small
+
+
+def _needed(defaults: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for arguments whose default, None, builds no network."""
+    missing = {name for name, value in defaults.items() if value is None}
+    found: dict[str, Any] = {name: value for name, value in FILLED.items() if name in missing}
+    if "in_channels" in missing and "norm_num_groups" in defaults:  # a picture is normalised by groups, and not cut in patches
+        found |= {"in_channels": defaults["norm_num_groups"], "patch_size": None}
+    if {"in_channels", "out_channels"} <= missing:
+        found["out_channels"] = found["in_channels"]
+    if "num_kv_heads" in missing:
+        found["num_kv_heads"] = small["num_attention_heads"]
+    return {name: value for name, value in found.items() if name in defaults}
 
 
 def _is_heads(name: str) -> bool:
@@ -95,19 +107,32 @@ def _is_layers(name: str) -> bool:
     return bool(re.fullmatch(r"(n|num)_?(\w+_)?(layers|blocks)|(\w+_)?depth", name)) and "text_layers" not in name
 
 
+CAPS = {
+    "sample_frames": 4 * FRAMES - 3,
+    "sample_size": 2 * SIDE,
+    "sample_width": 2 * SIDE,
+    "sample_height": 2 * SIDE,
+    "video_length": FRAMES,
+    "num_embeds_ada_norm": CLASSES,
+    "text_len": TEXT,
+    "text_len_t5": TEXT,
+    "max_text_seq_length": TEXT,
+    "num_embeddings": TEXT,
+    "pos_embed_max_size": 4 * SIDE,
+}
+"""The most that these arguments may be, so that they agree with the inputs."""
+
+
 def _small(name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     if _is_layers(name):
         return min(value, LAYERS)
-    if name.startswith("sample_"):
-        return min(value, SIDE * 2)
-    if name == "num_embeds_ada_norm":
-        return CLASSES
-    if name == "pos_embed_max_size":
-        return min(value, 4 * SIDE)
-    sized = re.search(r"dim|size|channels|features", name) and not re.search(r"max|vocab|batch|rope|fourier|codebook|time_step", name)
-    return SMALL_WIDTH if sized and value > LARGE else value
+    if name in CAPS:
+        return min(value, CAPS[name])
+    sized = re.search(r"dim|size|channels|features", name)
+    fixed = re.search(r"max|vocab|batch|rope|fourier|codebook|time_step", name)
+    return SMALL_WIDTH if sized and not fixed and value > LARGE else value
 
 
 def _heads(defaults: Mapping[str, Any]) -> dict[str, int]:
@@ -117,7 +142,9 @@ def _heads(defaults: Mapping[str, Any]) -> dict[str, int]:
         return {}
     common = math.gcd(*heads.values())
     queries = min(value for name, value in heads.items() if "kv" not in name and "key_value" not in name)
-    factor = next((factor for factor in range(1, common + 1) if common % factor == 0 and queries // common * factor > 1), common)
+    factor = next(
+        (factor for factor in range(1, common + 1) if common % factor == 0 and queries // common * factor > 1), common
+    )
     return {name: value // common * factor for name, value in heads.items()}
 
 
@@ -149,11 +176,11 @@ def _new_width(defaults: Mapping[str, Any], small: Mapping[str, Any], given: Map
 def inputs(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments that `model` can be called with. Raises `ConfigError`, naming what is missing, where none are found."""
     name = type(model).__name__
-    candidates: dict[str, list[Any]] = {}
+    known, candidates = Inputs(config), dict[str, list[Any]]()
     parameters = inspect.signature(model.forward).parameters
     for argument, item in parameters.items():
         required = item.default is item.empty and item.kind not in (item.VAR_KEYWORD, item.VAR_POSITIONAL)
-        candidates[argument] = _candidates(argument, str(item.annotation), required, config)
+        candidates[argument] = known.candidates(argument, str(item.annotation), required)
         if required and not candidates[argument]:
             raise ConfigError(f"no input is known for argument '{argument}' of {name}.forward; {FACTORY}")
     problem, progress = "", 0
@@ -177,107 +204,145 @@ def inputs(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
 FACTORY = "write a function that returns (model, batch) and audit it as package.module:function"
 
 
-def _candidates(argument: str, annotation: str, required: bool, config: Mapping[str, Any]) -> list[Any]:
-    """Values that the argument may take, the likeliest first; none where it is left out or unknown."""
-    draws = generator("audit", "synthesis", argument)
+class Inputs:
+    """Values for the arguments of one network's `forward`, by their names in diffusers."""
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=draws)
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        patch = config.get("patch_size") or 1
+        self.side = SIDE * (patch if isinstance(patch, int) else patch[-1])
 
-    def whole(high: int, *shape: int) -> Tensor:
-        return torch.randint(0, high, shape, generator=draws)
+    def candidates(self, argument: str, annotation: str, required: bool) -> list[Any]:
+        """What the argument may be, the likeliest first; None is to leave it out, and nothing means that it is unknown."""
+        for names, needed, make in INPUTS:
+            if re.fullmatch(names, argument) and (required or not needed):
+                return make(self, argument, annotation, required)
+        return []
 
-    if argument in ("hidden_states", "x"):
-        layouts = list(_layouts(config))
-        found: list[Any] = [normal(*shape) for shape in layouts]
-        return [list(tensor) for tensor in found] if "list" in annotation else found
-    if re.fullmatch(r"(\w+_)?(timesteps?|t|time)(_r)?", argument):
-        if not required and argument not in ("timestep", "timesteps", "t"):
+    def first(self, *names: str) -> Any:
+        """The first of these constructor arguments that is set."""
+        return next((self.config[name] for name in names if self.config.get(name)), None)
+
+    def normal(self, argument: str, *shape: int | None) -> list[Any]:
+        """Normal noise of that shape; nothing where a length is not known."""
+        if None in shape:
             return []
-        steps = torch.tensor([100, 500, 900])
-        return [steps, steps / 1000] if "Long" in annotation else [steps / 1000, steps]
-    if argument == "guidance":
-        return [normal(BATCH).abs()] if config.get("guidance_embeds") else []
-    if argument in ("class_labels",):
-        return [whole(CLASSES, BATCH)] if config.get("num_embeds_ada_norm") else []
-    if argument in ("encoder_hidden_states", "cap_feats", "text_bth", "encoder_hidden_states_t5", "encoder_hidden_states_2"):
-        widths = [_text_width(argument, config)] if argument[-2:] in ("t5", "_2") else _text_widths(config)
-        texts: list[Any] = [normal(BATCH, TEXT, width) for width in widths if width]
-        return [list(text) for text in texts] if "list" in annotation else texts
-    if argument in ("pooled_projections", "pooled_embeds", "proj_embedding", "global_hidden_states"):
-        width = next(
-            (
-                config[name]
-                for name in ("pooled_projection_dim", "in_text_dim2", "text_emb_dim", "global_states_input_dim", "global_cond_dim")
-                if config.get(name)
-            ),
-            config.get("embedding_dim"),
-        )
-        return [normal(BATCH, width), normal(BATCH, 1, width)] if width else []
-    if argument in ("img_ids", "txt_ids"):
-        count = SIDE * SIDE if argument == "img_ids" else TEXT
-        axes = config.get("axes_dims_rope") or (0, 0, 0)
-        ids = torch.zeros(count, len(axes))
-        if argument == "img_ids":
-            ids[:, 1], ids[:, 2] = torch.arange(count) // SIDE, torch.arange(count) % SIDE
-        return [ids, ids.expand(BATCH, -1, -1)] if required or "dims_rope" in " ".join(config) else []
-    if "mask" in argument and (required or argument.startswith(("encoder_attention_mask", "encoder_hidden_states_mask", "text_emb"))):
-        mask = torch.ones(BATCH, TEXT)
-        return [mask.bool(), mask.long()] if required else [None, mask.bool(), mask.long()]
-    if argument == "padding_mask":
-        return [torch.zeros(1, 1, _side(config), _side(config))] if config.get("concat_padding_mask") else []
-    if argument in ("img_shapes",):
-        return [[[(1, SIDE, SIDE)]] * BATCH, (1, SIDE, SIDE), [(1, SIDE, SIDE)] * BATCH]
-    if argument in ("original_size", "target_size", "crop_coords"):
-        return [torch.full((BATCH, 2), float(8 * _side(config)))]
-    if argument in ("num_frames", "height", "width"):
-        return [{"num_frames": 1}.get(argument, SIDE)]
-    if argument == "text_lens":
-        return [torch.full((BATCH,), TEXT)]
-    if argument == "visual_rope_pos":
-        return [tuple(torch.arange(count) for count in (FRAMES, SIDE, SIDE))]
-    if argument == "text_rope_pos":
-        return [torch.arange(TEXT)]
-    if argument == "image_embeds":
-        width = config.get("image_embed_dim") or config.get("image_proj_dim")
-        return [normal(BATCH, TEXT, width)] if width and required else [None]
-    if argument == "image_rotary_emb" and required:
-        from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+        return [torch.randn([length or 0 for length in shape], generator=generator("audit", "synthesis", argument))]
 
-        return [get_2d_rotary_pos_embed_lumina(config["hidden_size"] // config["num_attention_heads"], SIDE, SIDE)]
-    if argument == "added_cond_kwargs":
-        return [{"resolution": None, "aspect_ratio": None}]
-    return []
+    def whole(self, argument: str, high: int, *shape: int) -> list[Any]:
+        """Whole numbers below `high`."""
+        return [torch.randint(0, high, shape, generator=generator("audit", "synthesis", argument))]
 
 
-def _side(config: Mapping[str, Any]) -> int:
-    patch = config.get("patch_size") or 1
-    return SIDE * (patch if isinstance(patch, int) else patch[-1])
+def _sample(known: Inputs, argument: str, annotation: str, required: bool) -> list[Any]:
+    found = [tensor for shape in _layouts(known) for tensor in known.normal(argument, *shape)]
+    return [list(tensor) for tensor in found] if "list" in annotation else found
 
 
-def _channels(config: Mapping[str, Any]) -> list[int]:
+def _layouts(known: Inputs) -> Iterator[tuple[int, ...]]:
+    """Shapes of the sample: a picture, tokens, a film with channels or frames first or channels last, a sequence, a vector."""
     names = ("in_channels", "in_visual_dim", "latent_channels", "io_channels", "latent_dim", "embedding_dim")
-    return list(dict.fromkeys(config[name] for name in names if config.get(name)))
-
-
-def _layouts(config: Mapping[str, Any]) -> Iterator[tuple[int, ...]]:
-    """Shapes of the sample: a picture, tokens, a film with channels or frames first or channels last, a sequence, an embedding."""
-    side = _side(config)
-    for channels in _channels(config):
-        yield BATCH, channels, side, side
+    for channels in dict.fromkeys(known.config[name] for name in names if known.config.get(name)):
+        yield BATCH, channels, known.side, known.side
         yield BATCH, SIDE * SIDE, channels
-        yield BATCH, channels, FRAMES, side, side
-        yield BATCH, FRAMES, channels, side, side
-        yield BATCH, FRAMES, side, side, channels
+        yield BATCH, channels, FRAMES, known.side, known.side
+        yield BATCH, FRAMES, channels, known.side, known.side
+        yield BATCH, FRAMES, known.side, known.side, channels
         yield BATCH, channels, SIDE * SIDE
         yield BATCH, channels
 
 
-def _text_widths(config: Mapping[str, Any]) -> list[int]:
-    found = [config[name] for name in TEXT_NAMES if isinstance(config.get(name), int)]
-    return list(dict.fromkeys([*found, *([width] if (width := _width(config)) else [])]))
+def _timestep(known: Inputs, argument: str, annotation: str, required: bool) -> list[Any]:
+    steps = torch.tensor([100, 500, 900])
+    by_frame = (steps / 1000)[:, None].expand(-1, FRAMES)
+    return [steps, steps / 1000, by_frame] if "Long" in annotation else [steps / 1000, steps, by_frame]
 
 
-def _text_width(argument: str, config: Mapping[str, Any]) -> int | None:
-    names = ("cross_attention_dim_t5", "text_embed_dim_t5") if argument.endswith("t5") else ("text_embed_2_dim",)
-    return next((config[name] for name in names if config.get(name)), None)
+def _text(known: Inputs, argument: str, annotation: str, required: bool) -> list[Any]:
+    widths = [*(known.config.get(name) for name in TEXT_NAMES), _width(known.config)]
+    found = [
+        text for width in dict.fromkeys(widths) if isinstance(width, int) for text in known.normal(argument, BATCH, TEXT, width)
+    ]
+    return [list(text) for text in found] if "list" in annotation else found
+
+
+def _mask(known: Inputs, argument: str, annotation: str, required: bool) -> list[Any]:
+    mask = torch.ones(BATCH, TEXT)
+    return [*([] if required else [None]), mask.bool(), mask.long()]
+
+
+def _positions(known: Inputs, argument: str, annotation: str, required: bool) -> list[Any]:
+    count = SIDE * SIDE if argument == "img_ids" else TEXT
+    ids = torch.zeros(count, len(known.first("axes_dims_rope") or (0, 0, 0)))
+    if argument == "img_ids":
+        ids[:, 1], ids[:, 2] = torch.arange(count) // SIDE, torch.arange(count) % SIDE
+    return [ids, ids.expand(BATCH, -1, -1)]
+
+
+def _pooled(known: Inputs, argument: str, annotation: str, required: bool) -> list[Any]:
+    names = (
+        "pooled_projection_dim",
+        "in_text_dim2",
+        "text_emb_dim",
+        "global_states_input_dim",
+        "global_cond_dim",
+        "embedding_dim",
+    )
+    width = known.first(*names)
+    return known.normal(argument, BATCH, width) + known.normal(argument, BATCH, 1, width)
+
+
+def _image_tokens(known: Inputs, argument: str, annotation: str, required: bool) -> list[Any]:
+    found = known.normal(argument, BATCH, TEXT, known.first("image_embed_dim", "image_proj_dim"))
+    return found if required else [None, *found]
+
+
+def _lumina_positions(known: Inputs, argument: str, annotation: str, required: bool) -> list[Any]:
+    from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+
+    return [get_2d_rotary_pos_embed_lumina(known.config["hidden_size"] // known.config["num_attention_heads"], SIDE, SIDE)]
+
+
+Make = Callable[[Inputs, str, str, bool], list[Any]]
+INPUTS: list[tuple[str, bool, Make]] = [
+    ("hidden_states|x", False, _sample),
+    ("timesteps?|t", False, _timestep),
+    (r"\w*timesteps?(_r)?", True, _timestep),
+    ("encoder_hidden_states|cap_feats|text_bth", False, _text),
+    (
+        "encoder_hidden_states_t5",
+        False,
+        lambda k, a, _, __: k.normal(a, BATCH, TEXT, k.first("cross_attention_dim_t5", "text_embed_dim_t5")),
+    ),
+    ("encoder_hidden_states_2", False, lambda k, a, _, __: k.normal(a, BATCH, TEXT, k.first("text_embed_2_dim"))),
+    ("(encoder_attention_mask|encoder_hidden_states_mask|text_embedding_mask)\\w*", False, _mask),
+    ("(?!padding)\\w*mask", True, _mask),
+    ("pooled_projections|pooled_embeds|proj_embedding|global_hidden_states", False, _pooled),
+    (
+        "guidance",
+        False,
+        lambda k, a, _, __: [value.abs() for value in k.normal(a, BATCH)] if k.first("guidance_embeds") else [],
+    ),
+    ("class_labels", False, lambda k, a, _, __: k.whole(a, CLASSES, BATCH) if k.first("num_embeds_ada_norm") else []),
+    ("img_ids|txt_ids", False, _positions),
+    ("img_shapes", False, lambda *_: [[[(1, SIDE, SIDE)]] * BATCH, (1, SIDE, SIDE), [(1, SIDE, SIDE)] * BATCH]),
+    ("original_size|target_size|crop_coords", False, lambda k, *_: [torch.full((BATCH, 2), 8.0 * k.side)]),
+    ("num_frames", False, lambda *_: [1]),
+    ("height|width", False, lambda *_: [SIDE]),
+    ("text_lens", False, lambda *_: [torch.full((BATCH,), TEXT)]),
+    ("visual_rope_pos", True, lambda *_: [tuple(torch.arange(count) for count in (FRAMES, SIDE, SIDE))]),
+    ("text_rope_pos", True, lambda *_: [torch.arange(TEXT)]),
+    ("image_embeds", False, _image_tokens),
+    ("image_rotary_emb", True, _lumina_positions),
+    (
+        "control_hidden_states",
+        False,
+        lambda k, a, _, __: k.normal(a, BATCH, k.first("vace_in_channels"), FRAMES, k.side, k.side),
+    ),
+    ("indices_latents", True, lambda *_: [torch.arange(FRAMES).expand(BATCH, -1)]),
+    ("prior_token_id", True, lambda k, a, _, __: k.whole(a, k.first("prior_vq_quantizer_codebook_size"), BATCH, SIDE * SIDE)),
+    ("prior_token_drop", True, lambda *_: [torch.zeros(BATCH, SIDE * SIDE, dtype=torch.bool)]),
+    ("cross_attention_kwargs", False, lambda *_: [None, {}]),
+    ("added_cond_kwargs", False, lambda *_: [{"resolution": None, "aspect_ratio": None}]),
+]
+"""Arguments by name, whether they are given only where `forward` requires them, and what they are given."""

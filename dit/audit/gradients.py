@@ -1,0 +1,135 @@
+"""Which rows of which tensors receive a gradient at each of the first steps, and what the loss is before them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dit.audit.probe import Batch, LossFunction, Probe, map_tensors, output_tensor
+from dit.audit.report import Wake
+from dit.seeding import generator
+
+ROUNDING = 1e-14
+"""In float64, a gradient below this fraction of the network's largest is rounding (machine epsilon is 2.2e-16).
+
+In float32 there is no such fraction: rounding reaches those of true gradients, and only what is exactly zero is no gradient.
+"""
+
+MAX_RUNS = 8
+"""A set of rows with more stretches than this is counted, not listed."""
+
+
+def noise_loss(probe: Probe) -> LossFunction:
+    """Mean squared error against fixed normal noise of the output's shape, scaled so that a zero output costs 1."""
+    with torch.no_grad():
+        shape = output_tensor(probe.call()).shape
+    noise = torch.randn(shape, generator=generator("audit", "target"), dtype=torch.float64)
+    noise /= noise.square().mean().sqrt()
+
+    def loss(output: Any, batch: Batch) -> Tensor:
+        tensor = output_tensor(output)
+        return (tensor - noise.to(tensor)).square().mean()
+
+    return loss
+
+
+def losses(probe: Probe, loss: LossFunction) -> tuple[float, float | None]:
+    """The loss at start, and that of an output which is zero; None where such an output cannot be made."""
+    output = probe.call()
+    value = loss(output, probe.batch).item()
+    sample = getattr(output, "sample", None)
+    if isinstance(sample, Tensor):
+        zeroed = copy.copy(output)
+        zeroed.sample = torch.zeros_like(sample)
+    else:
+        zeroed = map_tensors(lambda tensor: torch.zeros_like(tensor) if tensor.is_floating_point() else tensor, output)
+    try:
+        zero_value = loss(zeroed, probe.batch).item()
+    except Exception:
+        return value, None
+    return value, zero_value
+
+
+def train(probe: Probe, loss: LossFunction, steps: int, learning_rate: float) -> list[Wake]:
+    """Take the steps, and say for every trainable tensor at which step its rows first receive a gradient."""
+    weights = {name: weight for name, weight in probe.model.named_parameters() if weight.requires_grad}
+    tables = {f"{path}.weight" for path, module in probe.model.named_modules() if isinstance(module, nn.Embedding)}
+    first = {name: torch.full((1 if name in tables else _length(weight),), steps) for name, weight in weights.items()}
+    used: set[str] = set()
+    rounding = {name: torch.zeros_like(when, dtype=torch.bool) for name, when in first.items()}
+    for step in range(steps if weights else 0):
+        probe.model.zero_grad(set_to_none=True)
+        loss(probe.call(), probe.batch).backward()
+        gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+        used |= gradients.keys()
+        largest = max((gradient.abs().max() for gradient in gradients.values()), default=torch.zeros(()))
+        threshold = ROUNDING * largest if probe.dtype == torch.float64 else 0 * largest
+        for name, gradient in gradients.items():
+            size = gradient.reshape(_length(gradient), -1).abs().amax(1)
+            awake = ~(size <= threshold)  # a gradient that is not a number is one
+            noise = (size > 0) & ~awake
+            if name in tables:
+                awake, noise = awake.any().reshape(1), noise.any().reshape(1)
+            first[name] = torch.where(awake.cpu() & (first[name] == steps), step, first[name])
+            rounding[name] |= noise.cpu()
+            _step(weights[name], gradient, size > threshold, learning_rate)
+    probe.model.zero_grad(set_to_none=True)
+    if probe.dtype != torch.float64:  # a row that is zero alone, among others that are not, is a sum that rounds to zero
+        for name, when in first.items():
+            rounding[name] |= _alone(when == steps)
+    return [wake for name, when in first.items() for wake in _wakes(name, when, rounding[name], name in used, steps)]
+
+
+def _alone(rows: Tensor) -> Tensor:
+    """Rows that are set and whose neighbours are not."""
+    padded = torch.cat([torch.zeros(1, dtype=torch.bool), rows, torch.zeros(1, dtype=torch.bool)])
+    return rows & ~padded[:-2] & ~padded[2:] if len(rows) > 1 else torch.zeros_like(rows)
+
+
+def _wakes(name: str, when: Tensor, rounding: Tensor, used: bool, steps: int) -> Iterator[Wake]:
+    """The rows of one tensor by the step of their first gradient, and those that had none by the reason."""
+    for step in sorted(set(when.tolist())):
+        rows = when == step
+        if step < steps:
+            yield Wake(tensor=name, rows=listed(rows), step=step, reason=None)
+            continue
+        stretches = torch.diff(rows.int(), prepend=torch.zeros(1, dtype=torch.int)).eq(1).cumsum(0)
+        noisy = rows & torch.isin(
+            stretches, stretches[rows & rounding]
+        )  # a sum that rounds to zero is among others that do not
+        reasons: dict[Literal["unused", "rounding", "zero"], Tensor] = {"rounding": noisy, "zero": rows & ~noisy}
+        for reason, members in reasons.items() if used else [("unused", rows)]:
+            if members.any():
+                yield Wake(tensor=name, rows=listed(members), step=None, reason=reason)
+
+
+def _length(tensor: Tensor) -> int:
+    return tensor.shape[0] if tensor.dim() else 1
+
+
+def _step(weight: Tensor, gradient: Tensor, rows: Tensor, learning_rate: float) -> None:
+    """Move `weight` by `learning_rate` (root mean square) against its gradient.
+
+    The scale is the tensor's own, so that a tensor moves however small its gradient is, as with Adam; the direction is the
+    gradient's, so that rows with different gradients move apart at once, which Adam's first step (its sign) does not promise.
+    """
+    kept = torch.where(rows.view(-1, *[1] * (gradient.dim() - 1)), gradient, 0) if gradient.dim() else gradient
+    size = kept.square().mean().sqrt()
+    if size > 0 and size.isfinite():
+        with torch.no_grad():
+            weight -= (learning_rate / size * kept).to(weight.dtype)
+
+
+def listed(rows: Tensor) -> str:
+    """The rows that are set, as slices: `[256:384, 640:768]`; as a count where there are many stretches; nothing for all."""
+    if rows.all():
+        return ""
+    edges = torch.diff(rows.int(), prepend=torch.zeros(1, dtype=torch.int), append=torch.zeros(1, dtype=torch.int))
+    starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
+    if len(starts) > MAX_RUNS:
+        return f"[{int(rows.sum())} of {len(rows)} rows]"
+    return "[" + ", ".join(f"{start}:{end}" for start, end in zip(starts, ends, strict=True)) + "]"

@@ -1,0 +1,87 @@
+"""Units of a layer that start equal, and whether they part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dit.audit.probe import SAME
+from dit.audit.report import TensorValues, Units
+from dit.seeding import generator
+
+
+def follow(
+    paths: Iterable[str], before: Mapping[str, Tensor], after: Mapping[str, Tensor], dtype: torch.dtype
+) -> Iterator[Units]:
+    """For every layer with units that are equal in the weights `before`: what became of them in the weights `after`."""
+    for path in paths:
+        rows = _rows(before, path)
+        pairs = _repeats(rows)
+        if len(pairs.first):
+            yield _followed(path, pairs, rows, _rows(after, path), dtype)
+
+
+@dataclass
+class Pairs:
+    """Neighbours in a sorted list of a layer's rows that are equal: row `first[i]` and row `second[i]`."""
+
+    first: Tensor
+    second: Tensor
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters by name, shared ones under each of their names."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def _rows(weights: Mapping[str, Tensor], path: str) -> Tensor:
+    """The units of a layer: each row of its weight, with its bias (out, in + 1)."""
+    names = [name for name in (f"{path}.weight".lstrip("."), f"{path}.bias".lstrip(".")) if name in weights]
+    parts = [weights[name].detach() for name in names]
+    return torch.cat([part.reshape(part.shape[0], -1).double() for part in parts], dim=1) if parts else torch.empty(0, 1)
+
+
+def _repeats(rows: Tensor) -> Pairs:
+    """Rows that are equal. Equal rows have equal projections, so that only neighbours in the order of those are compared."""
+    direction = torch.randn(rows.shape[1], generator=generator("audit", "projection"), dtype=torch.float64).to(rows)
+    order = (rows @ direction).argsort()
+    first, second = order[:-1], order[1:]
+    distance = (rows[first] - rows[second]).norm(dim=1)
+    same = distance <= SAME * torch.maximum(rows[first].norm(dim=1), rows[second].norm(dim=1))
+    return Pairs(first[same], second[same])
+
+
+def _followed(path: str, pairs: Pairs, before: Tensor, after: Tensor, dtype: torch.dtype) -> Units:
+    """What became of units that started equal."""
+    moved = after - before
+    size = torch.maximum(moved[pairs.first].norm(dim=1), moved[pairs.second].norm(dim=1))
+    resolution = 8 * torch.finfo(dtype).eps * before[pairs.first].norm(dim=1)
+    together = (moved[pairs.first] - moved[pairs.second]).norm(dim=1) <= SAME * size + resolution
+    asleep = size == 0
+    offsets = (pairs.second - pairs.first).abs()[together & ~asleep]
+    return Units(
+        layer=path,
+        units=len(before),
+        distinct=len(before) - len(pairs.first),
+        still_equal=int((together & ~asleep).sum()),
+        unmoved=int(asleep.sum()),
+        period=_period(offsets),
+    )
+
+
+def _period(offsets: Tensor) -> int | None:
+    """The distance between equal rows where it is the same for all, such as the size of an attention head."""
+    if not len(offsets):
+        return None
+    smallest = int(offsets.min())
+    return smallest if smallest > 1 and bool((offsets % smallest == 0).all()) else None
+
+
+def single_valued(weights: dict[str, Tensor]) -> Iterator[TensorValues]:
+    """Tensors of several entries that are all equal."""
+    for name, weight in weights.items():
+        if weight.numel() > 1 and bool((weight == weight.flatten()[0]).all()):
+            yield TensorValues(tensor=name, value=weight.flatten()[0].item())

@@ -1,0 +1,463 @@
+"""The audit is right about networks whose initialisation is known, harms nothing, and executes nothing that it reads."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from dit import init, model
+from dit.audit import AuditReport, audit, sources
+from dit.cli import app
+from dit.errors import UserError
+from dit.init.roles import roles
+
+BATCH = (
+    torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+    torch.tensor([50, 350, 650, 950]),
+    torch.tensor([0, 1, 2, 1]),
+)
+
+
+def zero(network: nn.Module, *fragments: str) -> nn.Module:
+    """Zero every parameter whose name contains one of the fragments."""
+    for name, weight in network.named_parameters():
+        if any(fragment in name for fragment in fragments):
+            nn.init.zeros_(weight)
+    return network
+
+
+def states(report: AuditReport) -> dict[str, set[str]]:
+    """By place, how the modulation layers start."""
+    return {
+        layer.place: {other.state for other in report.modulation if other.place == layer.place} for layer in report.modulation
+    }
+
+
+def first_steps(report: AuditReport, fragment: str) -> set[int | None]:
+    return {wake.step for wake in report.wakes if fragment in wake.tensor}
+
+
+# This project's strategies
+
+
+@pytest.mark.parametrize(
+    ("strategy", "unlike"),
+    [
+        ("adaln_zero", set()),
+        ("head_xavier", {"zero-output"}),
+        ("adaln", {"identity-blocks"}),
+        ("gates_only_zero", set()),
+        ("symmetric", {"distinct-units"}),
+    ],
+)
+def test_each_strategy_is_told_apart_by_what_it_does(micro: Callable[..., model.DiT], strategy: str, unlike: set[str]) -> None:
+    report = audit(init.apply(micro(), strategy, seed=0), BATCH)
+    expectations = ("zero-output", "identity-blocks", "all-awake", "distinct-units")
+    assert {expectation for expectation in expectations if report.failures(expectation)} == unlike
+    assert bool(report.failures("adaln-zero")) == bool(unlike)
+    assert report.verdict.startswith("Not adaLN-Zero: " if unlike else "adaLN-Zero: ")
+
+
+def test_the_schedule_of_the_published_initialisation_is_measured_by_rows(micro: Callable[..., model.DiT]) -> None:
+    report = audit(init.apply(micro(), "adaln_zero", seed=0), BATCH)
+    newly = {step: {f"{wake.tensor}{wake.rows}" for wake in report.wakes if wake.step == step} for step in range(4)}
+    gates = {f"blocks.{block}.adaLN_modulation.1.{kind}[128:192, 320:384]" for block in range(2) for kind in ("weight", "bias")}
+    final = {f"final_layer.{layer}.{kind}" for layer in ("linear", "adaLN_modulation.1") for kind in ("weight", "bias")}
+    patches = {"x_embedder.proj.weight", "x_embedder.proj.bias"}
+    assert newly[0] == {name for name in final if ".linear." in name}
+    assert newly[1] == gates | patches | (final - newly[0])
+    assert newly[3] == set()
+    never = {(f"{wake.tensor}{wake.rows}", wake.reason) for wake in report.wakes if wake.step is None}
+    assert never == {(f"blocks.{block}.attn.qkv.bias[64:128]", "rounding") for block in range(2)}  # softmax does not see it
+
+
+def test_partly_zero_modulation_is_named_with_its_rows(micro: Callable[..., model.DiT]) -> None:
+    report = audit(init.apply(micro(), "gates_only_zero", seed=0), BATCH)
+    assert "Block modulation is partly zero [128:192, 320:384] at start (blocks.*.adaLN_modulation.1)" in report.verdict
+
+
+GATES_AND_HEAD = [role for role in roles(2) if "gate" in role.path or "final.projection" in role.path]
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(role=st.sampled_from(GATES_AND_HEAD), std=st.sampled_from([1e-4, 1.0]))
+def test_any_gate_or_head_that_is_not_zero_is_noticed(micro: Callable[..., model.DiT], role: Any, std: float) -> None:
+    rules = init.named("adaln_zero").model_dump()["rules"]
+    network = init.apply(micro(), {"rules": [*rules, {"role": role.path, "init": "normal", "std": std}]}, seed=0)
+    expected = "identity-blocks" if "gate" in role.path else "zero-output"
+    assert audit(network, BATCH, steps=1).failures(expected)
+
+
+def test_equal_attention_heads_are_a_symmetry_and_their_size_is_named(micro: Callable[..., model.DiT]) -> None:
+    network = init.apply(micro(), "head_xavier", seed=0)
+    init.apply(
+        network, {"rules": [*init.named("head_xavier").rules, {"role": "modulation", "init": "normal", "std": 0.1}]}, seed=0
+    )
+    attention = network.blocks[0].attn
+    with torch.no_grad():
+        for part in attention.qkv.weight.chunk(3):
+            part[32:] = part[:32]
+        attention.proj.weight[:, 32:] = attention.proj.weight[:, :32]
+    report = audit(network, BATCH)
+    (found,) = report.units
+    assert (found.layer, found.units, found.distinct, found.still_equal, found.period) == ("blocks.0.attn.qkv", 192, 96, 96, 32)
+
+
+def test_units_that_start_equal_but_part_at_once_are_no_symmetry(micro: Callable[..., model.DiT]) -> None:
+    network = init.apply(micro(), "head_xavier", seed=0)
+    with torch.no_grad():
+        network.blocks[1].mlp.fc1.weight[1:] = network.blocks[1].mlp.fc1.weight[:1]  # its fc2 has distinct columns
+    report = audit(network, BATCH)
+    assert [(item.layer, item.distinct, item.still_equal) for item in report.units if "mlp" in item.layer] == [
+        ("blocks.1.mlp.fc1", 1, 0)
+    ]
+    assert not report.failures("distinct-units")
+
+
+# Other people's networks
+
+
+def from_diffusers(name: str, **config: Any) -> sources.Source:
+    return sources.load(f"diffusers:{name}", config)
+
+
+def test_a_fresh_diffusers_dit_is_not_adaln_zero_until_what_the_published_code_zeroes_is_zeroed() -> None:
+    source = from_diffusers("DiTTransformer2DModel")
+    fresh = audit(source.model, source.batch)
+    assert not any(block.identity for block in fresh.blocks)
+    assert states(fresh) == {"block": {"random"}, "final": {"random"}}
+    assert fresh.output.loss > 1.1
+    assert fresh.output.zero_loss == pytest.approx(1)
+    for words in (
+        "Block modulation is random at start (transformer_blocks.*.norm1.linear)",
+        "Output projection (proj_out_2) is random",
+    ):
+        assert words in fresh.verdict
+    assert {item.name: item.part for item in fresh.inputs} == {
+        "hidden_states": "sample",
+        "timestep": "timestep",
+        "class_labels": "label",
+    }
+    assert all(item.at_start is not None and item.at_start > 0.01 for item in fresh.inputs)
+    with pytest.raises(AssertionError, match=r"expected adaln-zero, but the output is not zero.*\nNot adaLN-Zero"):
+        fresh.expect("adaln-zero")
+    published = audit(zero(source.model, "norm1.linear", "proj_out"), source.batch)
+    published.expect("adaln-zero")
+    assert published.output.loss == pytest.approx(1)
+    assert all(item.at_start == 0 and item.after_steps and item.after_steps > 1e-3 for item in published.inputs)
+
+
+def test_sd3_starts_random_and_its_last_block_computes_text_queries_in_vain() -> None:
+    source = from_diffusers("SD3Transformer2DModel")
+    vain = {f"transformer_blocks.1.attn.add_q_proj.{kind}" for kind in ("weight", "bias")}
+    fresh = audit(source.model, source.batch)
+    assert [block.identity for block in fresh.blocks] == [False, False]
+    assert {layer.path.split(".", 2)[-1] for layer in fresh.modulation if layer.place == "block"} == {
+        "norm1.linear",
+        "norm1_context.linear",
+    }
+    assert states(fresh) == {"block": {"random"}, "final": {"random"}}
+    assert {wake.tensor for wake in fresh.wakes if wake.step is None} == vain
+    zeroed = audit(zero(source.model, "norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out"), source.batch)
+    assert zeroed.output.zero
+    assert all(block.identity for block in zeroed.blocks)  # both streams
+    assert {wake.tensor for wake in zeroed.wakes if wake.step is None} == vain
+    assert first_steps(zeroed, "ff_context") == {3}  # the text's gates wake one step after the picture's
+
+
+def test_pixart_has_one_shared_modulation_and_gates_in_tables() -> None:
+    source = from_diffusers("PixArtTransformer2DModel")
+    fresh = audit(source.model, source.batch)
+    assert [(layer.path, layer.place, layer.state) for layer in fresh.modulation] == [
+        ("adaln_single.linear", "shared", "random")
+    ]
+    assert not any(block.identity for block in fresh.blocks)
+    assert not fresh.output.zero
+    zero(source.model, "adaln_single.linear", "proj_out", "attn2.to_out")
+    assert not any(block.identity for block in audit(source.model, source.batch).blocks)  # the tables still hold gates
+    zeroed = audit(zero(source.model, "scale_shift_table"), source.batch)
+    zeroed.expect("adaln-zero")
+    assert {item.name for item in zeroed.inputs if item.part == "text"} == {"encoder_hidden_states"}
+
+
+def test_flux_is_seen_in_both_kinds_of_block() -> None:
+    source = from_diffusers("FluxTransformer2DModel", attention_head_dim=16, axes_dims_rope=[4, 6, 6])
+    fresh = audit(source.model, source.batch)
+    kinds = [(block.kind, block.identity) for block in fresh.blocks]
+    assert kinds == [("FluxTransformerBlock", False)] * 2 + [("FluxSingleTransformerBlock", False)] * 2
+    assert states(fresh) == {"block": {"random"}, "final": {"random"}}
+    assert {layer.driven_by for layer in fresh.modulation} == {("pooled_projections", "timestep")}
+    assert not fresh.output.zero
+    assert not fresh.failures("all-awake")
+    zero(source.model, "norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear")
+    zero(source.model.proj_out, "weight", "bias")
+    audit(source.model, source.batch).expect("adaln-zero")
+
+
+def test_lumina_is_audited_from_its_name_alone() -> None:
+    source = from_diffusers("LuminaNextDiT2DModel")
+    report = audit(source.model, source.batch)
+    assert report.output.finite
+    assert [block.kind for block in report.blocks] == ["LuminaNextDiTBlock"] * 2
+
+
+def test_a_symmetric_mlp_in_an_otherwise_healthy_network_is_found() -> None:
+    source = from_diffusers("DiTTransformer2DModel", num_layers=3)
+    zero(source.model, "norm1.linear", "proj_out")
+    hidden, out = source.model.transformer_blocks[1].ff.net[0].proj, source.model.transformer_blocks[1].ff.net[2]
+    with torch.no_grad():
+        hidden.weight[1:] = hidden.weight[:1].clone()
+        hidden.bias[1:] = hidden.bias[:1].clone()
+        out.weight[:, 1:] = out.weight[:, :1].clone()
+    report = audit(source.model, source.batch)
+    assert [item.layer for item in report.units if item.still_equal] == ["transformer_blocks.1.ff.net.0.proj"]
+    (reason,) = report.failures("adaln-zero")
+    assert reason == (
+        "symmetric units: 575 of 576 repeat another, in transformer_blocks.1.ff.net.0.proj, and stay equal while they move"
+    )
+
+
+class Wrapped(nn.Module):
+    """A network of another style: keyword arguments, blocks in a Sequential, a tuple as output, a part fixed to float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)) for _ in range(2)])
+        self.time = nn.Linear(1, 6)
+        self.spare = nn.Linear(2, 2)
+        self.frozen = nn.Parameter(torch.ones(6), requires_grad=False)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, *, tokens: Tensor, when: Tensor, unused: Tensor) -> tuple[None, Tensor]:
+        assert tokens.dtype == torch.float32
+        torch.rand(1)
+        return None, self.blocks(self.drop(tokens) + self.time(when[:, None])[:, None] * self.frozen)
+
+
+def test_any_module_can_be_audited_and_is_left_as_it_was() -> None:
+    network = Wrapped().train()
+    network.blocks[1].eval()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    batch = {"tokens": torch.randn(3, 5, 6), "when": torch.rand(3), "unused": torch.rand(3, 2)}
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        report = audit(network, batch)
+        assert report == audit(network, batch)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (network.training, network.blocks[1].training, network.blocks[0].training) == (True, False, True)
+    assert [name for name, weight in network.named_parameters() if not weight.requires_grad] == ["frozen"]
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert all(weight.grad is None for weight in network.parameters())
+    assert not any(module._forward_hooks for module in network.modules())
+    assert report.precision == "float32"
+    assert {wake.tensor for wake in report.wakes if wake.reason == "unused"} == {"spare.weight", "spare.bias"}
+    assert report.failures("all-awake") == ["not in the graph of the loss: spare.{weight,bias}"]
+    assert "Still without effect on the output after 4 steps: unused" in report.verdict
+    assert [(layer.path, layer.driven_by) for layer in report.modulation] == [("time", ("when",))]
+
+
+def test_the_loss_may_be_the_users_own() -> None:
+    network = Wrapped()
+    batch = {"tokens": torch.randn(3, 5, 6), "when": torch.rand(3), "unused": torch.rand(3, 2)}
+    report = audit(network, batch, lambda output, given: 3 + (output[1] - given["tokens"]).square().mean(), steps=1)
+    assert report.output.zero_loss == pytest.approx(3 + batch["tokens"].square().mean().item())
+
+
+# Checkpoints
+
+
+def published(micro: Callable[..., model.DiT], strategy: str = "adaln_zero") -> dict[str, Tensor]:
+    return init.apply(micro(), strategy, seed=0).state_dict()
+
+
+@pytest.mark.parametrize("kind", ["plain.pt", "ema.pt", "model.pt", "ema.safetensors"])
+def test_a_checkpoint_of_the_published_layout_is_audited_with_its_own_values(
+    micro: Callable[..., model.DiT], tmp_path: Path, kind: str
+) -> None:
+    path, weights = tmp_path / kind, published(micro)
+    if path.suffix == ".safetensors":
+        save_file(weights, path)
+    elif path.stem == "plain":
+        torch.save(weights, path)
+    else:
+        torch.save({path.stem: weights, "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "steps": 3}, path)
+    source = sources.load(str(path), {})
+    assert all(torch.equal(weights[name], tensor) for name, tensor in source.model.state_dict().items())
+    report = audit(source.model, source.batch)
+    report.expect("adaln-zero")
+    weights["final_layer.linear.weight"].normal_()
+    torch.save(weights, path.with_suffix(".pt"))
+    trained = sources.load(str(path.with_suffix(".pt")), {})
+    assert audit(trained.model, trained.batch, steps=1).failures("zero-output")
+
+
+def test_a_diffusers_directory_is_audited_with_its_own_values(tmp_path: Path) -> None:
+    source = from_diffusers("DiTTransformer2DModel", num_attention_heads=2, attention_head_dim=8)
+    zero(source.model, "norm1.linear", "proj_out").save_pretrained(tmp_path)
+    loaded = sources.load(str(tmp_path), {})
+    audit(loaded.model, loaded.batch).expect("adaln-zero")
+
+
+class Malicious:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("protocol", ["zip", "legacy"])
+def test_a_checkpoint_that_would_execute_something_is_refused(tmp_path: Path, protocol: str) -> None:
+    path, evil = tmp_path / "evil.pt", tmp_path / "written"
+    content = {"ema": {"x_embedder.proj.weight": Malicious(evil)}}
+    if protocol == "zip":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    result = CliRunner().invoke(app, ["audit", str(path)])
+    assert result.exit_code == 2
+    assert "is refused" in result.stderr
+    assert not evil.exists()
+
+
+# The command
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["audit", *arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_exit_code_can_stand_in_a_pipeline() -> None:
+    zeroed = ("strategy:adaln_zero", "--model", "DiT-Micro/2")
+    assert run(*zeroed, "--expect", "adaln-zero")[0] == 0
+    code, _, told = run("strategy:head_xavier", "--model", "DiT-Micro/2", "--expect", "adaln-zero")
+    assert code == 1
+    assert told.startswith("expected adaln-zero, but the output is not zero")
+    assert run("strategy:head_xavier", "--model", "DiT-Micro/2", "--expect", "identity-blocks")[0] == 0
+    assert run("strategy:head_xavier", "--model", "DiT-Micro/2")[0] == 0
+
+
+def test_json_holds_the_verdict_and_reads_back_as_the_report() -> None:
+    code, printed, _ = run("strategy:symmetric", "--model", "DiT-Micro/2", "--json")
+    assert code == 0
+    report = AuditReport.model_validate_json(printed)
+    assert json.loads(printed)["verdict"] == report.verdict
+    assert json.loads(report.model_dump_json()) == json.loads(printed)
+
+
+def test_the_report_is_readable_at_100_columns(micro: Callable[..., model.DiT]) -> None:
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(audit(init.apply(micro(), "symmetric", seed=0), BATCH))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 100
+    for words in ("blocks.*.adaLN_modulation.1.{weight,bias}[128:192, 320:384]", "identity", "blocks.*.mlp.fc1"):
+        assert any(words in line for line in lines)
+
+
+def test_a_function_of_the_user_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "their_code.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.head = torch.nn.Linear(4, 4)\n"
+        "    def forward(self, x, t):\n"
+        "        return self.head(x) * 0\n"
+        "def factory():\n"
+        "    return Net(), (torch.randn(3, 4), torch.rand(3))\n"
+        "def with_loss():\n"
+        "    return (*factory(), lambda output, batch: (output - batch[0]).square().mean())\n"
+        "def wrong():\n"
+        "    return Net()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert "output is exactly zero" in run("their_code:factory")[1].replace("\n", " ")
+    assert run("their_code:with_loss", "--expect", "all-awake")[0] == 1
+    assert (
+        run("their_code:wrong")[2]
+        == "error: 'their_code:wrong' returned Net; accepted: (model, batch) or (model, batch, loss)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "'nothing' is nothing that can be audited; accepted: diffusers:ClassName, strategy:name"),
+        (["missing.pt"], "missing.pt: no such file"),
+        (["no_such_module:f"], "No module named 'no_such_module'"),
+        (["dit.audit:f"], "dit.audit has no function 'f'"),
+        (["diffusers:Nothing"], "diffusers has no network 'Nothing'; accepted: AceStep"),
+        (
+            ["diffusers:DiTTransformer2DModel", "--config", '{"depth": 3}'],
+            "DiTTransformer2DModel has no argument 'depth'; accepted: num",
+        ),
+        (
+            ["diffusers:DiTTransformer2DModel", "--config", '{"norm_type": "x"}'],
+            "DiTTransformer2DModel cannot be built: NotImpl",
+        ),
+        (
+            ["diffusers:Cosmos3OmniTransformer", "--config", "{}"],
+            "'input_ids' of Cosmos3OmniTransformer.forward; write a function",
+        ),
+        (["diffusers:DiTTransformer2DModel", "--config", "{"], "--config = {: not a file, and not JSON"),
+        (["strategy:nothing"], "unknown strategy 'nothing'; accepted: adaln_zero"),
+        (["strategy:adaln_zero", "--model", "DiT-Q/2"], "unknown model 'DiT-Q/2'"),
+        (["strategy:adaln_zero", "--expect", "zero"], "unknown expectation 'zero'; accepted: adaln-zero"),
+    ],
+)
+def test_wrong_input_is_told_in_one_message(arguments: list[str], message: str) -> None:
+    code, _, told = run(*arguments)
+    assert code == 2
+    assert told.startswith("error: ")
+    assert message in told
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weight": torch.ones(2)}, "has not the layout of a published DiT"),
+        ([1, 2], "holds no state_dict"),
+        ("other width", "is none of DiT-Micro"),
+    ],
+)
+def test_another_checkpoint_is_refused_with_what_it_lacks(
+    micro: Callable[..., model.DiT], tmp_path: Path, content: Any, message: str
+) -> None:
+    if content == "other width":
+        content = model.DiT(
+            latent_size=8,
+            patch_size=2,
+            latent_channels=4,
+            hidden_size=24,
+            depth=1,
+            num_heads=3,
+            num_classes=3,
+            learn_sigma=True,
+        ).state_dict()
+    torch.save(content, tmp_path / "other.pt")
+    code, _, told = run(str(tmp_path / "other.pt"))
+    assert code == 2
+    assert message in told
+    if "is none of" in message:
+        assert run(str(tmp_path / "other.pt"), "--config", '{"num_heads": 3}')[0] == 0
+
+
+def test_a_batch_that_does_not_fit_is_the_users_error(micro: Callable[..., model.DiT]) -> None:
+    with pytest.raises(UserError, match="DiT cannot be called with this batch: TypeError"):
+        audit(micro(), BATCH[:1])
