@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dit.audit.probe import Batch, LossFunction, Probe, map_tensors, output_tensor
 from dit.audit.report import Wake
+from dit.errors import UserError
 from dit.seeding import generator
 
 ROUNDING = 1e-14
@@ -40,7 +41,10 @@ def noise_loss(probe: Probe) -> LossFunction:
 def losses(probe: Probe, loss: LossFunction) -> tuple[float, float | None]:
     """The loss at start, and that of an output which is zero; None where such an output cannot be made."""
     output = probe.call()
-    value = loss(output, probe.batch).item()
+    try:
+        value = loss(output, probe.batch).item()
+    except Exception as error:
+        raise UserError(f"the loss fails for what the network returns: {type(error).__name__}: {error}") from error
     sample = getattr(output, "sample", None)
     if isinstance(sample, Tensor):
         zeroed = copy.copy(output)

@@ -30,7 +30,7 @@ LISTED = 3
 class Finding(BaseModel):
     """A finding; a plain record."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
 
 class Output(Finding):

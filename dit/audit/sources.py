@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from dit import config as settings
 from dit import init, model
 from dit.audit.measure import Batch, LossFunction
-from dit.errors import ConfigError, DataError, UserError
+from dit.errors import ConfigError, DataError
 from dit.seeding import generator
 
 ACCEPTED = (
@@ -211,13 +212,23 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise DataError(f"{path} holds no state_dict; accepted: tensors by name, alone or under 'ema', 'model' or 'state_dict'")
-    return dict(content)
+    return _without_prefix(content)
+
+
+def _without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names as they were before a network was wrapped for distributed training or compiled."""
+    for prefix in ("module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    return dict(weights)
 
 
 def _directory(path: Path, config: Mapping[str, Any]) -> Source:
     """A directory written by diffusers' `save_pretrained`: its class by name, its weights from safetensors alone."""
     from dit.audit import synthesis
 
+    if (path / "transformer").is_dir():  # of a whole pipeline
+        path = path / "transformer"
     if not (path / "config.json").is_file():
         raise DataError(f"{path} holds no config.json; accepted: a directory of diffusers with config.json and *.safetensors")
     saved = {**read_config(str(path / "config.json")), **config}
@@ -246,9 +257,10 @@ def _function(module: str, name: str) -> Source:
     if not callable(function):
         raise ConfigError(f"'{where}': {module} has no function '{name}'")
     try:
-        returned = function()
+        inspect.signature(function).bind()
     except TypeError as error:
-        raise UserError(f"'{where}' cannot be called without arguments: {error}") from error
+        raise ConfigError(f"'{where}' cannot be called without arguments: {error}") from None
+    returned = function()
     if not isinstance(returned, tuple) or len(returned) not in (2, 3) or not isinstance(returned[0], nn.Module):
         raise ConfigError(f"'{where}' returned {type(returned).__name__}; accepted: (model, batch) or (model, batch, loss)")
     return Source(*returned)

@@ -12,6 +12,7 @@ import math
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -180,7 +181,7 @@ def inputs(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(model.forward).parameters
     for argument, item in parameters.items():
         required = item.default is item.empty and item.kind not in (item.VAR_KEYWORD, item.VAR_POSITIONAL)
-        candidates[argument] = known.candidates(argument, str(item.annotation), required)
+        candidates[argument] = known.candidates(Wanted(argument, str(item.annotation), required))
         if required and not candidates[argument]:
             raise ConfigError(f"no input is known for argument '{argument}' of {name}.forward; {FACTORY}")
     problem, progress = "", 0
@@ -204,39 +205,49 @@ def inputs(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
 FACTORY = "write a function that returns (model, batch) and audit it as package.module:function"
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """An argument of `forward`: its name, its annotation as text, and whether it has no default."""
+
+    name: str
+    annotation: str
+    required: bool
+
+
 class Inputs:
-    """Values for the arguments of one network's `forward`, by their names in diffusers."""
+    """What is known of one network's inputs from its constructor's arguments, and the means to make them."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
         patch = config.get("patch_size") or 1
         self.side = SIDE * (patch if isinstance(patch, int) else patch[-1])
+        self.text = self.first("max_text_seq_length", "text_len", "num_embeddings") or TEXT
+        self.frames = self.first("video_length") or FRAMES
 
-    def candidates(self, argument: str, annotation: str, required: bool) -> list[Any]:
+    def candidates(self, wanted: Wanted) -> list[Any]:
         """What the argument may be, the likeliest first; None is to leave it out, and nothing means that it is unknown."""
-        for names, needed, make in INPUTS:
-            if re.fullmatch(names, argument) and (required or not needed):
-                return make(self, argument, annotation, required)
+        for names, only_required, make in INPUTS:
+            if re.fullmatch(names, wanted.name) and (wanted.required or not only_required):
+                return make(self, wanted)
         return []
 
     def first(self, *names: str) -> Any:
         """The first of these constructor arguments that is set."""
         return next((self.config[name] for name in names if self.config.get(name)), None)
 
-    def normal(self, argument: str, *shape: int | None) -> list[Any]:
+    def normal(self, *shape: int | None) -> list[Any]:
         """Normal noise of that shape; nothing where a length is not known."""
-        if None in shape:
-            return []
-        return [torch.randn([length or 0 for length in shape], generator=generator("audit", "synthesis", argument))]
+        lengths = [length for length in shape if length is not None]
+        return [torch.randn(lengths, generator=generator("audit", "normal", *lengths))] if len(lengths) == len(shape) else []
 
-    def whole(self, argument: str, high: int, *shape: int) -> list[Any]:
+    def whole(self, high: int, *shape: int) -> list[Any]:
         """Whole numbers below `high`."""
-        return [torch.randint(0, high, shape, generator=generator("audit", "synthesis", argument))]
+        return [torch.randint(0, high, shape, generator=generator("audit", "whole", *shape))]
 
 
-def _sample(known: Inputs, argument: str, annotation: str, required: bool) -> list[Any]:
-    found = [tensor for shape in _layouts(known) for tensor in known.normal(argument, *shape)]
-    return [list(tensor) for tensor in found] if "list" in annotation else found
+def _sample(known: Inputs, wanted: Wanted) -> list[Any]:
+    found = [tensor for shape in _layouts(known) for tensor in known.normal(*shape)]
+    return [list(tensor) for tensor in found] if "list" in wanted.annotation else found
 
 
 def _layouts(known: Inputs) -> Iterator[tuple[int, ...]]:
@@ -245,42 +256,42 @@ def _layouts(known: Inputs) -> Iterator[tuple[int, ...]]:
     for channels in dict.fromkeys(known.config[name] for name in names if known.config.get(name)):
         yield BATCH, channels, known.side, known.side
         yield BATCH, SIDE * SIDE, channels
-        yield BATCH, channels, FRAMES, known.side, known.side
-        yield BATCH, FRAMES, channels, known.side, known.side
-        yield BATCH, FRAMES, known.side, known.side, channels
+        yield BATCH, channels, known.frames, known.side, known.side
+        yield BATCH, known.frames, channels, known.side, known.side
+        yield BATCH, known.frames, known.side, known.side, channels
         yield BATCH, channels, SIDE * SIDE
         yield BATCH, channels
 
 
-def _timestep(known: Inputs, argument: str, annotation: str, required: bool) -> list[Any]:
+def _timestep(known: Inputs, wanted: Wanted) -> list[Any]:
     steps = torch.tensor([100, 500, 900])
-    by_frame = (steps / 1000)[:, None].expand(-1, FRAMES)
-    return [steps, steps / 1000, by_frame] if "Long" in annotation else [steps / 1000, steps, by_frame]
+    fractions = steps / 1000
+    by_frame = fractions[:, None].expand(-1, known.frames)
+    return [steps, fractions, by_frame] if "Long" in wanted.annotation else [fractions, steps, by_frame]
 
 
-def _text(known: Inputs, argument: str, annotation: str, required: bool) -> list[Any]:
+def _text(known: Inputs, wanted: Wanted) -> list[Any]:
     widths = [*(known.config.get(name) for name in TEXT_NAMES), _width(known.config)]
-    found = [
-        text for width in dict.fromkeys(widths) if isinstance(width, int) for text in known.normal(argument, BATCH, TEXT, width)
-    ]
-    return [list(text) for text in found] if "list" in annotation else found
+    sizes = [width for width in dict.fromkeys(widths) if isinstance(width, int)]
+    found = [text for width in sizes for text in known.normal(BATCH, known.text, width)]
+    return [list(text) for text in found] if "list" in wanted.annotation else found
 
 
-def _mask(known: Inputs, argument: str, annotation: str, required: bool) -> list[Any]:
-    mask = torch.ones(BATCH, TEXT)
-    return [*([] if required else [None]), mask.bool(), mask.long()]
+def _mask(known: Inputs, wanted: Wanted) -> list[Any]:
+    mask = torch.ones(BATCH, known.text)
+    return [*([] if wanted.required else [None]), mask.bool(), mask.long()]
 
 
-def _positions(known: Inputs, argument: str, annotation: str, required: bool) -> list[Any]:
-    count = SIDE * SIDE if argument == "img_ids" else TEXT
-    ids = torch.zeros(count, len(known.first("axes_dims_rope") or (0, 0, 0)))
-    if argument == "img_ids":
-        ids[:, 1], ids[:, 2] = torch.arange(count) // SIDE, torch.arange(count) % SIDE
+def _positions(known: Inputs, wanted: Wanted) -> list[Any]:
+    picture = wanted.name == "img_ids"
+    ids = torch.zeros(SIDE * SIDE if picture else known.text, len(known.first("axes_dims_rope") or (0, 0, 0)))
+    if picture:
+        ids[:, 1], ids[:, 2] = torch.arange(len(ids)) // SIDE, torch.arange(len(ids)) % SIDE
     return [ids, ids.expand(BATCH, -1, -1)]
 
 
-def _pooled(known: Inputs, argument: str, annotation: str, required: bool) -> list[Any]:
-    names = (
+def _pooled(known: Inputs, wanted: Wanted) -> list[Any]:
+    width = known.first(
         "pooled_projection_dim",
         "in_text_dim2",
         "text_emb_dim",
@@ -288,61 +299,58 @@ def _pooled(known: Inputs, argument: str, annotation: str, required: bool) -> li
         "global_cond_dim",
         "embedding_dim",
     )
-    width = known.first(*names)
-    return known.normal(argument, BATCH, width) + known.normal(argument, BATCH, 1, width)
+    return known.normal(BATCH, width) + known.normal(BATCH, 1, width)
 
 
-def _image_tokens(known: Inputs, argument: str, annotation: str, required: bool) -> list[Any]:
-    found = known.normal(argument, BATCH, TEXT, known.first("image_embed_dim", "image_proj_dim"))
-    return found if required else [None, *found]
+def _guidance(known: Inputs, wanted: Wanted) -> list[Any]:
+    return [value.abs() for value in known.normal(BATCH)] if known.first("guidance_embeds") else []
 
 
-def _lumina_positions(known: Inputs, argument: str, annotation: str, required: bool) -> list[Any]:
+def _labels(known: Inputs, wanted: Wanted) -> list[Any]:
+    classes = known.first("num_embeds_ada_norm")
+    return [torch.arange(BATCH) % classes] if classes else []
+
+
+def _image_tokens(known: Inputs, wanted: Wanted) -> list[Any]:
+    found = known.normal(BATCH, TEXT, known.first("image_embed_dim", "image_proj_dim"))
+    return found if wanted.required else [None, *found]
+
+
+def _lumina_positions(known: Inputs, wanted: Wanted) -> list[Any]:
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
     return [get_2d_rotary_pos_embed_lumina(known.config["hidden_size"] // known.config["num_attention_heads"], SIDE, SIDE)]
 
 
-Make = Callable[[Inputs, str, str, bool], list[Any]]
-INPUTS: list[tuple[str, bool, Make]] = [
-    ("hidden_states|x", False, _sample),
-    ("timesteps?|t", False, _timestep),
+INPUTS: list[tuple[str, bool, Callable[[Inputs, Wanted], list[Any]]]] = [
+    (r"hidden_states|x", False, _sample),
+    (r"timesteps?|t", False, _timestep),
     (r"\w*timesteps?(_r)?", True, _timestep),
-    ("encoder_hidden_states|cap_feats|text_bth", False, _text),
+    (r"encoder_hidden_states|cap_feats|text_bth", False, _text),
+    (r"encoder_hidden_states_2", False, lambda known, _: known.normal(BATCH, known.text, known.first("text_embed_2_dim"))),
+    (r"(encoder_attention_mask|encoder_hidden_states_mask)\w*", False, _mask),
+    (r"(?!padding)\w*mask", True, _mask),
+    (r"pooled_projections|pooled_embeds|proj_embedding|global_hidden_states", False, _pooled),
+    (r"guidance", False, _guidance),
+    (r"class_labels", False, _labels),
+    (r"img_ids|txt_ids", False, _positions),
+    (r"img_shapes", False, lambda *_: [[[(1, SIDE, SIDE)]] * BATCH, (1, SIDE, SIDE), [(1, SIDE, SIDE)] * BATCH]),
+    (r"original_size|target_size|crop_coords", False, lambda known, _: [torch.full((BATCH, 2), 8.0 * known.side)]),
+    (r"num_frames", False, lambda *_: [1]),
+    (r"height|width", False, lambda *_: [SIDE]),
+    (r"text_lens", False, lambda known, _: [torch.full((BATCH,), known.text)]),
+    (r"visual_rope_pos", True, lambda known, _: [tuple(torch.arange(count) for count in (known.frames, SIDE, SIDE))]),
+    (r"text_rope_pos", True, lambda known, _: [torch.arange(known.text)]),
+    (r"image_embeds", False, _image_tokens),
+    (r"image_rotary_emb", True, _lumina_positions),
     (
-        "encoder_hidden_states_t5",
+        r"control_hidden_states",
         False,
-        lambda k, a, _, __: k.normal(a, BATCH, TEXT, k.first("cross_attention_dim_t5", "text_embed_dim_t5")),
+        lambda known, _: known.normal(BATCH, known.first("vace_in_channels"), known.frames, known.side, known.side),
     ),
-    ("encoder_hidden_states_2", False, lambda k, a, _, __: k.normal(a, BATCH, TEXT, k.first("text_embed_2_dim"))),
-    ("(encoder_attention_mask|encoder_hidden_states_mask|text_embedding_mask)\\w*", False, _mask),
-    ("(?!padding)\\w*mask", True, _mask),
-    ("pooled_projections|pooled_embeds|proj_embedding|global_hidden_states", False, _pooled),
-    (
-        "guidance",
-        False,
-        lambda k, a, _, __: [value.abs() for value in k.normal(a, BATCH)] if k.first("guidance_embeds") else [],
-    ),
-    ("class_labels", False, lambda k, a, _, __: k.whole(a, CLASSES, BATCH) if k.first("num_embeds_ada_norm") else []),
-    ("img_ids|txt_ids", False, _positions),
-    ("img_shapes", False, lambda *_: [[[(1, SIDE, SIDE)]] * BATCH, (1, SIDE, SIDE), [(1, SIDE, SIDE)] * BATCH]),
-    ("original_size|target_size|crop_coords", False, lambda k, *_: [torch.full((BATCH, 2), 8.0 * k.side)]),
-    ("num_frames", False, lambda *_: [1]),
-    ("height|width", False, lambda *_: [SIDE]),
-    ("text_lens", False, lambda *_: [torch.full((BATCH,), TEXT)]),
-    ("visual_rope_pos", True, lambda *_: [tuple(torch.arange(count) for count in (FRAMES, SIDE, SIDE))]),
-    ("text_rope_pos", True, lambda *_: [torch.arange(TEXT)]),
-    ("image_embeds", False, _image_tokens),
-    ("image_rotary_emb", True, _lumina_positions),
-    (
-        "control_hidden_states",
-        False,
-        lambda k, a, _, __: k.normal(a, BATCH, k.first("vace_in_channels"), FRAMES, k.side, k.side),
-    ),
-    ("indices_latents", True, lambda *_: [torch.arange(FRAMES).expand(BATCH, -1)]),
-    ("prior_token_id", True, lambda k, a, _, __: k.whole(a, k.first("prior_vq_quantizer_codebook_size"), BATCH, SIDE * SIDE)),
-    ("prior_token_drop", True, lambda *_: [torch.zeros(BATCH, SIDE * SIDE, dtype=torch.bool)]),
-    ("cross_attention_kwargs", False, lambda *_: [None, {}]),
-    ("added_cond_kwargs", False, lambda *_: [{"resolution": None, "aspect_ratio": None}]),
+    (r"prior_token_id", True, lambda known, _: known.whole(known.config["prior_vq_quantizer_codebook_size"], BATCH, SIDE**2)),
+    (r"prior_token_drop", True, lambda *_: [torch.zeros(BATCH, SIDE**2, dtype=torch.bool)]),
+    (r"cross_attention_kwargs", False, lambda *_: [None, {}]),
+    (r"added_cond_kwargs", False, lambda *_: [{"resolution": None, "aspect_ratio": None}]),
 ]
-"""Arguments by name, whether they are given only where `forward` requires them, and what they are given."""
+"""Arguments by name, whether they are given only where `forward` requires them, and what makes their candidates."""
