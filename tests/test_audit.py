@@ -213,6 +213,16 @@ def test_lumina_is_audited_from_its_name_alone() -> None:
     assert [block.kind for block in report.blocks] == ["LuminaNextDiTBlock"] * 2
 
 
+def test_a_network_that_zeroes_itself_in_its_constructor_is_recognised() -> None:
+    source = from_diffusers("ErnieImageTransformer2DModel", rope_axes_dim=[4, 6, 6], hidden_size=32)
+    report = audit(source.model, source.batch)
+    report.expect("adaln-zero")
+    assert [(layer.path, layer.place, layer.state) for layer in report.modulation] == [
+        ("adaLN_modulation.1", "shared", "zero"),
+        ("final_norm.linear", "final", "random"),
+    ]
+
+
 def test_a_symmetric_mlp_in_an_otherwise_healthy_network_is_found() -> None:
     source = from_diffusers("DiTTransformer2DModel", num_layers=3)
     zero(source.model, "norm1.linear", "proj_out")
@@ -276,6 +286,14 @@ def test_the_loss_may_be_the_users_own() -> None:
     assert report.output.zero_loss == pytest.approx(3 + batch["tokens"].square().mean().item())
 
 
+def test_an_output_that_is_not_finite_is_said_to_be_so() -> None:
+    layer = nn.Linear(4, 4)
+    nn.init.constant_(layer.weight, float("nan"))
+    report = audit(layer, (torch.randn(3, 4),))
+    assert report.verdict == "Not adaLN-Zero: The output is not finite."
+    assert AuditReport.model_validate_json(report.model_dump_json()).model_dump_json() == report.model_dump_json()
+
+
 # Checkpoints
 
 
@@ -283,7 +301,7 @@ def published(micro: Callable[..., model.DiT], strategy: str = "adaln_zero") -> 
     return init.apply(micro(), strategy, seed=0).state_dict()
 
 
-@pytest.mark.parametrize("kind", ["plain.pt", "ema.pt", "model.pt", "ema.safetensors"])
+@pytest.mark.parametrize("kind", ["plain.pt", "ema.pt", "model.pt", "wrapped.pt", "ema.safetensors"])
 def test_a_checkpoint_of_the_published_layout_is_audited_with_its_own_values(
     micro: Callable[..., model.DiT], tmp_path: Path, kind: str
 ) -> None:
@@ -292,6 +310,8 @@ def test_a_checkpoint_of_the_published_layout_is_audited_with_its_own_values(
         save_file(weights, path)
     elif path.stem == "plain":
         torch.save(weights, path)
+    elif path.stem == "wrapped":
+        torch.save({"model": {f"module.{name}": tensor for name, tensor in weights.items()}}, path)
     else:
         torch.save({path.stem: weights, "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "steps": 3}, path)
     source = sources.load(str(path), {})
@@ -306,8 +326,9 @@ def test_a_checkpoint_of_the_published_layout_is_audited_with_its_own_values(
 
 def test_a_diffusers_directory_is_audited_with_its_own_values(tmp_path: Path) -> None:
     source = from_diffusers("DiTTransformer2DModel", num_attention_heads=2, attention_head_dim=8)
-    zero(source.model, "norm1.linear", "proj_out").save_pretrained(tmp_path)
-    loaded = sources.load(str(tmp_path), {})
+    zero(source.model, "norm1.linear", "proj_out").save_pretrained(tmp_path / "transformer")
+    loaded = sources.load(str(tmp_path), {})  # a whole pipeline's directory
+    assert [tuple(weight.shape) for weight in loaded.model.parameters()] == [tuple(w.shape) for w in source.model.parameters()]
     audit(loaded.model, loaded.batch).expect("adaln-zero")
 
 
@@ -328,7 +349,7 @@ def test_a_checkpoint_that_would_execute_something_is_refused(tmp_path: Path, pr
     if protocol == "zip":
         torch.save(content, path)
     else:
-        path.write_bytes(pickle.dumps(content))
+        path.write_bytes(pickle.dumps(content, protocol=2))
     result = CliRunner().invoke(app, ["audit", str(path)])
     assert result.exit_code == 2
     assert "is refused" in result.stderr
@@ -383,6 +404,8 @@ def test_a_function_of_the_user_is_called(tmp_path: Path, monkeypatch: pytest.Mo
         "    return Net(), (torch.randn(3, 4), torch.rand(3))\n"
         "def with_loss():\n"
         "    return (*factory(), lambda output, batch: (output - batch[0]).square().mean())\n"
+        "def greedy(size):\n"
+        "    return factory()\n"
         "def wrong():\n"
         "    return Net()\n"
     )

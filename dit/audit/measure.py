@@ -131,11 +131,13 @@ def _state(layer: nn.Module) -> tuple[State, str]:
 
 
 def _output_layer(seen: Observation, states: dict[str, tuple[State, str]]) -> Layer | None:
-    """The last layer that is called."""
-    if not seen.calls:
+    """The last layer that is called, and where the output is not zero the last that makes it so."""
+    nonzero = bool(seen.output.any())
+    paths = [call.path for call in seen.calls if not (nonzero and states[call.path][0] == "zero")]
+    if not paths:
         return None
-    path = seen.calls[-1].path
-    return Layer(path=path, place="final", state=states[path][0], zero_rows=states[path][1], driven_by=())
+    state, zero_rows = states[paths[-1]]
+    return Layer(path=paths[-1], place="final", state=state, zero_rows=zero_rows, driven_by=())
 
 
 def _modulation(start: Phase, end: Phase, blocks: list[Block], states: dict[str, tuple[State, str]]) -> Iterator[Layer]:

@@ -240,15 +240,8 @@ class AuditReport(Finding):
         table = _table("Blocks", "block", "class", "relative change>")
         every = [block.path for block in self.blocks]
         for (kind, identity), members in _grouped(self.blocks, lambda block: (block.kind, block.identity)):
-            changes = [block.change for block in members]
-            shown = (
-                "identity"
-                if identity
-                else f"{min(changes):.2g}"
-                if len(members) == 1
-                else f"{min(changes):.2g} to {max(changes):.2g}"
-            )
-            table.add_row("\n".join(self.collapse((block.path for block in members), every)), kind, shown)
+            paths = "\n".join(self.collapse((block.path for block in members), every))
+            table.add_row(paths, kind, "identity" if identity else _span(members))
         return table
 
     def _modulation_table(self) -> Table:
@@ -369,6 +362,12 @@ def _grouped(items: Sequence[Item], key: Callable[[Item], Key]) -> list[tuple[Ke
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return list(groups.items())
+
+
+def _span(blocks: Sequence[Block]) -> str:
+    """The smallest and the largest change that the blocks make."""
+    ends = [f"{end([block.change for block in blocks]):.2g}" for end in (min, max)]
+    return " to ".join(dict.fromkeys(ends))
 
 
 def _brief(names: list[str]) -> str:

@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -250,17 +250,20 @@ def _function(module: str, name: str) -> Source:
     sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
+        if not callable(function):
+            raise ConfigError(f"'{where}': {module} has no function '{name}'")
+        if _needs_arguments(function):
+            raise ConfigError(f"'{where}' needs arguments; accepted: a function that needs none")
+        returned = function()
+    except ModuleNotFoundError as error:
         raise ConfigError(f"'{where}': {error}; accepted: {ACCEPTED}") from None
     finally:
         sys.path.remove(os.getcwd())
-    if not callable(function):
-        raise ConfigError(f"'{where}': {module} has no function '{name}'")
-    try:
-        inspect.signature(function).bind()
-    except TypeError as error:
-        raise ConfigError(f"'{where}' cannot be called without arguments: {error}") from None
-    returned = function()
     if not isinstance(returned, tuple) or len(returned) not in (2, 3) or not isinstance(returned[0], nn.Module):
         raise ConfigError(f"'{where}' returned {type(returned).__name__}; accepted: (model, batch) or (model, batch, loss)")
     return Source(*returned)
+
+
+def _needs_arguments(function: Callable[..., Any]) -> bool:
+    required = (item for item in inspect.signature(function).parameters.values() if item.default is item.empty)
+    return any(item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD) for item in required)
