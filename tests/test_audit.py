@@ -294,6 +294,13 @@ def test_an_output_that_is_not_finite_is_said_to_be_so() -> None:
     assert AuditReport.model_validate_json(report.model_dump_json()).model_dump_json() == report.model_dump_json()
 
 
+def test_a_network_without_anything_to_train_is_still_described() -> None:
+    network = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)).requires_grad_(False)
+    report = audit(network, (torch.randn(3, 4),))
+    assert (report.trainable, report.wakes, report.output.zero) == (0, (), False)
+    assert not report.units
+
+
 # Checkpoints
 
 

@@ -60,14 +60,16 @@ def losses(probe: Probe, loss: LossFunction) -> tuple[float, float | None]:
 
 def train(probe: Probe, loss: LossFunction, steps: int, learning_rate: float) -> list[Wake]:
     """Take the steps, and say for every trainable tensor at which step its rows first receive a gradient."""
-    weights = {name: weight for name, weight in probe.model.named_parameters() if weight.requires_grad}
+    weights = {name: weight for name, weight in probe.model.named_parameters() if weight.requires_grad and weight.numel()}
     tables = {f"{path}.weight" for path, module in probe.model.named_modules() if isinstance(module, nn.Embedding)}
     first = {name: torch.full((1 if name in tables else _length(weight),), steps) for name, weight in weights.items()}
     used: set[str] = set()
     rounding = {name: torch.zeros_like(when, dtype=torch.bool) for name, when in first.items()}
     for step in range(steps if weights else 0):
         probe.model.zero_grad(set_to_none=True)
-        loss(probe.call(), probe.batch).backward()
+        value = loss(probe.call(), probe.batch)
+        if value.requires_grad:
+            value.backward()
         gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
         used |= gradients.keys()
         largest = max((gradient.abs().max() for gradient in gradients.values()), default=torch.zeros(()))
@@ -102,9 +104,8 @@ def _wakes(name: str, when: Tensor, rounding: Tensor, used: bool, steps: int) ->
             yield Wake(tensor=name, rows=listed(rows), step=step, reason=None)
             continue
         stretches = torch.diff(rows.int(), prepend=torch.zeros(1, dtype=torch.int)).eq(1).cumsum(0)
-        noisy = rows & torch.isin(
-            stretches, stretches[rows & rounding]
-        )  # a sum that rounds to zero is among others that do not
+        # A sum that rounds to exactly zero is among others that do not.
+        noisy = rows & torch.isin(stretches, stretches[rows & rounding])
         reasons: dict[Literal["unused", "rounding", "zero"], Tensor] = {"rounding": noisy, "zero": rows & ~noisy}
         for reason, members in reasons.items() if used else [("unused", rows)]:
             if members.any():

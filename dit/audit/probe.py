@@ -45,7 +45,6 @@ class Observation:
     """One forward pass: the output, every call of a layer in order, and the relative change made by every possible block."""
 
     output: Tensor
-    raw: Any
     calls: list[Call] = field(default_factory=list)
     changes: dict[str, tuple[str, float, int]] = field(default_factory=dict)
     """By path: class, relative change of the stream, and number of calls made before it ended."""
@@ -71,7 +70,7 @@ class Probe:
 
     def observe(self, arguments: dict[str, Any] | None = None) -> Observation:
         """Call the network and watch its layers and blocks."""
-        seen = Observation(torch.empty(0), None)
+        seen = Observation(torch.empty(0))
         handles = []
         possible = _possible_blocks(self.model)
         for path, module in self.model.named_modules():
@@ -80,11 +79,10 @@ class Probe:
             elif isinstance(module, LAYERS):
                 handles.append(module.register_forward_hook(_watch_layer(path, seen, self.batch_size)))
         try:
-            seen.raw = self.call(arguments)
+            seen.output = output_tensor(self.call(arguments)).detach()
         finally:
             for handle in handles:
                 handle.remove()
-        seen.output = output_tensor(seen.raw).detach()
         return seen
 
 

@@ -39,9 +39,11 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 def _rows(weights: Mapping[str, Tensor], path: str) -> Tensor:
     """The units of a layer: each row of its weight, with its bias (out, in + 1)."""
-    names = [name for name in (f"{path}.weight".lstrip("."), f"{path}.bias".lstrip(".")) if name in weights]
-    parts = [weights[name].detach() for name in names]
-    return torch.cat([part.reshape(part.shape[0], -1).double() for part in parts], dim=1) if parts else torch.empty(0, 1)
+    names = [f"{path}.{part}".lstrip(".") for part in ("weight", "bias")]
+    if names[0] not in weights:  # computed from other parameters
+        return torch.empty(0, 1)
+    parts = [weights[name].detach() for name in names if name in weights]
+    return torch.cat([part.reshape(part.shape[0], -1).double() for part in parts], dim=1)
 
 
 def _repeats(rows: Tensor) -> Pairs:
