@@ -1,8 +1,6 @@
 """The wake-up schedule: from which optimiser step on each role receives a gradient. Predicted without running, and measured.
 
-The prediction knows the architecture and which roles start at zero, and nothing else: a product with a zero factor passes
-nothing back, and what received a gradient is not zero at the next step. Sums of terms that are not zero are taken not to
-cancel, except where they must: softmax does not see a shift that all keys share, nor layer norm one that all features share.
+The prediction knows the architecture and the strategy, and no numbers; see `dit.analysis.gradient_flow`.
 """
 
 from __future__ import annotations
@@ -13,13 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dit.analysis.gradient_flow import Flow, updated
 from dit.init.roles import Role, roles
-from dit.init.rules import Pattern
 from dit.init.strategy import Strategy, patterns
 from dit.model import DiT
 
 SCALING = 1e-3
 """The gradient of three times the loss is three times the gradient, to this relative difference, unless it is mere rounding."""
+
+FLOOR = 1e-14
+"""Below this fraction of the network's largest gradient, one is rounding of the forward pass, in float64."""
 
 Schedule = dict[str, int | None]
 """By role, the first optimiser step with a gradient, counted from 0; None where there is none within the steps looked at."""
@@ -28,81 +29,15 @@ Schedule = dict[str, int | None]
 def predict(strategy: Strategy, model: DiT, steps: int) -> Schedule:
     """The schedule that follows from `strategy` and the architecture of `model`, whose weights are not looked at."""
     state = patterns(strategy, model)
+    tokens = (model.latent_size // model.patch_size) ** 2
     schedule: Schedule = dict.fromkeys(state)
     for step in range(steps):
-        for role in receiving(state, model.depth):
-            state[role] = "generic"
-            if schedule[role] is None:
+        gradients = Flow(state, model.depth, tokens).gradients
+        for role, gradient in gradients.items():
+            if gradient != "zero" and schedule[role] is None:
                 schedule[role] = step
+        state = {role: updated(weight, gradients[role]) for role, weight in state.items()}
     return schedule
-
-
-def receiving(state: dict[str, Pattern], depth: int) -> set[str]:
-    """The roles whose gradient is not zero, given what is known of every role's values: the chain rule, read backwards.
-
-    The loss gradient at the network's output, the tokens of the residual stream and their norms are never zero.
-    """
-    present = {role for role, pattern in state.items() if pattern != "zero"}
-    found: set[str] = set()
-
-    def has(role: str) -> bool:
-        return role in present
-
-    def linear(role: str, received: bool, sees: bool = True) -> bool:
-        """`received`: its output has a gradient; `sees`: its input is not zero. Returns whether its input has a gradient."""
-        found.update({f"{role}.bias"} if received else ())
-        found.update({f"{role}.weight"} if received and sees else ())
-        return received and has(f"{role}.weight")
-
-    def value(role: str, sees: bool = True) -> bool:
-        """Whether the output of a linear layer is not zero."""
-        return (has(f"{role}.weight") and sees) or has(f"{role}.bias")
-
-    timestep_hidden = value("timestep_mlp.in")
-    conditioning = value("timestep_mlp.out", timestep_hidden) or has("label_table.weight")
-    conditioning_received = False
-
-    def modulation(role: str, received: bool) -> None:
-        """A shift, scale or gate, driven by the conditioning."""
-        nonlocal conditioning_received
-        conditioning_received |= linear(role, received, conditioning)
-
-    def gate(role: str) -> bool:
-        return value(role, conditioning)
-
-    # out = projection(norm(x) * (1 + scale) + shift)
-    normed = linear("final.projection", received=True)
-    modulation("final.modulation.shift", normed)
-    modulation("final.modulation.scale", normed)
-    same_for_all_features = state["final.projection.weight"] == "equal_columns" and not gate("final.modulation.scale")
-    stream = normed and not same_for_all_features  # the gradient of a norm's input has no part along (1, ..., 1)
-
-    for index in reversed(range(depth)):
-        # x = x + gate * mlp_out(gelu(mlp_in(norm(x) * (1 + scale) + shift)))
-        block = f"block[{index}]"
-        hidden = value(f"{block}.mlp_in")
-        modulation(f"{block}.modulation.mlp.gate", stream and value(f"{block}.mlp_out", hidden))
-        branch = stream and gate(f"{block}.modulation.mlp.gate")
-        normed = linear(f"{block}.mlp_in", received=linear(f"{block}.mlp_out", branch, hidden))
-        modulation(f"{block}.modulation.mlp.shift", normed)
-        modulation(f"{block}.modulation.mlp.scale", normed)
-
-        # x = x + gate * attn_out(softmax(query @ key) @ value), each of norm(x) * (1 + scale) + shift
-        modulation(f"{block}.modulation.attn.gate", stream and value(f"{block}.attn_out", sees=value(f"{block}.qkv.value")))
-        branch = stream and gate(f"{block}.modulation.attn.gate")
-        mixed = linear(f"{block}.attn_out", branch, sees=value(f"{block}.qkv.value"))
-        normed = linear(f"{block}.qkv.value", mixed)
-        logits = mixed and has(f"{block}.qkv.value.weight")  # values that differ from token to token
-        linear(f"{block}.qkv.query", logits and has(f"{block}.qkv.key.weight"))  # and keys that do
-        if logits and value(f"{block}.qkv.query"):
-            found.add(f"{block}.qkv.key.weight")  # not its bias, which shifts all logits of a query alike
-        modulation(f"{block}.modulation.attn.shift", normed)
-        modulation(f"{block}.modulation.attn.scale", normed)
-
-    linear("patch_embed", stream)
-    found.update({"label_table.weight"} if conditioning_received else ())
-    linear("timestep_mlp.in", received=linear("timestep_mlp.out", conditioning_received, timestep_hidden))
-    return found
 
 
 @dataclass(frozen=True)
@@ -189,10 +124,11 @@ def _set_gradients(loss: Tensor, weights: Mapping[str, Tensor], parts: list[Role
     for weight, gradient in zip(inputs, once, strict=True):
         weight.grad = gradient
     plain, scaled = (dict(zip(weights, gradients, strict=True)) for gradients in (once, thrice))
+    floor = FLOOR * torch.stack([gradient.abs().max() for gradient in once]).max()
     found = []
     for role in parts:
         gradient, three_times = (whole[role.parameter][role.rows(len(whole[role.parameter]))] for whole in (plain, scaled))
-        if (three_times / 3 - gradient).norm() > SCALING * gradient.norm():
+        if gradient.abs().max() <= floor or (three_times / 3 - gradient).norm() > SCALING * gradient.norm():
             gradient.zero_()
         found.append((role, gradient))
     return found

@@ -23,12 +23,24 @@ from dit.init.roles import Role, Site
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-Pattern = Literal["zero", "equal_columns", "generic"]
+Pattern = Literal["zero", "constant", "minus_one", "equal_rows", "equal_columns", "generic"]
 """What is known of a role's weights before they are drawn.
 
-`zero`: every entry is zero. `equal_columns`: a matrix that is not zero and whose columns are all equal, such as a constant one,
-so that it passes the same gradient to each of its inputs. `generic`: neither; a bias is zero or generic.
+All entries are zero, or one other number (`constant`; `minus_one` for that number, in a bias), or all rows, or all columns, of
+a matrix are equal; `generic`: none of these.
 """
+
+
+def pattern_of(weights: Tensor) -> Pattern:
+    """The pattern of a matrix or vector that is there."""
+    first = weights.flatten()[0]
+    if (weights == first).all():
+        return "zero" if first == 0 else "minus_one" if weights.dim() == 1 and first == -1 else "constant"
+    if weights.dim() == 1:
+        return "generic"
+    if (weights == weights[:1]).all():
+        return "equal_rows"
+    return "equal_columns" if (weights == weights[:, :1]).all() else "generic"
 
 
 class BaseRule(BaseModel, ABC):
@@ -120,6 +132,8 @@ class ModifiableRule(BaseRule, ABC):
     def pattern(self, site: Site) -> Pattern:
         if self.is_zero:
             return "zero"
+        if self.equal == "rows":
+            return "constant" if site.role.is_bias else "equal_rows"
         return "equal_columns" if self.equal == "columns" else "generic"
 
     @property
@@ -147,7 +161,9 @@ class Constant(ModifiableRule):
     value: Finite
 
     def pattern(self, site: Site) -> Pattern:
-        return "equal_columns" if not (self.is_zero or site.role.is_bias) else super().pattern(site)
+        if self.is_zero:
+            return "zero"
+        return "minus_one" if site.role.is_bias and self.value * self.scale(site) == -1 else "constant"
 
     def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
         matrix.fill_(self.value)
@@ -288,10 +304,7 @@ class FromCheckpoint(BaseRule):
         checkpoint.verify(self.path, self.sha256)
 
     def pattern(self, site: Site) -> Pattern:
-        weights = self._values(site)[site.rows]
-        if not weights.any():
-            return "zero"
-        return "equal_columns" if not site.role.is_bias and bool((weights == weights[:, :1]).all()) else "generic"
+        return pattern_of(self._values(site)[site.rows])
 
     def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
         matrix.copy_(self._values(site))
