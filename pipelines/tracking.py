@@ -32,6 +32,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from dit import config
+from dit.analysis.diagnostics import GradientNoise, noise_scale
 from dit.errors import UserError
 from pipelines.stages.entry import scratch
 
@@ -59,6 +60,7 @@ DIAGNOSED = {
     "distinct_units/final_projection": ("distinct_units", "final.projection.weight"),
 }
 """Series of `diagnostics.csv`: the mean of a column over the roles whose path ends so."""
+NOISE = "gradient_noise.csv"
 METRICS_PER_REQUEST, PARAMS_PER_REQUEST = 1000, 100
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
@@ -144,22 +146,23 @@ def sync(root: Path, tags: Mapping[str, str] | None = None) -> Synced:
         with _one_at_a_time():
             client = MlflowClient(uri)
             experiment = _experiment(client, study.name, uri)
-            present = _present(client, experiment)
-            synced.present = [run.name for run in found if run.key in present]
+            known = _present(client, experiment)
+            present = {run.name: there for run in found if (there := _same(known[run.key], run))}
+            synced.present = list(present)
             for run in found:
-                if run.key in present and run.start:
-                    _add_start(client, present[run.key], run.start)
-            added = [run for run in found if run.key not in present]
+                if run.name in present and run.start:
+                    _add_start(client, present[run.name], run.start)
+            added = [run for run in found if run.name not in present]
             about = _provenance(root, added)
             for run in reversed(added):  # the UI lists the last first
                 color = {"mlflow.runColor": colors[run.strategy]}
-                present[run.key] = _log_run(
+                present[run.name] = _log_run(
                     client, experiment, run, {**(tags or {}), **about[run.name], **color, "added_by": _adder()}
                 )
                 synced.added.append(run.name)
             if found:
                 name = (tags or {}).get("dvc_experiment", study.name)
-                synced.view = _save_view(client, experiment, name, [present[run.key].info.run_id for run in found])
+                synced.view = _save_view(client, experiment, name, [present[run.name].info.run_id for run in found])
     except (MlflowException, requests.RequestException) as error:
         raise UnreachableError(
             f"MLflow at {shown(uri)} does not take runs: {error}; nothing is lost, `make mlflow` catches up"
@@ -217,20 +220,31 @@ def _adder() -> str:
     return f"{socket.gethostname()}:{Path.cwd()}"
 
 
-def _present(client: MlflowClient, experiment: Experiment) -> dict[str, Run]:
+def _present(client: MlflowClient, experiment: Experiment) -> dict[str, list[Run]]:
     """The complete runs by their key. One of ours that was cut short is not finished: it goes, to be made again."""
-    found: dict[str, Run] = {}
+    found: dict[str, list[Run]] = defaultdict(list)
     token = None
     while True:
         page = client.search_runs([experiment.experiment_id], "tags.run_key != ''", max_results=1000, page_token=token)
         for run in page:
             if run.info.status == "FINISHED":
-                found[run.data.tags["run_key"]] = run
+                found[run.data.tags["run_key"]].append(run)
             elif run.data.tags.get("added_by") == _adder():
                 client.delete_run(run.info.run_id)
         token = page.token
         if not token:
             return found
+
+
+def _same(known: Sequence[Run], run: Finished) -> Run | None:
+    """The run in the store, unless its strategy was analysed anew: metrics cannot be taken back, so that is another run."""
+    keys = {None, _analysis(run.start)["run_key"]} if run.start else None
+    return next((there for there in known if keys is None or there.data.tags.get("analyse_run_key") in keys), None)
+
+
+def _analysis(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "start.json").read_text())
+    return found
 
 
 def _log_run(client: MlflowClient, experiment: Experiment, run: Finished, tags: Mapping[str, str]) -> Run:
@@ -265,7 +279,7 @@ def _log_run(client: MlflowClient, experiment: Experiment, run: Finished, tags: 
 
 def _add_start(client: MlflowClient, run: Run, directory: Path) -> None:
     """Add what the analysis of its strategy found to a run that does not have it: it may have been made after the run."""
-    start = json.loads((directory / "start.json").read_text())
+    start = _analysis(directory)
     if run.data.tags.get("analyse_run_key") == start["run_key"]:
         return
     values = [*_start(start), *_first_gradients(directory / "gradients.csv")]
@@ -350,15 +364,18 @@ def _diagnosed(train: Path) -> Iterator[Value]:
                 found[name, int(row["step"])].append(value)
     for (name, step), values in found.items():
         yield name, step, sum(values) / len(values)
-    for row in _rows(train / "gradient_noise.csv"):
-        for name in ("squared_norm", "covariance_trace"):
-            yield f"gradient_noise/{name}", int(row["step"]), _number(row[name])
+    noise = {int(row.pop("step")): GradientNoise(**{k: float(v) for k, v in row.items()}) for row in _rows(train / NOISE)}
+    for step, one in noise.items():
+        yield "gradient_noise/squared_norm", step, one.squared_norm
+        yield "gradient_noise/covariance_trace", step, one.covariance_trace
+    yield "gradient_noise/scale", 0, noise_scale(noise.values())
 
 
 def _start(start: Mapping[str, Any]) -> Iterator[Value]:
     """The strategy before and in its first steps, and by block: there, the step of a metric is the block."""
     yield "start/awake_step", 0, start["awake_step"]
-    for name in ("output_rms", "zero_output_mse"):
+    yield "start/width_exponent", 0, start["width_exponent"]
+    for name in ("output_rms", "output_variance", "zero_output_mse"):
         yield f"start/{name}", 0, start["signal"][name]
     for row in start["early"]:
         for name in ("mse", "timestep_sensitivity", "label_sensitivity"):

@@ -96,7 +96,6 @@ def write_start(params: Params, strategy: str) -> None:
     sensitivity = {"timestep_sensitivity": 0.0, "label_sensitivity": 0.0}
     mse = START.get(strategy, 1.0)
     block = {"attn_contribution": 0.0, "mlp_contribution": 0.0, "stream_rms": 0.9, "gradient_rms": 1e-3}
-    units = {"distinct_units": 512, "distinct_heads": 4, "distinct_head_rows": 32}
     start = {
         "strategy": strategy,
         "run_key": hashlib.sha256(strategy.encode()).hexdigest()[:16],
@@ -113,9 +112,9 @@ def write_start(params: Params, strategy: str) -> None:
             "blocks": [{"block": index, **block} for index in range(4)],
         },
         "early": [
-            {"step": step, "mse": mse, "timestep_sensitivity": step / 9, "label_sensitivity": step / 9, **units}
-            for step in range(5)
+            {"step": step, "mse": mse, "timestep_sensitivity": step / 9, "label_sensitivity": step / 9} for step in range(5)
         ],
+        "width_exponent": 0.5,
     }
     write_json(directory / "start.json", start)
     gradient = {"norm": 0.1, "stable_rank": 3.5, "numerical_rank": 32.0, "update_ratio": 0.01}

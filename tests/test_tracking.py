@@ -133,7 +133,7 @@ def test_every_run_is_there_once_with_all_about_it(study: Path) -> None:
         [(0, 7.0)],
     ]
     assert history(run, "update_ratio/gates") == [(0, 0.5)]
-    assert history(run, "gradient_noise/covariance_trace") == [(0, 80.0)]
+    assert history(run, "gradient_noise/scale") == [(0, 40.0)]
     assert {"evaluation/frechet_distance": 12.5, "time/images_per_second": 100.0}.items() <= run.data.metrics.items()
     pictures = MlflowClient(tracking.tracking_uri()).list_artifacts(run.info.run_id, "images")
     assert any(picture.path.endswith(".png") for picture in pictures)
@@ -170,14 +170,16 @@ def test_a_strategys_start_is_on_all_its_runs_whenever_it_was_analysed(study: Pa
     directory.mkdir(parents=True)
     block = {"block": 0, "attn_contribution": 0.0}
     early = [{"step": step, "mse": 1.0, "timestep_sensitivity": 0.0, "label_sensitivity": float(step)} for step in range(2)]
-    signal = {"output_rms": 0.0, "zero_output_mse": 1.0, "blocks": [block]}
-    write_json(directory / "start.json", {"run_key": "start", "awake_step": 2, "signal": signal, "early": early})
+    signal = {"output_rms": 0.0, "output_variance": 0.0, "zero_output_mse": 1.0, "blocks": [block]}
+    start = {"run_key": "start", "awake_step": 2, "signal": signal, "early": early, "width_exponent": 0.5}
+    write_json(directory / "start.json", start)
     gradients = [[0, "block[0].mlp_in.weight", 0.5, 2.0, 32, ""], [1, "block[1].mlp_in.weight", 0.25, 4.0, 30, 0.1]]
     table(directory / "gradients.csv", "step,role,norm,stable_rank,numerical_rank,update_ratio", gradients)
     for _ in range(2):
         assert tracking.sync(study).added == []
         assert history(runs()["adaln_zero-1"], "start/label_sensitivity") == [(0, 0.0), (1, 1.0)]
     found = runs()
+    assert found["adaln_zero-0"].data.metrics["start/width_exponent"] == 0.5
     assert history(found["adaln_zero-0"], "start_gradient_stable_rank/mlp") == [(0, 2.0), (1, 4.0)]
     assert {name: run.data.metrics.get("start/awake_step") for name, run in found.items()} == {
         "adaln_zero-0": 2,
@@ -185,6 +187,10 @@ def test_a_strategys_start_is_on_all_its_runs_whenever_it_was_analysed(study: Pa
         "symmetric-0": None,
         "symmetric-1": None,
     }
+
+    write_json(directory / "start.json", {**start, "run_key": "another", "awake_step": 1})
+    assert tracking.sync(study).added == ["adaln_zero-1", "adaln_zero-0"]
+    assert tracking.sync(study).added == []
 
 
 def test_evaluation_of_another_training_is_not_shown_as_this_ones(study: Path) -> None:

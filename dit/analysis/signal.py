@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -123,6 +125,18 @@ def _coordinates(
         optimiser.step()
         for name, activation in _activations(model, batch(0), diffusion).items():
             yield Coordinates(width, step, name, _rms(activation), _rms(activation - first[name]))
+
+
+def width_exponent(found: Iterable[Coordinates]) -> float | None:
+    """The power of the width with which the prediction moved: the slope of log(change) on log(width) at the last step.
+
+    0 is what a parametrisation that suits every width has; None where nothing moved, or not at two widths.
+    """
+    rows = [row for row in found if row.activation == "prediction" and row.change_rms > 0 and math.isfinite(row.change_rms)]
+    last = [row for row in rows if row.step == max(row.step for row in rows)]
+    if len(last) < 2:
+        return None
+    return statistics.linear_regression([math.log(row.width) for row in last], [math.log(row.change_rms) for row in last]).slope
 
 
 def loss(model: DiT, batch: Batch, diffusion: Diffusion) -> Tensor:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dit import init
 from dit.analysis import wakeup
 from dit.analysis.signal import Coordinates, Signal, coordinate_check, loss, measure
-from dit.analysis.symmetry import attention_heads, distinct_units, mlp_units, output_units
 from dit.config import Analyse
 from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
 from dit.init import Strategy
-from dit.model import DiT, DiTBlock
+from dit.model import DiT
 from dit.training.batches import Batch, Batches
 
 HEAD_SIZE = 64
@@ -33,15 +32,12 @@ COORDINATE_SAMPLES = 8
 
 @dataclass(frozen=True)
 class EarlyStep:
-    """The network before optimiser step `step`. Units are counted in the block that has the fewest, None where not finite."""
+    """The network before optimiser step `step`."""
 
     step: int
     mse: float
     timestep_sensitivity: float
     label_sensitivity: float
-    distinct_units: int | None
-    distinct_heads: int | None
-    distinct_head_rows: int | None
 
 
 @dataclass(frozen=True)
@@ -114,7 +110,6 @@ class Examiner:
     def _early(self, strategy: Strategy) -> Iterator[EarlyStep]:
         network = self._network(strategy)
         optimiser = self._optimiser(network)
-        blocks: list[DiTBlock] = list(network.blocks)  # type: ignore[arg-type]
         for step in range(self.params.steps):
             batch = self.batches(step)
             seen = measure(network, batch, self.diffusion)
@@ -123,9 +118,6 @@ class Examiner:
                 mse=seen.mse,
                 timestep_sensitivity=seen.timestep_sensitivity,
                 label_sensitivity=seen.label_sensitivity,
-                distinct_units=_fewest(mlp_units(block.mlp) for block in blocks),
-                distinct_heads=_fewest(attention_heads(block.attn) for block in blocks),
-                distinct_head_rows=distinct_units(output_units(network.final_layer.linear)),
             )
             if not math.isfinite(seen.mse):
                 return
@@ -152,8 +144,3 @@ class Examiner:
             num_classes=model.num_classes,
             learn_sigma=model.learn_sigma,
         )
-
-
-def _fewest(layers: Iterable[Tensor]) -> int | None:
-    counts = [distinct_units(units) for units in layers]
-    return None if None in counts else min(count for count in counts if count is not None)

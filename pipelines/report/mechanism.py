@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from dit.analysis.diagnostics import GradientNoise, noise_scale
 from dit.analysis.wakeup import by_kind, kind
 from pipelines.report.drawing import Figure, Look, band, curves, finish, line_of
 from pipelines.report.runs import Run, Start, Study
@@ -301,9 +302,12 @@ def by_step(run: Run, column: str, role: str) -> pd.Series:
 
 
 def noise_by_step(run: Run) -> pd.Series:
-    """The gradient noise scale: a ratio of averages over neighbouring diagnosed steps, where it is determined."""
-    means = run.gradient_noise[["squared_norm", "covariance_trace"]].rolling(NOISE_WINDOW).mean().dropna()
-    return (means["covariance_trace"] / means["squared_norm"])[(means > 0).all(axis=1)]
+    """The gradient noise scale over neighbouring diagnosed steps, where they determine it."""
+    steps = list(run.gradient_noise.index)
+    noise = [GradientNoise(*row) for row in run.gradient_noise.itertuples(index=False)]
+    ends = range(NOISE_WINDOW, len(steps) + 1)
+    scales = {steps[end - 1]: noise_scale(noise[end - NOISE_WINDOW : end]) for end in ends}
+    return pd.Series({step: scale for step, scale in scales.items() if scale is not None}, dtype=float)
 
 
 def by_block(run: Run, column: str, role: str) -> pd.Series:

@@ -80,6 +80,7 @@ class SignalRecord(Record):
     """A network before training, on one batch; `dit.analysis.signal.Signal`. None stands for what is not finite."""
 
     output_rms: float | None
+    output_variance: float | None
     mse: float | None
     zero_output_mse: float
     timestep_sensitivity: float | None
@@ -96,6 +97,7 @@ class StartRecord(Record):
     measured: dict[str, int | None]
     signal: SignalRecord
     early: list[dict[str, float | None]]
+    width_exponent: float | None
 
 
 class EvaluateRecord(Record):
@@ -143,7 +145,9 @@ class Run:
     @cached_property
     def gradient_noise(self) -> pd.DataFrame:
         """`gradient_noise.csv`, by step; `dit.analysis.diagnostics.GradientNoise`."""
-        return _table(TRAIN / self.name / "gradient_noise.csv", ["step", "squared_norm", "covariance_trace"]).set_index("step")
+        return _table(
+            TRAIN / self.name / "gradient_noise.csv", ["step", "squared_norm", "covariance_trace", "batch_norm", "part_norm"]
+        ).set_index("step")
 
     @cached_property
     def _validation(self) -> pd.DataFrame:

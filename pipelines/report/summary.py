@@ -7,7 +7,6 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from dit.analysis.comparison import CONFIDENCE, METRICS, Difference, Metric, paired_difference, spread, step_reached
@@ -138,7 +137,7 @@ def _start(start: Start) -> dict[str, Any]:
         "predicted_equals_measured": record.predicted_equals_measured,
         **record.signal.model_dump(exclude={"blocks"}),
         "conditioned_from_step": _conditioned_from(start),
-        "width_exponent": width_exponent(start),
+        "width_exponent": record.width_exponent,
     }
 
 
@@ -149,18 +148,6 @@ def _conditioned_from(start: Start) -> dict[str, int | None]:
         seen = start.early.index[start.early[f"{kind}_sensitivity"] > 0]
         steps[kind] = int(seen[0]) if len(seen) else None
     return steps
-
-
-def width_exponent(start: Start) -> float | None:
-    """The power of the width with which the prediction moved in the first steps: the slope of log(change) on log(width).
-
-    0 is what a parametrisation that suits every width has; None where nothing moved, or the check was not made.
-    """
-    table = start.coordinates
-    moved = table[(table["activation"] == "prediction") & (table["step"] == table["step"].max()) & (table["change_rms"] > 0)]
-    if len(moved) < 2:
-        return None
-    return float(np.polyfit(np.log(moved["width"].astype(float)), np.log(moved["change_rms"].astype(float)), 1)[0])
 
 
 def _run(run: Run, values: dict[str, Value]) -> dict[str, Any]:

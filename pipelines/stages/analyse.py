@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import typer
 
 from dit import model
+from dit.analysis.signal import width_exponent
 from dit.analysis.start import Examiner
 from dit.analysis.wakeup import awake
 from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.devices import float64_device, make_deterministic, resolve_device
 from dit.diffusion import Diffusion
-from pipelines.stages.entry import complete_directory, finite, run_key, run_stage, strategy_of, write_json
+from pipelines.stages.entry import complete_directory, run_key, run_stage, strategy_of, write_json
 
 
 def analyse(params: Params, strategy: str) -> None:
@@ -58,6 +61,7 @@ def analyse(params: Params, strategy: str) -> None:
         "measured": found.measured,
         "signal": asdict(found.signal),
         "early": [asdict(step) for step in found.early],
+        "width_exponent": width_exponent(found.coordinates),
     }
     with complete_directory(f"runs/analyse/{strategy}") as out:
         write_json(out / "start.json", finite(described))
@@ -65,6 +69,15 @@ def analyse(params: Params, strategy: str) -> None:
         pd.DataFrame(found.coordinates).to_csv(out / "coordinates.csv", index=False, lineterminator="\n")
     schedule = "as predicted" if agrees else "NOT as predicted"
     print(f"analyse {strategy}: every role receives a gradient from step {awake(found.measured)} on, {schedule}")
+
+
+def finite(value: Any) -> Any:
+    """The same JSON-able value with None for every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(strategy: str) -> None:

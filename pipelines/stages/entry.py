@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import sys
@@ -16,7 +15,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -66,15 +64,6 @@ def strategy_of(params: Params, name: str) -> Strategy:
     if name not in params.strategies:
         raise ConfigError(f"unknown strategy '{name}'; accepted: {', '.join(params.strategies)}, as in params.yaml: strategies")
     return params.strategies[name]
-
-
-def finite(value: Any) -> Any:
-    """The same JSON-able value with None for every number that is not finite."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: object) -> None:
