@@ -1,6 +1,7 @@
 """The figures of docs/zero-init.md: `make study`, then `python docs/figures/zero_init.py` in the same folder.
 
-It reads `data/latents` and `runs/train`, computes the rest in seconds, and writes SVG files beside itself.
+It reads `data/latents` and `runs/train`, computes the rest in seconds, writes SVG files beside itself, and prints the numbers of
+sections 1 and 3.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from matplotlib.colors import ListedColormap
 from dit import config, init, model
 from dit.analysis import wakeup
 from dit.analysis.signal import loss, measure
-from dit.analysis.symmetry import factors
+from dit.analysis.symmetry import distinct_units, factors, output_units
 from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
@@ -41,7 +42,7 @@ def main() -> None:
     draw("wake-up", wake_up(params, network(params, store)))
     draw("factors", head_factors(params, network(params, store), batches, diffusion))
     draw("start", initial_error(params, store, batches, diffusion))
-    draw("units", distinct_units())
+    draw("units", units_over_training())
 
 
 def network(params: Params, store: LatentStore, width: int | None = None) -> DiT:
@@ -86,6 +87,13 @@ def head_factors(params: Params, plain: DiT, batches: Batches, diffusion: Diffus
     """Singular values of both factors of the head's gradient at step 0, and of the gradient itself."""
     head = init.apply(plain, "adaln_zero", 0).double().final_layer.linear
     inputs, deltas = factors(head, lambda: loss(plain, batches(0), diffusion))
+    ranks = [int(torch.linalg.matrix_rank(matrix)) for matrix in (deltas, inputs, deltas.T @ inputs)]
+    before = distinct_units(output_units(head))
+    optimiser = torch.optim.AdamW(plain.parameters(), lr=params.train.learning_rate)
+    loss(plain, batches(0), diffusion).backward()
+    optimiser.step()
+    after = distinct_units(output_units(head))
+    print(f"ranks of delta, h and dL/dW: {ranks}; distinct rows of the head: {before}, after a step {after}")
     figure, axes = plt.subplots(figsize=(6, 3))
     for label, matrix in (
         ("h, the inputs of the head", inputs),
@@ -113,6 +121,9 @@ def initial_error(params: Params, store: LatentStore, batches: Batches, diffusio
         curve = np.linspace(0, SIGMAS.max(), 100)
         axes.plot(curve, 1 + curve**2 * width, color=colour, lw=1, label=rf"$1 + \sigma^2 D$, $D = {width}$")
         axes.plot(SIGMAS, measured, ".", color=colour, alpha=0.6)
+    xavier = [init.apply(network(params, store), "head_xavier", seed) for seed in range(SEEDS)]
+    starts = [measure(one, batches(seed), diffusion).mse for seed, one in enumerate(xavier)]
+    print(f"head_xavier starts at {min(starts):.2f} to {max(starts):.2f}, over {SEEDS} seeds")
     axes.set(
         xlabel=r"$\sigma$ of the output projection",
         ylabel="mean squared error at step 0",
@@ -123,7 +134,7 @@ def initial_error(params: Params, store: LatentStore, batches: Batches, diffusio
     return figure
 
 
-def distinct_units() -> plt.Figure:
+def units_over_training() -> plt.Figure:
     """Distinct hidden units, and rows of the head, over the training runs of the study."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3))
     roles = {".mlp_in.weight": "hidden units of an MLP", "final.projection.weight": "rows of the head"}
