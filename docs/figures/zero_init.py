@@ -1,7 +1,7 @@
 """The figures of docs/zero-init.md: `make study`, then `python docs/figures/zero_init.py` in the same folder.
 
-It reads `data/latents` and `runs/train`, computes the rest in seconds, writes SVG files beside itself, and prints the numbers of
-sections 1 and 3.
+It reads `data/latents` and `runs/train`, computes the rest in seconds, writes SVG files beside itself, and prints the numbers
+of sections 1 and 3.
 """
 
 from __future__ import annotations
