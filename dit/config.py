@@ -211,7 +211,7 @@ class Train(Section):
     validation: Validation
     checkpoint_every: PositiveInt
     precision: Precision
-    compile: Literal["auto"] | bool
+    backend: Literal["auto", "fused", "compiled", "eager"]
     deterministic: bool
     threads: PositiveInt
     device: Device

@@ -40,6 +40,19 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast | nullc
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
+def resolve_backend(name: str, device: torch.device, precision: torch.dtype) -> str:
+    """`auto` is `fused` on a CUDA GPU in bf16, else `eager`. Raises `ConfigError` for `fused` where it cannot run."""
+    can_fuse = device.type == "cuda" and precision == torch.bfloat16
+    if name == "fused" and not can_fuse:
+        raise ConfigError(
+            f"train.backend = 'fused' on device '{device.type}' in {precision}; accepted there: auto, compiled, eager "
+            f"(fused needs a CUDA GPU and train.precision bf16)"
+        )
+    if name == "auto":
+        return "fused" if can_fuse else "eager"
+    return name
+
+
 def make_deterministic(threads: int, deterministic: bool = True) -> None:
     """Fix the number of CPU threads, on which sums depend, and refuse operations without a repeatable version.
 
@@ -50,3 +63,4 @@ def make_deterministic(threads: int, deterministic: bool = True) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

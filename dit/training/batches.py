@@ -17,6 +17,9 @@ from dit.diffusion import Diffusion
 from dit.seeding import generator
 
 
+RESIDENT_SHARE = 0.2
+
+
 @dataclass(frozen=True)
 class Batch:
     """Normalised latents `x0` and noise `eps` (B, C, H, W), timesteps (B,), labels (B,) with the null class where dropped."""
@@ -31,22 +34,57 @@ class Batch:
         return Batch(*(tensor[:count] for tensor in (self.x0, self.eps, self.timesteps, self.labels)))
 
 
+@dataclass(frozen=True)
+class Resident:
+    """The posteriors of one split in a GPU's memory, shaped as `dit.data.latents.Latents`."""
+
+    mean: Tensor
+    std: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def on_device(latents: Latents, device: torch.device) -> Latents | Resident:
+    """`latents` in the memory of a GPU where they fill at most a fifth of it; otherwise as they are, read batch by batch."""
+    size = latents.mean.nbytes + latents.std.nbytes
+    if device.type != "cuda" or size > RESIDENT_SHARE * torch.cuda.get_device_properties(device).total_memory:
+        return latents
+    return Resident(*(torch.tensor(part, device=device) for part in (latents.mean, latents.std, latents.labels)))
+
+
 class Batches:
     """`batches(step)` is the batch of that optimiser step."""
 
     def __init__(self, store: LatentStore, diffusion: Diffusion, *, batch_size: int, label_dropout: float, seed: int) -> None:
-        self.latents = store.split("train")
+        self.latents = on_device(store.split("train"), diffusion.device)
         self.store = store
         self.diffusion = diffusion
         self.batch_size = batch_size
         self.label_dropout = label_dropout
         self.seed = seed
+        self.stream = torch.cuda.Stream() if diffusion.device.type == "cuda" else None
 
     def __call__(self, step: int) -> Batch:
-        """The batch of optimiser step `step`, which counts from 0."""
+        """The batch of optimiser step `step`, which counts from 0.
+
+        On a GPU it is drawn on a stream of its own, while the steps before are still being computed.
+        """
+        if self.stream is None:
+            return self._draw(step)
+        with torch.cuda.stream(self.stream):
+            batch = self._draw(step)
+        user = torch.cuda.current_stream()
+        user.wait_stream(self.stream)
+        for tensor in vars(batch).values():
+            tensor.record_stream(user)
+        return batch
+
+    def _draw(self, step: int) -> Batch:
         device = self.diffusion.device
         draws = generator(self.seed, "batch", step, device=device)
-        indices = epoch_order(self.seed, len(self.latents.labels), step * self.batch_size, self.batch_size)
+        indices = epoch_order(self.seed, len(self.latents), step * self.batch_size, self.batch_size)
         x0, labels = gather(self.latents, indices, draws)
         dropped = torch.rand(self.batch_size, generator=draws, device=device) < self.label_dropout
         return Batch(
@@ -59,19 +97,34 @@ class Batches:
 
 def epoch_order(seed: int, count: int, start: int, length: int) -> Tensor:
     """Sample indices at positions `start` to `start + length` of an endless stream of shuffled epochs, (length,)."""
-    positions = range(start, start + length)
-    return torch.tensor([_epoch(seed, count, position // count)[position % count] for position in positions])
+    epochs = range(start // count, (start + length - 1) // count + 1)
+    orders = torch.cat([_epoch(seed, count, epoch) for epoch in epochs])
+    return orders[start % count : start % count + length]
 
 
 @lru_cache(maxsize=4)
-def _epoch(seed: int, count: int, epoch: int) -> list[int]:
-    return torch.randperm(count, generator=generator(seed, "epoch", epoch)).tolist()
+def _epoch(seed: int, count: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=generator(seed, "epoch", epoch))
 
 
-def gather(latents: Latents, indices: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+def gather(latents: Latents | Resident, indices: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
     """Posterior samples (B, C, H, W) and labels (B,) of the images `indices`, each mirrored or not by chance."""
-    flips = torch.randint(latents.mean.shape[1], indices.shape, generator=draws, device=draws.device).cpu()
-    where = indices.numpy(), flips.numpy()
-    mean, std = (torch.from_numpy(part[where]).float().to(draws.device) for part in (latents.mean, latents.std))
-    labels = torch.from_numpy(latents.labels[where[0]]).to(draws.device)
+    flips = torch.randint(latents.mean.shape[1], indices.shape, generator=draws, device=draws.device)
+    mean, std, labels = _take(latents, indices, flips)
     return mean + std * torch.randn(mean.shape, generator=draws, device=draws.device), labels
+
+
+def _take(latents: Latents | Resident, indices: Tensor, flips: Tensor) -> list[Tensor]:
+    """Mean and standard deviation (B, C, H, W) and labels (B,) on the device of `flips`."""
+    if isinstance(latents, Resident):
+        rows = _send(indices, flips.device)
+        return [latents.mean[rows, flips].float(), latents.std[rows, flips].float(), latents.labels[rows]]
+    where = indices.numpy(), flips.cpu().numpy()
+    parts = latents.mean[where], latents.std[where], latents.labels[where[0]]
+    mean, std, labels = (_send(torch.from_numpy(part), flips.device) for part in parts)
+    return [mean.float(), std.float(), labels]
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device, without the host waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

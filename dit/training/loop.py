@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,14 +16,19 @@ from torch import Tensor
 from dit.analysis.diagnostics import diagnose, gradient_noise
 from dit.config import Train
 from dit.data.latents import LatentStore
-from dit.devices import autocast, resolve_precision
+from dit.devices import autocast, resolve_backend, resolve_precision
 from dit.diffusion import Diffusion, Loss
+from dit.fused import fuse
 from dit.model import DiT
 from dit.progress import progress
 from dit.training import checkpoint
 from dit.training.batches import Batch, Batches
+from dit.training.capture import Captured
 from dit.training.optimiser import Optimiser
 from dit.training.validation import Validation
+
+if TYPE_CHECKING:
+    from dit.fused.optimiser import FusedOptimiser
 
 EARLY_DIAGNOSES = 5
 """The first optimiser steps, at which roles wake up, are all diagnosed."""
@@ -85,11 +90,21 @@ class Trainer:
         self.params = params
         self.scratch = scratch
         self.precision = resolve_precision(params.precision, diffusion.device)
-        compiled = diffusion.device.type == "cuda" if params.compile == "auto" else params.compile
-        self.forward: Forward = torch.compile(model) if compiled else model
         self.batches = Batches(store, diffusion, batch_size=params.batch_size, label_dropout=label_dropout, seed=seed)
         self.validation = Validation(store, diffusion, params.validation)
-        self.optimiser = Optimiser(self.model, params, self.precision)
+        backend = resolve_backend(params.backend, diffusion.device, self.precision)
+        self.forward: Forward = self.model
+        self.loss: Callable[..., Loss] = diffusion.loss
+        self.gradients: Callable[[Batch], Tensor] = self._gradients
+        self.optimiser: Optimiser | FusedOptimiser
+        if backend == "fused":
+            self.forward, self.optimiser = fuse(self.model, params)
+            self.loss = torch.compile(diffusion.loss)
+            self.gradients = Captured(self._gradients)
+        else:
+            self.optimiser = Optimiser(self.model, params, self.precision)
+        if backend == "compiled":
+            self.forward = torch.compile(self.model)
         self.records = Records()
         self.divergence: Divergence | None = None
         self.steps_done = 0
@@ -126,22 +141,27 @@ class Trainer:
 
     def _train(self, step: int) -> None:
         batch = self.batches(step)
-        loss = self._loss(self.forward, batch)
-        total = loss.total.mean()
-        self.optimiser.backward(total)
+        losses = self.gradients(batch)
         logged = step % self.params.log_every == 0
-        gradient_norm = self.optimiser.gradient_norm() if logged else torch.zeros_like(total)
-        self._pending.append(torch.stack([total.detach(), loss.mse.mean().detach(), gradient_norm]))
+        gradient_norm = self.optimiser.gradient_norm() if logged else losses.new_zeros(())
+        self._pending.append(torch.cat([losses, gradient_norm[None]]))
         if self._diagnosis_due(step):
             self._diagnosed_update(step, batch)
         else:
             self.optimiser.step(step)
 
+    def _gradients(self, batch: Batch) -> Tensor:
+        """Set the gradients of `batch`; returns its loss and its squared error, (2,)."""
+        loss = self._loss(self.forward, batch)
+        total = loss.total.mean()
+        self.optimiser.backward(total)
+        return torch.stack([total.detach(), loss.mse.mean().detach()])
+
     def _loss(self, forward: Forward, batch: Batch) -> Loss:
         x_t = self.diffusion.add_noise(batch.x0, batch.eps, batch.timesteps)
         with autocast(self.diffusion.device, self.precision):
             output = forward(x_t, batch.timesteps, batch.labels)
-        return self.diffusion.loss(output, batch.x0, batch.eps, batch.timesteps, x_t)
+        return self.loss(output, batch.x0, batch.eps, batch.timesteps, x_t)
 
     def _diagnosis_due(self, step: int) -> bool:
         return step < EARLY_DIAGNOSES or step % self.params.diagnose_every == 0
@@ -151,6 +171,7 @@ class Trainer:
         whole = self.params.batch_size
         part = max(1, whole // NOISE_PART)
         norms = self._gradient_norms(batch.first(part)) if part < whole else None
+        self.optimiser.publish_gradients()
         states = diagnose(self.model, lambda: self.optimiser.step(step), batch.timesteps, batch.labels)
         self.records.diagnostics += [{"step": step, **vars(state)} for state in states]
         if norms is not None:
@@ -159,9 +180,9 @@ class Trainer:
             self.records.gradient_noise.append({"step": step, **vars(noise)})
 
     def _gradient_norms(self, part: Batch) -> Tensor:
-        """Norms (2,) of the gradient that the weights hold, and of that of a part of its batch.
+        """Norms (2,) of the gradient of the whole batch, and of that of a part of it.
 
-        The second is the work of the network that is not compiled: a compiled one would be compiled again for this size.
+        The second is the work of the plain network: a compiled or captured one would be made again for this size.
         """
         loss = self._loss(self.model, part).total.mean()
         return torch.stack([self.optimiser.gradient_norm(), self.optimiser.gradient_norm_of(loss)])

@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from dit.config import Train
 
 
+def learning_rate(params: Train, step: int) -> float:
+    """Linear from 1 / warmup_steps to one times the learning rate, then constant."""
+    return params.learning_rate * min(1.0, (step + 1) / max(1, params.warmup_steps))
+
+
 class Optimiser:
     """One `step` per batch: unscale, clip, AdamW, EMA."""
 
@@ -29,14 +34,17 @@ class Optimiser:
         self.averaged = [self.ema[name] for name, weight in model.named_parameters() if weight.requires_grad]
 
     def learning_rate(self, step: int) -> float:
-        """Linear from 1 / warmup_steps to one times the learning rate, then constant."""
-        return self.params.learning_rate * min(1.0, (step + 1) / max(1, self.params.warmup_steps))
+        """That of `step`."""
+        return learning_rate(self.params, step)
 
     def backward(self, loss: Tensor) -> None:
         """Set the gradients of `loss`, unscaled."""
         self.adamw.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.adamw)
+
+    def publish_gradients(self) -> None:
+        """Nothing to do: the gradients are those of the model's own weights."""
 
     def step(self, step: int) -> None:
         """Clip, update the weights and their average. `step` counts from 0."""

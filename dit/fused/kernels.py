@@ -1,0 +1,477 @@
+"""Triton kernels for what lies between the matrix products; `dit.fused.operations` holds their formulas in plain PyTorch.
+
+Tokens are rows: (B, T, D) is (B * T, D). All arithmetic is float32, whatever the tensors hold. A backward kernel adds what must be
+summed over tokens (shift, scale, gate, biases) per chunk of tokens, in a fixed order and without atomics, so it repeats exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit.fused import cublaslt
+
+TOKENS = 32
+"""Tokens of one sample that one program of the norm's backward walks through."""
+
+NORM_STAGES = 3
+
+ROWS = 128
+"""Rows over which one program adds the gradient of a bias."""
+
+
+def _warps(block: int) -> int:
+    return max(1, min(16, block // 256))
+
+
+@triton.jit
+def _residual_norm_forward(  # noqa: PLR0917
+    x, branch, bias, gate, shift, scale, x_out, h, mean_out, rstd_out, tokens, gate_stride, stride, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """One program: CHUNK tokens of one sample."""
+    columns = tl.arange(0, BLOCK)
+    inside = columns < D
+    first = tl.program_id(0) * CHUNK
+    sample = first // tokens
+    shift_row = tl.load(shift + sample * stride + columns, inside, 0.0).to(tl.float32)
+    scale_row = 1.0 + tl.load(scale + sample * stride + columns, inside, 0.0).to(tl.float32)
+    if RESIDUAL:
+        gate_row = tl.load(gate + sample * gate_stride + columns, inside, 0.0).to(tl.float32)
+        bias_row = tl.load(bias + columns, inside, 0.0).to(tl.float32)
+    for row in range(CHUNK):
+        at = (first + row).to(tl.int64) * D + columns
+        value = tl.load(x + at, inside, 0.0).to(tl.float32)
+        if RESIDUAL:
+            added = tl.load(branch + at, inside, 0.0).to(tl.float32)
+            value = (value + gate_row * (added + bias_row)).to(x_out.dtype.element_ty)
+            tl.store(x_out + at, value, inside)
+            value = value.to(tl.float32)
+        mean = tl.sum(value, 0) / D
+        centred = tl.where(inside, value - mean, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
+        tl.store(mean_out + first + row, mean)
+        tl.store(rstd_out + first + row, rstd)
+        tl.store(h + at, (centred * rstd * scale_row + shift_row).to(h.dtype.element_ty), inside)
+
+
+@triton.jit
+def _residual_norm_backward(  # noqa: PLR0917
+    dx_out, dh, x_out, branch, bias, gate, scale, mean_in, rstd_in, dx, dbranch, partial, tokens, planes, gate_stride, stride,
+    D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: CHUNK tokens of one sample; its sums go to `partial` (4, rows, D): of dh, dh xhat, dx branch, dx."""
+    columns = tl.arange(0, BLOCK)
+    inside = columns < D
+    program = tl.program_id(0)
+    first = program * CHUNK
+    sample = first // tokens
+    scale_row = 1.0 + tl.load(scale + sample * stride + columns, inside, 0.0).to(tl.float32)
+    sum_shift = tl.zeros([BLOCK], tl.float32)
+    sum_scale = tl.zeros([BLOCK], tl.float32)
+    if RESIDUAL:
+        gate_row = tl.load(gate + sample * gate_stride + columns, inside, 0.0).to(tl.float32)
+        bias_row = tl.load(bias + columns, inside, 0.0).to(tl.float32)
+        sum_gate = tl.zeros([BLOCK], tl.float32)
+        sum_dx = tl.zeros([BLOCK], tl.float32)
+    for row in tl.range(CHUNK, num_stages=STAGES):
+        at = (first + row).to(tl.int64) * D + columns
+        dhidden = tl.load(dh + at, inside, 0.0).to(tl.float32)
+        value = tl.load(x_out + at, inside, 0.0).to(tl.float32)
+        dresidual = tl.load(dx_out + at, inside, 0.0).to(tl.float32)
+        rstd = tl.load(rstd_in + first + row)
+        xhat = tl.where(inside, (value - tl.load(mean_in + first + row)) * rstd, 0.0)
+        dxhat = dhidden * scale_row
+        dvalue = dresidual + rstd * (dxhat - tl.sum(dxhat, 0) / D - xhat * (tl.sum(dxhat * xhat, 0) / D))
+        sum_shift += dhidden
+        sum_scale += dhidden * xhat
+        tl.store(dx + at, dvalue.to(dx.dtype.element_ty), inside)
+        if RESIDUAL:
+            added = tl.load(branch + at, inside, 0.0).to(tl.float32) + bias_row
+            sum_gate += dvalue * added
+            sum_dx += dvalue
+            tl.store(dbranch + at, (dvalue * gate_row).to(dbranch.dtype.element_ty), inside)
+    out = partial + program.to(tl.int64) * D + columns
+    plane = planes.to(tl.int64) * D
+    tl.store(out, sum_shift, inside)
+    tl.store(out + plane, sum_scale, inside)
+    if RESIDUAL:
+        tl.store(out + 2 * plane, sum_gate, inside)
+        tl.store(out + 3 * plane, sum_dx, inside)
+
+
+@triton.jit
+def _fold(  # noqa: PLR0917
+    partial, gate, dshift, dscale, dgate, dbias, rows, gate_stride,
+    D: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK columns of one sample; adds its CHUNKS partial sums. `dbias` is per sample here."""
+    sample = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < D
+    plane = rows.to(tl.int64) * D
+    chunks = tl.arange(0, CHUNKS)
+    at = (sample * CHUNKS + chunks)[:, None] * D + columns[None, :]
+    out = sample * D + columns
+    tl.store(dshift + out, tl.sum(tl.load(partial + at, inside[None, :], 0.0), 0).to(dshift.dtype.element_ty), inside)
+    tl.store(dscale + out, tl.sum(tl.load(partial + plane + at, inside[None, :], 0.0), 0).to(dscale.dtype.element_ty), inside)
+    if RESIDUAL:
+        total_gate = tl.sum(tl.load(partial + 2 * plane + at, inside[None, :], 0.0), 0)
+        total_dx = tl.sum(tl.load(partial + 3 * plane + at, inside[None, :], 0.0), 0)
+        gate_row = tl.load(gate + sample * gate_stride + columns, inside, 0.0).to(tl.float32)
+        tl.store(dgate + out, total_gate.to(dgate.dtype.element_ty), inside)
+        tl.store(dbias + out, total_dx * gate_row, inside)
+
+
+def _chunk(tokens: int) -> int:
+    """Tokens halved until at most TOKENS, so that there is a power of two of chunks; odd numbers stay."""
+    chunks = 1
+    while tokens % (2 * chunks) == 0 and tokens // chunks > TOKENS:
+        chunks *= 2
+    return tokens // chunks
+
+
+def residual_norm(
+    x: Tensor, branch: Tensor | None, bias: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`operations.residual_norm` forward: new x, h, and the rows' mean and inverse deviation (B * T,)."""
+    batch, tokens, width = x.shape
+    chunk, block = _divisor(tokens, 4), triton.next_power_of_2(width)
+    x_out = x if branch is None else torch.empty_like(x)
+    h = torch.empty_like(x)
+    mean, rstd = x.new_empty((2, batch * tokens), dtype=torch.float32)
+    _residual_norm_forward[(batch * tokens // chunk,)](
+        x, branch, bias, gate, shift, scale, x_out, h, mean, rstd, tokens, 0 if gate is None else gate.stride(0), shift.stride(0),
+        eps, D=width, BLOCK=block, CHUNK=chunk, RESIDUAL=branch is not None, num_warps=1,
+    )  # fmt: skip
+    return x_out, h, mean, rstd
+
+
+def residual_norm_backward(
+    dx_out: Tensor, dh: Tensor, x_out: Tensor, branch: Tensor | None, bias: Tensor | None, gate: Tensor | None,
+    scale: Tensor, mean: Tensor, rstd: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, branch, bias, gate, shift and scale; three are None without a branch."""
+    batch, tokens, width = x_out.shape
+    chunk, block = _chunk(tokens), triton.next_power_of_2(width)
+    rows, residual = batch * tokens // chunk, branch is not None
+    dx = torch.empty_like(x_out)
+    dbranch = torch.empty_like(x_out) if residual else None
+    partial = x_out.new_empty((4 if residual else 2, rows, width), dtype=torch.float32)
+    gate_stride = gate.stride(0) if gate is not None else 0
+    _residual_norm_backward[(rows,)](
+        dx_out, dh, x_out, branch, bias, gate, scale, mean, rstd, dx, dbranch, partial, tokens, rows, gate_stride,
+        scale.stride(0), D=width, BLOCK=block, CHUNK=chunk, RESIDUAL=residual, STAGES=NORM_STAGES, num_warps=_warps(block),
+    )  # fmt: skip
+    dshift, dscale = (scale.new_empty((batch, width)) for _ in range(2))
+    dgate = scale.new_empty((batch, width)) if residual else None
+    dbias = scale.new_empty((batch, width), dtype=torch.float32) if residual else None
+    _fold[(batch, triton.cdiv(width, 128))](
+        partial, gate, dshift, dscale, dgate, dbias, rows, gate_stride,
+        D=width, BLOCK=128, CHUNKS=tokens // chunk, RESIDUAL=residual, num_warps=4,
+    )  # fmt: skip
+    return dx, dbranch, None if dbias is None else dbias.sum(0), dgate, dshift, dscale
+
+
+@triton.jit
+def _tile(pointer, rows, stride, FIRST: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr):
+    """Columns FIRST to FIRST + COUNT, zero from SIZE on, of `rows` of a matrix."""
+    columns = FIRST + tl.arange(0, COUNT)
+    at = pointer + rows[:, None] * stride + columns[None, :]
+    if FIRST + COUNT <= SIZE:
+        return tl.load(at)
+    return tl.load(at, columns[None, :] < SIZE, 0.0)
+
+
+@triton.jit
+def _put(pointer, rows, stride, total, value, FIRST: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr):
+    """Store what `_tile` would load, and its sum over rows at `total`."""
+    columns = FIRST + tl.arange(0, COUNT)
+    inside = columns < SIZE
+    at = pointer + rows[:, None] * stride + columns[None, :]
+    tl.store(at, value.to(pointer.dtype.element_ty), inside[None, :])
+    tl.store(total + columns, tl.sum(value, 0), inside)
+
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _attention_forward(  # noqa: PLR0917
+    qkv, out, lse, heads, scale, TOKENS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
+    OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: OWN queries of one head of one sample, with a running maximum; Dao et al. (2022), algorithm 1."""
+    pair = tl.program_id(1)
+    width = heads * SIZE
+    sample, head = (pair // heads).to(tl.int64), pair % heads
+    q = qkv + sample * TOKENS * 3 * width + head * SIZE
+    k, v = q + width, q + 2 * width
+    own = tl.program_id(0) * OWN + tl.arange(0, OWN)
+    q1 = _tile(q, own, 3 * width, 0, WIDE, SIZE)
+    o1 = tl.zeros([OWN, WIDE], tl.float32)
+    if REST > 0:
+        q2 = _tile(q, own, 3 * width, WIDE, REST, SIZE)
+        o2 = tl.zeros([OWN, REST], tl.float32)
+    highest = tl.full([OWN], float("-inf"), tl.float32)
+    total = tl.zeros([OWN], tl.float32)
+    for start in tl.range(0, TOKENS, OTHER, num_stages=STAGES):
+        rows = start + tl.arange(0, OTHER)
+        s = tl.dot(q1, tl.trans(_tile(k, rows, 3 * width, 0, WIDE, SIZE)))
+        if REST > 0:
+            s = tl.dot(q2, tl.trans(_tile(k, rows, 3 * width, WIDE, REST, SIZE)), s)
+        s *= scale * LOG2_E
+        higher = tl.maximum(highest, tl.max(s, 1))
+        p = tl.exp2(s - higher[:, None])
+        shrink = tl.exp2(highest - higher)
+        total = total * shrink + tl.sum(p, 1)
+        highest = higher
+        o1 = tl.dot(p.to(q1.dtype), _tile(v, rows, 3 * width, 0, WIDE, SIZE), o1 * shrink[:, None])
+        if REST > 0:
+            o2 = tl.dot(p.to(q1.dtype), _tile(v, rows, 3 * width, WIDE, REST, SIZE), o2 * shrink[:, None])
+    tl.store(lse + pair * TOKENS + own, (highest + tl.log2(total)) / LOG2_E)
+    at = out + sample * TOKENS * width + head * SIZE + own[:, None] * width
+    columns = tl.arange(0, WIDE)[None, :]
+    tl.store(at + columns, (o1 / total[:, None]).to(out.dtype.element_ty), columns < SIZE)
+    if REST > 0:
+        columns = WIDE + tl.arange(0, REST)[None, :]
+        tl.store(at + columns, (o2 / total[:, None]).to(out.dtype.element_ty), columns < SIZE)
+
+
+@triton.jit
+def _attention_backward(  # noqa: PLR0917
+    qkv, out, dout, lse, dqkv, partial, heads, scale, TOKENS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
+    REST: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: the gradients of OWN keys and values, then of OWN queries, of one head of one sample.
+
+    The probabilities are computed twice from `lse`, so that nothing is summed between programs; Dao et al. (2022), appendix B.2.
+    A head of SIZE channels is cut in WIDE and REST ones, powers of two. `partial` gets the sums over OWN tokens, (B * blocks, 3D).
+    """
+    pair = tl.program_id(1)
+    width = heads * SIZE
+    sample, head = (pair // heads).to(tl.int64), pair % heads
+    q = qkv + sample * TOKENS * 3 * width + head * SIZE
+    k, v = q + width, q + 2 * width
+    dq = dqkv + sample * TOKENS * 3 * width + head * SIZE
+    o = out + sample * TOKENS * width + head * SIZE
+    do = dout + sample * TOKENS * width + head * SIZE
+    sums = partial + (sample * tl.num_programs(0) + tl.program_id(0)) * 3 * width + head * SIZE
+    lse += pair * TOKENS
+    own = tl.program_id(0) * OWN + tl.arange(0, OWN)
+
+    k1 = _tile(k, own, 3 * width, 0, WIDE, SIZE)
+    v1 = _tile(v, own, 3 * width, 0, WIDE, SIZE)
+    dk1 = tl.zeros([OWN, WIDE], tl.float32)
+    dv1 = tl.zeros([OWN, WIDE], tl.float32)
+    if REST > 0:
+        k2 = _tile(k, own, 3 * width, WIDE, REST, SIZE)
+        v2 = _tile(v, own, 3 * width, WIDE, REST, SIZE)
+        dk2 = tl.zeros([OWN, REST], tl.float32)
+        dv2 = tl.zeros([OWN, REST], tl.float32)
+    for start in tl.range(0, TOKENS, OTHER, num_stages=STAGES):
+        rows = start + tl.arange(0, OTHER)
+        q1 = _tile(q, rows, 3 * width, 0, WIDE, SIZE)
+        g1 = _tile(do, rows, width, 0, WIDE, SIZE)
+        delta = tl.sum(g1.to(tl.float32) * _tile(o, rows, width, 0, WIDE, SIZE).to(tl.float32), 1)
+        s = tl.dot(k1, tl.trans(q1))
+        dp = tl.dot(v1, tl.trans(g1))
+        if REST > 0:
+            q2 = _tile(q, rows, 3 * width, WIDE, REST, SIZE)
+            g2 = _tile(do, rows, width, WIDE, REST, SIZE)
+            delta += tl.sum(g2.to(tl.float32) * _tile(o, rows, width, WIDE, REST, SIZE).to(tl.float32), 1)
+            s = tl.dot(k2, tl.trans(q2), s)
+            dp = tl.dot(v2, tl.trans(g2), dp)
+        p = tl.exp2((s * scale - tl.load(lse + rows)[None, :]) * LOG2_E)
+        ds = (p * (dp - delta[None, :])).to(q1.dtype)
+        p = p.to(q1.dtype)
+        dv1 = tl.dot(p, g1, dv1)
+        dk1 = tl.dot(ds, q1, dk1)
+        if REST > 0:
+            dv2 = tl.dot(p, g2, dv2)
+            dk2 = tl.dot(ds, q2, dk2)
+    _put(dq + width, own, 3 * width, sums + width, dk1 * scale, 0, WIDE, SIZE)
+    _put(dq + 2 * width, own, 3 * width, sums + 2 * width, dv1, 0, WIDE, SIZE)
+    if REST > 0:
+        _put(dq + width, own, 3 * width, sums + width, dk2 * scale, WIDE, REST, SIZE)
+        _put(dq + 2 * width, own, 3 * width, sums + 2 * width, dv2, WIDE, REST, SIZE)
+
+    q1 = _tile(q, own, 3 * width, 0, WIDE, SIZE)
+    g1 = _tile(do, own, width, 0, WIDE, SIZE)
+    delta = tl.sum(g1.to(tl.float32) * _tile(o, own, width, 0, WIDE, SIZE).to(tl.float32), 1)
+    dq1 = tl.zeros([OWN, WIDE], tl.float32)
+    if REST > 0:
+        q2 = _tile(q, own, 3 * width, WIDE, REST, SIZE)
+        g2 = _tile(do, own, width, WIDE, REST, SIZE)
+        delta += tl.sum(g2.to(tl.float32) * _tile(o, own, width, WIDE, REST, SIZE).to(tl.float32), 1)
+        dq2 = tl.zeros([OWN, REST], tl.float32)
+    own_lse = tl.load(lse + own)
+    for start in tl.range(0, TOKENS, OTHER, num_stages=STAGES):
+        rows = start + tl.arange(0, OTHER)
+        key1 = _tile(k, rows, 3 * width, 0, WIDE, SIZE)
+        score = tl.dot(q1, tl.trans(key1))
+        dprob = tl.dot(g1, tl.trans(_tile(v, rows, 3 * width, 0, WIDE, SIZE)))
+        if REST > 0:
+            key2 = _tile(k, rows, 3 * width, WIDE, REST, SIZE)
+            score = tl.dot(q2, tl.trans(key2), score)
+            dprob = tl.dot(g2, tl.trans(_tile(v, rows, 3 * width, WIDE, REST, SIZE)), dprob)
+        prob = tl.exp2((score * scale - own_lse[:, None]) * LOG2_E)
+        ds = (prob * (dprob - delta[:, None])).to(q1.dtype)
+        dq1 = tl.dot(ds, key1, dq1)
+        if REST > 0:
+            dq2 = tl.dot(ds, key2, dq2)
+    _put(dq, own, 3 * width, sums, dq1 * scale, 0, WIDE, SIZE)
+    if REST > 0:
+        _put(dq, own, 3 * width, sums, dq2 * scale, WIDE, REST, SIZE)
+
+
+FORWARD = {"OWN": 128, "OTHER": 64, "STAGES": 3, "num_warps": 8}
+BACKWARD = {"OWN": 64, "OTHER": 64, "STAGES": 2, "num_warps": 4}
+"""Tokens of a program, tokens of one of its steps, and how it is run."""
+
+
+def _heads(qkv: Tensor, num_heads: int, settings: dict[str, int]) -> dict[str, int]:
+    """Compile-time arguments for heads whose size need not be a power of two."""
+    tokens, size = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
+    wide = 1 << (size.bit_length() - 1)
+    rest = max(16, triton.next_power_of_2(size - wide)) if size > wide else 0
+    own, other = (_divisor(tokens, settings[name]) for name in ("OWN", "OTHER"))
+    return {**settings, "TOKENS": tokens, "SIZE": size, "WIDE": wide, "REST": rest, "OWN": own, "OTHER": other}
+
+
+def attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """`operations.attention` between its matrix products: qkv (B, T, 3D) -> heads (B, T, D) and log-sum-exp (B, heads, T)."""
+    batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    sizes = _heads(qkv, num_heads, FORWARD)
+    out = qkv.new_empty((batch, tokens, width))
+    lse = qkv.new_empty((batch, num_heads, tokens), dtype=torch.float32)
+    grid = (tokens // sizes["OWN"], batch * num_heads)
+    _attention_forward[grid](qkv, out, lse, num_heads, sizes["SIZE"] ** -0.5, **sizes)
+    return out, lse
+
+
+def attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Gradient of qkv, (B, T, 3D), and its sum over all tokens, (3D,)."""
+    batch, tokens, width = qkv.shape
+    sizes = _heads(qkv, num_heads, BACKWARD)
+    blocks = tokens // sizes["OWN"]
+    dqkv = torch.empty_like(qkv)
+    partial = qkv.new_empty((batch * blocks, width), dtype=torch.float32)
+    grid = (blocks, batch * num_heads)
+    _attention_backward[grid](qkv, out, dout, lse, dqkv, partial, num_heads, sizes["SIZE"] ** -0.5, **sizes)
+    return dqkv, partial.sum(0)
+
+
+@triton.jit
+def _sum_rows(x, partial, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr):
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([STEP, BLOCK], tl.float32)
+    for start in range(0, CHUNK, STEP):
+        rows = (tl.program_id(0) * CHUNK + start + tl.arange(0, STEP)).to(tl.int64)
+        total += tl.load(x + rows[:, None] * D + columns[None, :]).to(tl.float32)
+    tl.store(partial + tl.program_id(0) * D + columns, tl.sum(total, 0))
+
+
+def linear_gelu(h: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """`u = h @ weight.T + bias`, second, and its GELU, first."""
+    a, u = cublaslt.linear_gelu(h.flatten(0, 1), weight, bias)
+    return a.view(*h.shape[:2], -1), u.view(*h.shape[:2], -1)
+
+
+def matmul_dgelu(dy: Tensor, weight: Tensor, u: Tensor) -> Tensor:
+    """`(dy @ weight) * gelu'(u)`."""
+    return cublaslt.matmul_dgelu(dy.flatten(0, 1), weight, u.flatten(0, 1)).view_as(u)
+
+
+def sum_rows(x: Tensor) -> Tensor:
+    """Sum over all but the last dimension, in float32, (D,)."""
+    width = x.shape[-1]
+    rows, block = x.numel() // width, _divisor(width, 256)
+    chunk = _divisor(rows, ROWS)
+    partial = x.new_empty((rows // chunk, width), dtype=torch.float32)
+    _sum_rows[(rows // chunk, width // block)](x, partial, D=width, BLOCK=block, CHUNK=chunk, STEP=min(16, chunk), num_warps=4)
+    return partial.sum(0)
+
+
+def _divisor(number: int, most: int) -> int:
+    """The greatest power of two up to `most` that divides `number`."""
+    return min(most, number & -number)
+
+
+ELEMENTS = 4096
+"""Elements of one weight that one program of the optimiser updates."""
+
+
+@triton.jit
+def _update(  # noqa: PLR0917
+    weight, copy, gradient, first, second, average, at, inside, factor, step_size, decay, beta1, beta2, root_correction, eps,
+    ema_weight,
+):  # fmt: skip
+    g = tl.load(gradient + at, inside, 0.0).to(tl.float32) * factor
+    w = tl.load(weight + at, inside, 0.0)
+    m = tl.load(first + at, inside, 0.0)
+    v = tl.load(second + at, inside, 0.0)
+    e = tl.load(average + at, inside, 0.0)
+    m += (1.0 - beta1) * (g - m)
+    v = beta2 * v + (1.0 - beta2) * g * g
+    w = w * decay - step_size * m / (tl.sqrt(v) / root_correction + eps)
+    tl.store(weight + at, w, inside)
+    tl.store(copy + at, w.to(tl.bfloat16), inside)
+    tl.store(first + at, m, inside)
+    tl.store(second + at, v, inside)
+    tl.store(average + at, e + ema_weight * (w - e), inside)
+
+
+@triton.jit
+def _adamw_ema(  # noqa: PLR0917
+    addresses, lengths, owner, offset, factor, step_size, decay, beta1, beta2, root_correction, eps, ema_weight,
+    COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK elements of one weight. `addresses` (6, COUNT): weight, copy, gradient, moments, average."""
+    which = tl.load(owner + tl.program_id(0))
+    start = tl.multiple_of(tl.load(offset + tl.program_id(0)), BLOCK)
+    length = tl.load(lengths + which)
+    at = start + tl.arange(0, BLOCK)
+    weight = tl.multiple_of(tl.load(addresses + which), 16).to(tl.pointer_type(tl.float32))
+    copy = tl.multiple_of(tl.load(addresses + COUNT + which), 16).to(tl.pointer_type(tl.bfloat16))
+    gradient = tl.multiple_of(tl.load(addresses + 2 * COUNT + which), 16).to(tl.pointer_type(tl.bfloat16))
+    first = tl.multiple_of(tl.load(addresses + 3 * COUNT + which), 16).to(tl.pointer_type(tl.float32))
+    second = tl.multiple_of(tl.load(addresses + 4 * COUNT + which), 16).to(tl.pointer_type(tl.float32))
+    average = tl.multiple_of(tl.load(addresses + 5 * COUNT + which), 16).to(tl.pointer_type(tl.float32))
+    scale = tl.load(factor)
+    if start + BLOCK <= length:
+        _update(
+            weight, copy, gradient, first, second, average, at, at >= 0, scale, step_size, decay, beta1, beta2, root_correction,
+            eps, ema_weight,
+        )  # fmt: skip
+    else:
+        _update(
+            weight, copy, gradient, first, second, average, at, at < length, scale, step_size, decay, beta1, beta2,
+            root_correction, eps, ema_weight,
+        )  # fmt: skip
+
+
+class AdamWEMA:
+    """One launch that updates every weight, its bf16 copy, its moments and its average."""
+
+    def __init__(self, weights: list[Tensor], *others: list[Tensor]) -> None:
+        """`weights`, then their copies, gradients, first and second moments and averages, all contiguous."""
+        device = weights[0].device
+        columns = (weights, *others)
+        self.addresses = torch.tensor([[tensor.data_ptr() for tensor in column] for column in columns], device=device)
+        lengths = [weight.numel() for weight in weights]
+        chunks = [(index, start) for index, length in enumerate(lengths) for start in range(0, length, ELEMENTS)]
+        self.owner, self.offset = (torch.tensor(column, device=device) for column in zip(*chunks, strict=True))
+        self.lengths = torch.tensor(lengths, device=device)
+
+    def __call__(
+        self, factor: Tensor, *, step_size: float, decay: float, betas: tuple[float, float], root_correction: float,
+        eps: float, ema_weight: float,
+    ) -> None:  # fmt: skip
+        """`factor`, a scalar on the device, multiplies every gradient; `step_size` is lr over the first bias correction."""
+        _adamw_ema[(len(self.owner),)](
+            self.addresses, self.lengths, self.owner, self.offset, factor, step_size, decay, *betas, root_correction, eps,
+            ema_weight, COUNT=len(self.lengths), BLOCK=ELEMENTS, num_warps=8,
+        )  # fmt: skip

@@ -1,0 +1,200 @@
+"""What lies between the matrix products of a DiT, each as one operation with a derivative written by hand.
+
+On CUDA they are Triton kernels (`dit.fused.kernels`); elsewhere the same formulas in PyTorch, which are what the kernels are tested
+against, and which are tested against autograd in float64. Tokens are (B, T, D), modulation is (B, D), and statistics are float32
+at least.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+EPS = 1e-6
+"""That of the model's layer norms."""
+
+ROOT = math.sqrt(2 / math.pi)
+CUBE = 0.044715
+"""The constants of the tanh-approximated GELU; Hendrycks & Gimpel (2016), section 2."""
+
+
+def residual_norm(
+    x: Tensor, branch: Tensor, bias: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`x + gate * (branch + bias)`, and its modulated layer norm: the end of one branch and the start of the next.
+
+    Tokens `x` and `branch` (B, T, D), `bias` (D,), the rest (B, D) -> two (B, T, D).
+    """
+    return _ResidualNorm.apply(x, branch, bias, gate, shift, scale)
+
+
+def norm(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` itself and its modulated layer norm `(1 + scale) * norm(x) + shift`, (B, T, D): the start of the first branch."""
+    return _Norm.apply(x, shift, scale)
+
+
+def attention(h: Tensor, weight: Tensor, bias: Tensor, num_heads: int) -> Tensor:
+    """Multi-head self-attention up to its output projection: tokens `h` (B, T, D), `weight` (3D, D), `bias` (3D,) -> (B, T, D)."""
+    return _Attention.apply(h, weight, bias, num_heads)
+
+
+def mlp(h: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor) -> Tensor:
+    """`gelu(h @ weight_in.T + bias_in) @ weight_out.T`: (B, T, D), (H, D), (H,), (D, H) -> (B, T, D)."""
+    return _MLP.apply(h, weight_in, bias_in, weight_out)
+
+
+class _ResidualNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor, bias: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Any:
+        x_out, h, mean, rstd = _kernels(x).residual_norm(x, branch, bias, gate, shift, scale, EPS)
+        ctx.save_for_backward(x_out, branch, bias, gate, scale, mean, rstd)
+        return x_out, h
+
+    @staticmethod
+    def backward(ctx: Any, dx_out: Tensor, dh: Tensor) -> Any:  # type: ignore[override]
+        x_out, branch, bias, gate, scale, mean, rstd = ctx.saved_tensors
+        dx_out, dh = dx_out.contiguous(), dh.contiguous()
+        return _kernels(dh).residual_norm_backward(dx_out, dh, x_out, branch, bias, gate, scale, mean, rstd)
+
+
+class _Norm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Any:
+        _, h, mean, rstd = _kernels(x).residual_norm(x, None, None, None, shift, scale, EPS)
+        ctx.save_for_backward(x, scale, mean, rstd)
+        return x, h
+
+    @staticmethod
+    def backward(ctx: Any, dx_out: Tensor, dh: Tensor) -> Any:  # type: ignore[override]
+        x, scale, mean, rstd = ctx.saved_tensors
+        gradients = _kernels(dh).residual_norm_backward(dx_out, dh.contiguous(), x, None, None, None, scale, mean, rstd)
+        return gradients[0], gradients[4], gradients[5]
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, num_heads: int) -> Tensor:
+        qkv = F.linear(h, weight, bias)  # (B, T, 3D)
+        out, lse = _kernels(h).attention(qkv, num_heads)
+        ctx.save_for_backward(h, weight, qkv, out, lse)
+        ctx.num_heads = num_heads
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
+        h, weight, qkv, out, lse = ctx.saved_tensors
+        dqkv, dbias = _kernels(h).attention_backward(dout.contiguous(), qkv, out, lse, ctx.num_heads)
+        return dqkv @ weight, _product(dqkv, h), dbias, None
+
+
+class _MLP(Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor) -> Tensor:
+        a, u = _kernels(h).linear_gelu(h, weight_in, bias_in)
+        ctx.save_for_backward(h, u, a, weight_in, weight_out)
+        return F.linear(a, weight_out)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
+        h, u, a, weight_in, weight_out = ctx.saved_tensors
+        dout = dout.contiguous()
+        du = _kernels(h).matmul_dgelu(dout, weight_out, u)
+        return du @ weight_in, _product(du, h), _kernels(h).sum_rows(du), _product(dout, a)
+
+
+def _product(dy: Tensor, x: Tensor) -> Tensor:
+    """Gradient of the weight of a linear layer: (B, T, M) and (B, T, K) -> (M, K)."""
+    return dy.flatten(0, 1).T @ x.flatten(0, 1)
+
+
+def _kernels(x: Tensor) -> Any:
+    if x.is_cuda:
+        from dit.fused import kernels
+
+        return kernels
+    return Reference
+
+
+class Reference:
+    """The formulas of `dit.fused.kernels`, with its signatures, in plain PyTorch."""
+
+    @staticmethod
+    def residual_norm(
+        x: Tensor, branch: Tensor | None, bias: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """New x, h, and the tokens' mean and inverse deviation, (B, T, 1)."""
+        if branch is not None and bias is not None and gate is not None:
+            x = x + gate[:, None] * (branch + bias)
+        mean = x.mean(-1, keepdim=True)
+        rstd = (x.var(-1, correction=0, keepdim=True) + eps).rsqrt()
+        return x, (1 + scale[:, None]) * (x - mean) * rstd + shift[:, None], mean, rstd
+
+    @staticmethod
+    def residual_norm_backward(
+        dx_out: Tensor, dh: Tensor, x_out: Tensor, branch: Tensor | None, bias: Tensor | None, gate: Tensor | None,
+        scale: Tensor, mean: Tensor, rstd: Tensor,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
+        """Gradients of x, branch, bias, gate, shift and scale; three are None without a branch.
+
+        With xhat the normalised x and g = (1 + scale) dh: dx = dx_out + rstd (g - mean(g) - xhat mean(g xhat)), means over D;
+        Ba et al. (2016), whose gain and shift are here of each sample.
+        """
+        xhat = (x_out - mean) * rstd
+        dxhat = (1 + scale[:, None]) * dh
+        centred = dxhat - dxhat.mean(-1, keepdim=True) - xhat * (dxhat * xhat).mean(-1, keepdim=True)
+        dx = dx_out + rstd * centred
+        dshift, dscale = dh.sum(1), (dh * xhat).sum(1)
+        if branch is None or bias is None or gate is None:
+            return dx, None, None, None, dshift, dscale
+        dbranch = gate[:, None] * dx
+        return dx, dbranch, dbranch.sum((0, 1)), (dx * (branch + bias)).sum(1), dshift, dscale
+
+    @staticmethod
+    def attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+        """(B, T, 3D) -> heads side by side (B, T, D), and the log-sum-exp of every query, (B, heads, T)."""
+        q, k, v = _split(qkv, num_heads)
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        return _merge(scores.softmax(-1) @ v), scores.logsumexp(-1)
+
+    @staticmethod
+    def attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+        """Gradient of qkv and its sum over tokens. With P the probabilities: dS = P (dP - rowsum(dout out)); Dao et al. (2022)."""
+        q, k, v = _split(qkv, num_heads)
+        (g,), (o,) = _split(dout, num_heads, 1), _split(out, num_heads, 1)
+        scale = q.shape[-1] ** -0.5
+        p = (q @ k.mT * scale - lse[..., None]).exp()
+        ds = p * (g @ v.mT - (g * o).sum(-1, keepdim=True))
+        dqkv = torch.cat([_merge(part) for part in (ds @ k * scale, ds.mT @ q * scale, p.mT @ g)], dim=2)
+        return dqkv, dqkv.sum((0, 1))
+
+    @staticmethod
+    def linear_gelu(h: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """The GELU of `u = h @ weight.T + bias`, and u."""
+        u = F.linear(h, weight, bias)
+        return F.gelu(u, approximate="tanh"), u
+
+    @staticmethod
+    def matmul_dgelu(dy: Tensor, weight: Tensor, u: Tensor) -> Tensor:
+        """`(dy @ weight) * gelu'(u)`. The GELU is u s(2 r (u + c u^3)), as (1 + tanh z) / 2 is the sigmoid s(2z)."""
+        s = torch.sigmoid(2 * ROOT * (u + CUBE * u**3))
+        return (dy @ weight) * s * (1 + u * (1 - s) * 2 * ROOT * (1 + 3 * CUBE * u**2))
+
+    @staticmethod
+    def sum_rows(x: Tensor) -> Tensor:
+        """Sum over all but the last dimension."""
+        return x.flatten(0, -2).sum(0)
+
+
+def _split(x: Tensor, num_heads: int, parts: int = 3) -> tuple[Tensor, ...]:
+    """(B, T, parts * D) -> parts times (B, heads, T, D / heads)."""
+    return x.unflatten(2, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _merge(x: Tensor) -> Tensor:
+    """(B, heads, T, D / heads) -> (B, T, D)."""
+    return x.transpose(1, 2).flatten(2)

@@ -1,0 +1,95 @@
+"""AdamW and the moving average of the weights in one kernel, from the bf16 gradients of the copies that the fast path computes with."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit.config import Train
+from dit.fused.kernels import AdamWEMA
+from dit.training.optimiser import learning_rate
+
+EPS = 1e-8
+"""Kingma & Ba (2015), algorithm 1; also the default of `torch.optim.AdamW`."""
+
+
+class FusedOptimiser:
+    """As `dit.training.optimiser.Optimiser`, for a model in float32 and its `copy` in bf16, which it keeps equal up to rounding."""
+
+    def __init__(self, model: nn.Module, copy: nn.Module, params: Train) -> None:
+        self.params = params
+        self.ema = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        copies = dict(copy.named_parameters())
+        self.names = list(trained)
+        self.weights = list(trained.values())
+        self.copies = [copies[name] for name in self.names]
+        self.averaged = [self.ema[name] for name in self.names]
+        self.first, self.second = ([torch.zeros_like(weight) for weight in self.weights] for _ in range(2))
+        self.unclipped = torch.ones((), device=self.weights[0].device)
+        self._update: AdamWEMA | None = None
+        self._addresses: list[int] = []
+
+    def learning_rate(self, step: int) -> float:
+        """That of `step`."""
+        return learning_rate(self.params, step)
+
+    def backward(self, loss: Tensor) -> None:
+        """Set the gradients of `loss` in the copies."""
+        for copy in self.copies:
+            copy.grad = None
+        loss.backward()
+
+    def publish_gradients(self) -> None:
+        """Give the gradients to the model's own weights, in float32, until the next `step`."""
+        for weight, gradient in zip(self.weights, self._gradients(), strict=True):
+            weight.grad = gradient.float()
+
+    def gradient_norm(self) -> Tensor:
+        """Euclidean norm of all gradients, as a scalar tensor on the device."""
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._gradients(), 2, torch.float32)))
+
+    def gradient_norm_of(self, loss: Tensor) -> Tensor:
+        """The norm of the gradient of `loss`, computed with the model's own weights, without a change of any gradient."""
+        return nn.utils.get_total_norm(torch.autograd.grad(loss, self.weights))
+
+    def step(self, step: int) -> None:
+        """Clip, update the weights, their copies and their average. `step` counts from 0."""
+        factor, limit = self.unclipped, self.params.gradient_clip
+        if limit is not None:
+            factor = (limit / (self.gradient_norm() + 1e-6)).clamp(max=1)
+        addresses = [gradient.data_ptr() for gradient in self._gradients()]
+        if self._update is None or addresses != self._addresses:
+            self._update = AdamWEMA(self.weights, self.copies, self._gradients(), self.first, self.second, self.averaged)
+            self._addresses = addresses
+        rate, (beta1, beta2) = self.learning_rate(step), self.params.betas
+        self._update(
+            factor,
+            step_size=rate / (1 - beta1 ** (step + 1)),
+            decay=1 - rate * self.params.weight_decay,
+            betas=(beta1, beta2),
+            root_correction=math.sqrt(1 - beta2 ** (step + 1)),
+            eps=EPS,
+            ema_weight=1 - self.params.ema_decay,
+        )
+        for weight in self.weights:
+            weight.grad = None
+
+    def _gradients(self) -> list[Tensor]:
+        return [copy.grad for copy in self.copies]  # type: ignore[misc]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All state but the weights, for a checkpoint."""
+        return {"first": self.first, "second": self.second, "ema": self.ema}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned. The weights must have been restored before: their copies are made again."""
+        torch._foreach_copy_(self.first, state["first"])
+        torch._foreach_copy_(self.second, state["second"])
+        for name, tensor in self.ema.items():
+            tensor.copy_(state["ema"][name])
+        torch._foreach_copy_(self.copies, self.weights)

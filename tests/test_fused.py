@@ -1,0 +1,38 @@
+"""The fast path computes the network of `dit.model`: output and every gradient, in float64, on any machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit import init, model
+from dit.fused.network import FusedDiT
+
+
+def random_network(width: int, heads: int, **changes: object) -> model.DiT:
+    """A network of two blocks in which nothing is zero, in float64."""
+    arguments = {"latent_size": 8, "patch_size": 2, "latent_channels": 4, "num_classes": 5, "learn_sigma": True} | changes
+    network = model.DiT(hidden_size=width, depth=2, num_heads=heads, **arguments)  # type: ignore[arg-type]
+    return init.apply(network, {"rules": [{"role": "all", "init": "normal", "std": 0.1}]}, seed=1).double()
+
+
+def random_input(size: int = 8, channels: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(3, channels, size, size).double(), torch.tensor([0, 500, 999]), torch.tensor([0, 4, 5])
+
+
+@pytest.mark.parametrize("head_size", [32, 64, 72])
+@pytest.mark.parametrize("changes", [{}, {"learn_sigma": False, "latent_channels": 3}, {"latent_size": 12, "patch_size": 4}])
+def test_output_and_every_gradient_are_those_of_the_plain_network(head_size: int, changes: dict[str, int]) -> None:
+    network = random_network(2 * head_size, 2, **changes)
+    inputs = random_input(network.latent_size, network.latent_channels)
+    fused = FusedDiT(network, torch.float64)
+    expected, found = network(*inputs), fused(*inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    weights = torch.randn_like(expected)
+    for output in (expected, found):
+        (output * weights).sum().backward()
+    copies = dict(fused.copy.named_parameters())
+    for name, weight in network.named_parameters():
+        if weight.requires_grad:
+            torch.testing.assert_close(copies[name].grad, weight.grad, rtol=1e-9, atol=1e-9, msg=name)
