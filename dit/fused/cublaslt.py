@@ -1,4 +1,4 @@
-"""Matrix products whose last step is the GELU or its derivative: cuBLASLt's epilogues, which torch does not offer.
+"""Matrix products with what torch does not offer: the GELU or its derivative as their last step, and a choice of algorithm.
 
 cuBLASLt comes with torch for CUDA. Everything here is bf16, row-major, with float32 sums. cuBLASLt is column-major, so that a matrix
 (rows, columns) of ours is one of (columns, rows) there. Names and numbers are those of NVIDIA's `cublasLt.h`.
@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 COMPUTE_32F, R_32F, R_16BF = 68, 0, 14
-TRANSPOSE_A, EPILOGUE, BIAS_POINTER, AUX_POINTER, AUX_LEADING_DIMENSION = 3, 7, 8, 11, 12
-GELU_AUX_BIAS, DGELU = 164, 192
+TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, BIAS_POINTER, AUX_POINTER, AUX_LEADING_DIMENSION = 3, 4, 7, 8, 11, 12
+DEFAULT, BIAS, GELU_AUX_BIAS, DGELU = 1, 4, 164, 192
 MAX_WORKSPACE_BYTES = 1
 WORKSPACE_BYTES = 32 << 20
+CANDIDATES = 8
+"""Algorithms that are timed, once for each shape of product. A deterministic run takes the first that cuBLASLt proposes."""
+TIMED_RUNS = 5
 
 
 class _Heuristic(ctypes.Structure):
@@ -30,65 +33,121 @@ class _Heuristic(ctypes.Structure):
     )
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`: (N, K), (M, K), (M,) -> (N, M)."""
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    _product(out, x, weight, (False, True), DEFAULT if bias is None else BIAS, bias=bias)
+    return out
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """`u = x @ weight.T + bias` and its tanh-approximated GELU: (N, K), (M, K), (M,) -> two (N, M)."""
-    u, a = (x.new_empty((x.shape[0], weight.shape[0])) for _ in range(2))
-    _product(a, x, weight, u, bias)
+    """The tanh-approximated GELU of `u = x @ weight.T + bias`, and u: (N, K), (M, K), (M,) -> two (N, M)."""
+    a, u = (x.new_empty((x.shape[0], weight.shape[0])) for _ in range(2))
+    _product(a, x, weight, (False, True), GELU_AUX_BIAS, bias=bias, aux=u)
     return a, u
+
+
+def matmul(dy: Tensor, weight: Tensor) -> Tensor:
+    """`dy @ weight`: (N, M), (M, K) -> (N, K)."""
+    out = dy.new_empty((dy.shape[0], weight.shape[1]))
+    _product(out, dy, weight, (False, False), DEFAULT)
+    return out
 
 
 def matmul_dgelu(dy: Tensor, weight: Tensor, u: Tensor) -> Tensor:
     """`(dy @ weight) * gelu'(u)`: (N, K), (K, M), (N, M) -> (N, M)."""
     du = torch.empty_like(u)
-    _product(du, dy, weight, u, None)
+    _product(du, dy, weight, (False, False), DGELU, aux=u)
     return du
 
 
-def _product(out: Tensor, x: Tensor, weight: Tensor, u: Tensor, bias: Tensor | None) -> None:
-    library = _library()
-    plan = _plan(*out.shape, x.shape[1], bias is not None, x.device.index)
-    _set(plan.operation, AUX_POINTER, c_void_p(u.data_ptr()))
-    if bias is not None:
-        _set(plan.operation, BIAS_POINTER, c_void_p(bias.data_ptr()))
-    one, zero = c_float(1), c_float(0)
-    target = c_void_p(out.data_ptr())
-    _check(
-        library.cublasLtMatmul(
-            plan.handle, plan.operation, byref(one), c_void_p(weight.data_ptr()), plan.weight, c_void_p(x.data_ptr()), plan.x,
-            byref(zero), target, plan.out, target, plan.out, byref(plan.heuristic), c_void_p(plan.workspace.data_ptr()),
-            c_size_t(WORKSPACE_BYTES), c_void_p(torch.cuda.current_stream().cuda_stream),
-        )
-    )  # fmt: skip
+def outer(dy: Tensor, x: Tensor) -> Tensor:
+    """`dy.T @ x`: (N, M), (N, K) -> (M, K)."""
+    out = dy.new_empty((dy.shape[1], x.shape[1]))
+    _product(out, dy, x, (True, False), DEFAULT)
+    return out
+
+
+def _product(
+    out: Tensor, left: Tensor, right: Tensor, transposed: tuple[bool, bool], epilogue: int,
+    bias: Tensor | None = None, aux: Tensor | None = None,
+) -> None:  # fmt: skip
+    """`left @ right`, each transposed or not, to `out`. In columns that is `right.T @ left.T`, so cuBLASLt's A is `right`."""
+    plan = _plan(out.shape, left.shape, right.shape, transposed, epilogue, out.device)
+    for attribute, tensor in ((BIAS_POINTER, bias), (AUX_POINTER, aux)):
+        if tensor is not None:
+            _set(plan.operation, attribute, c_void_p(tensor.data_ptr()))
+    plan.run(out, left, right)
 
 
 class _Plan:
-    """Everything about a product but its addresses. The algorithm is cuBLASLt's first proposal: the same at every run."""
+    """Everything about a product but its addresses."""
 
-    def __init__(self, rows: int, columns: int, inner: int, forward: bool, device: int) -> None:
-        self.handle, self.operation, preference = c_void_p(), c_void_p(), c_void_p()
-        self.workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=torch.device("cuda", device))
+    def __init__(
+        self, out: torch.Size, left: torch.Size, right: torch.Size, transposed: tuple[bool, bool], epilogue: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
         library = _library()
+        self.handle, self.operation, preference = c_void_p(), c_void_p(), c_void_p()
+        self.workspace = _workspace(device)
+        self.out, self.left, self.right = (_layout(*shape) for shape in (out, left, right))
         _check(library.cublasLtCreate(byref(self.handle)))
         _check(library.cublasLtMatmulDescCreate(byref(self.operation), COMPUTE_32F, R_32F))
-        _set(self.operation, TRANSPOSE_A, c_int(forward))
-        _set(self.operation, EPILOGUE, c_int(GELU_AUX_BIAS if forward else DGELU))
-        _set(self.operation, AUX_LEADING_DIMENSION, c_int64(columns))
-        self.weight = _layout(inner, columns) if forward else _layout(columns, inner)
-        self.x, self.out = _layout(inner, rows), _layout(columns, rows)
+        _set(self.operation, TRANSPOSE_A, c_int(transposed[1]))
+        _set(self.operation, TRANSPOSE_B, c_int(transposed[0]))
+        _set(self.operation, EPILOGUE, c_int(epilogue))
+        if epilogue in {GELU_AUX_BIAS, DGELU}:
+            _set(self.operation, AUX_LEADING_DIMENSION, c_int64(out[1]))
         _check(library.cublasLtMatmulPreferenceCreate(byref(preference)))
         limit = c_uint64(WORKSPACE_BYTES)
         _check(library.cublasLtMatmulPreferenceSetAttribute(preference, MAX_WORKSPACE_BYTES, byref(limit), c_size_t(8)))
-        self.heuristic, found = _Heuristic(), c_int()
+        found, count = (_Heuristic * CANDIDATES)(), c_int()
         _check(
             library.cublasLtMatmulAlgoGetHeuristic(
-                self.handle, self.operation, self.weight, self.x, self.out, self.out, preference, 1,
-                byref(self.heuristic), byref(found),
+                self.handle, self.operation, self.right, self.left, self.out, self.out, preference, CANDIDATES, found,
+                byref(count),
             )
         )  # fmt: skip
         _check(library.cublasLtMatmulPreferenceDestroy(preference))
+        self.candidates = list(found[: count.value])
+
+    def run(self, *operands: Tensor) -> None:
+        """Multiply; the first call settles the algorithm."""
+        if len(self.candidates) > 1:
+            self.candidates = [self._fastest(operands)]
+        _check(self._launch(self.candidates[0], *operands))
+
+    def _fastest(self, operands: tuple[Tensor, ...]) -> _Heuristic:
+        if torch.are_deterministic_algorithms_enabled():
+            return self.candidates[0]
+        working = [candidate for candidate in self.candidates if not self._launch(candidate, *operands)]
+        return min(working, key=lambda candidate: self._milliseconds(candidate, operands))
+
+    def _milliseconds(self, candidate: _Heuristic, operands: tuple[Tensor, ...]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(TIMED_RUNS):
+            self._launch(candidate, *operands)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def _launch(self, candidate: _Heuristic, out: Tensor, left: Tensor, right: Tensor) -> int:
+        one, zero = c_float(1), c_float(0)
+        a, b, target = (c_void_p(tensor.data_ptr()) for tensor in (right, left, out))
+        return _library().cublasLtMatmul(
+            self.handle, self.operation, byref(one), a, self.right, b, self.left, byref(zero), target, self.out, target,
+            self.out, byref(candidate), c_void_p(self.workspace.data_ptr()), c_size_t(WORKSPACE_BYTES),
+            c_void_p(torch.cuda.current_stream().cuda_stream),
+        )  # fmt: skip
 
 
 _plan = lru_cache(maxsize=None)(_Plan)
+
+
+@lru_cache(maxsize=None)
+def _workspace(device: torch.device) -> Tensor:
+    return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
 @lru_cache(maxsize=1)
@@ -98,9 +157,9 @@ def _library() -> ctypes.CDLL:
 
 
 def _layout(rows: int, columns: int) -> c_void_p:
-    """A dense column-major bf16 matrix."""
+    """A dense bf16 matrix of ours, as cuBLASLt sees it: its columns are rows there."""
     layout = c_void_p()
-    _check(_library().cublasLtMatrixLayoutCreate(byref(layout), R_16BF, c_uint64(rows), c_uint64(columns), c_int64(rows)))
+    _check(_library().cublasLtMatrixLayoutCreate(byref(layout), R_16BF, c_uint64(columns), c_uint64(rows), c_int64(columns)))
     return layout
 
 

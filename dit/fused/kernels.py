@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dit.fused import cublaslt
 
-TOKENS = 32
-"""Tokens of one sample that one program of the norm's backward walks through."""
+PROGRAMS = 1024
+"""Into how many programs the norm's backward is cut, at least: enough for every multiprocessor to have several in flight."""
 
 NORM_STAGES = 3
 
@@ -125,10 +125,10 @@ def _fold(  # noqa: PLR0917
         tl.store(dbias + out, total_dx * gate_row, inside)
 
 
-def _chunk(tokens: int) -> int:
-    """Tokens halved until at most TOKENS, so that there is a power of two of chunks; odd numbers stay."""
+def _chunk(batch: int, tokens: int) -> int:
+    """Tokens of one sample that one program of the norm's backward walks through; a power of two of them covers the sample."""
     chunks = 1
-    while tokens % (2 * chunks) == 0 and tokens // chunks > TOKENS:
+    while tokens % (2 * chunks) == 0 and batch * chunks < PROGRAMS:
         chunks *= 2
     return tokens // chunks
 
@@ -155,7 +155,7 @@ def residual_norm_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, branch, bias, gate, shift and scale; three are None without a branch."""
     batch, tokens, width = x_out.shape
-    chunk, block = _chunk(tokens), triton.next_power_of_2(width)
+    chunk, block = _chunk(batch, tokens), triton.next_power_of_2(width)
     rows, residual = batch * tokens // chunk, branch is not None
     dx = torch.empty_like(x_out)
     dbranch = torch.empty_like(x_out) if residual else None
@@ -172,7 +172,7 @@ def residual_norm_backward(
         partial, gate, dshift, dscale, dgate, dbias, rows, gate_stride,
         D=width, BLOCK=128, CHUNKS=tokens // chunk, RESIDUAL=residual, num_warps=4,
     )  # fmt: skip
-    return dx, dbranch, None if dbias is None else dbias.sum(0), dgate, dshift, dscale
+    return dx, dbranch, None if dbias is None else _total(dbias, scale.dtype), dgate, dshift, dscale
 
 
 @triton.jit
@@ -284,7 +284,7 @@ def _attention_backward(  # noqa: PLR0917
             delta += tl.sum(g2.to(tl.float32) * _tile(o, rows, width, WIDE, REST, SIZE).to(tl.float32), 1)
             s = tl.dot(k2, tl.trans(q2), s)
             dp = tl.dot(v2, tl.trans(g2), dp)
-        p = tl.exp2((s * scale - tl.load(lse + rows)[None, :]) * LOG2_E)
+        p = tl.exp2(s * (scale * LOG2_E) - (tl.load(lse + rows) * LOG2_E)[None, :])
         ds = (p * (dp - delta[None, :])).to(q1.dtype)
         p = p.to(q1.dtype)
         dv1 = tl.dot(p, g1, dv1)
@@ -307,7 +307,7 @@ def _attention_backward(  # noqa: PLR0917
         g2 = _tile(do, own, width, WIDE, REST, SIZE)
         delta += tl.sum(g2.to(tl.float32) * _tile(o, own, width, WIDE, REST, SIZE).to(tl.float32), 1)
         dq2 = tl.zeros([OWN, REST], tl.float32)
-    own_lse = tl.load(lse + own)
+    own_lse = tl.load(lse + own) * LOG2_E
     for start in tl.range(0, TOKENS, OTHER, num_stages=STAGES):
         rows = start + tl.arange(0, OTHER)
         key1 = _tile(k, rows, 3 * width, 0, WIDE, SIZE)
@@ -317,7 +317,7 @@ def _attention_backward(  # noqa: PLR0917
             key2 = _tile(k, rows, 3 * width, WIDE, REST, SIZE)
             score = tl.dot(q2, tl.trans(key2), score)
             dprob = tl.dot(g2, tl.trans(_tile(v, rows, 3 * width, WIDE, REST, SIZE)), dprob)
-        prob = tl.exp2((score * scale - own_lse[:, None]) * LOG2_E)
+        prob = tl.exp2(score * (scale * LOG2_E) - own_lse[:, None])
         ds = (prob * (dprob - delta[:, None])).to(q1.dtype)
         dq1 = tl.dot(ds, key1, dq1)
         if REST > 0:
@@ -327,8 +327,11 @@ def _attention_backward(  # noqa: PLR0917
         _put(dq, own, 3 * width, sums, dq2 * scale, WIDE, REST, SIZE)
 
 
-FORWARD = {"OWN": 128, "OTHER": 64, "STAGES": 3, "num_warps": 8}
-BACKWARD = {"OWN": 64, "OTHER": 64, "STAGES": 2, "num_warps": 4}
+CUDNN_TOKENS = 128
+"""From this length on, cuDNN's forward is the faster one; it promises no repeatable result."""
+
+FORWARD = {"OWN": 64, "OTHER": 64, "STAGES": 3, "num_warps": 4}
+BACKWARD = {"OWN": 64, "OTHER": 64, "STAGES": 3, "num_warps": 4}
 """Tokens of a program, tokens of one of its steps, and how it is run."""
 
 
@@ -344,6 +347,10 @@ def _heads(qkv: Tensor, num_heads: int, settings: dict[str, int]) -> dict[str, i
 def attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     """`operations.attention` between its matrix products: qkv (B, T, 3D) -> heads (B, T, D) and log-sum-exp (B, heads, T)."""
     batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    if tokens >= CUDNN_TOKENS and not torch.are_deterministic_algorithms_enabled():
+        q, k, v = qkv.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, T, D / heads)
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+        return out.transpose(1, 2).flatten(2), lse
     sizes = _heads(qkv, num_heads, FORWARD)
     out = qkv.new_empty((batch, tokens, width))
     lse = qkv.new_empty((batch, num_heads, tokens), dtype=torch.float32)
@@ -361,23 +368,53 @@ def attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_
     partial = qkv.new_empty((batch * blocks, width), dtype=torch.float32)
     grid = (blocks, batch * num_heads)
     _attention_backward[grid](qkv, out, dout, lse, dqkv, partial, num_heads, sizes["SIZE"] ** -0.5, **sizes)
-    return dqkv, partial.sum(0)
+    return dqkv, _total(partial, qkv.dtype)
 
 
 @triton.jit
-def _sum_rows(x, partial, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr):
+def _sum_rows(x, out, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr):
+    """One program: CHUNK rows of BLOCK columns, added to one row of `out`."""
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([STEP, BLOCK], tl.float32)
-    for start in range(0, CHUNK, STEP):
+    for start in tl.range(0, CHUNK, STEP, num_stages=3):
         rows = (tl.program_id(0) * CHUNK + start + tl.arange(0, STEP)).to(tl.int64)
         total += tl.load(x + rows[:, None] * D + columns[None, :]).to(tl.float32)
-    tl.store(partial + tl.program_id(0) * D + columns, tl.sum(total, 0))
+    tl.store(out + tl.program_id(0) * D + columns, tl.sum(total, 0).to(out.dtype.element_ty))
+
+
+def sum_rows(x: Tensor) -> Tensor:
+    """Sum over all but the last dimension, (D,)."""
+    width = x.shape[-1]
+    rows, block = x.numel() // width, _divisor(width, 256)
+    chunk = _divisor(rows, ROWS)
+    partial = x.new_empty((rows // chunk, width), dtype=torch.float32)
+    _sum_rows[(rows // chunk, width // block)](x, partial, D=width, BLOCK=block, CHUNK=chunk, STEP=min(16, chunk), num_warps=4)
+    return _total(partial, x.dtype)
+
+
+def _total(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum over the rows of a small matrix (rows, D) in float32 -> (D,) in `dtype`."""
+    rows, width = partial.shape
+    out = partial.new_empty((width,), dtype=dtype)
+    step, block = _divisor(rows, 64), _divisor(width, 32)
+    _sum_rows[(1, width // block)](partial, out, D=width, BLOCK=block, CHUNK=rows, STEP=step, num_warps=4)
+    return out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`."""
+    return cublaslt.linear(x.flatten(0, 1), weight, bias).view(*x.shape[:2], -1)
 
 
 def linear_gelu(h: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """`u = h @ weight.T + bias`, second, and its GELU, first."""
+    """The GELU of `u = h @ weight.T + bias`, and u."""
     a, u = cublaslt.linear_gelu(h.flatten(0, 1), weight, bias)
     return a.view(*h.shape[:2], -1), u.view(*h.shape[:2], -1)
+
+
+def matmul(dy: Tensor, weight: Tensor) -> Tensor:
+    """`dy @ weight`."""
+    return cublaslt.matmul(dy.flatten(0, 1), weight).view(*dy.shape[:2], -1)
 
 
 def matmul_dgelu(dy: Tensor, weight: Tensor, u: Tensor) -> Tensor:
@@ -385,14 +422,9 @@ def matmul_dgelu(dy: Tensor, weight: Tensor, u: Tensor) -> Tensor:
     return cublaslt.matmul_dgelu(dy.flatten(0, 1), weight, u.flatten(0, 1)).view_as(u)
 
 
-def sum_rows(x: Tensor) -> Tensor:
-    """Sum over all but the last dimension, in float32, (D,)."""
-    width = x.shape[-1]
-    rows, block = x.numel() // width, _divisor(width, 256)
-    chunk = _divisor(rows, ROWS)
-    partial = x.new_empty((rows // chunk, width), dtype=torch.float32)
-    _sum_rows[(rows // chunk, width // block)](x, partial, D=width, BLOCK=block, CHUNK=chunk, STEP=min(16, chunk), num_warps=4)
-    return partial.sum(0)
+def outer(dy: Tensor, x: Tensor) -> Tensor:
+    """Gradient of the weight of a linear layer: (B, T, M) and (B, T, K) -> (M, K)."""
+    return cublaslt.outer(dy.flatten(0, 1), x.flatten(0, 1))
 
 
 def _divisor(number: int, most: int) -> int:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit.fused.operations import attention, mlp, norm, residual_norm
+from dit.fused.operations import attention, linear, mlp, norm, residual_norm
 from dit.model import MLP, Attention, DiT
 
 class FusedDiT:
@@ -46,12 +46,12 @@ class FusedDiT:
         projection, p = self.copy.x_embedder.proj, self.copy.patch_size
         patches = F.pixel_unshuffle(x, p).flatten(2).transpose(1, 2)  # (B, T, C * P * P)
         tokens = F.linear(patches.to(self.dtype), projection.weight.flatten(1), projection.bias)
-        return (tokens + self.positions).to(self.dtype)
+        return tokens.add_(self.positions)
 
 
 def _attend(attn: Attention, h: Tensor) -> Tensor:
     """(B, T, D) -> (B, T, D), without the bias of the output projection."""
-    return F.linear(attention(h, attn.qkv.weight, attn.qkv.bias, attn.num_heads), attn.proj.weight)
+    return linear(attention(h, attn.qkv.weight, attn.qkv.bias, attn.num_heads), attn.proj.weight)
 
 
 def _mlp(part: MLP, h: Tensor) -> Tensor:

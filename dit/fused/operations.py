@@ -43,6 +43,11 @@ def attention(h: Tensor, weight: Tensor, bias: Tensor, num_heads: int) -> Tensor
     return _Attention.apply(h, weight, bias, num_heads)
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T`: (B, T, K), (M, K) -> (B, T, M)."""
+    return _Linear.apply(x, weight)
+
+
 def mlp(h: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor) -> Tensor:
     """`gelu(h @ weight_in.T + bias_in) @ weight_out.T`: (B, T, D), (H, D), (H,), (D, H) -> (B, T, D)."""
     return _MLP.apply(h, weight_in, bias_in, weight_out)
@@ -76,10 +81,23 @@ class _Norm(Function):
         return gradients[0], gradients[4], gradients[5]
 
 
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _kernels(x).linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        dy = dy.contiguous()
+        return _kernels(x).matmul(dy, weight), _kernels(x).outer(dy, x)
+
+
 class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, num_heads: int) -> Tensor:
-        qkv = F.linear(h, weight, bias)  # (B, T, 3D)
+        qkv = _kernels(h).linear(h, weight, bias)  # (B, T, 3D)
         out, lse = _kernels(h).attention(qkv, num_heads)
         ctx.save_for_backward(h, weight, qkv, out, lse)
         ctx.num_heads = num_heads
@@ -89,7 +107,7 @@ class _Attention(Function):
     def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
         h, weight, qkv, out, lse = ctx.saved_tensors
         dqkv, dbias = _kernels(h).attention_backward(dout.contiguous(), qkv, out, lse, ctx.num_heads)
-        return dqkv @ weight, _product(dqkv, h), dbias, None
+        return _kernels(h).matmul(dqkv, weight), _kernels(h).outer(dqkv, h), dbias, None
 
 
 class _MLP(Function):
@@ -97,19 +115,15 @@ class _MLP(Function):
     def forward(ctx: Any, h: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor) -> Tensor:
         a, u = _kernels(h).linear_gelu(h, weight_in, bias_in)
         ctx.save_for_backward(h, u, a, weight_in, weight_out)
-        return F.linear(a, weight_out)
+        return _kernels(h).linear(a, weight_out)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
         h, u, a, weight_in, weight_out = ctx.saved_tensors
         dout = dout.contiguous()
-        du = _kernels(h).matmul_dgelu(dout, weight_out, u)
-        return du @ weight_in, _product(du, h), _kernels(h).sum_rows(du), _product(dout, a)
-
-
-def _product(dy: Tensor, x: Tensor) -> Tensor:
-    """Gradient of the weight of a linear layer: (B, T, M) and (B, T, K) -> (M, K)."""
-    return dy.flatten(0, 1).T @ x.flatten(0, 1)
+        fast = _kernels(h)
+        du = fast.matmul_dgelu(dout, weight_out, u)
+        return fast.matmul(du, weight_in), fast.outer(du, h), fast.sum_rows(du), fast.outer(dout, a)
 
 
 def _kernels(x: Tensor) -> Any:
@@ -171,6 +185,21 @@ class Reference:
         ds = p * (g @ v.mT - (g * o).sum(-1, keepdim=True))
         dqkv = torch.cat([_merge(part) for part in (ds @ k * scale, ds.mT @ q * scale, p.mT @ g)], dim=2)
         return dqkv, dqkv.sum((0, 1))
+
+    @staticmethod
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x @ weight.T + bias`."""
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def matmul(dy: Tensor, weight: Tensor) -> Tensor:
+        """`dy @ weight`."""
+        return dy @ weight
+
+    @staticmethod
+    def outer(dy: Tensor, x: Tensor) -> Tensor:
+        """Gradient of the weight of a linear layer: (B, T, M) and (B, T, K) -> (M, K)."""
+        return dy.flatten(0, 1).T @ x.flatten(0, 1)
 
     @staticmethod
     def linear_gelu(h: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
