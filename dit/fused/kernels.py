@@ -17,38 +17,37 @@ PROGRAMS = 1024
 """Into how many programs the norm's backward is cut, at least: enough for every multiprocessor to have several in flight."""
 
 NORM_STAGES = 3
+"""Tokens in flight in one program of the norm's backward."""
+
+FOLD = 256
+"""Columns of one program that adds partial sums."""
 
 ROWS = 128
 """Rows over which one program adds the gradient of a bias."""
 
 
-def _warps(block: int) -> int:
-    return max(1, min(16, block // 256))
-
-
 @triton.jit
-def _residual_norm_forward(  # noqa: PLR0917
+def _residual_norm_forward(
     x, branch, bias, gate, shift, scale, x_out, h, mean_out, rstd_out, tokens, gate_stride, stride, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, RESIDUAL: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """One program: CHUNK tokens of one sample."""
+    """One program: CHUNK tokens of one sample. `x` is one sample that all share, where SHARED."""
     columns = tl.arange(0, BLOCK)
     inside = columns < D
     first = tl.program_id(0) * CHUNK
     sample = first // tokens
+    first_x = first % tokens if SHARED else first
     shift_row = tl.load(shift + sample * stride + columns, inside, 0.0).to(tl.float32)
     scale_row = 1.0 + tl.load(scale + sample * stride + columns, inside, 0.0).to(tl.float32)
-    if RESIDUAL:
-        gate_row = tl.load(gate + sample * gate_stride + columns, inside, 0.0).to(tl.float32)
-        bias_row = tl.load(bias + columns, inside, 0.0).to(tl.float32)
+    gate_row = tl.load(gate + sample * gate_stride + columns, inside, 0.0).to(tl.float32)
+    bias_row = tl.load(bias + columns, inside, 0.0).to(tl.float32)
     for row in range(CHUNK):
         at = (first + row).to(tl.int64) * D + columns
-        value = tl.load(x + at, inside, 0.0).to(tl.float32)
-        if RESIDUAL:
-            added = tl.load(branch + at, inside, 0.0).to(tl.float32)
-            value = (value + gate_row * (added + bias_row)).to(x_out.dtype.element_ty)
-            tl.store(x_out + at, value, inside)
-            value = value.to(tl.float32)
+        old = tl.load(x + (first_x + row).to(tl.int64) * D + columns, inside, 0.0).to(tl.float32)
+        added = tl.load(branch + at, inside, 0.0).to(tl.float32) + bias_row
+        rounded = (old + gate_row * added).to(x_out.dtype.element_ty)
+        tl.store(x_out + at, rounded, inside)
+        value = rounded.to(tl.float32)
         mean = tl.sum(value, 0) / D
         centred = tl.where(inside, value - mean, 0.0)
         rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
@@ -58,121 +57,118 @@ def _residual_norm_forward(  # noqa: PLR0917
 
 
 @triton.jit
-def _residual_norm_backward(  # noqa: PLR0917
+def _residual_norm_backward(
     dx_out, dh, x_out, branch, bias, gate, scale, mean_in, rstd_in, dx, dbranch, partial, tokens, planes, gate_stride, stride,
-    D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: CHUNK tokens of one sample; its sums go to `partial` (4, rows, D): of dh, dh xhat, dx branch, dx."""
+    """One program: CHUNK tokens of one sample; its sums go to `partial` (4, planes, D): of dh, dh xhat, dx branch, dx."""
     columns = tl.arange(0, BLOCK)
     inside = columns < D
     program = tl.program_id(0)
     first = program * CHUNK
     sample = first // tokens
     scale_row = 1.0 + tl.load(scale + sample * stride + columns, inside, 0.0).to(tl.float32)
+    gate_row = tl.load(gate + sample * gate_stride + columns, inside, 0.0).to(tl.float32)
+    bias_row = tl.load(bias + columns, inside, 0.0).to(tl.float32)
     sum_shift = tl.zeros([BLOCK], tl.float32)
     sum_scale = tl.zeros([BLOCK], tl.float32)
-    if RESIDUAL:
-        gate_row = tl.load(gate + sample * gate_stride + columns, inside, 0.0).to(tl.float32)
-        bias_row = tl.load(bias + columns, inside, 0.0).to(tl.float32)
-        sum_gate = tl.zeros([BLOCK], tl.float32)
-        sum_dx = tl.zeros([BLOCK], tl.float32)
+    sum_gate = tl.zeros([BLOCK], tl.float32)
+    sum_dx = tl.zeros([BLOCK], tl.float32)
     for row in tl.range(CHUNK, num_stages=STAGES):
         at = (first + row).to(tl.int64) * D + columns
         dhidden = tl.load(dh + at, inside, 0.0).to(tl.float32)
         value = tl.load(x_out + at, inside, 0.0).to(tl.float32)
         dresidual = tl.load(dx_out + at, inside, 0.0).to(tl.float32)
+        added = tl.load(branch + at, inside, 0.0).to(tl.float32) + bias_row
         rstd = tl.load(rstd_in + first + row)
         xhat = tl.where(inside, (value - tl.load(mean_in + first + row)) * rstd, 0.0)
         dxhat = dhidden * scale_row
         dvalue = dresidual + rstd * (dxhat - tl.sum(dxhat, 0) / D - xhat * (tl.sum(dxhat * xhat, 0) / D))
         sum_shift += dhidden
         sum_scale += dhidden * xhat
+        sum_gate += dvalue * added
+        sum_dx += dvalue
         tl.store(dx + at, dvalue.to(dx.dtype.element_ty), inside)
-        if RESIDUAL:
-            added = tl.load(branch + at, inside, 0.0).to(tl.float32) + bias_row
-            sum_gate += dvalue * added
-            sum_dx += dvalue
-            tl.store(dbranch + at, (dvalue * gate_row).to(dbranch.dtype.element_ty), inside)
+        tl.store(dbranch + at, (dvalue * gate_row).to(dbranch.dtype.element_ty), inside)
     out = partial + program.to(tl.int64) * D + columns
     plane = planes.to(tl.int64) * D
     tl.store(out, sum_shift, inside)
     tl.store(out + plane, sum_scale, inside)
-    if RESIDUAL:
-        tl.store(out + 2 * plane, sum_gate, inside)
-        tl.store(out + 3 * plane, sum_dx, inside)
+    tl.store(out + 2 * plane, sum_gate, inside)
+    tl.store(out + 3 * plane, sum_dx, inside)
 
 
 @triton.jit
-def _fold(  # noqa: PLR0917
-    partial, gate, dshift, dscale, dgate, dbias, rows, gate_stride,
-    D: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, RESIDUAL: tl.constexpr,
-):  # fmt: skip
+def _fold(
+    partial, gate, dshift, dscale, dgate, dbias, planes, gate_stride, D: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr
+):
     """One program: BLOCK columns of one sample; adds its CHUNKS partial sums. `dbias` is per sample here."""
     sample = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < D
-    plane = rows.to(tl.int64) * D
-    chunks = tl.arange(0, CHUNKS)
-    at = (sample * CHUNKS + chunks)[:, None] * D + columns[None, :]
+    plane = planes.to(tl.int64) * D
+    at = partial + sample.to(tl.int64) * CHUNKS * D + columns
+    total_shift = tl.zeros([BLOCK], tl.float32)
+    total_scale = tl.zeros([BLOCK], tl.float32)
+    total_gate = tl.zeros([BLOCK], tl.float32)
+    total_dx = tl.zeros([BLOCK], tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        total_shift += tl.load(at + chunk * D, inside, 0.0)
+        total_scale += tl.load(at + plane + chunk * D, inside, 0.0)
+        total_gate += tl.load(at + 2 * plane + chunk * D, inside, 0.0)
+        total_dx += tl.load(at + 3 * plane + chunk * D, inside, 0.0)
+    gate_row = tl.load(gate + sample * gate_stride + columns, inside, 0.0).to(tl.float32)
     out = sample * D + columns
-    tl.store(dshift + out, tl.sum(tl.load(partial + at, inside[None, :], 0.0), 0).to(dshift.dtype.element_ty), inside)
-    tl.store(dscale + out, tl.sum(tl.load(partial + plane + at, inside[None, :], 0.0), 0).to(dscale.dtype.element_ty), inside)
-    if RESIDUAL:
-        total_gate = tl.sum(tl.load(partial + 2 * plane + at, inside[None, :], 0.0), 0)
-        total_dx = tl.sum(tl.load(partial + 3 * plane + at, inside[None, :], 0.0), 0)
-        gate_row = tl.load(gate + sample * gate_stride + columns, inside, 0.0).to(tl.float32)
-        tl.store(dgate + out, total_gate.to(dgate.dtype.element_ty), inside)
-        tl.store(dbias + out, total_dx * gate_row, inside)
+    tl.store(dshift + out, total_shift.to(dshift.dtype.element_ty), inside)
+    tl.store(dscale + out, total_scale.to(dscale.dtype.element_ty), inside)
+    tl.store(dgate + out, total_gate.to(dgate.dtype.element_ty), inside)
+    tl.store(dbias + out, total_dx * gate_row, inside)
 
 
 def _chunk(batch: int, tokens: int) -> int:
-    """Tokens of one sample that one program of the norm's backward walks through; a power of two of them covers the sample."""
+    """Tokens of one sample that one program of the norm's backward walks through; at most 16 programs share a sample."""
     chunks = 1
-    while tokens % (2 * chunks) == 0 and batch * chunks < PROGRAMS:
+    while tokens % (2 * chunks) == 0 and batch * chunks < PROGRAMS and chunks < 16:
         chunks *= 2
     return tokens // chunks
 
 
 def residual_norm(
-    x: Tensor, branch: Tensor | None, bias: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor, branch: Tensor, bias: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`operations.residual_norm` forward: new x, h, and the rows' mean and inverse deviation (B * T,)."""
-    batch, tokens, width = x.shape
+    batch, tokens, width = branch.shape
     chunk, block = _divisor(tokens, 4), triton.next_power_of_2(width)
-    x_out = x if branch is None else torch.empty_like(x)
-    h = torch.empty_like(x)
-    mean, rstd = x.new_empty((2, batch * tokens), dtype=torch.float32)
+    x_out, h = torch.empty_like(branch), torch.empty_like(branch)
+    mean, rstd = branch.new_empty((2, batch * tokens), dtype=torch.float32)
     _residual_norm_forward[(batch * tokens // chunk,)](
-        x, branch, bias, gate, shift, scale, x_out, h, mean, rstd, tokens, 0 if gate is None else gate.stride(0), shift.stride(0),
-        eps, D=width, BLOCK=block, CHUNK=chunk, RESIDUAL=branch is not None, num_warps=1,
+        x, branch, bias, gate, shift, scale, x_out, h, mean, rstd, tokens, gate.stride(0), shift.stride(0), eps,
+        D=width, BLOCK=block, CHUNK=chunk, SHARED=len(x) < batch, num_warps=1,
     )  # fmt: skip
     return x_out, h, mean, rstd
 
 
 def residual_norm_backward(
-    dx_out: Tensor, dh: Tensor, x_out: Tensor, branch: Tensor | None, bias: Tensor | None, gate: Tensor | None,
-    scale: Tensor, mean: Tensor, rstd: Tensor,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, branch, bias, gate, shift and scale; three are None without a branch."""
+    dx_out: Tensor, dh: Tensor, x_out: Tensor, branch: Tensor, bias: Tensor, gate: Tensor, scale: Tensor, mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, branch, bias, gate, shift and scale."""
     batch, tokens, width = x_out.shape
     chunk, block = _chunk(batch, tokens), triton.next_power_of_2(width)
-    rows, residual = batch * tokens // chunk, branch is not None
-    dx = torch.empty_like(x_out)
-    dbranch = torch.empty_like(x_out) if residual else None
-    partial = x_out.new_empty((4 if residual else 2, rows, width), dtype=torch.float32)
-    gate_stride = gate.stride(0) if gate is not None else 0
-    _residual_norm_backward[(rows,)](
-        dx_out, dh, x_out, branch, bias, gate, scale, mean, rstd, dx, dbranch, partial, tokens, rows, gate_stride,
-        scale.stride(0), D=width, BLOCK=block, CHUNK=chunk, RESIDUAL=residual, STAGES=NORM_STAGES, num_warps=_warps(block),
+    planes = batch * tokens // chunk
+    dx, dbranch = torch.empty_like(x_out), torch.empty_like(x_out)
+    partial = x_out.new_empty((4, planes, width), dtype=torch.float32)
+    _residual_norm_backward[(planes,)](
+        dx_out, dh, x_out, branch, bias, gate, scale, mean, rstd, dx, dbranch, partial, tokens, planes, gate.stride(0),
+        scale.stride(0), D=width, BLOCK=block, CHUNK=chunk, STAGES=NORM_STAGES, num_warps=max(1, block // 256),
     )  # fmt: skip
-    dshift, dscale = (scale.new_empty((batch, width)) for _ in range(2))
-    dgate = scale.new_empty((batch, width)) if residual else None
-    dbias = scale.new_empty((batch, width), dtype=torch.float32) if residual else None
-    _fold[(batch, triton.cdiv(width, 128))](
-        partial, gate, dshift, dscale, dgate, dbias, rows, gate_stride,
-        D=width, BLOCK=128, CHUNKS=tokens // chunk, RESIDUAL=residual, num_warps=4,
+    dshift, dscale, dgate = (scale.new_empty((batch, width)) for _ in range(3))
+    dbias = scale.new_empty((batch, width), dtype=torch.float32)
+    _fold[(batch, triton.cdiv(width, FOLD))](
+        partial, gate, dshift, dscale, dgate, dbias, planes, gate.stride(0), D=width, BLOCK=FOLD, CHUNKS=tokens // chunk,
+        num_warps=FOLD // 128,
     )  # fmt: skip
-    return dx, dbranch, None if dbias is None else _total(dbias, scale.dtype), dgate, dshift, dscale
+    return dx, dbranch, _total(dbias, scale.dtype), dgate, dshift, dscale
 
 
 @triton.jit
@@ -199,7 +195,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _attention_forward(  # noqa: PLR0917
+def _attention_forward(
     qkv, out, lse, heads, scale, TOKENS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -241,8 +237,25 @@ def _attention_forward(  # noqa: PLR0917
 
 
 @triton.jit
-def _attention_backward(  # noqa: PLR0917
-    qkv, out, dout, lse, dqkv, partial, heads, scale, TOKENS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
+def _attention_delta(
+    out, dout, delta, heads, TOKENS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, OWN: tl.constexpr
+):
+    """One program: the sums of `out * dout` over the channels of one head, for OWN tokens of one sample."""
+    pair = tl.program_id(1)
+    width = heads * SIZE
+    offset = (pair // heads).to(tl.int64) * TOKENS * width + pair % heads * SIZE
+    own = tl.program_id(0) * OWN + tl.arange(0, OWN)
+    product = _tile(out + offset, own, width, 0, WIDE, SIZE).to(tl.float32) * _tile(dout + offset, own, width, 0, WIDE, SIZE)
+    total = tl.sum(product, 1)
+    if REST > 0:
+        rest = _tile(out + offset, own, width, WIDE, REST, SIZE).to(tl.float32)
+        total += tl.sum(rest * _tile(dout + offset, own, width, WIDE, REST, SIZE), 1)
+    tl.store(delta + pair * TOKENS + own, total)
+
+
+@triton.jit
+def _attention_backward(
+    qkv, dout, lse, delta, dqkv, partial, heads, scale, TOKENS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
     REST: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradients of OWN keys and values, then of OWN queries, of one head of one sample.
@@ -256,10 +269,10 @@ def _attention_backward(  # noqa: PLR0917
     q = qkv + sample * TOKENS * 3 * width + head * SIZE
     k, v = q + width, q + 2 * width
     dq = dqkv + sample * TOKENS * 3 * width + head * SIZE
-    o = out + sample * TOKENS * width + head * SIZE
     do = dout + sample * TOKENS * width + head * SIZE
     sums = partial + (sample * tl.num_programs(0) + tl.program_id(0)) * 3 * width + head * SIZE
     lse += pair * TOKENS
+    delta += pair * TOKENS
     own = tl.program_id(0) * OWN + tl.arange(0, OWN)
 
     k1 = _tile(k, own, 3 * width, 0, WIDE, SIZE)
@@ -275,17 +288,15 @@ def _attention_backward(  # noqa: PLR0917
         rows = start + tl.arange(0, OTHER)
         q1 = _tile(q, rows, 3 * width, 0, WIDE, SIZE)
         g1 = _tile(do, rows, width, 0, WIDE, SIZE)
-        delta = tl.sum(g1.to(tl.float32) * _tile(o, rows, width, 0, WIDE, SIZE).to(tl.float32), 1)
         s = tl.dot(k1, tl.trans(q1))
         dp = tl.dot(v1, tl.trans(g1))
         if REST > 0:
             q2 = _tile(q, rows, 3 * width, WIDE, REST, SIZE)
             g2 = _tile(do, rows, width, WIDE, REST, SIZE)
-            delta += tl.sum(g2.to(tl.float32) * _tile(o, rows, width, WIDE, REST, SIZE).to(tl.float32), 1)
             s = tl.dot(k2, tl.trans(q2), s)
             dp = tl.dot(v2, tl.trans(g2), dp)
         p = tl.exp2(s * (scale * LOG2_E) - (tl.load(lse + rows) * LOG2_E)[None, :])
-        ds = (p * (dp - delta[None, :])).to(q1.dtype)
+        ds = (p * (dp - tl.load(delta + rows)[None, :])).to(q1.dtype)
         p = p.to(q1.dtype)
         dv1 = tl.dot(p, g1, dv1)
         dk1 = tl.dot(ds, q1, dk1)
@@ -300,14 +311,13 @@ def _attention_backward(  # noqa: PLR0917
 
     q1 = _tile(q, own, 3 * width, 0, WIDE, SIZE)
     g1 = _tile(do, own, width, 0, WIDE, SIZE)
-    delta = tl.sum(g1.to(tl.float32) * _tile(o, own, width, 0, WIDE, SIZE).to(tl.float32), 1)
     dq1 = tl.zeros([OWN, WIDE], tl.float32)
     if REST > 0:
         q2 = _tile(q, own, 3 * width, WIDE, REST, SIZE)
         g2 = _tile(do, own, width, WIDE, REST, SIZE)
-        delta += tl.sum(g2.to(tl.float32) * _tile(o, own, width, WIDE, REST, SIZE).to(tl.float32), 1)
         dq2 = tl.zeros([OWN, REST], tl.float32)
     own_lse = tl.load(lse + own) * LOG2_E
+    own_delta = tl.load(delta + own)
     for start in tl.range(0, TOKENS, OTHER, num_stages=STAGES):
         rows = start + tl.arange(0, OTHER)
         key1 = _tile(k, rows, 3 * width, 0, WIDE, SIZE)
@@ -318,7 +328,7 @@ def _attention_backward(  # noqa: PLR0917
             score = tl.dot(q2, tl.trans(key2), score)
             dprob = tl.dot(g2, tl.trans(_tile(v, rows, 3 * width, WIDE, REST, SIZE)), dprob)
         prob = tl.exp2(score * (scale * LOG2_E) - own_lse[:, None])
-        ds = (prob * (dprob - delta[:, None])).to(q1.dtype)
+        ds = (prob * (dprob - own_delta[:, None])).to(q1.dtype)
         dq1 = tl.dot(ds, key1, dq1)
         if REST > 0:
             dq2 = tl.dot(ds, key2, dq2)
@@ -367,7 +377,10 @@ def attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_
     dqkv = torch.empty_like(qkv)
     partial = qkv.new_empty((batch * blocks, width), dtype=torch.float32)
     grid = (blocks, batch * num_heads)
-    _attention_backward[grid](qkv, out, dout, lse, dqkv, partial, num_heads, sizes["SIZE"] ** -0.5, **sizes)
+    delta = torch.empty_like(lse)
+    head = {name: sizes[name] for name in ("TOKENS", "SIZE", "WIDE", "REST", "OWN")}
+    _attention_delta[grid](out, dout, delta, num_heads, **head, num_warps=4)
+    _attention_backward[grid](qkv, dout, lse, delta, dqkv, partial, num_heads, sizes["SIZE"] ** -0.5, **sizes)
     return dqkv, _total(partial, qkv.dtype)
 
 
@@ -437,7 +450,7 @@ ELEMENTS = 4096
 
 
 @triton.jit
-def _update(  # noqa: PLR0917
+def _update(
     weight, copy, gradient, first, second, average, at, inside, factor, step_size, decay, beta1, beta2, root_correction, eps,
     ema_weight,
 ):  # fmt: skip
@@ -457,7 +470,7 @@ def _update(  # noqa: PLR0917
 
 
 @triton.jit
-def _adamw_ema(  # noqa: PLR0917
+def _adamw_ema(
     addresses, lengths, owner, offset, factor, step_size, decay, beta1, beta2, root_correction, eps, ema_weight,
     COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

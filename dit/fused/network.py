@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit.fused.operations import attention, linear, mlp, norm, residual_norm
+from dit.fused.operations import attention, linear, mlp, residual_norm
 from dit.model import MLP, Attention, DiT
 
 class FusedDiT:
@@ -34,19 +34,18 @@ class FusedDiT:
         c = F.silu(network.t_embedder(t).to(wide) + network.y_embedder(y).to(wide)).to(self.dtype)  # (B, D)
         modulations = [block.adaLN_modulation[1](c).chunk(6, dim=1) for block in network.blocks]  # each (B, D)
         modulations.append(final.adaLN_modulation[1](c).chunk(2, dim=1))
-        x, h = norm(self._embed(x), *modulations[0][:2])
+        embed, ungated = network.x_embedder.proj, torch.ones_like(c[:1]).expand_as(c)
+        x, h = residual_norm(self.positions, self._patches(x), embed.bias, ungated, *modulations[0][:2])
         for block, modulation, following in zip(network.blocks, modulations, modulations[1:], strict=False):
             _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
             x, h = residual_norm(x, _attend(block.attn, h), block.attn.proj.bias, gate_attn, shift_mlp, scale_mlp)
             x, h = residual_norm(x, _mlp(block.mlp, h), block.mlp.fc2.bias, gate_mlp, *following[:2])
         return network.unpatchify(final.linear(h))
 
-    def _embed(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> tokens (B, T, D): patches cut out, projected by one matrix product, at their positions."""
-        projection, p = self.copy.x_embedder.proj, self.copy.patch_size
-        patches = F.pixel_unshuffle(x, p).flatten(2).transpose(1, 2)  # (B, T, C * P * P)
-        tokens = F.linear(patches.to(self.dtype), projection.weight.flatten(1), projection.bias)
-        return tokens.add_(self.positions)
+    def _patches(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, T, D): patches cut out and projected by one matrix product, without its bias."""
+        patches = F.pixel_unshuffle(x, self.copy.patch_size).flatten(2).transpose(1, 2)  # (B, T, C * P * P)
+        return F.linear(patches.to(self.dtype).contiguous(), self.copy.x_embedder.proj.weight.flatten(1))
 
 
 def _attend(attn: Attention, h: Tensor) -> Tensor:

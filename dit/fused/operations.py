@@ -28,14 +28,10 @@ def residual_norm(
 ) -> tuple[Tensor, Tensor]:
     """`x + gate * (branch + bias)`, and its modulated layer norm: the end of one branch and the start of the next.
 
-    Tokens `x` and `branch` (B, T, D), `bias` (D,), the rest (B, D) -> two (B, T, D).
+    Tokens `x` (B, T, D), or (1, T, D) where all samples share them and need no gradient; `branch` (B, T, D), `bias` (D,), the
+    rest (B, D) -> two (B, T, D).
     """
     return _ResidualNorm.apply(x, branch, bias, gate, shift, scale)
-
-
-def norm(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """`x` itself and its modulated layer norm `(1 + scale) * norm(x) + shift`, (B, T, D): the start of the first branch."""
-    return _Norm.apply(x, shift, scale)
 
 
 def attention(h: Tensor, weight: Tensor, bias: Tensor, num_heads: int) -> Tensor:
@@ -64,21 +60,8 @@ class _ResidualNorm(Function):
     def backward(ctx: Any, dx_out: Tensor, dh: Tensor) -> Any:  # type: ignore[override]
         x_out, branch, bias, gate, scale, mean, rstd = ctx.saved_tensors
         dx_out, dh = dx_out.contiguous(), dh.contiguous()
-        return _kernels(dh).residual_norm_backward(dx_out, dh, x_out, branch, bias, gate, scale, mean, rstd)
-
-
-class _Norm(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Any:
-        _, h, mean, rstd = _kernels(x).residual_norm(x, None, None, None, shift, scale, EPS)
-        ctx.save_for_backward(x, scale, mean, rstd)
-        return x, h
-
-    @staticmethod
-    def backward(ctx: Any, dx_out: Tensor, dh: Tensor) -> Any:  # type: ignore[override]
-        x, scale, mean, rstd = ctx.saved_tensors
-        gradients = _kernels(dh).residual_norm_backward(dx_out, dh.contiguous(), x, None, None, None, scale, mean, rstd)
-        return gradients[0], gradients[4], gradients[5]
+        gradients = _kernels(dh).residual_norm_backward(dx_out, dh, x_out, branch, bias, gate, scale, mean, rstd)
+        return tuple(gradient if needed else None for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=True))
 
 
 class _Linear(Function):
@@ -139,21 +122,20 @@ class Reference:
 
     @staticmethod
     def residual_norm(
-        x: Tensor, branch: Tensor | None, bias: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+        x: Tensor, branch: Tensor, bias: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """New x, h, and the tokens' mean and inverse deviation, (B, T, 1)."""
-        if branch is not None and bias is not None and gate is not None:
-            x = x + gate[:, None] * (branch + bias)
+        x = x + gate[:, None] * (branch + bias)
         mean = x.mean(-1, keepdim=True)
         rstd = (x.var(-1, correction=0, keepdim=True) + eps).rsqrt()
         return x, (1 + scale[:, None]) * (x - mean) * rstd + shift[:, None], mean, rstd
 
     @staticmethod
     def residual_norm_backward(
-        dx_out: Tensor, dh: Tensor, x_out: Tensor, branch: Tensor | None, bias: Tensor | None, gate: Tensor | None,
-        scale: Tensor, mean: Tensor, rstd: Tensor,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
-        """Gradients of x, branch, bias, gate, shift and scale; three are None without a branch.
+        dx_out: Tensor, dh: Tensor, x_out: Tensor, branch: Tensor, bias: Tensor, gate: Tensor, scale: Tensor, mean: Tensor,
+        rstd: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of x, branch, bias, gate, shift and scale.
 
         With xhat the normalised x and g = (1 + scale) dh: dx = dx_out + rstd (g - mean(g) - xhat mean(g xhat)), means over D;
         Ba et al. (2016), whose gain and shift are here of each sample.
@@ -162,11 +144,8 @@ class Reference:
         dxhat = (1 + scale[:, None]) * dh
         centred = dxhat - dxhat.mean(-1, keepdim=True) - xhat * (dxhat * xhat).mean(-1, keepdim=True)
         dx = dx_out + rstd * centred
-        dshift, dscale = dh.sum(1), (dh * xhat).sum(1)
-        if branch is None or bias is None or gate is None:
-            return dx, None, None, None, dshift, dscale
         dbranch = gate[:, None] * dx
-        return dx, dbranch, dbranch.sum((0, 1)), (dx * (branch + bias)).sum(1), dshift, dscale
+        return dx, dbranch, dbranch.sum((0, 1)), (dx * (branch + bias)).sum(1), dh.sum(1), (dh * xhat).sum(1)
 
     @staticmethod
     def attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
