@@ -213,6 +213,8 @@ class Train(Section):
     precision: Precision
     backend: Literal["auto", "fused", "compiled", "eager"]
     deterministic: bool
+    processes: PositiveInt
+    parallel: Literal["ddp", "fsdp"]
     threads: PositiveInt
     device: Device
 

@@ -22,9 +22,9 @@ class _Lines(io.TextIOBase):
         return len(text)
 
 
-def progress(total: int, description: str, unit: str, done: int = 0) -> tqdm[Any]:
+def progress(total: int, description: str, unit: str, done: int = 0, *, shown: bool = True) -> tqdm[Any]:
     """A tqdm bar of `total` units, `done` of them already; use it as a context manager and call its `update`."""
-    options: dict[str, Any] = {"total": total, "initial": done, "desc": description, "unit": unit}
+    options: dict[str, Any] = {"total": total, "initial": done, "desc": description, "unit": unit, "disable": not shown}
     if sys.stderr.isatty():
         return tqdm(**options)
     return tqdm(**options, file=_Lines(), bar_format=LINE, mininterval=SECONDS_BETWEEN_LINES, maxinterval=SECONDS_BETWEEN_LINES)

@@ -10,20 +10,21 @@ from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit.fused.operations import attention, linear, mlp, residual_norm
 from dit.model import MLP, Attention, DiT
 
-class FusedDiT:
+class FusedDiT(nn.Module):
     """Called as `fused(x, t, y)` like the model it is made from, whose weights it copies; `copy` holds the copies by name."""
 
     def __init__(self, model: DiT, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
         self.dtype = dtype
         self.copy = deepcopy(model).to(dtype)
         self.positions = model.pos_embed
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Noisy latents `x` (B, C, H, W), timesteps `t` (B,), labels `y` (B,) -> (B, C or 2C, H, W)."""
         with torch.autocast(x.device.type, enabled=False):  # every dtype is chosen here
             return self._forward(x, t, y)

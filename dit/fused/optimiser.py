@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,6 +82,17 @@ class FusedOptimiser:
 
     def _gradients(self) -> list[Tensor]:
         return [copy.grad for copy in self.copies]  # type: ignore[misc]
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within the block, the model holds the averaged weights."""
+        with torch.no_grad():
+            trained = [weight.clone() for weight in self.weights]
+            torch._foreach_copy_(self.weights, self.averaged)
+            try:
+                yield
+            finally:
+                torch._foreach_copy_(self.weights, trained)
 
     def state_dict(self) -> dict[str, Any]:
         """All state but the weights, for a checkpoint."""

@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step): not of the strategy, not of what ran before.
+"""Batches as a pure function of (seed, step): not of the strategy, not of what ran before, not of the number of processes.
 
 So two strategies with one seed see the same samples, timesteps, noise and label drops, and a resumed run sees what it would
 have seen.
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dit.data.latents import Latents, LatentStore
 from dit.diffusion import Diffusion
+from dit.distributed import Ranks
 from dit.seeding import generator
 
 
@@ -57,13 +58,16 @@ def on_device(latents: Latents, device: torch.device) -> Latents | Resident:
 class Batches:
     """`batches(step)` is the batch of that optimiser step."""
 
-    def __init__(self, store: LatentStore, diffusion: Diffusion, *, batch_size: int, label_dropout: float, seed: int) -> None:
+    def __init__(
+        self, store: LatentStore, diffusion: Diffusion, *, batch_size: int, label_dropout: float, seed: int, ranks: Ranks | None = None
+    ) -> None:
         self.latents = on_device(store.split("train"), diffusion.device)
         self.store = store
         self.diffusion = diffusion
         self.batch_size = batch_size
         self.label_dropout = label_dropout
         self.seed = seed
+        self.own = (ranks or Ranks(diffusion.device)).own(batch_size)
         self.stream = torch.cuda.Stream() if diffusion.device.type == "cuda" else None
 
     def __call__(self, step: int) -> Batch:
@@ -82,16 +86,18 @@ class Batches:
         return batch
 
     def _draw(self, step: int) -> Batch:
-        device = self.diffusion.device
+        device, own = self.diffusion.device, self.own
         draws = generator(self.seed, "batch", step, device=device)
         indices = epoch_order(self.seed, len(self.latents), step * self.batch_size, self.batch_size)
-        x0, labels = gather(self.latents, indices, draws)
+        x0, labels = gather(self.latents, indices, draws, own)
         dropped = torch.rand(self.batch_size, generator=draws, device=device) < self.label_dropout
+        eps = torch.randn(self.batch_size, *x0.shape[1:], generator=draws, device=device)
+        timesteps = self.diffusion.draw_timesteps(self.batch_size, draws)
         return Batch(
             x0=self.store.normalize(x0),
-            eps=torch.randn(x0.shape, generator=draws, device=device),
-            timesteps=self.diffusion.draw_timesteps(self.batch_size, draws),
-            labels=torch.where(dropped, self.store.num_classes, labels),
+            eps=eps[own],
+            timesteps=timesteps[own],
+            labels=torch.where(dropped[own], self.store.num_classes, labels),
         )
 
 
@@ -107,11 +113,17 @@ def _epoch(seed: int, count: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=generator(seed, "epoch", epoch))
 
 
-def gather(latents: Latents | Resident, indices: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Posterior samples (B, C, H, W) and labels (B,) of the images `indices`, each mirrored or not by chance."""
+def gather(
+    latents: Latents | Resident, indices: Tensor, draws: torch.Generator, own: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """Posterior samples (B, C, H, W) and labels (B,) of the images `indices`, each mirrored or not by chance.
+
+    Of the batch, which is drawn whole, only the rows `own` are read and returned.
+    """
     flips = torch.randint(latents.mean.shape[1], indices.shape, generator=draws, device=draws.device)
-    mean, std, labels = _take(latents, indices, flips)
-    return mean + std * torch.randn(mean.shape, generator=draws, device=draws.device), labels
+    mean, std, labels = _take(latents, indices[own], flips[own])
+    noise = torch.randn(len(indices), *mean.shape[1:], generator=draws, device=draws.device)
+    return mean + std * noise[own], labels
 
 
 def _take(latents: Latents | Resident, indices: Tensor, flips: Tensor) -> list[Tensor]:

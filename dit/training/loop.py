@@ -18,6 +18,7 @@ from dit.config import Train
 from dit.data.latents import LatentStore
 from dit.devices import autocast, resolve_backend, resolve_precision
 from dit.diffusion import Diffusion, Loss
+from dit.distributed import Ranks, like, whole
 from dit.fused import fuse
 from dit.model import DiT
 from dit.progress import progress
@@ -84,13 +85,16 @@ class Trainer:
         label_dropout: float,
         seed: int,
         scratch: Path,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks(diffusion.device)
+        self.ranks.share(params.batch_size, "train.batch_size")
         self.model = model.to(diffusion.device)
         self.diffusion = diffusion
         self.params = params
         self.scratch = scratch
         self.precision = resolve_precision(params.precision, diffusion.device)
-        self.batches = Batches(store, diffusion, batch_size=params.batch_size, label_dropout=label_dropout, seed=seed)
+        self.batches = Batches(store, diffusion, batch_size=params.batch_size, label_dropout=label_dropout, seed=seed, ranks=self.ranks)
         self.validation = Validation(store, diffusion, params.validation)
         backend = resolve_backend(params.backend, diffusion.device, self.precision)
         self.forward: Forward = self.model
@@ -98,13 +102,18 @@ class Trainer:
         self.gradients: Callable[[Batch], Tensor] = self._gradients
         self.optimiser: Optimiser | FusedOptimiser
         if backend == "fused":
-            self.forward, self.optimiser = fuse(self.model, params)
+            network, self.optimiser = fuse(self.model, params)
+            self.forward = self.ranks.replicate(network)
             self.loss = torch.compile(diffusion.loss)
-            self.gradients = Captured(self._gradients)
+            self.gradients = self._gradients if self.ranks.grouped else Captured(self._gradients)
         else:
+            if params.parallel == "fsdp":
+                self.ranks.shard(self.model, self.precision)
+            else:
+                self.forward = self.ranks.replicate(self.model)
             self.optimiser = Optimiser(self.model, params, self.precision)
         if backend == "compiled":
-            self.forward = torch.compile(self.model)
+            self.forward = torch.compile(self.forward)
         self.records = Records()
         self.divergence: Divergence | None = None
         self.steps_done = 0
@@ -114,13 +123,13 @@ class Trainer:
     @property
     def ema(self) -> dict[str, Tensor]:
         """The averaged weights, with the names of the model's `state_dict`."""
-        return self.optimiser.ema
+        return {name: whole(tensor) for name, tensor in self.optimiser.ema.items()}
 
     def run(self, description: str) -> None:
         """Train from the last checkpoint, or from the start, to the end or to divergence."""
         self._resume(description)
         first, started = self.steps_done, time.monotonic()
-        with progress(self.params.steps, description, "step", done=first) as bar:
+        with progress(self.params.steps, description, "step", done=first, shown=self.ranks.first) as bar:
             while self.steps_done < self.params.steps and not self.divergence:
                 step = self.steps_done
                 if step > first and step % self.params.checkpoint_every == 0:
@@ -137,7 +146,8 @@ class Trainer:
         self.images_per_second = (self.steps_done - first) * self.params.batch_size / (time.monotonic() - started)
         if not self.divergence:
             self._validate(self.steps_done)
-        checkpoint.remove(self.scratch)
+        if self.ranks.first:
+            checkpoint.remove(self.scratch)
 
     def _train(self, step: int) -> None:
         batch = self.batches(step)
@@ -164,12 +174,13 @@ class Trainer:
         return self.loss(output, batch.x0, batch.eps, batch.timesteps, x_t)
 
     def _diagnosis_due(self, step: int) -> bool:
-        return step < EARLY_DIAGNOSES or step % self.params.diagnose_every == 0
+        sharded = self.ranks.grouped and self.params.parallel == "fsdp"
+        return not sharded and (step < EARLY_DIAGNOSES or step % self.params.diagnose_every == 0)
 
     def _diagnosed_update(self, step: int, batch: Batch) -> None:
         """Take the step, and record what it does. Changes nothing that the run depends on."""
         whole = self.params.batch_size
-        part = max(1, whole // NOISE_PART)
+        part = max(1, len(batch.labels) // NOISE_PART)
         norms = self._gradient_norms(batch.first(part)) if part < whole else None
         self.optimiser.publish_gradients()
         states = diagnose(self.model, lambda: self.optimiser.step(step), batch.timesteps, batch.labels)
@@ -201,7 +212,8 @@ class Trainer:
         """Record the losses since the last reading, or the divergence that they show; returns the last error."""
         mse = math.nan
         first = self.steps_done - len(self._pending)
-        for step, (total, mse, gradient_norm) in enumerate(torch.stack(self._pending).tolist(), start=first):
+        losses = self.ranks.mean(torch.stack(self._pending)).tolist()
+        for step, (total, mse, gradient_norm) in enumerate(losses, start=first):
             if not math.isfinite(total):
                 self.divergence = Divergence(step, "loss", repr(total))
                 break
@@ -220,10 +232,8 @@ class Trainer:
     def _validate(self, step: int) -> None:
         self.model.eval()
         score = self.validation(self.model, self.precision)
-        with torch.no_grad():
-            averaged = self.validation(
-                lambda x, t, y: torch.func.functional_call(self.model, self.ema, (x, t, y)), self.precision
-            )
+        with self.optimiser.averaged_weights():
+            averaged = self.validation(self.model, self.precision)
         self.model.train()
         for weights, measured in (("model", score), ("ema", averaged)):
             buckets = {f"mse_t{index}": mse for index, mse in enumerate(measured.by_bucket)}
@@ -232,19 +242,23 @@ class Trainer:
                 self.divergence = Divergence(step, f"validation_mse of the {weights} weights", repr(measured.mse))
 
     def _save(self) -> None:
+        """All ranks give their part; one checkpoint is right for any number of them."""
         state = {
             "steps_done": self.steps_done,
-            "model": self.model.state_dict(),
+            "model": {name: whole(tensor) for name, tensor in self.model.state_dict().items()},
             "optimiser": self.optimiser.state_dict(),
             "records": vars(self.records),
         }
-        checkpoint.save(self.scratch, state)
+        if self.ranks.first:
+            checkpoint.save(self.scratch, state)
 
     def _resume(self, description: str) -> None:
         state = checkpoint.load(self.scratch, self.diffusion.device)
         if state is not None:
             self.steps_done = state["steps_done"]
-            self.model.load_state_dict(state["model"])
+            held = self.model.state_dict()
+            self.model.load_state_dict({name: like(tensor, held[name]) for name, tensor in state["model"].items()})
             self.optimiser.load_state_dict(state["optimiser"])
             self.records = Records(**state["records"])
-            print(f"{description}: resumed at step {self.steps_done}")
+            if self.ranks.first:
+                print(f"{description}: resumed at step {self.steps_done}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dit.config import Train
+from dit.distributed import like, local, moments_of, restore_moments, whole
 
 
 def learning_rate(params: Train, step: int) -> float:
@@ -19,6 +22,7 @@ class Optimiser:
     """One `step` per batch: unscale, clip, AdamW, EMA."""
 
     def __init__(self, model: nn.Module, params: Train, precision: torch.dtype) -> None:
+        self.model = model
         self.params = params
         self.weights: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
         device = self.weights[0].device
@@ -31,7 +35,8 @@ class Optimiser:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         self.ema = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        self.averaged = [self.ema[name] for name, weight in model.named_parameters() if weight.requires_grad]
+        trained = [(weight, self.ema[name]) for name, weight in model.named_parameters() if weight.requires_grad]
+        self.current, self.averaged = ([local(tensor) for tensor in tensors] for tensors in zip(*trained, strict=True))
 
     def learning_rate(self, step: int) -> float:
         """That of `step`."""
@@ -55,24 +60,36 @@ class Optimiser:
         self.scaler.step(self.adamw)
         self.scaler.update()
         with torch.no_grad():
-            torch._foreach_lerp_(self.averaged, self.weights, 1 - self.params.ema_decay)
+            torch._foreach_lerp_(self.averaged, self.current, 1 - self.params.ema_decay)
 
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of all gradients, as a scalar tensor on the device."""
-        return nn.utils.get_total_norm([weight.grad for weight in self.weights if weight.grad is not None])
+        return whole(nn.utils.get_total_norm([weight.grad for weight in self.weights if weight.grad is not None]))
 
     def gradient_norm_of(self, loss: Tensor) -> Tensor:
         """The norm that `gradient_norm` would have after `backward(loss)`, without a change of any gradient."""
         gradients = torch.autograd.grad(self.scaler.scale(loss), self.weights)
         return nn.utils.get_total_norm(gradients) / self.scaler.scale(torch.ones_like(loss))
 
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within the block, the model holds the averaged weights."""
+        with torch.no_grad():
+            trained = [weight.clone() for weight in self.current]
+            torch._foreach_copy_(self.current, self.averaged)
+            try:
+                yield
+            finally:
+                torch._foreach_copy_(self.current, trained)
+
     def state_dict(self) -> dict[str, Any]:
         """All state, for a checkpoint."""
-        return {"adamw": self.adamw.state_dict(), "scaler": self.scaler.state_dict(), "ema": self.ema}
+        ema = {name: whole(tensor) for name, tensor in self.ema.items()}
+        return {"moments": moments_of(self.model, self.adamw), "scaler": self.scaler.state_dict(), "ema": ema}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.adamw.load_state_dict(state["adamw"])
+        restore_moments(self.model, self.adamw, state["moments"])
         self.scaler.load_state_dict(state["scaler"])
         for name, tensor in self.ema.items():
-            tensor.copy_(state["ema"][name])
+            tensor.copy_(like(state["ema"][name], tensor))

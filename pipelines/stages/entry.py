@@ -22,15 +22,23 @@ import yaml
 from dit.config import Params, load
 from dit.errors import ConfigError, UserError
 from dit.init import Strategy
+from pipelines.stages.launch import in_group, run_group
 
 WRONG_INPUT = 2
 TRANSIENT = os.EX_TEMPFAIL
 
 
-def run_stage(stage: Callable[[Params], None]) -> None:
-    """Check the whole `params.yaml`, run `stage`, and exit with a code that says what went wrong, if anything did."""
+def run_stage(stage: Callable[[Params], None], processes: Callable[[Params], int] = lambda _: 1) -> None:
+    """Check the whole `params.yaml`, run `stage`, and exit with a code that says what went wrong, if anything did.
+
+    A stage of several `processes` runs as a group, in which each process comes here again.
+    """
     try:
-        stage(load())
+        params = load()
+        if (count := processes(params)) > 1 and not in_group():
+            code = run_group(count)
+            sys.exit(TRANSIENT if code < 0 else code)
+        stage(params)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_INPUT)

@@ -16,14 +16,21 @@ from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.devices import make_deterministic, resolve_device
 from dit.diffusion import Diffusion
+from dit.distributed import Ranks, joined
 from dit.training.loop import Trainer
 from pipelines.stages.entry import complete_directory, run_key, run_stage, scratch, strategy_of, write_json
 
 
 def train(params: Params, strategy: str, seed: int) -> None:
-    """Initialise, train, and write `runs/train/<strategy>-<seed>`."""
+    """Initialise, train, and write `runs/train/<strategy>-<seed>`: alone, or as one of a group of processes."""
     make_deterministic(params.train.threads, params.train.deterministic)
-    device = resolve_device(params.train.device)
+    with joined(resolve_device(params.train.device)) as ranks:
+        train_on(ranks, params, strategy, seed)
+
+
+def train_on(ranks: Ranks, params: Params, strategy: str, seed: int) -> None:
+    """This rank's part of it."""
+    device = ranks.device
     rules = strategy_of(params, strategy)
     settings = {
         "model": params.model.model_dump(mode="json"),
@@ -49,13 +56,17 @@ def train(params: Params, strategy: str, seed: int) -> None:
         label_dropout=params.model.label_dropout,
         seed=seed,
         scratch=scratch(key),
+        ranks=ranks,
     )
     started = time.monotonic()
     trainer.run(f"train {strategy}-{seed}")
     seconds = time.monotonic() - started
+    ema = trainer.ema
+    if not ranks.first:
+        return
     run = {"strategy": strategy, "seed": seed, "run_key": key, "device": device.type, "settings": settings, **outcome(trainer)}
     with complete_directory(f"runs/train/{strategy}-{seed}") as out:
-        save_file(trainer.ema, out / "ema.safetensors")
+        save_file(ema, out / "ema.safetensors")
         trainer.records.write(out)
         write_json(out / "run.json", run)
     speed = {"seconds": seconds, "images_per_second": trainer.images_per_second, "hostname": socket.gethostname()}
@@ -91,7 +102,7 @@ def outcome(trainer: Trainer) -> dict[str, Any]:
 
 def main(strategy: str, seed: Annotated[int, typer.Argument(min=0)]) -> None:
     """Train one DiT from STRATEGY of params.yaml with SEED."""
-    run_stage(lambda params: train(params, strategy, seed))
+    run_stage(lambda params: train(params, strategy, seed), processes=lambda params: params.train.processes)
 
 
 if __name__ == "__main__":

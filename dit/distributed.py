@@ -1,0 +1,127 @@
+"""Several processes as one: the only file that knows of ranks. `torchrun` starts them; a process alone is a group of one.
+
+A batch is the same for any number of ranks, and each computes its own rows of it. Gradients are averaged by DDP, or weights,
+gradients and optimiser state are sharded by FSDP2 (`fully_shard`). The first rank alone reports and writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dit.errors import ConfigError
+from dit.model import DiT
+
+WHOLE = states.StateDictOptions(full_state_dict=True)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `size` of them, and its device. `grouped` is false for a process that `torchrun` did not start."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    grouped: bool = False
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank is the one that reports and writes."""
+        return self.rank == 0
+
+    def own(self, count: int) -> slice:
+        """This rank's rows of `count`: contiguous, in the order of ranks, as equal as can be."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def share(self, count: int, key: str) -> int:
+        """`count / size`. Raises `ConfigError` that names `key` where that is not whole."""
+        if count % self.size:
+            raise ConfigError(f"{key} = {count} over {self.size} processes; accepted: a multiple of {self.size}")
+        return count // self.size
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over ranks, on every rank; a value that is not finite on one is not finite on any."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def gather(self, rows: Tensor, count: int) -> Tensor:
+        """All `count` rows, on every rank, from what each has of them: its `own`."""
+        if self.size == 1:
+            return rows
+        every = [Ranks(self.device, rank, self.size).own(count) for rank in range(self.size)]
+        lengths = [part.stop - part.start for part in every]
+        padded = torch.zeros(max(lengths), *rows.shape[1:], dtype=rows.dtype, device=self.device)
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in every]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+    def replicate(self, network: nn.Module) -> nn.Module:
+        """The network, whose gradients are then averaged over ranks during the backward pass (DDP)."""
+        if not self.grouped:
+            return network
+        return DistributedDataParallel(network, device_ids=[self.device] if self.device.type == "cuda" else None)
+
+    def shard(self, model: DiT, precision: torch.dtype) -> None:
+        """Shard every block, and the rest, over all ranks (FSDP2); weights travel in `precision`, gradients in float32."""
+        if not self.grouped:
+            return
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        reduced = None if precision == torch.float32 else precision
+        policy = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for part in (*model.blocks, model):
+            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """The group of processes that `torchrun` started; without it, this process alone. On GPUs each rank has its own."""
+    if "RANK" not in os.environ:
+        yield Ranks(device)
+        return
+    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if device.type == "cuda":
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size)
+    yield Ranks(device, rank, size, grouped=True)
+    dist.destroy_process_group()  # not after an error: the other ranks may be waiting, and torchrun ends them
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor as one, on every rank; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, sharded: Tensor) -> Tensor:
+    """A whole tensor, sharded as `sharded` is."""
+    return distribute_tensor(tensor, sharded.device_mesh, sharded.placements) if isinstance(sharded, DTensor) else tensor
+
+
+def moments_of(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's state as whole tensors by the names of the weights, however it is sharded, on any number of ranks."""
+    return states.get_optimizer_state_dict(model, optimiser, options=WHOLE)
+
+
+def restore_moments(model: nn.Module, optimiser: torch.optim.Optimizer, moments: dict[str, Any]) -> None:
+    """Set what `moments_of` returned, sharded as the model is now."""
+    states.set_optimizer_state_dict(model, optimiser, moments, options=WHOLE)

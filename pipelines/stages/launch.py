@@ -1,0 +1,44 @@
+"""A stage as several processes of this machine, started as `torchrun` starts them. On several machines, `torchrun` does it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import uuid
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+
+def in_group() -> bool:
+    """Whether this process is already one of a group."""
+    return "RANK" in os.environ
+
+
+def run_group(count: int) -> int:
+    """Run the command of this process as `count` ranks; the exit code of the first that failed, negative for a signal, or 0.
+
+    Where one fails the others are ended, and one message says which it was.
+    """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.orig_argv[0])(*sys.orig_argv[1:])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        print(f"error: process {rank} of {count} {how}; the others were ended, and nothing was written", file=sys.stderr)
+        return code
+    return 0
