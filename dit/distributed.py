@@ -58,6 +58,13 @@ class Ranks:
             values /= self.size
         return values
 
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replace each by its mean over ranks."""
+        if self.size > 1:
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                work.wait()
+            torch._foreach_div_(tensors, self.size)
+
     def gather(self, rows: Tensor, count: int) -> Tensor:
         """All `count` rows, on every rank, from what each has of them: its `own`."""
         if self.size == 1:

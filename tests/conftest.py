@@ -15,6 +15,8 @@ from dit.data.store import StoreWriter
 
 ROOT = Path(__file__).parents[1]
 
+collect_ignore = [] if torch.cuda.is_available() else ["test_fused_cuda.py"]
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:

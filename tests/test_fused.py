@@ -32,7 +32,6 @@ def test_output_and_every_gradient_are_those_of_the_plain_network(head_size: int
     weights = torch.randn_like(expected)
     for output in (expected, found):
         (output * weights).sum().backward()
-    copies = dict(fused.copy.named_parameters())
-    for name, weight in network.named_parameters():
-        if weight.requires_grad:
-            torch.testing.assert_close(copies[name].grad, weight.grad, rtol=1e-9, atol=1e-9, msg=name)
+    trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+    for (name, weight), gradient in zip(trained.items(), fused.gradients(), strict=True):
+        torch.testing.assert_close(gradient, weight.grad, rtol=1e-9, atol=1e-9, msg=name)

@@ -6,15 +6,33 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dit.config import Train
+    from dit.distributed import Ranks
     from dit.fused.network import FusedDiT
     from dit.fused.optimiser import FusedOptimiser
     from dit.model import DiT
 
 
-def fuse(model: DiT, params: Train) -> tuple[FusedDiT, FusedOptimiser]:
-    """The fast network and the optimiser that keeps its weights those of `model`. Needs Triton, which comes with torch for CUDA."""
+TOKENS = 16
+"""The attention kernel works on whole tiles of so many tokens."""
+
+TOKENS_OF_UNEVEN_HEADS = 256
+"""The same for heads whose size is no power of two: at 64 tokens, Triton 3.6 was seen to give wrong numbers for them."""
+
+
+def supports(hidden_size: int, num_heads: int, tokens: int) -> bool:
+    """Whether the kernels have been shown to be right for such a network."""
+    head_size = hidden_size // num_heads
+    even = head_size & (head_size - 1) == 0
+    return tokens % (TOKENS if even else TOKENS_OF_UNEVEN_HEADS) == 0
+
+
+def fuse(model: DiT, params: Train, ranks: Ranks) -> tuple[FusedDiT, FusedOptimiser]:
+    """The fast network and the optimiser that keeps its weights those of `model`.
+
+    Needs Triton, which torch for CUDA brings along, and a network that the kernels support.
+    """
     from dit.fused.network import FusedDiT
     from dit.fused.optimiser import FusedOptimiser
 
     network = FusedDiT(model)
-    return network, FusedOptimiser(model, network.copy, params)
+    return network, FusedOptimiser(model, network, params, ranks)

@@ -1,14 +1,14 @@
 """Matrix products with what torch does not offer: the GELU or its derivative as their last step, and a choice of algorithm.
 
-cuBLASLt comes with torch for CUDA. Everything here is bf16, row-major, with float32 sums. cuBLASLt is column-major, so that a matrix
-(rows, columns) of ours is one of (columns, rows) there. Names and numbers are those of NVIDIA's `cublasLt.h`.
+cuBLASLt comes with torch for CUDA. Everything here is bf16, row-major, with float32 sums. cuBLASLt is column-major, so that a
+matrix (rows, columns) of ours is one of (columns, rows) there. Names and numbers are those of NVIDIA's `cublasLt.h`.
 """
 
 from __future__ import annotations
 
 import ctypes
 from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -73,7 +73,8 @@ def _product(
     bias: Tensor | None = None, aux: Tensor | None = None,
 ) -> None:  # fmt: skip
     """`left @ right`, each transposed or not, to `out`. In columns that is `right.T @ left.T`, so cuBLASLt's A is `right`."""
-    plan = _plan(out.shape, left.shape, right.shape, transposed, epilogue, out.device)
+    fixed = torch.are_deterministic_algorithms_enabled()
+    plan = _plan(out.shape, left.shape, right.shape, transposed, epilogue, out.device, fixed)
     for attribute, tensor in ((BIAS_POINTER, bias), (AUX_POINTER, aux)):
         if tensor is not None:
             _set(plan.operation, attribute, c_void_p(tensor.data_ptr()))
@@ -85,7 +86,7 @@ class _Plan:
 
     def __init__(
         self, out: torch.Size, left: torch.Size, right: torch.Size, transposed: tuple[bool, bool], epilogue: int,
-        device: torch.device,
+        device: torch.device, fixed: bool,
     ) -> None:  # fmt: skip
         library = _library()
         self.handle, self.operation, preference = c_void_p(), c_void_p(), c_void_p()
@@ -109,7 +110,9 @@ class _Plan:
             )
         )  # fmt: skip
         _check(library.cublasLtMatmulPreferenceDestroy(preference))
-        self.candidates = list(found[: count.value])
+        if not count.value:
+            raise RuntimeError(f"cuBLASLt has no algorithm for {tuple(left)} by {tuple(right)} in bf16")
+        self.candidates = list(found[: 1 if fixed else count.value])
 
     def run(self, *operands: Tensor) -> None:
         """Multiply; the first call settles the algorithm."""
@@ -118,8 +121,6 @@ class _Plan:
         _check(self._launch(self.candidates[0], *operands))
 
     def _fastest(self, operands: tuple[Tensor, ...]) -> _Heuristic:
-        if torch.are_deterministic_algorithms_enabled():
-            return self.candidates[0]
         working = [candidate for candidate in self.candidates if not self._launch(candidate, *operands)]
         return min(working, key=lambda candidate: self._milliseconds(candidate, operands))
 
@@ -145,7 +146,7 @@ class _Plan:
 _plan = lru_cache(maxsize=None)(_Plan)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _workspace(device: torch.device) -> Tensor:
     return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 

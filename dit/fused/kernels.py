@@ -1,7 +1,7 @@
 """Triton kernels for what lies between the matrix products; `dit.fused.operations` holds their formulas in plain PyTorch.
 
-Tokens are rows: (B, T, D) is (B * T, D). All arithmetic is float32, whatever the tensors hold. A backward kernel adds what must be
-summed over tokens (shift, scale, gate, biases) per chunk of tokens, in a fixed order and without atomics, so it repeats exactly.
+Tokens are rows: (B, T, D) is (B * T, D). All arithmetic is float32, whatever the tensors hold. What must be summed over tokens
+(shift, scale, gate, biases) is added per chunk of tokens, in a fixed order and without atomics, so that it repeats exactly.
 """
 
 from __future__ import annotations
@@ -260,8 +260,9 @@ def _attention_backward(
 ):  # fmt: skip
     """One program: the gradients of OWN keys and values, then of OWN queries, of one head of one sample.
 
-    The probabilities are computed twice from `lse`, so that nothing is summed between programs; Dao et al. (2022), appendix B.2.
-    A head of SIZE channels is cut in WIDE and REST ones, powers of two. `partial` gets the sums over OWN tokens, (B * blocks, 3D).
+    The probabilities are computed twice from `lse`, so that nothing is summed between programs; Dao et al. (2022), appendix
+    B.2. A head of SIZE channels is cut in WIDE and REST ones, powers of two. `partial` gets the sums over OWN tokens,
+    (B * blocks, 3D).
     """
     pair = tl.program_id(1)
     width = heads * SIZE
@@ -351,7 +352,8 @@ def _heads(qkv: Tensor, num_heads: int, settings: dict[str, int]) -> dict[str, i
     wide = 1 << (size.bit_length() - 1)
     rest = max(16, triton.next_power_of_2(size - wide)) if size > wide else 0
     own, other = (_divisor(tokens, settings[name]) for name in ("OWN", "OTHER"))
-    return {**settings, "TOKENS": tokens, "SIZE": size, "WIDE": wide, "REST": rest, "OWN": own, "OTHER": other}
+    shape = {"TOKENS": tokens, "SIZE": size, "WIDE": wide, "REST": rest}
+    return {**settings, **shape, "OWN": own, "OTHER": other}
 
 
 def attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:

@@ -1,30 +1,59 @@
 """The network of `dit.model` on a bf16 copy of its weights, with `dit.fused.operations` between the matrix products.
 
-The residual stream, the weights in use and their gradients are bf16, as matrix products under autocast have them; sums, statistics
-and everything inside an operation are float32. The float32 weights stay in the model, and the optimiser owns the way between.
+The residual stream, the weights in use and their gradients are bf16, as matrix products under autocast have them; sums,
+statistics and everything inside an operation are float32. The float32 weights stay in the model, and the optimiser owns the way
+between.
 """
 
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit.fused.operations import attention, linear, mlp, residual_norm
-from dit.model import MLP, Attention, DiT
+from dit.model import MLP, Attention, DiT, DiTBlock
 
-class FusedDiT(nn.Module):
-    """Called as `fused(x, t, y)` like the model it is made from, whose weights it copies; `copy` holds the copies by name."""
+
+class FusedDiT:
+    """Called as `fused(x, t, y)` like the model it is made from, whose weights it copies.
+
+    `copies` are the copies of the model's trained weights, in its order. Those of all modulation layers are parts of one
+    matrix, since all of them are applied to the same `c`: one product instead of one for each block.
+    """
 
     def __init__(self, model: DiT, dtype: torch.dtype = torch.bfloat16) -> None:
-        super().__init__()
         self.dtype = dtype
-        self.copy = deepcopy(model).to(dtype)
         self.positions = model.pos_embed
+        self.copy = deepcopy(model).to(dtype)
+        self.blocks = cast("list[DiTBlock]", list(self.copy.blocks))
+        modulations = (part.adaLN_modulation for part in (*self.blocks, self.copy.final_layer))
+        layers = [cast("nn.Linear", cast("nn.Sequential", part)[1]) for part in modulations]
+        self.modulation = {kind: torch.cat([getattr(layer, kind).detach() for layer in layers]) for kind in ("weight", "bias")}
+        self._rows = [layer.out_features for layer in layers]
+        self._joined: dict[Tensor, tuple[str, int]] = {}
+        for kind, whole in self.modulation.items():
+            for index, (layer, part) in enumerate(zip(layers, whole.split(self._rows), strict=True)):
+                getattr(layer, kind).data = part
+                self._joined[getattr(layer, kind)] = kind, index
+            whole.requires_grad_()
+        self.copies: list[Tensor] = [weight for weight in self.copy.parameters() if weight.requires_grad]
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def clear_gradients(self) -> None:
+        """Forget the gradients of the last backward pass."""
+        for weight in (*self.copies, *self.modulation.values()):
+            weight.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """Those of `copies`, after a backward pass."""
+        parts = {kind: whole.grad.split(self._rows) for kind, whole in self.modulation.items() if whole.grad is not None}
+        joined = {weight: parts[kind][index] for weight, (kind, index) in self._joined.items()}
+        return [cast("Tensor", joined.get(weight, weight.grad)) for weight in self.copies]
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Noisy latents `x` (B, C, H, W), timesteps `t` (B,), labels `y` (B,) -> (B, C or 2C, H, W)."""
         with torch.autocast(x.device.type, enabled=False):  # every dtype is chosen here
             return self._forward(x, t, y)
@@ -33,11 +62,11 @@ class FusedDiT(nn.Module):
         network, final = self.copy, self.copy.final_layer
         wide = torch.promote_types(self.dtype, torch.float32)
         c = F.silu(network.t_embedder(t).to(wide) + network.y_embedder(y).to(wide)).to(self.dtype)  # (B, D)
-        modulations = [block.adaLN_modulation[1](c).chunk(6, dim=1) for block in network.blocks]  # each (B, D)
-        modulations.append(final.adaLN_modulation[1](c).chunk(2, dim=1))
-        embed, ungated = network.x_embedder.proj, torch.ones_like(c[:1]).expand_as(c)
-        x, h = residual_norm(self.positions, self._patches(x), embed.bias, ungated, *modulations[0][:2])
-        for block, modulation, following in zip(network.blocks, modulations, modulations[1:], strict=False):
+        parts = F.linear(c, self.modulation["weight"], self.modulation["bias"]).split(self._rows, dim=1)
+        modulations = [part.split(network.hidden_size, dim=1) for part in parts]  # 6 for each block, 2 for the end, each (B, D)
+        bias, ungated = cast("Tensor", network.x_embedder.proj.bias), torch.ones_like(c[:1]).expand_as(c)
+        x, h = residual_norm(self.positions, self._patches(x), bias, ungated, *modulations[0][:2])
+        for block, modulation, following in zip(self.blocks, modulations, modulations[1:], strict=False):
             _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
             x, h = residual_norm(x, _attend(block.attn, h), block.attn.proj.bias, gate_attn, shift_mlp, scale_mlp)
             x, h = residual_norm(x, _mlp(block.mlp, h), block.mlp.fc2.bias, gate_mlp, *following[:2])

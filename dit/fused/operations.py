@@ -1,8 +1,7 @@
 """What lies between the matrix products of a DiT, each as one operation with a derivative written by hand.
 
-On CUDA they are Triton kernels (`dit.fused.kernels`); elsewhere the same formulas in PyTorch, which are what the kernels are tested
-against, and which are tested against autograd in float64. Tokens are (B, T, D), modulation is (B, D), and statistics are float32
-at least.
+On CUDA they are Triton kernels and cuBLASLt products (`dit.fused.kernels`); elsewhere the same formulas in PyTorch, which the
+kernels are tested against, and which are tested against autograd in float64. Tokens are (B, T, D), modulation is (B, D).
 """
 
 from __future__ import annotations
@@ -23,9 +22,7 @@ CUBE = 0.044715
 """The constants of the tanh-approximated GELU; Hendrycks & Gimpel (2016), section 2."""
 
 
-def residual_norm(
-    x: Tensor, branch: Tensor, bias: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
+def residual_norm(x: Tensor, branch: Tensor, bias: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """`x + gate * (branch + bias)`, and its modulated layer norm: the end of one branch and the start of the next.
 
     Tokens `x` (B, T, D), or (1, T, D) where all samples share them and need no gradient; `branch` (B, T, D), `bias` (D,), the
@@ -35,7 +32,7 @@ def residual_norm(
 
 
 def attention(h: Tensor, weight: Tensor, bias: Tensor, num_heads: int) -> Tensor:
-    """Multi-head self-attention up to its output projection: tokens `h` (B, T, D), `weight` (3D, D), `bias` (3D,) -> (B, T, D)."""
+    """Multi-head self-attention up to its output projection: `h` (B, T, D), `weight` (3D, D), `bias` (3D,) -> (B, T, D)."""
     return _Attention.apply(h, weight, bias, num_heads)
 
 
@@ -57,7 +54,7 @@ class _ResidualNorm(Function):
         return x_out, h
 
     @staticmethod
-    def backward(ctx: Any, dx_out: Tensor, dh: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dx_out: Tensor, dh: Tensor) -> Any:
         x_out, branch, bias, gate, scale, mean, rstd = ctx.saved_tensors
         dx_out, dh = dx_out.contiguous(), dh.contiguous()
         gradients = _kernels(dh).residual_norm_backward(dx_out, dh, x_out, branch, bias, gate, scale, mean, rstd)
@@ -71,7 +68,7 @@ class _Linear(Function):
         return _kernels(x).linear(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         dy = dy.contiguous()
         return _kernels(x).matmul(dy, weight), _kernels(x).outer(dy, x)
@@ -87,7 +84,7 @@ class _Attention(Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> Any:
         h, weight, qkv, out, lse = ctx.saved_tensors
         dqkv, dbias = _kernels(h).attention_backward(dout.contiguous(), qkv, out, lse, ctx.num_heads)
         return _kernels(h).matmul(dqkv, weight), _kernels(h).outer(dqkv, h), dbias, None
@@ -101,7 +98,7 @@ class _MLP(Function):
         return _kernels(h).linear(a, weight_out)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> Any:
         h, u, a, weight_in, weight_out = ctx.saved_tensors
         dout = dout.contiguous()
         fast = _kernels(h)
@@ -156,7 +153,7 @@ class Reference:
 
     @staticmethod
     def attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-        """Gradient of qkv and its sum over tokens. With P the probabilities: dS = P (dP - rowsum(dout out)); Dao et al. (2022)."""
+        """Gradient of qkv and its sum over tokens. dS = P (dP - rowsum(dout out)), P the probabilities; Dao et al. (2022)."""
         q, k, v = _split(qkv, num_heads)
         (g,), (o,) = _split(dout, num_heads, 1), _split(out, num_heads, 1)
         scale = q.shape[-1] ** -0.5

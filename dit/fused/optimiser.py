@@ -1,4 +1,4 @@
-"""AdamW and the moving average of the weights in one kernel, from the bf16 gradients of the copies that the fast path computes with."""
+"""AdamW and the moving average of the weights in one kernel, from the bf16 gradients of the fast network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dit.config import Train
+from dit.distributed import Ranks
 from dit.fused.kernels import AdamWEMA
+from dit.fused.network import FusedDiT
+from dit.model import DiT
 from dit.training.optimiser import learning_rate
 
 EPS = 1e-8
@@ -19,17 +22,16 @@ EPS = 1e-8
 
 
 class FusedOptimiser:
-    """As `dit.training.optimiser.Optimiser`, for a model in float32 and its `copy` in bf16, which it keeps equal up to rounding."""
+    """As `dit.training.optimiser.Optimiser`, for a float32 model; it keeps the copies in `network` equal up to rounding."""
 
-    def __init__(self, model: nn.Module, copy: nn.Module, params: Train) -> None:
+    def __init__(self, model: DiT, network: FusedDiT, params: Train, ranks: Ranks) -> None:
         self.params = params
+        self.ranks = ranks
         self.ema = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        copies = dict(copy.named_parameters())
-        self.names = list(trained)
-        self.weights = list(trained.values())
-        self.copies = [copies[name] for name in self.names]
-        self.averaged = [self.ema[name] for name in self.names]
+        self.network = network
+        self.weights: list[Tensor] = list(trained.values())
+        self.averaged = [self.ema[name] for name in trained]
         self.first, self.second = ([torch.zeros_like(weight) for weight in self.weights] for _ in range(2))
         self.unclipped = torch.ones((), device=self.weights[0].device)
         self._update: AdamWEMA | None = None
@@ -41,18 +43,21 @@ class FusedOptimiser:
 
     def backward(self, loss: Tensor) -> None:
         """Set the gradients of `loss` in the copies."""
-        for copy in self.copies:
-            copy.grad = None
+        self.network.clear_gradients()
         loss.backward()
+
+    def average_gradients(self) -> None:
+        """Make the gradients those of the batch of all ranks."""
+        self.ranks.average(self.network.gradients())
 
     def publish_gradients(self) -> None:
         """Give the gradients to the model's own weights, in float32, until the next `step`."""
-        for weight, gradient in zip(self.weights, self._gradients(), strict=True):
+        for weight, gradient in zip(self.weights, self.network.gradients(), strict=True):
             weight.grad = gradient.float()
 
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of all gradients, as a scalar tensor on the device."""
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._gradients(), 2, torch.float32)))
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.network.gradients(), 2, torch.float32)))
 
     def gradient_norm_of(self, loss: Tensor) -> Tensor:
         """The norm of the gradient of `loss`, computed with the model's own weights, without a change of any gradient."""
@@ -63,9 +68,11 @@ class FusedOptimiser:
         factor, limit = self.unclipped, self.params.gradient_clip
         if limit is not None:
             factor = (limit / (self.gradient_norm() + 1e-6)).clamp(max=1)
-        addresses = [gradient.data_ptr() for gradient in self._gradients()]
+        gradients = self.network.gradients()
+        addresses = [gradient.data_ptr() for gradient in gradients]
         if self._update is None or addresses != self._addresses:
-            self._update = AdamWEMA(self.weights, self.copies, self._gradients(), self.first, self.second, self.averaged)
+            copies = self.network.copies
+            self._update = AdamWEMA(self.weights, copies, gradients, self.first, self.second, self.averaged)
             self._addresses = addresses
         rate, (beta1, beta2) = self.learning_rate(step), self.params.betas
         self._update(
@@ -79,9 +86,6 @@ class FusedOptimiser:
         )
         for weight in self.weights:
             weight.grad = None
-
-    def _gradients(self) -> list[Tensor]:
-        return [copy.grad for copy in self.copies]  # type: ignore[misc]
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -105,4 +109,4 @@ class FusedOptimiser:
         torch._foreach_copy_(self.second, state["second"])
         for name, tensor in self.ema.items():
             tensor.copy_(state["ema"][name])
-        torch._foreach_copy_(self.copies, self.weights)
+        torch._foreach_copy_(self.network.copies, self.weights)

@@ -17,7 +17,6 @@ from dit.diffusion import Diffusion
 from dit.distributed import Ranks
 from dit.seeding import generator
 
-
 RESIDENT_SHARE = 0.2
 
 

@@ -19,7 +19,7 @@ from dit.data.latents import LatentStore
 from dit.devices import autocast, resolve_backend, resolve_precision
 from dit.diffusion import Diffusion, Loss
 from dit.distributed import Ranks, like, whole
-from dit.fused import fuse
+from dit.fused import fuse, supports
 from dit.model import DiT
 from dit.progress import progress
 from dit.training import checkpoint
@@ -96,18 +96,19 @@ class Trainer:
         self.precision = resolve_precision(params.precision, diffusion.device)
         self.batches = Batches(store, diffusion, batch_size=params.batch_size, label_dropout=label_dropout, seed=seed, ranks=self.ranks)
         self.validation = Validation(store, diffusion, params.validation)
-        backend = resolve_backend(params.backend, diffusion.device, self.precision)
+        supported = supports(model.hidden_size, model.num_heads, model.pos_embed.shape[1])
+        backend = resolve_backend(params.backend, diffusion.device, self.precision, supported)
         self.forward: Forward = self.model
         self.loss: Callable[..., Loss] = diffusion.loss
         self.gradients: Callable[[Batch], Tensor] = self._gradients
         self.optimiser: Optimiser | FusedOptimiser
-        if backend == "fused":
-            network, self.optimiser = fuse(self.model, params)
-            self.forward = self.ranks.replicate(network)
+        self.sharded = self.ranks.grouped and params.parallel == "fsdp"
+        if backend == "fused" and not self.sharded:
+            self.forward, self.optimiser = fuse(self.model, params, self.ranks)
             self.loss = torch.compile(diffusion.loss)
-            self.gradients = self._gradients if self.ranks.grouped else Captured(self._gradients)
+            self.gradients = Captured(self._gradients)
         else:
-            if params.parallel == "fsdp":
+            if self.sharded:
                 self.ranks.shard(self.model, self.precision)
             else:
                 self.forward = self.ranks.replicate(self.model)
@@ -152,6 +153,7 @@ class Trainer:
     def _train(self, step: int) -> None:
         batch = self.batches(step)
         losses = self.gradients(batch)
+        self.optimiser.average_gradients()
         logged = step % self.params.log_every == 0
         gradient_norm = self.optimiser.gradient_norm() if logged else losses.new_zeros(())
         self._pending.append(torch.cat([losses, gradient_norm[None]]))
@@ -174,8 +176,7 @@ class Trainer:
         return self.loss(output, batch.x0, batch.eps, batch.timesteps, x_t)
 
     def _diagnosis_due(self, step: int) -> bool:
-        sharded = self.ranks.grouped and self.params.parallel == "fsdp"
-        return not sharded and (step < EARLY_DIAGNOSES or step % self.params.diagnose_every == 0)
+        return not self.sharded and (step < EARLY_DIAGNOSES or step % self.params.diagnose_every == 0)
 
     def _diagnosed_update(self, step: int, batch: Batch) -> None:
         """Take the step, and record what it does. Changes nothing that the run depends on."""

@@ -48,6 +48,9 @@ class Optimiser:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.adamw)
 
+    def average_gradients(self) -> None:
+        """Nothing to do: DDP and FSDP have averaged them during the backward pass."""
+
     def publish_gradients(self) -> None:
         """Nothing to do: the gradients are those of the model's own weights."""
 

@@ -1,0 +1,228 @@
+"""Training throughput of the real loop: `python benchmarks/train.py` on any device. CPU figures are only ratios."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from dit import config, init, model
+from dit.data.latents import LatentStore
+from dit.data.store import StoreWriter
+from dit.devices import make_deterministic, resolve_device
+from dit.diffusion import Diffusion
+from dit.training.loop import Trainer
+
+CHANNELS, CLASSES, IMAGES = 4, 1000, 2048
+GPU_CASES = "DiT-XL/2:128@32 DiT-B/2:256@32 DiT-S/2:256@32 DiT-Tiny/2:64@8"
+CPU_CASES = "DiT-Micro/2:8@8"
+FORWARD_AND_BACKWARD = 3
+"""The backward pass multiplies twice where the forward pass multiplies once."""
+PHASES = {
+    "attention": ("attention", "sdpa", "flash", "fmha"),
+    "matrix products": ("nvjet", "gemm", "cutlass", "splitKreduce", "xmma"),
+    "norm, modulation, residual": ("_residual_norm", "_fold", "layer_norm"),
+    "optimiser and EMA": ("_adamw_ema", "multi_tensor", "FusedAdam"),
+    "bias gradients": ("_sum_rows", "reduce_kernel"),
+}
+"""Substrings of kernel names, the first match counts; the rest is `all else`."""
+OUT_OF_MEMORY = "out of memory"
+Result = dict[str, Any]
+
+
+class Timed(Trainer):
+    """A trainer that notes when step 1 and each half of its steps have ended; validation falls outside of the second half."""
+
+    def _train(self, step: int) -> None:
+        super()._train(step)
+        if step in {0, self.params.steps // 2, self.params.steps - 1}:
+            _wait(self.diffusion.device)
+            self.ended = [*getattr(self, "ended", []), time.perf_counter()]
+
+
+def main(
+    cases: Annotated[str, typer.Option(help="MODEL:BATCH@LATENT, separated by spaces")] = "",
+    backends: Annotated[str, typer.Option(help="of auto, deterministic, compiled, eager")] = "auto deterministic eager",
+    steps: Annotated[int, typer.Option(help="a power of two; the second half is measured")] = 64,
+    output: Annotated[Path | None, typer.Option(help="where to write JSON")] = None,
+    profile: Annotated[bool, typer.Option(help="also tell kernel time by phase, on a GPU")] = True,
+) -> None:
+    """Train each case with each backend and tell images per second, memory, arithmetic rate and where the time goes."""
+    if steps & (steps - 1) or steps < 4:
+        raise typer.BadParameter(f"{steps}; accepted: a power of two, 4 or more", param_hint="--steps")
+    device = resolve_device("auto")
+    peak = matmul_rate(device)
+    report: Result = {"machine": machine(device), "matmul_tflops": peak, "steps": steps, "results": []}
+    for case in (cases or (GPU_CASES if device.type == "cuda" else CPU_CASES)).split():
+        for backend in backends.split():
+            result = measure(case, backend, steps, device, profile and device.type == "cuda")
+            if "tflops" in result:
+                result["share_of_matmul_rate"] = result["tflops"] / peak
+            report["results"].append(result)
+            print(json.dumps({key: value for key, value in result.items() if key != "kernels"}), flush=True)
+            if output:
+                output.write_text(json.dumps(report, indent=1) + "\n")
+    show(report)
+
+
+def machine(device: torch.device) -> Result:
+    """What the figures were measured on and with."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
+
+
+def matmul_rate(device: torch.device) -> float:
+    """TFLOP/s of a square bf16 matrix product (float32 on a CPU), on random numbers."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    for repeats in (3, 20):
+        _wait(device)
+        started = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
+        _wait(device)
+    return 2 * size**3 * repeats / (time.perf_counter() - started) / 1e12
+
+
+def measure(case: str, backend: str, steps: int, device: torch.device, profile: bool) -> Result:
+    """One run of the training loop, checkpoints and diagnoses of later steps left out."""
+    name, _, rest = case.partition(":")
+    batch, _, size = rest.partition("@")
+    deterministic = backend == "deterministic"
+    result: Result = {"model": name, "batch_size": int(batch), "latent_size": int(size), "backend": backend}
+    make_deterministic(torch.get_num_threads(), deterministic)
+    torch.use_deterministic_algorithms(deterministic)
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            trainer = build(name, int(batch), int(size), backend, steps, device, Path(directory))
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            started = time.perf_counter()
+            trainer.run(f"{case} {backend}")
+            first, half, end = trainer.ended
+            rate = (steps - steps // 2 - 1) * int(batch) / (end - half)
+            flops = FORWARD_AND_BACKWARD * forward_flops(name, int(size))
+            result |= {"images_per_second": rate, "milliseconds_per_step": 1e3 * int(batch) / rate}
+            result |= {"seconds_to_first_step": first - started, "tflops": rate * flops / 1e12}
+            if device.type == "cuda":
+                result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            if profile:
+                result |= kernel_times(trainer)
+        except torch.cuda.OutOfMemoryError:
+            result["error"] = OUT_OF_MEMORY
+    trainer = None  # type: ignore[assignment]
+    _free()
+    return result
+
+
+def build(name: str, batch: int, size: int, backend: str, steps: int, device: torch.device, directory: Path) -> Timed:
+    """A trainer on random smooth latents, with the shipped parameters but for what a benchmark leaves out."""
+    params = config.load(Path(__file__).parents[1] / "params.yaml")
+    store = random_latents(directory / "latents", size)
+    never = dict.fromkeys(("diagnose_every", "validate_every", "checkpoint_every"), 1 << 30)
+    validation = params.train.validation.model_copy(update={"samples": min(64, batch), "batch_size": min(64, batch)})
+    chosen = "auto" if backend == "deterministic" else backend
+    changes = {"steps": steps, "batch_size": batch, "log_every": 50, "learning_rate": 1e-4, "ema_decay": 0.9999}
+    train = params.train.model_copy(update={**changes, **never, "validation": validation, "backend": chosen})
+    network = model.build(name, latent_size=size, latent_channels=CHANNELS, num_classes=CLASSES, learn_sigma=True)
+    init.apply(network, params.strategies["adaln_zero"], 0)
+    diffusion = Diffusion(params.diffusion, device)
+    return Timed(network, store, diffusion, train, label_dropout=0.1, seed=0, scratch=directory / "scratch")
+
+
+def random_latents(directory: Path, size: int) -> LatentStore:
+    """A store of IMAGES smooth random latents and their mirror images."""
+    item = (np.float32, (2, CHANNELS, size, size))
+    kinds = {"mean": item, "std": item, "labels": (np.int64, ())}
+    splits = {"train": IMAGES, "validation": 64}
+    writer = StoreWriter(directory, **{f"{split}_{kind}": spec for split in splits for kind, spec in kinds.items()})
+    draws = np.random.default_rng(0)
+    for split, count in splits.items():
+        coarse = draws.standard_normal((count, 2, CHANNELS, size // 4, size // 4), dtype=np.float32)
+        mean = coarse.repeat(4, axis=3).repeat(4, axis=4)
+        writer.append(f"{split}_mean", mean)
+        writer.append(f"{split}_std", np.full_like(mean, 0.05))
+        writer.append(f"{split}_labels", np.arange(count) % CLASSES)
+    unit = {"shift": [0.0] * CHANNELS, "scale": [1.0] * CHANNELS}
+    names = [str(label) for label in range(CLASSES)]
+    writer.close(class_names=names, num_classes=CLASSES, flip=True, normalize=unit)
+    return LatentStore(directory)
+
+
+def forward_flops(name: str, size: int) -> int:
+    """Floating-point operations of one image's forward pass: matrix products and attention, counted by torch."""
+    with torch.device("meta"):
+        network = model.build(name, latent_size=size, latent_channels=CHANNELS, num_classes=CLASSES, learn_sigma=True)
+        with FlopCounterMode(display=False) as counter:
+            network(torch.empty(1, CHANNELS, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    return counter.get_total_flops()
+
+
+def kernel_times(trainer: Trainer, steps: int = 3) -> Result:
+    """Milliseconds of kernel time a step by phase, and the fifteen kernels that take the most."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for step in range(steps):
+            trainer.gradients(trainer.batches(step))
+            trainer.optimiser.step(step)
+        torch.cuda.synchronize()
+    times = {event.key: event.self_device_time_total / 1e3 / steps for event in profiler.key_averages()}
+    phases = dict.fromkeys([*PHASES, "all else"], 0.0)
+    for kernel, milliseconds in times.items():
+        matches = (phase for phase, parts in PHASES.items() if any(part in kernel for part in parts))
+        phases[next(matches, "all else")] += milliseconds
+    most = sorted(times.items(), key=lambda item: -item[1])[:15]
+    return {"phases": phases, "kernels": {kernel[:120]: milliseconds for kernel, milliseconds in most}}
+
+
+def show(report: Result) -> None:
+    """Print the tables."""
+    console = Console(width=150)
+    header = f"{report['machine']['device']}, torch {report['machine']['torch']}, matmul {report['matmul_tflops']:.3g} TFLOP/s"
+    table = Table("model", "batch", "backend", "images/s", "x eager", "ms/step", "TFLOP/s", "of matmul", "GiB", "first step s")
+    table.title = header
+    eager = {row["model"]: row.get("images_per_second") for row in report["results"] if row["backend"] == "eager"}
+    for row in report["results"]:
+        cells = [row["model"], str(row["batch_size"]), row["backend"]]
+        if "error" in row:
+            table.add_row(*cells, row["error"])
+            continue
+        rate, base = row["images_per_second"], eager.get(row["model"])
+        memory = f"{row['peak_gib']:.1f}" if "peak_gib" in row else ""
+        ratio = f"{rate / base:.1f}" if base else ""
+        share = f"{row['share_of_matmul_rate']:.0%}"
+        numbers = [f"{rate:.0f}", ratio, f"{row['milliseconds_per_step']:.2f}", f"{row['tflops']:.3g}", share, memory]
+        table.add_row(*cells, *numbers, f"{row['seconds_to_first_step']:.1f}")
+    console.print(table)
+    phased = [row for row in report["results"] if "phases" in row]
+    if phased:
+        times = Table("kernel ms a step", *(f"{row['model']} {row['backend']}" for row in phased))
+        for phase in phased[0]["phases"]:
+            times.add_row(phase, *(f"{row['phases'][phase]:.2f}" for row in phased))
+        console.print(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _free() -> None:
+    gc.collect()
+    torch._dynamo.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    typer.run(main)

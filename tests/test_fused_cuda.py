@@ -1,0 +1,211 @@
+"""On a GPU: each kernel against its formula in float64, the optimiser against torch's, and runs that repeat and resume exactly.
+
+Collected only where there is a CUDA GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit import init, model
+from dit.config import Params
+from dit.data.latents import LatentStore
+from dit.diffusion import Diffusion
+from dit.fused import kernels
+from dit.fused.network import FusedDiT
+from dit.fused.operations import EPS, Reference
+from dit.fused.optimiser import FusedOptimiser
+from dit.training import batches
+from dit.training.batches import Batches
+from dit.training.loop import Trainer
+from dit.training.optimiser import Optimiser
+
+ROUNDING = 4e-3
+"""Relative error of one operation whose inputs and outputs are bf16: one rounding is at most 2^-9 = 2e-3."""
+
+Build = Callable[..., Trainer]
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    found, expected = (part.detach().double().flatten() for part in (found, expected))
+    return float((found - expected).norm() / expected.norm())
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda").bfloat16()
+
+
+@pytest.mark.parametrize("width", [64, 128, 384, 768, 1152])
+@pytest.mark.parametrize("tokens", [16, 64, 256])
+@pytest.mark.parametrize("shared", [False, True])
+def test_residual_norm(width: int, tokens: int, shared: bool) -> None:
+    x = torch.randn(1, tokens, width, device="cuda") if shared else normal(3, tokens, width)
+    branch, dx_out, dh = (normal(3, tokens, width) for _ in range(3))
+    bias, (gate, shift, scale) = normal(width), normal(3, 6 * width).chunk(6, dim=1)[:3]
+    found = kernels.residual_norm(x, branch, bias, gate, shift, scale, EPS)
+    expected = Reference.residual_norm(*(part.double() for part in (x, branch, bias, gate, shift, scale)), EPS)
+    assert max(map(error, found, expected)) < ROUNDING
+    mean, rstd = (part.view(3, tokens, 1) for part in found[2:])
+    inputs = (dx_out, dh, found[0], branch, bias, gate, scale)
+    back = kernels.residual_norm_backward(*inputs, mean, rstd)
+    exact = Reference.residual_norm_backward(*(part.double() for part in (*inputs, mean, rstd)))
+    assert max(map(error, back, exact)) < ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("heads", "size", "tokens"),
+    [(4, 32, 16), (4, 32, 64), (4, 32, 256), (6, 64, 16), (6, 64, 64), (6, 64, 256), (16, 72, 256)],
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_attention(heads: int, size: int, tokens: int, deterministic: bool, request: pytest.FixtureRequest) -> None:
+    if deterministic:
+        request.getfixturevalue("repeatable")
+    qkv, dout = normal(3, tokens, 3 * heads * size), normal(3, tokens, heads * size)
+    found, expected = kernels.attention(qkv, heads), Reference.attention(qkv.double(), heads)
+    assert max(map(error, found, expected)) < ROUNDING
+    back = kernels.attention_backward(dout, qkv, *found, heads)
+    exact = Reference.attention_backward(dout.double(), qkv.double(), *expected, heads)
+    assert max(map(error, back, exact)) < ROUNDING
+
+
+@pytest.mark.parametrize("width", [64, 384, 1152])
+def test_products(width: int) -> None:
+    x, dy, weight, bias = normal(3, 64, width), normal(3, 64, 4 * width), normal(4 * width, width), normal(4 * width)
+    weight *= width**-0.5
+    a, u = kernels.linear_gelu(x, weight, bias)
+    for found, expected in zip((a, u), Reference.linear_gelu(x.double(), weight.double(), bias.double()), strict=True):
+        assert error(found, expected) < ROUNDING
+    back = weight.T.contiguous()
+    du = Reference.matmul_dgelu(x.double(), back.double(), u.double())
+    assert error(kernels.matmul_dgelu(x, back, u), du) < ROUNDING
+    assert error(kernels.linear(x, weight, bias), Reference.linear(x.double(), weight.double(), bias.double())) < ROUNDING
+    assert error(kernels.matmul(dy, weight), dy.double() @ weight.double()) < ROUNDING
+    assert error(kernels.outer(dy, x), Reference.outer(dy.double(), x.double())) < ROUNDING
+    assert error(kernels.sum_rows(dy), Reference.sum_rows(dy.double())) < ROUNDING
+
+
+@pytest.mark.parametrize("head_size", [32, 64, 72])
+def test_network_and_every_gradient_in_bf16_against_float64(head_size: int) -> None:
+    network = model.DiT(
+        latent_size=32, patch_size=2, latent_channels=4, hidden_size=4 * head_size, depth=4, num_heads=4, num_classes=5,
+        learn_sigma=True,
+    )  # fmt: skip
+    rules = [{"role": "all", "init": "xavier_uniform"}, {"role": "bias", "init": "normal", "std": 0.02}]
+    network = init.apply(network, {"rules": rules}, seed=1).cuda()
+    x, t = torch.randn(4, 4, 32, 32, device="cuda"), torch.tensor([0, 10, 500, 999], device="cuda")
+    y = torch.tensor([0, 2, 4, 5], device="cuda")
+    fused = FusedDiT(network)
+    found, expected = fused(x, t, y), network.double()(x.double(), t, y)
+    assert error(found, expected) < 1e-2
+    weights = torch.randn_like(expected)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+    errors = {name: error(part, weight.grad) for (name, weight), part in zip(trained.items(), fused.gradients(), strict=True)}
+    assert max(errors.values()) < 2e-2, errors
+
+
+def test_optimiser_is_torchs_adamw_and_average(params: Params, micro: Callable[..., model.DiT]) -> None:
+    settings = {"weight_decay": 0.1, "gradient_clip": 0.5, "warmup_steps": 3, "ema_decay": 0.9}
+    settings = params.train.model_copy(update=settings)
+    plain, ours = (init.apply(micro(), "head_xavier", 0).cuda() for _ in range(2))
+    network = FusedDiT(ours)
+    expected, found = Optimiser(plain, settings, torch.float32), FusedOptimiser(ours, network, settings)
+    for step in range(5):
+        found.backward(sum((copy.float() * torch.randn_like(copy)).sum() for copy in network.copies))
+        for whole in network.modulation.values():
+            whole.grad = torch.randn_like(whole)
+        for weight, gradient in zip(expected.weights, network.gradients(), strict=True):
+            weight.grad = gradient.float()
+        assert found.gradient_norm().item() == pytest.approx(expected.gradient_norm().item(), rel=1e-5)
+        expected.step(step)
+        found.step(step)
+    for one, other in ((plain.state_dict(), ours.state_dict()), (expected.ema, found.ema)):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    for weight, copy in zip(found.weights, network.copies, strict=True):
+        assert torch.equal(copy, weight.bfloat16())
+
+
+@pytest.fixture
+def repeatable() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def trainer(params: Params, latents: LatentStore, micro: Callable[..., model.DiT], tmp_path: Path) -> Build:
+    """Builds a run of 12 steps on the small latents."""
+    validation = params.train.validation.model_copy(update={"samples": 20})
+    short = {"steps": 12, "batch_size": 8, "log_every": 3, "validate_every": 6, "checkpoint_every": 5, "diagnose_every": 6}
+
+    def build(strategy: str = "head_xavier", scratch: str = "scratch", **changes: object) -> Trainer:
+        settings = params.train.model_copy(update={"validation": validation, **short, **changes})
+        diffusion = Diffusion(params.diffusion, "cuda")
+        network = init.apply(micro(), strategy, 0)
+        return Trainer(network, latents, diffusion, settings, label_dropout=0.1, seed=0, scratch=tmp_path / scratch)
+
+    return build
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.usefixtures("repeatable")
+def test_a_run_repeats_and_resumes_bit_for_bit(trainer: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, interrupted = trainer(scratch="a"), trainer(scratch="b"), trainer()
+    first.run("first")
+    second.run("second")
+    train = interrupted._train
+
+    def train_until_killed(step: int) -> None:
+        if step == 7:
+            raise KilledError
+        train(step)
+
+    monkeypatch.setattr(interrupted, "_train", train_until_killed)
+    with pytest.raises(KilledError):
+        interrupted.run("interrupted")
+    resumed = trainer()
+    resumed.run("resumed")
+    for other in (second, resumed):
+        assert other.records == first.records
+        assert all(torch.equal(first.ema[name], other.ema[name]) for name in first.ema)
+
+
+def test_the_fast_path_follows_the_plain_one(trainer: Build) -> None:
+    fast, plain = trainer(scratch="fast", steps=40), trainer(scratch="plain", steps=40, backend="eager", precision="fp32")
+    fast.run("fast")
+    plain.run("plain")
+    ours, theirs = (run.records.validation[-1]["mse"] for run in (fast, plain))
+    assert ours == pytest.approx(theirs, rel=0.02)
+
+
+def test_the_published_network_wakes_up_in_three_steps(trainer: Build) -> None:
+    run = trainer("adaln_zero", steps=3, diagnose_every=1)
+    run.run("run")
+    asleep = {(row["step"], row["role"]) for row in run.records.diagnostics if row["zero_gradient_fraction"] == 1}
+    roles = {row["role"] for row in run.records.diagnostics}
+    assert {role for role in roles if (0, role) not in asleep} == {role for role in roles if "final.projection" in role}
+    assert not {role for role in roles if (2, role) in asleep}
+
+
+def test_batches_are_the_same_whether_latents_are_resident_or_streamed(
+    params: Params, latents: LatentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diffusion = Diffusion(params.diffusion, "cuda")
+    resident = Batches(latents, diffusion, batch_size=8, label_dropout=0.5, seed=0)
+    monkeypatch.setattr(batches, "RESIDENT_SHARE", 0)
+    streamed = Batches(latents, diffusion, batch_size=8, label_dropout=0.5, seed=0)
+    assert isinstance(resident.latents, batches.Resident)
+    assert not isinstance(streamed.latents, batches.Resident)
+    for step in (0, 3, 1):
+        one, other = resident(step), streamed(step)
+        assert all(torch.equal(vars(one)[name], vars(other)[name]) for name in vars(one))
