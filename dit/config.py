@@ -145,6 +145,7 @@ class Latents(Section):
     dtype: Literal["float32", "float16"]
     batch_size: PositiveInt
     precision: Precision
+    processes: PositiveInt
     threads: PositiveInt
     device: Device
 
@@ -233,6 +234,7 @@ class Evaluate(Section):
     nearest_k: PositiveInt
     grid_rows: PositiveInt
     precision: Precision
+    processes: PositiveInt
     threads: PositiveInt
     device: Device
 

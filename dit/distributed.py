@@ -7,10 +7,10 @@ gradients and optimiser state are sharded by FSDP2 (`fully_shard`). The first ra
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dit.errors import ConfigError
-from dit.model import DiT
+
+if TYPE_CHECKING:
+    from dit.model import DiT
 
 WHOLE = states.StateDictOptions(full_state_dict=True)
 
@@ -76,6 +78,16 @@ class Ranks:
         parts = [torch.empty_like(padded) for _ in every]
         dist.all_gather(parts, padded)
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+    def split(self, compute: Callable[[slice], tuple[Tensor, ...]], count: int) -> tuple[Tensor, ...]:
+        """What `compute` gives for all of `count` rows, on every rank, where each rank computes its own.
+
+        `compute` gets a slice that is never empty, and returns tensors with as many rows.
+        """
+        own = self.own(count)
+        mine = own.stop - own.start
+        parts = compute(own if mine else slice(0, 1))
+        return tuple(self.gather(part[:mine], count) for part in parts)
 
     def replicate(self, network: nn.Module) -> nn.Module:
         """The network, whose gradients are then averaged over ranks during the backward pass (DDP)."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dit.config import Diffusion
 from dit.devices import autocast
+from dit.distributed import Ranks
 from dit.progress import progress
 from dit.seeding import generator
 
@@ -51,26 +52,30 @@ def sample(
     device: torch.device,
     precision: torch.dtype,
     description: str,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """Draw one normalised latent for each of `labels` (N,) -> (N, C, H, W), float32, on the CPU.
 
-    `precision` is that of the network alone; the scheduler computes in float32.
+    `precision` is that of the network alone; the scheduler computes in float32. `batch_size` is that of each rank.
     """
-    samples = []
-    indices = torch.arange(len(labels)).split(batch_size)
-    with progress(len(indices) * steps, description, "step") as bar:
-        for batch in indices:
-            solver = build_scheduler(diffusion, scheduler, steps)
-            draws = [generator(seed, "sample", index) for index in batch.tolist()]
-            x = torch.cat([_initial_noise(model, draw) for draw in draws]).to(device)
-            y = labels[batch].to(device)
-            for t in solver.timesteps:
-                with autocast(device, precision):
-                    output = guided(model, x, t.to(device).expand(len(batch)), y, guidance_scale)
-                x = _step(solver, output.float(), t, x, draws)
-                bar.update()
-            samples.append(x.cpu())
-    return torch.cat(samples)
+    ranks = ranks or Ranks(device)
+    batches = torch.arange(len(labels)).split(batch_size * ranks.size)
+
+    def solve(batch: Tensor) -> tuple[Tensor]:
+        solver = build_scheduler(diffusion, scheduler, steps)
+        draws = [generator(seed, "sample", index) for index in batch.tolist()]
+        x = torch.cat([_initial_noise(model, draw) for draw in draws]).to(device)
+        y = labels[batch].to(device)
+        for t in solver.timesteps:
+            with autocast(device, precision):
+                output = guided(model, x, t.to(device).expand(len(batch)), y, guidance_scale)
+            x = _step(solver, output.float(), t, x, draws)
+            bar.update()
+        return (x,)
+
+    with progress(len(batches) * steps, description, "step", shown=ranks.first) as bar:
+        drawn = [ranks.split(lambda own, batch=batch: solve(batch[own]), len(batch))[0] for batch in batches]  # type: ignore[misc]
+    return torch.cat([x.cpu() for x in drawn])
 
 
 def _initial_noise(model: Denoiser, draw: torch.Generator) -> Tensor:

@@ -30,7 +30,13 @@ def params() -> config.Params:
 
 
 @pytest.fixture(scope="session")
-def latents(tmp_path_factory: pytest.TempPathFactory) -> LatentStore:
+def latents(latents_directory: Path) -> LatentStore:
+    """The store at `latents_directory`."""
+    return LatentStore(latents_directory)
+
+
+@pytest.fixture(scope="session")
+def latents_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Smooth random latents of 3 classes, 48 for training and 24 for validation, with mirror images; 4 x 8 x 8."""
     directory = tmp_path_factory.mktemp("store") / "latents"
     item = (np.float32, (2, 4, 8, 8))
@@ -47,7 +53,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> LatentStore:
         writer.append(f"{split}_labels", np.arange(count) % 3)
     unit = {"shift": [0.0] * 4, "scale": [1.0] * 4}
     writer.close(class_names=["a", "b", "c"], num_classes=3, flip=True, normalize=unit)
-    return LatentStore(directory)
+    return directory
 
 
 @pytest.fixture

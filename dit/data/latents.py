@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dit.data import SPLITS
 from dit.data.store import Store, StoreWriter
+from dit.distributed import Ranks
 from dit.errors import DataError
 from dit.progress import progress
 
@@ -66,31 +68,42 @@ class LatentStore:
         return z / self.scale.to(z) + self.shift.to(z)
 
 
-def write_latents(images: ImageStore, encode: Encode, settings: Settings, directory: Path) -> dict[str, list[float]]:
+def write_latents(
+    images: ImageStore, encode: Encode, settings: Settings, directory: Path | None, ranks: Ranks | None = None
+) -> dict[str, list[float]]:
     """Encode every image, in order, into a store at `directory`; returns the factors of `normalize`.
 
+    Of several ranks each encodes its rows of every batch, `batch_size` of them; `directory` is None on all but the first.
     Raises `DataError` for latents that are not finite, also where that is because `latents.dtype` cannot hold them.
     """
+    ranks = ranks or Ranks(torch.device("cpu"))
     first, _ = encode(images.train_images[:1])
     item = (2 if settings.flip else 1, *first.shape[1:])
     arrays = {f"{split}_{kind}": (settings.dtype, item) for split in SPLITS for kind in ("mean", "std")}
     labels = {f"{split}_labels": (np.int64, ()) for split in SPLITS}
-    writer = StoreWriter(directory, **arrays, **labels)
+    writer = StoreWriter(directory, **arrays, **labels) if directory else None
     moments = Moments(channels=item[1])
     for split in SPLITS:
         pixels = getattr(images, f"{split}_images")
-        writer.append(f"{split}_labels", np.asarray(getattr(images, f"{split}_labels")))
-        with progress(len(pixels), f"{split} latents", "image") as bar:
-            for start in range(0, len(pixels), settings.batch_size):
-                mean, std = _encode(encode, pixels[start : start + settings.batch_size], settings)
+        if writer:
+            writer.append(f"{split}_labels", np.asarray(getattr(images, f"{split}_labels")))
+        with progress(len(pixels), f"{split} latents", "image", shown=ranks.first) as bar:
+            for start in range(0, len(pixels), settings.batch_size * ranks.size):
+                batch = pixels[start : start + settings.batch_size * ranks.size]
+                parts = ranks.split(partial(_encode, encode, batch, settings.flip), len(batch))
+                mean, std = _stored(parts, settings)
                 _check_finite(mean, std, split, start)
-                writer.append(f"{split}_mean", mean)
-                writer.append(f"{split}_std", std)
+                if writer:
+                    writer.append(f"{split}_mean", mean)
+                    writer.append(f"{split}_std", std)
                 if split == "train":
                     moments.add(mean, std)
                 bar.update(len(mean))
     normalize = moments.factors(settings.normalize)
-    writer.close(class_names=images.class_names, num_classes=len(images.class_names), flip=settings.flip, normalize=normalize)
+    if writer:
+        writer.close(
+            class_names=images.class_names, num_classes=len(images.class_names), flip=settings.flip, normalize=normalize
+        )
     return normalize
 
 
@@ -128,11 +141,17 @@ class Moments:
         return {"shift": mean.tolist(), "scale": (variance**-0.5).tolist()}
 
 
-def _encode(encode: Encode, pixels: np.ndarray, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (B, H, W, 3) -> mean and std, each (B, F, C, h, w), as they are stored."""
-    views = [pixels, pixels[:, :, ::-1]] if settings.flip else [pixels]
+def _encode(encode: Encode, batch: np.ndarray, flip: bool, own: slice) -> tuple[Tensor, Tensor]:
+    """The rows `own` of pixels (B, H, W, 3) -> mean and std, each (B, F, C, h, w)."""
+    pixels = batch[own]
+    views = [pixels, pixels[:, :, ::-1]] if flip else [pixels]
     means, stds = zip(*(encode(view) for view in views), strict=True)
-    mean, std = (torch.stack(parts, dim=1).cpu().numpy() for parts in (means, stds))
+    return torch.stack(means, dim=1), torch.stack(stds, dim=1)
+
+
+def _stored(parts: tuple[Tensor, ...], settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and std as they are stored."""
+    mean, std = (part.cpu().numpy() for part in parts)
     with np.errstate(over="ignore"):
         return mean.astype(settings.dtype), std.astype(settings.dtype)
 

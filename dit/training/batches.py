@@ -58,7 +58,14 @@ class Batches:
     """`batches(step)` is the batch of that optimiser step."""
 
     def __init__(
-        self, store: LatentStore, diffusion: Diffusion, *, batch_size: int, label_dropout: float, seed: int, ranks: Ranks | None = None
+        self,
+        store: LatentStore,
+        diffusion: Diffusion,
+        *,
+        batch_size: int,
+        label_dropout: float,
+        seed: int,
+        ranks: Ranks | None = None,
     ) -> None:
         self.latents = on_device(store.split("train"), diffusion.device)
         self.store = store

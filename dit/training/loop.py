@@ -94,7 +94,9 @@ class Trainer:
         self.params = params
         self.scratch = scratch
         self.precision = resolve_precision(params.precision, diffusion.device)
-        self.batches = Batches(store, diffusion, batch_size=params.batch_size, label_dropout=label_dropout, seed=seed, ranks=self.ranks)
+        self.batches = Batches(
+            store, diffusion, batch_size=params.batch_size, label_dropout=label_dropout, seed=seed, ranks=self.ranks
+        )
         self.validation = Validation(store, diffusion, params.validation)
         supported = supports(model.hidden_size, model.num_heads, model.pos_embed.shape[1])
         backend = resolve_backend(params.backend, diffusion.device, self.precision, supported)

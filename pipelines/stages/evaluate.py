@@ -20,6 +20,7 @@ from dit.autoencoder import decode, load_autoencoder
 from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.devices import make_deterministic, resolve_device, resolve_precision
+from dit.distributed import Ranks, joined
 from dit.errors import ConfigError, DataError
 from dit.evaluation.distances import Distances, check_counts, measure
 from dit.evaluation.features import FeatureExtractor, load_extractor, load_features
@@ -36,21 +37,27 @@ def evaluate(params: Params, strategy: str, seed: int) -> None:
     """
     name = f"{strategy}-{seed}"
     make_deterministic(params.evaluate.threads)
-    device = resolve_device(params.evaluate.device)
     trained = read_run(strategy, seed, params)
     settings = {section: getattr(params, section).model_dump(mode="json") for section in ("evaluate", "features")}
+    device = resolve_device(params.evaluate.device)
     identity = [params.model.name, trained["settings"]["diffusion"], settings, device.type]
     key = run_key("evaluate", identity, strategy, seed)
-    extractor = load_extractor(params.features, device)
-    real = load_features("data/features", extractor)
-    check_counts(len(real), params.evaluate)
     store = LatentStore("data/latents")
-    latents = None if trained["status"] == "diverged" else draw(params, store, name, device, key)
+    rows, columns = grid_shape(params.evaluate.num_samples, store.num_classes, params.evaluate.grid_rows)
+    looked = None
+    with joined(device) as ranks:
+        extractor = load_extractor(params.features, ranks.device)
+        real = load_features("data/features", extractor)
+        check_counts(len(real), params.evaluate)
+        latents = None if trained["status"] == "diverged" else draw(params, store, name, ranks, key)
+        if latents is not None and latents.isfinite().all():
+            looked = look(params, store.denormalize(latents), extractor, rows * store.num_classes, ranks)
+    if not ranks.first:
+        return
     distances: dict[str, float | None] = dict.fromkeys(field.name for field in fields(Distances))
     grid = None
-    if latents is not None and latents.isfinite().all():
-        rows, columns = grid_shape(len(latents), store.num_classes, params.evaluate.grid_rows)
-        features, shown = look(params, store.denormalize(latents), extractor, rows * store.num_classes)
+    if looked:
+        features, shown = looked
         grid = image_grid(shown, rows, columns, store.num_classes)
         distances |= vars(measure(real, features, params.evaluate))
     final = trained["final"] or {"ema_validation_mse": None}
@@ -95,9 +102,9 @@ def read_run(strategy: str, seed: int, params: Params) -> dict[str, Any]:
     return run
 
 
-def draw(params: Params, store: LatentStore, name: str, device: torch.device, key: str) -> Tensor:
+def draw(params: Params, store: LatentStore, name: str, ranks: Ranks, key: str) -> Tensor:
     """Normalised latents (N, C, h, w) of the EMA weights; their speed goes to scratch."""
-    network = load_network(params, store, Path("runs/train") / name / "ema.safetensors").to(device)
+    network = load_network(params, store, Path("runs/train") / name / "ema.safetensors").to(ranks.device)
     settings = params.evaluate
     started = time.monotonic()
     latents = sample(
@@ -109,9 +116,10 @@ def draw(params: Params, store: LatentStore, name: str, device: torch.device, ke
         guidance_scale=settings.guidance_scale,
         seed=settings.seed,
         batch_size=settings.batch_size,
-        device=device,
-        precision=resolve_precision(settings.precision, device),
+        device=ranks.device,
+        precision=resolve_precision(settings.precision, ranks.device),
         description=f"sample {name}",
+        ranks=ranks,
     )
     seconds = time.monotonic() - started
     speed = {"seconds": seconds, "images_per_second": len(latents) / seconds, "hostname": socket.gethostname()}
@@ -136,16 +144,22 @@ def load_network(params: Params, store: LatentStore, weights: Path) -> model.DiT
     return network.eval()
 
 
-def look(params: Params, latents: Tensor, extractor: FeatureExtractor, keep: int) -> tuple[Tensor, np.ndarray]:
+def look(params: Params, latents: Tensor, extractor: FeatureExtractor, keep: int, ranks: Ranks) -> tuple[Tensor, np.ndarray]:
     """Decode raw latents (N, C, h, w), a batch at a time: features (N, D), and pixels (`keep`, H, W, 3) uint8 of the first."""
     autoencoder = load_autoencoder("data/autoencoder", extractor.device)
+    size = params.evaluate.batch_size * ranks.size
     features, shown = [], []
-    with progress(len(latents), "decode", "image") as bar:
-        for batch in latents.split(params.evaluate.batch_size):
-            images = decode(autoencoder, batch)
-            features.append(extractor(images))
-            shown.append(images[: max(0, keep - bar.n)])
-            bar.update(len(images))
+
+    def decoded(batch: Tensor) -> tuple[Tensor, Tensor]:
+        images = decode(autoencoder, batch)
+        return extractor(images), torch.from_numpy(images)
+
+    with progress(len(latents), "decode", "image", shown=ranks.first) as bar:
+        for start, batch in zip(range(0, len(latents), size), latents.split(size), strict=True):
+            found, images = ranks.split(lambda own, batch=batch: decoded(batch[own]), len(batch))  # type: ignore[misc]
+            features.append(found.cpu())
+            shown.append(images[: max(0, keep - start)].cpu().numpy())
+            bar.update(len(batch))
     return torch.cat(features), np.concatenate(shown)
 
 
@@ -160,7 +174,7 @@ def ending(trained: dict[str, Any], distances: dict[str, float | None]) -> str:
 
 def main(strategy: str, seed: Annotated[int, typer.Argument(min=0)]) -> None:
     """Evaluate the DiT that was trained from STRATEGY of params.yaml with SEED."""
-    run_stage(lambda params: evaluate(params, strategy, seed))
+    run_stage(lambda params: evaluate(params, strategy, seed), processes=lambda params: params.evaluate.processes)
 
 
 if __name__ == "__main__":

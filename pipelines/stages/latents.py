@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 from dit.autoencoder import encode, load_autoencoder
-from dit.config import Params
+from dit.config import Latents, Params
 from dit.data.images import load_images
 from dit.data.latents import write_latents
 from dit.devices import make_deterministic, resolve_device, resolve_precision
+from dit.distributed import Ranks, joined
 from pipelines.stages.entry import complete_directory, run_stage
 
 
@@ -16,14 +18,23 @@ def latents(params: Params) -> None:
     """Encode `data/images` with `data/autoencoder` and write `data/latents`."""
     settings = params.latents
     make_deterministic(settings.threads)
-    device = resolve_device(settings.device)
+    with joined(resolve_device(settings.device)) as ranks:
+        normalize = encode_on(ranks, settings)
+        if ranks.first:
+            factors = ", ".join(
+                f"{name} [{' '.join(f'{value:.4g}' for value in values)}]" for name, values in normalize.items()
+            )
+            print(f"latents: {factors}")
+
+
+def encode_on(ranks: Ranks, settings: Latents) -> dict[str, list[float]]:
+    """This rank's part of it; the first one writes."""
+    device = ranks.device
     autoencoder = load_autoencoder("data/autoencoder", device)
     encoder = partial(encode, autoencoder, precision=resolve_precision(settings.precision, device))
-    with complete_directory("data/latents") as out:
-        normalize = write_latents(load_images(), encoder, settings, out)
-    factors = ", ".join(f"{name} [{' '.join(f'{value:.4g}' for value in values)}]" for name, values in normalize.items())
-    print(f"latents: {factors}")
+    with complete_directory("data/latents") if ranks.first else nullcontext() as out:
+        return write_latents(load_images(), encoder, settings, out, ranks)
 
 
 if __name__ == "__main__":
-    run_stage(latents)
+    run_stage(latents, processes=lambda params: params.latents.processes)

@@ -39,6 +39,8 @@ def train_on(ranks: Ranks, params: Params, strategy: str, seed: int) -> None:
         "rules": rules.model_dump(mode="json", exclude_defaults=True)["rules"],
     }
     key = run_key("train", [settings, device.type], strategy, seed)
+    anyhow = {**settings, "train": params.train.model_dump(mode="json", exclude={"processes", "parallel"})}
+    resumable = run_key("train", [anyhow, device.type], strategy, seed)  # by any number of processes
     store = LatentStore(Path("data/latents"))
     network = model.build(
         params.model.name,
@@ -55,7 +57,7 @@ def train_on(ranks: Ranks, params: Params, strategy: str, seed: int) -> None:
         params.train,
         label_dropout=params.model.label_dropout,
         seed=seed,
-        scratch=scratch(key),
+        scratch=scratch(resumable),
         ranks=ranks,
     )
     started = time.monotonic()

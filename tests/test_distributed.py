@@ -1,0 +1,163 @@
+"""Several processes take the steps of one, resume what another number of them began, and fail as one. On CPUs, through gloo."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import torch
+
+from dit import config, init
+from dit.data.images import ImageStore
+from dit.data.latents import write_latents
+from dit.distributed import Ranks
+from dit.errors import ConfigError
+from dit.model import build
+from dit.sampling import sample
+from pipelines.experiments import override
+
+ROOT = Path(__file__).parents[1]
+STEPS = 24
+SMALL = {
+    "model.name": "DiT-Micro/2",
+    "train.steps": STEPS,
+    "train.batch_size": 8,
+    "train.log_every": 4,
+    "train.validate_every": STEPS,
+    "train.checkpoint_every": 2,
+    "train.gradient_clip": 1.0,
+    "train.validation.samples": 16,
+}
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, latents_directory: Path) -> Path:
+    """A folder with latents and what a stage reads; the working directory stays."""
+    shutil.copytree(latents_directory, tmp_path / "data" / "latents")
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    return tmp_path
+
+
+def train(workspace: Path, processes: int, parallel: str = "ddp", **more: object) -> subprocess.Popen[str]:
+    """Start stage `train` on so many processes."""
+    given = {**SMALL, "train.processes": processes, "train.parallel": parallel, **more}
+    (workspace / "params.yaml").write_text(override((ROOT / "params.yaml").read_text(), given))
+    command = [sys.executable, "-m", "pipelines.stages.train", "adaln_zero", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=workspace, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+def losses(workspace: Path) -> np.ndarray:
+    """Training and validation errors of the run, and the norms of its gradients."""
+    directory = workspace / "runs" / "train" / "adaln_zero-0"
+    metrics, validation = (pd.read_csv(directory / f"{name}.csv") for name in ("metrics", "validation"))
+    return np.concatenate([metrics["mse"], metrics["gradient_norm"], validation["mse"]])
+
+
+@pytest.mark.parametrize(("processes", "parallel"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
+def test_any_number_of_processes_takes_the_steps_of_one(workspace: Path, processes: int, parallel: str) -> None:
+    finished(train(workspace, 1))
+    alone = losses(workspace)
+    output = finished(train(workspace, processes, parallel))
+    assert output.count("validation mse") == 1  # one rank reports
+    np.testing.assert_allclose(losses(workspace), alone, rtol=1e-5)
+
+
+def test_a_killed_process_ends_the_stage_and_another_number_of_them_goes_on(workspace: Path) -> None:
+    finished(train(workspace, 1))
+    alone = losses(workspace)
+    shutil.rmtree(workspace / "runs")
+    shutil.rmtree(workspace / ".scratch", ignore_errors=True)
+    begun = train(workspace, 2)
+    kill_a_rank_after_a_checkpoint(begun, workspace)
+    output, _ = begun.communicate(timeout=60)
+    assert begun.returncode == os.EX_TEMPFAIL, output
+    assert "was killed by SIGKILL; the others were ended, and nothing was written" in output
+    assert not (workspace / "runs").exists()
+    kept = shutil.copytree(workspace / ".scratch", workspace / "kept")
+    for processes in (1, 4):
+        shutil.rmtree(workspace / ".scratch")
+        shutil.copytree(kept, workspace / ".scratch")
+        assert "resumed at step" in finished(train(workspace, processes))
+        np.testing.assert_allclose(losses(workspace), alone, rtol=1e-5)
+
+
+def kill_a_rank_after_a_checkpoint(process: subprocess.Popen[str], workspace: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not list(workspace.glob(".scratch/*/checkpoint.pt")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.002)
+    victim = psutil.Process(process.pid).children()[-1]
+    os.kill(victim.pid, signal.SIGKILL)
+
+
+def test_rows_are_shared_without_gap_or_overlap() -> None:
+    for count in range(9):
+        for size in (1, 2, 3, 5):
+            own = [Ranks(torch.device("cpu"), rank, size).own(count) for rank in range(size)]
+            assert [row for part in own for row in range(count)[part]] == list(range(count))
+
+
+def test_a_batch_that_cannot_be_shared_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train\.batch_size = 8 over 3 processes; accepted: a multiple of 3"):
+        Ranks(torch.device("cpu"), 0, 3).share(8, "train.batch_size")
+
+
+def test_samples_and_latents_are_those_of_one_process(tmp_path: Path) -> None:
+    sample_and_encode(0, 1, tmp_path)
+    torch.multiprocessing.spawn(sample_and_encode, (2, tmp_path), nprocs=2)
+    alone, together = (tmp_path / "1", tmp_path / "2")
+    torch.testing.assert_close(torch.load(alone / "samples.pt"), torch.load(together / "samples.pt"), rtol=1e-4, atol=1e-5)
+    for file in sorted((alone / "latents").glob("*.bin")):
+        assert file.read_bytes() == (together / "latents" / file.name).read_bytes()
+
+
+def sample_and_encode(rank: int, size: int, directory: Path) -> None:
+    """The work of one rank: 8 samples, then 12 and 7 images, of which the last batch is not shared equally."""
+    device, out = torch.device("cpu"), directory / str(size)
+    torch.set_num_threads(1)
+    out.mkdir(exist_ok=True)
+    if size > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/group", rank=rank, world_size=size)
+    ranks = Ranks(device, rank, size, grouped=size > 1)
+    params = config.load(ROOT / "params.yaml")
+    network = build("DiT-Micro/2", latent_size=4, latent_channels=3, num_classes=3, learn_sigma=True)
+    init.apply(network, "torch_default", 0)
+    options = {"scheduler": "ddpm", "steps": 3, "guidance_scale": 1.5, "seed": 0, "precision": torch.float32}
+    labels = torch.arange(8) % 3
+    samples = sample(
+        network, params.diffusion, labels, device=device, batch_size=4 // size + 1, description="sample", ranks=ranks, **options
+    )
+    settings = params.latents.model_copy(update={"batch_size": 2})
+    pixels = np.random.default_rng(0).integers(0, 256, (19, 8, 8, 3), np.uint8)
+    images = ImageStore(pixels[:12], np.arange(12) % 3, pixels[12:], np.arange(7) % 3, ["a", "b", "c"], {})
+    write_latents(images, shades, settings, out / "latents" if ranks.first else None, ranks)
+    if ranks.first:
+        torch.save(samples, out / "samples.pt")
+
+
+def shades(pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """A stand-in encoder: every other pixel, and a spread of one tenth of its size."""
+    mean = torch.from_numpy(pixels[:, ::2, ::2].astype(np.float32)).permute(0, 3, 1, 2)
+    return mean, mean / 10 + 1
