@@ -193,17 +193,24 @@ def _final_state(future: PrefectFuture[Any]) -> State[Any]:
 
 
 def places(params: Params, workers: int | None) -> list[dict[str, str]]:
-    """The environment of each stage that may run at the same time: one a GPU, where GPUs are used, else as cores allow."""
-    sections = (params.analyse, params.train, params.evaluate)
-    devices = {section.device for section in sections}
+    """The environment of each stage that may run at the same time: its own GPUs, where GPUs are used, else as cores allow.
+
+    A stage of several processes has as many GPUs.
+    """
+    sections = (params.latents, params.train, params.evaluate)
+    devices = {params.analyse.device, *(section.device for section in sections)}
+    processes = max(section.processes for section in sections)
     if torch.cuda.is_available() and devices & {"auto", "cuda"}:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         gpus = visible.split(",")
-        return [{"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} for place in range(workers or len(gpus))]
+        groups = [",".join(gpus[first : first + processes]) for first in range(0, len(gpus), processes)]
+        whole = [group for group in groups if group.count(",") + 1 == processes] or groups[:1]
+        return [{"CUDA_VISIBLE_DEVICES": whole[place % len(whole)]} for place in range(workers or len(whole))]
     if torch.backends.mps.is_available() and devices & {"auto", "mps"}:
         return [{} for _ in range(workers or 1)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return [{} for _ in range(workers or max(1, cores // max(section.threads for section in sections)))]
+    busy = max(section.threads * section.processes for section in (params.train, params.evaluate))
+    return [{} for _ in range(workers or max(1, cores // busy))]
 
 
 def _failure(states: Mapping[str, State[Any]]) -> str:
