@@ -292,7 +292,7 @@ def test_deployment_runs_through_the_worker_and_down_stops_exactly_the_services(
     assert "| symmetric |" in artifacts["comparison"]
     assert f"{study.as_uri()}/reports/index.html" in artifacts["report"]
     schema = ask(f"{server}/deployments/filter", {})[0]["parameter_openapi_schema"]["properties"]
-    assert {"overrides", "workers", "targets"} == schema.keys()
+    assert {"overrides", "workers", "targets", "profile"} == schema.keys()
     assert all(parameter["description"] for parameter in schema.values())
     with socket.create_server(("127.0.0.1", 0)) as bystander:
         assert "stopped prefect" in command(study, "pipelines", "down").stdout
