@@ -18,6 +18,7 @@ from dit.model import parse_name
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Backend = Literal["auto", "fused", "compiled", "eager"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -212,7 +213,7 @@ class Train(Section):
     validation: Validation
     checkpoint_every: PositiveInt
     precision: Precision
-    backend: Literal["auto", "fused", "compiled", "eager"]
+    backend: Backend
     deterministic: bool
     processes: PositiveInt
     parallel: Literal["ddp", "fsdp"]
@@ -234,6 +235,7 @@ class Evaluate(Section):
     nearest_k: PositiveInt
     grid_rows: PositiveInt
     precision: Precision
+    backend: Backend
     processes: PositiveInt
     threads: PositiveInt
     device: Device

@@ -40,16 +40,16 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast | nullc
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-def resolve_backend(name: str, device: torch.device, precision: torch.dtype, supported: bool) -> str:
+def resolve_backend(name: str, device: torch.device, precision: torch.dtype, supported: bool, section: str) -> str:
     """`auto` is `fused` on a CUDA GPU in bf16 for a network that it supports, else `eager`.
 
-    Raises `ConfigError` for `fused` where it cannot run.
+    Raises `ConfigError` for `fused` where it cannot run; `section` is the one of `params.yaml` that asks for it.
     """
     can_fuse = device.type == "cuda" and precision == torch.bfloat16 and supported
     if name == "fused" and not can_fuse:
         raise ConfigError(
-            "train.backend = 'fused'; accepted here: auto, compiled, eager (fused needs a CUDA GPU, train.precision bf16, "
-            "and a multiple of 16 tokens, or of 256 where the size of a head is no power of two)"
+            f"{section}.backend = 'fused'; accepted here: auto, compiled, eager (fused needs a CUDA GPU, {section}.precision "
+            "bf16, and a multiple of 16 tokens, or of 256 where the size of a head is no power of two)"
         )
     if name == "auto":
         return "fused" if can_fuse else "eager"

@@ -6,6 +6,7 @@ network, the batch size or the device. So the samples of two strategies differ o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from dit.config import Diffusion
 from dit.devices import autocast
 from dit.distributed import Ranks
+from dit.fused import captured_forward
+from dit.model import DiT
 from dit.progress import progress
 from dit.seeding import generator
 
@@ -31,6 +34,23 @@ class Denoiser(Protocol):
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Noisy latents (B, C, H, W), timesteps (B,), labels (B,) -> (B, C or 2C, H, W)."""
+
+
+class Network:
+    """`model` as a `Denoiser` that runs by `backend`: one of those that `dit.devices.resolve_backend` returns."""
+
+    def __init__(self, model: DiT, backend: str) -> None:
+        self.latent_size, self.latent_channels, self.num_classes = model.latent_size, model.latent_channels, model.num_classes
+        ways: dict[str, Callable[[DiT], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+            "fused": captured_forward,
+            "compiled": torch.compile,
+            "eager": lambda plain: plain,
+        }
+        self.forward = ways[backend](model)
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """As the model. Where it is fused, an output is overwritten by the next call."""
+        return self.forward(x, t, y)
 
 
 def balanced_labels(count: int, num_classes: int) -> Tensor:

@@ -16,7 +16,8 @@ from dit import init, model
 from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
-from dit.fused import kernels
+from dit.distributed import Ranks
+from dit.fused import captured_forward, kernels
 from dit.fused.network import FusedDiT
 from dit.fused.operations import EPS, Reference
 from dit.fused.optimiser import FusedOptimiser
@@ -83,6 +84,8 @@ def test_products(width: int) -> None:
     back = weight.T.contiguous()
     du = Reference.matmul_dgelu(x.double(), back.double(), u.double())
     assert error(kernels.matmul_dgelu(x, back, u), du) < ROUNDING
+    exact = Reference.gelu_linear(x.double(), weight.double(), bias.double())
+    assert error(kernels.gelu_linear(x, weight, bias), exact) < ROUNDING
     assert error(kernels.linear(x, weight, bias), Reference.linear(x.double(), weight.double(), bias.double())) < ROUNDING
     assert error(kernels.matmul(dy, weight), dy.double() @ weight.double()) < ROUNDING
     assert error(kernels.outer(dy, x), Reference.outer(dy.double(), x.double())) < ROUNDING
@@ -110,12 +113,28 @@ def test_network_and_every_gradient_in_bf16_against_float64(head_size: int) -> N
     assert max(errors.values()) < 2e-2, errors
 
 
+@torch.inference_mode()
+def test_a_captured_network_takes_batches_of_any_size(micro: Callable[..., model.DiT]) -> None:
+    network = init.apply(micro(), "torch_default", 0).cuda()
+    captured = captured_forward(network)
+    for size in (4, 3, 4, 1):
+        x, t, y = (
+            torch.randn(size, 4, 8, 8, device="cuda"),
+            torch.full((size,), 500, device="cuda"),
+            torch.arange(size).cuda() % 4,
+        )
+        assert error(captured(x, t, y), network(x, t, y)) < 2e-2
+
+
 def test_optimiser_is_torchs_adamw_and_average(params: Params, micro: Callable[..., model.DiT]) -> None:
     settings = {"weight_decay": 0.1, "gradient_clip": 0.5, "warmup_steps": 3, "ema_decay": 0.9}
     settings = params.train.model_copy(update=settings)
     plain, ours = (init.apply(micro(), "head_xavier", 0).cuda() for _ in range(2))
     network = FusedDiT(ours)
-    expected, found = Optimiser(plain, settings, torch.float32), FusedOptimiser(ours, network, settings)
+    expected, found = (
+        Optimiser(plain, settings, torch.float32),
+        FusedOptimiser(ours, network, settings, Ranks(torch.device("cuda"))),
+    )
     for step in range(5):
         found.backward(sum((copy.float() * torch.randn_like(copy)).sum() for copy in network.copies))
         for whole in network.modulation.values():

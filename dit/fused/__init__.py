@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dit.config import Train
     from dit.distributed import Ranks
     from dit.fused.network import FusedDiT
@@ -19,9 +22,9 @@ TOKENS_OF_UNEVEN_HEADS = 256
 """The same for heads whose size is no power of two: at 64 tokens, Triton 3.6 was seen to give wrong numbers for them."""
 
 
-def supports(hidden_size: int, num_heads: int, tokens: int) -> bool:
+def supports(model: DiT) -> bool:
     """Whether the kernels have been shown to be right for such a network."""
-    head_size = hidden_size // num_heads
+    head_size, tokens = model.hidden_size // model.num_heads, model.pos_embed.shape[1]
     even = head_size & (head_size - 1) == 0
     return tokens % (TOKENS if even else TOKENS_OF_UNEVEN_HEADS) == 0
 
@@ -36,3 +39,14 @@ def fuse(model: DiT, params: Train, ranks: Ranks) -> tuple[FusedDiT, FusedOptimi
 
     network = FusedDiT(model)
     return network, FusedOptimiser(model, network, params, ranks)
+
+
+def captured_forward(model: DiT) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The fast network without what a backward pass needs, called as `model(x, t, y)`: one CUDA graph for each batch size.
+
+    An output is overwritten by the next call.
+    """
+    from dit.fused.capture import Captured
+    from dit.fused.network import FusedDiT
+
+    return Captured(FusedDiT(model))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 COMPUTE_32F, R_32F, R_16BF = 68, 0, 14
 TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, BIAS_POINTER, AUX_POINTER, AUX_LEADING_DIMENSION = 3, 4, 7, 8, 11, 12
-DEFAULT, BIAS, GELU_AUX_BIAS, DGELU = 1, 4, 164, 192
+DEFAULT, BIAS, GELU_BIAS, GELU_AUX_BIAS, DGELU = 1, 4, 36, 164, 192
 MAX_WORKSPACE_BYTES = 1
 WORKSPACE_BYTES = 32 << 20
 CANDIDATES = 8
@@ -37,6 +37,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`: (N, K), (M, K), (M,) -> (N, M)."""
     out = x.new_empty((x.shape[0], weight.shape[0]))
     _product(out, x, weight, (False, True), DEFAULT if bias is None else BIAS, bias=bias)
+    return out
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The tanh-approximated GELU of `x @ weight.T + bias`: (N, K), (M, K), (M,) -> (N, M)."""
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    _product(out, x, weight, (False, True), GELU_BIAS, bias=bias)
     return out
 
 

@@ -421,6 +421,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return cublaslt.linear(x.flatten(0, 1), weight, bias).view(*x.shape[:2], -1)
 
 
+def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The GELU of `h @ weight.T + bias`."""
+    return cublaslt.gelu_linear(h.flatten(0, 1), weight, bias).view(*h.shape[:2], -1)
+
+
 def linear_gelu(h: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """The GELU of `u = h @ weight.T + bias`, and u."""
     a, u = cublaslt.linear_gelu(h.flatten(0, 1), weight, bias)

@@ -20,11 +20,11 @@ from dit.devices import autocast, resolve_backend, resolve_precision
 from dit.diffusion import Diffusion, Loss
 from dit.distributed import Ranks, like, whole
 from dit.fused import fuse, supports
+from dit.fused.capture import Captured
 from dit.model import DiT
 from dit.progress import progress
 from dit.training import checkpoint
 from dit.training.batches import Batch, Batches
-from dit.training.capture import Captured
 from dit.training.optimiser import Optimiser
 from dit.training.validation import Validation
 
@@ -98,8 +98,7 @@ class Trainer:
             store, diffusion, batch_size=params.batch_size, label_dropout=label_dropout, seed=seed, ranks=self.ranks
         )
         self.validation = Validation(store, diffusion, params.validation)
-        supported = supports(model.hidden_size, model.num_heads, model.pos_embed.shape[1])
-        backend = resolve_backend(params.backend, diffusion.device, self.precision, supported)
+        backend = resolve_backend(params.backend, diffusion.device, self.precision, supports(model), "train")
         self.forward: Forward = self.model
         self.loss: Callable[..., Loss] = diffusion.loss
         self.gradients: Callable[[Batch], Tensor] = self._gradients
@@ -108,7 +107,8 @@ class Trainer:
         if backend == "fused" and not self.sharded:
             self.forward, self.optimiser = fuse(self.model, params, self.ranks)
             self.loss = torch.compile(diffusion.loss)
-            self.gradients = Captured(self._gradients)
+            captured = Captured(lambda *parts: self._gradients(Batch(*parts)))
+            self.gradients = lambda batch: captured(*vars(batch).values())
         else:
             if self.sharded:
                 self.ranks.shard(self.model, self.precision)

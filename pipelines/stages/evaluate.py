@@ -19,14 +19,15 @@ from dit import model
 from dit.autoencoder import decode, load_autoencoder
 from dit.config import Params
 from dit.data.latents import LatentStore
-from dit.devices import make_deterministic, resolve_device, resolve_precision
+from dit.devices import make_deterministic, resolve_backend, resolve_device, resolve_precision
 from dit.distributed import Ranks, joined
 from dit.errors import ConfigError, DataError
 from dit.evaluation.distances import Distances, check_counts, measure
 from dit.evaluation.features import FeatureExtractor, load_extractor, load_features
 from dit.evaluation.grids import grid_shape, image_grid
+from dit.fused import supports
 from dit.progress import progress
-from dit.sampling import balanced_labels, sample
+from dit.sampling import Network, balanced_labels, sample
 from pipelines.stages.entry import complete_directory, run_key, run_stage, scratch, write_json
 
 
@@ -106,9 +107,11 @@ def draw(params: Params, store: LatentStore, name: str, ranks: Ranks, key: str) 
     """Normalised latents (N, C, h, w) of the EMA weights; their speed goes to scratch."""
     network = load_network(params, store, Path("runs/train") / name / "ema.safetensors").to(ranks.device)
     settings = params.evaluate
+    precision = resolve_precision(settings.precision, ranks.device)
+    backend = resolve_backend(settings.backend, ranks.device, precision, supports(network), "evaluate")
     started = time.monotonic()
     latents = sample(
-        network,
+        Network(network, backend),
         params.diffusion,
         balanced_labels(settings.num_samples, store.num_classes),
         scheduler=settings.scheduler,
@@ -117,7 +120,7 @@ def draw(params: Params, store: LatentStore, name: str, ranks: Ranks, key: str) 
         seed=settings.seed,
         batch_size=settings.batch_size,
         device=ranks.device,
-        precision=resolve_precision(settings.precision, ranks.device),
+        precision=precision,
         description=f"sample {name}",
         ranks=ranks,
     )
