@@ -1,4 +1,4 @@
-"""The share of training time that diagnostics cost: `python benchmarks/diagnostics.py [--model DiT-S/2] [--json]`.
+"""The share of training time that diagnostics cost: `python benchmarks/diagnostics.py [--model DiT-S/2]`.
 
 Trains on random latents, through the study's own training loop. Windows of steps that hold one diagnosed step alternate with
 windows that hold none, so that both see the same machine; the difference of their medians is what one diagnosis costs.
@@ -6,31 +6,26 @@ windows that hold none, so that both see the same machine; the difference of the
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import torch
 import typer
+from measuring import Result, heading, machine, random_latents, shipped, wait, write
 from rich.console import Console
 from rich.table import Table
 
 from dit import config, init, model
 from dit.data.latents import LatentStore
-from dit.data.store import StoreWriter
 from dit.devices import make_deterministic, resolve_device
 from dit.diffusion import Diffusion
 from dit.training.loop import EARLY_DIAGNOSES, Trainer
 
-ROOT = Path(__file__).parents[1]
 PUBLISHED_LATENT_SIZE = 32
 """Of an image of 256 pixels under a published autoencoder."""
-CLASSES = 10
 
 
 def main(
@@ -40,53 +35,33 @@ def main(
     window: Annotated[int | None, typer.Option(min=1, help="Steps in a window. [default: 1 on a CPU, else 10]")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Windows of each kind.")] = 15,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    output: Annotated[Path | None, typer.Option(help="where to write JSON")] = None,
 ) -> None:
     """Measure what diagnostics cost."""
-    params = config.load(ROOT / "params.yaml")
+    params = shipped()
     own = name in (None, params.model.name)
     where = resolve_device(device)
     window = window or (1 if where.type == "cpu" else 10)  # a GPU works on while the host runs ahead
     make_deterministic(params.train.threads, params.train.deterministic)
     with tempfile.TemporaryDirectory() as scratch:
-        store = random_latents(Path(scratch), latent_size or (params.latent_size if own else PUBLISHED_LATENT_SIZE))
+        size = latent_size or (params.latent_size if own else PUBLISHED_LATENT_SIZE)
+        store = random_latents(Path(scratch) / "latents", size, train=256, validation=8)
         run = trainer(params, name or params.model.name, batch_size or params.train.batch_size, where, window, store)
         plain, diagnosed = windows(run, window, repeats)
     found = costs(params.train, plain, diagnosed, window)
-    about = {
+    report = {
+        "machine": machine(where),
         "model": name or params.model.name,
         "tokens": (store.latent_size // run.model.patch_size) ** 2,
         "batch_size": run.params.batch_size,
         "precision": str(run.precision).removeprefix("torch."),
-        "compiled": run.forward is not run.model,
-        "device": torch.cuda.get_device_name() if where.type == "cuda" else f"{where.type} {platform.machine()}",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "backend": run.backend,
         "window": window,
         "repeats": repeats,
+        **found,
     }
-    if as_json:
-        print(json.dumps({**about, **found}, indent=2))
-    else:
-        Console().print(table({**about, **found}))
-
-
-def random_latents(directory: Path, size: int) -> LatentStore:
-    """A store of normal latents (4, size, size), large enough for batches and validation to be drawn from."""
-    item = (np.float32, (1, 4, size, size))
-    kinds = {"mean": item, "std": item, "labels": (np.int64, ())}
-    splits = {"train": 256, "validation": 8}
-    writer = StoreWriter(directory / "latents", **{f"{split}_{kind}": spec for split in splits for kind, spec in kinds.items()})
-    draws = np.random.default_rng(0)
-    for split, count in splits.items():
-        mean = draws.standard_normal((count, *item[1]), dtype=np.float32)
-        writer.append(f"{split}_mean", mean)
-        writer.append(f"{split}_std", np.full_like(mean, 0.1))
-        writer.append(f"{split}_labels", np.arange(count) % CLASSES)
-    unit = {"shift": [0.0] * 4, "scale": [1.0] * 4}
-    names = [str(label) for label in range(CLASSES)]
-    writer.close(class_names=names, num_classes=CLASSES, flip=False, normalize=unit)
-    return LatentStore(directory / "latents")
+    write(report, output)
+    Console().print(table(report))
 
 
 def trainer(
@@ -106,23 +81,17 @@ def windows(run: Trainer, window: int, repeats: int) -> tuple[list[float], list[
     taken: tuple[list[float], list[float]] = ([], [])
     warm = -(-EARLY_DIAGNOSES // (2 * window)) * 2 + 2  # whole pairs of windows, the last of them like those that count
     for index in range(warm + 2 * repeats):
-        wait(run)
+        wait(run.diffusion.device)
         started = time.perf_counter()
         for step in range(index * window, (index + 1) * window):
             run._train(step)
-        wait(run)
+        wait(run.diffusion.device)
         if index >= warm:
             taken[index % 2 == 0].append(time.perf_counter() - started)
     return taken
 
 
-def wait(run: Trainer) -> None:
-    """Until the device has done all that it was given."""
-    if run.diffusion.device.type != "cpu":
-        getattr(torch, run.diffusion.device.type).synchronize()
-
-
-def costs(train: config.Train, plain: list[float], diagnosed: list[float], window: int) -> dict[str, Any]:
+def costs(train: config.Train, plain: list[float], diagnosed: list[float], window: int) -> Result:
     """Milliseconds, and the shares of training time that diagnoses take."""
     step = statistics.median(plain) / window
     diagnosis = statistics.median(diagnosed) - statistics.median(plain)
@@ -145,12 +114,12 @@ def share(part: float, rest: float) -> float:
     return part / (part + rest)
 
 
-def table(found: dict[str, Any]) -> Table:
+def table(found: Result) -> Table:
     """What was measured, for a terminal."""
     rows = {
-        "network": f"{found['model']}, {found['tokens']} tokens, batch of {found['batch_size']}, {found['precision']}"
-        + (", compiled" if found["compiled"] else ""),
-        "device": f"{found['device']}, {found['threads']} threads, torch {found['torch']}",
+        "network": f"{found['model']}, {found['tokens']} tokens, batch of {found['batch_size']}, "
+        f"{found['precision']}, {found['backend']}",
+        "device": f"{heading(found)}, {found['machine']['threads']} threads",
         "one step": f"{found['step_ms']:.1f} ms",
         "one diagnosis": f"{found['diagnosis_ms']:.1f} ms, {found['diagnosis_in_steps']:.0%} of a step",
         f"share, one in {found['diagnose_every']} steps": f"{found['share']:.2%} of training time",

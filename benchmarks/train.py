@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import gc
 import json
-import platform
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import torch
 import typer
+from measuring import CHANNELS, CLASSES, Result, heading, machine, matmul_rate, random_latents, shipped, wait, write
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from dit import config, init, model
-from dit.data.latents import LatentStore
-from dit.data.store import StoreWriter
+from dit import init, model
 from dit.devices import make_deterministic, resolve_device
 from dit.diffusion import Diffusion
 from dit.training.loop import Trainer
 
-CHANNELS, CLASSES, IMAGES = 4, 1000, 2048
 GPU_CASES = "DiT-XL/2:128@32 DiT-B/2:256@32 DiT-S/2:256@32 DiT-Tiny/2:64@8"
 CPU_CASES = "DiT-Micro/2:8@8"
 FORWARD_AND_BACKWARD = 3
@@ -38,7 +34,6 @@ PHASES = {
 }
 """Substrings of kernel names, the first match counts; the rest is `all else`."""
 OUT_OF_MEMORY = "out of memory"
-Result = dict[str, Any]
 
 
 class Timed(Trainer):
@@ -47,7 +42,7 @@ class Timed(Trainer):
     def _train(self, step: int) -> None:
         super()._train(step)
         if step in {0, self.params.steps // 2, self.params.steps - 1}:
-            _wait(self.diffusion.device)
+            wait(self.diffusion.device)
             self.ended = [*getattr(self, "ended", []), time.perf_counter()]
 
 
@@ -71,28 +66,8 @@ def main(
                 result["share_of_matmul_rate"] = result["tflops"] / peak
             report["results"].append(result)
             print(json.dumps({key: value for key, value in result.items() if key != "kernels"}), flush=True)
-            if output:
-                output.write_text(json.dumps(report, indent=1) + "\n")
+            write(report, output)
     show(report)
-
-
-def machine(device: torch.device) -> Result:
-    """What the figures were measured on and with."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
-
-
-def matmul_rate(device: torch.device) -> float:
-    """TFLOP/s of a square bf16 matrix product (float32 on a CPU), on random numbers."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    for repeats in (3, 20):
-        _wait(device)
-        started = time.perf_counter()
-        for _ in range(repeats):
-            a @ b
-        _wait(device)
-    return 2 * size**3 * repeats / (time.perf_counter() - started) / 1e12
 
 
 def measure(case: str, backend: str, steps: int, device: torch.device, profile: bool) -> Result:
@@ -128,7 +103,7 @@ def measure(case: str, backend: str, steps: int, device: torch.device, profile: 
 
 def build(name: str, batch: int, size: int, backend: str, steps: int, device: torch.device, directory: Path) -> Timed:
     """A trainer on random smooth latents, with the shipped parameters but for what a benchmark leaves out."""
-    params = config.load(Path(__file__).parents[1] / "params.yaml")
+    params = shipped()
     store = random_latents(directory / "latents", size)
     never = dict.fromkeys(("diagnose_every", "validate_every", "checkpoint_every"), 1 << 30)
     validation = params.train.validation.model_copy(update={"samples": min(64, batch), "batch_size": min(64, batch)})
@@ -139,25 +114,6 @@ def build(name: str, batch: int, size: int, backend: str, steps: int, device: to
     init.apply(network, params.strategies["adaln_zero"], 0)
     diffusion = Diffusion(params.diffusion, device)
     return Timed(network, store, diffusion, train, label_dropout=0.1, seed=0, scratch=directory / "scratch")
-
-
-def random_latents(directory: Path, size: int) -> LatentStore:
-    """A store of IMAGES smooth random latents and their mirror images."""
-    item = (np.float32, (2, CHANNELS, size, size))
-    kinds = {"mean": item, "std": item, "labels": (np.int64, ())}
-    splits = {"train": IMAGES, "validation": 64}
-    writer = StoreWriter(directory, **{f"{split}_{kind}": spec for split in splits for kind, spec in kinds.items()})
-    draws = np.random.default_rng(0)
-    for split, count in splits.items():
-        coarse = draws.standard_normal((count, 2, CHANNELS, size // 4, size // 4), dtype=np.float32)
-        mean = coarse.repeat(4, axis=3).repeat(4, axis=4)
-        writer.append(f"{split}_mean", mean)
-        writer.append(f"{split}_std", np.full_like(mean, 0.05))
-        writer.append(f"{split}_labels", np.arange(count) % CLASSES)
-    unit = {"shift": [0.0] * CHANNELS, "scale": [1.0] * CHANNELS}
-    names = [str(label) for label in range(CLASSES)]
-    writer.close(class_names=names, num_classes=CLASSES, flip=True, normalize=unit)
-    return LatentStore(directory)
 
 
 def forward_flops(name: str, size: int) -> int:
@@ -188,9 +144,8 @@ def kernel_times(trainer: Trainer, steps: int = 3) -> Result:
 def show(report: Result) -> None:
     """Print the tables."""
     console = Console(width=150)
-    header = f"{report['machine']['device']}, torch {report['machine']['torch']}, matmul {report['matmul_tflops']:.3g} TFLOP/s"
     table = Table("model", "batch", "backend", "images/s", "x eager", "ms/step", "TFLOP/s", "of matmul", "GiB", "first step s")
-    table.title = header
+    table.title = heading(report)
     eager = {row["model"]: row.get("images_per_second") for row in report["results"] if row["backend"] == "eager"}
     for row in report["results"]:
         cells = [row["model"], str(row["batch_size"]), row["backend"]]
@@ -210,11 +165,6 @@ def show(report: Result) -> None:
         for phase in phased[0]["phases"]:
             times.add_row(phase, *(f"{row['phases'][phase]:.2f}" for row in phased))
         console.print(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _free() -> None:

@@ -98,13 +98,13 @@ class Trainer:
             store, diffusion, batch_size=params.batch_size, label_dropout=label_dropout, seed=seed, ranks=self.ranks
         )
         self.validation = Validation(store, diffusion, params.validation)
-        backend = resolve_backend(params.backend, diffusion.device, self.precision, supports(model), "train")
+        self.backend = resolve_backend(params.backend, diffusion.device, self.precision, supports(model), "train")
         self.forward: Forward = self.model
         self.loss: Callable[..., Loss] = diffusion.loss
         self.gradients: Callable[[Batch], Tensor] = self._gradients
         self.optimiser: Optimiser | FusedOptimiser
         self.sharded = self.ranks.grouped and params.parallel == "fsdp"
-        if backend == "fused" and not self.sharded:
+        if self.backend == "fused" and not self.sharded:
             self.forward, self.optimiser = fuse(self.model, params, self.ranks)
             self.loss = torch.compile(diffusion.loss)
             captured = Captured(lambda *parts: self._gradients(Batch(*parts)))
@@ -115,7 +115,7 @@ class Trainer:
             else:
                 self.forward = self.ranks.replicate(self.model)
             self.optimiser = Optimiser(self.model, params, self.precision)
-        if backend == "compiled":
+        if self.backend == "compiled":
             self.forward = torch.compile(self.forward)
         self.records = Records()
         self.divergence: Divergence | None = None
