@@ -20,7 +20,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from dit.config import PretrainedAutoencoder, TrainedAutoencoder
-from dit.devices import autocast, resolve_device
+from dit.devices import autocast, resolve_device, send
 from dit.errors import ConfigError, DataError
 from dit.progress import progress
 from dit.seeding import derive_seed, generator
@@ -201,9 +201,10 @@ def save(autoencoder: AutoencoderKL, directory: Path) -> None:
     autoencoder.to("cpu").save_pretrained(directory / MODEL)
 
 
-def to_tensor(images: np.ndarray) -> Tensor:
-    """Pixels (B, H, W, 3) uint8 -> (B, 3, H, W) float32 in -1..1."""
-    return torch.from_numpy(np.array(images, order="C")).permute(0, 3, 1, 2).float() / 127.5 - 1
+def to_tensor(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """Pixels (B, H, W, 3) uint8 -> (B, 3, H, W) float32 in -1..1, on `device`, where they arrive as bytes."""
+    pixels = send(torch.from_numpy(np.array(images, order="C")), torch.device(device))
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
@@ -220,7 +221,7 @@ def encode(autoencoder: AutoencoderKL, images: np.ndarray, precision: torch.dtyp
     """
     device = autoencoder.device
     with autocast(device, precision):
-        posterior = autoencoder.encode(to_tensor(images).to(device)).latent_dist
+        posterior = autoencoder.encode(to_tensor(images, device)).latent_dist
     return posterior.mean.float(), posterior.logvar.float().mul(0.5).exp()
 
 

@@ -6,6 +6,7 @@ import os
 from contextlib import nullcontext
 
 import torch
+from torch import Tensor
 
 from dit.errors import ConfigError
 
@@ -54,6 +55,11 @@ def resolve_backend(name: str, device: torch.device, precision: torch.dtype, sup
     if name == "auto":
         return "fused" if can_fuse else "eager"
     return name
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` of the host on `device`, without the host waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def make_deterministic(threads: int, deterministic: bool = True) -> None:

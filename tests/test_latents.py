@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dit.autoencoder import build, encode
 from dit.config import Latents as Settings
 from dit.config import TrainedAutoencoder
 from dit.data.images import ImageStore
-from dit.data.latents import LatentStore, Moments, write_latents
+from dit.data.latents import LatentStore, Moments, one_ahead, write_latents
 from dit.errors import DataError
 
 
@@ -163,3 +164,17 @@ def test_a_channel_that_never_varies_has_no_unit_variance(tmp_path: Path) -> Non
 
     with pytest.raises(DataError, match=r"channels \[1\] are constant"):
         write_latents(images(), flat, settings(), tmp_path / "flat")
+
+
+def test_a_batch_is_asked_for_before_the_one_before_it_is_stored() -> None:
+    events: list[str] = []
+
+    def batches() -> Iterator[int]:
+        for batch in range(3):
+            events.append(f"ask {batch}")
+            yield batch
+
+    for batch in one_ahead(batches()):
+        events.append(f"store {batch}")
+    assert events == ["ask 0", "ask 1", "store 0", "ask 2", "store 1", "store 2"]
+    assert list(one_ahead([])) == []

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dit.config import Latents as Settings
     from dit.data.images import ImageStore
 
+T = TypeVar("T")
 Encode = Callable[[np.ndarray], tuple[Tensor, Tensor]]
 """Pixels (B, H, W, 3) uint8 -> mean and standard deviation of the posterior, each (B, C, h, w) float32."""
 
@@ -87,17 +88,20 @@ def write_latents(
         pixels = getattr(images, f"{split}_images")
         if writer:
             writer.append(f"{split}_labels", np.asarray(getattr(images, f"{split}_labels")))
+        size = settings.batch_size * ranks.size
+        batches = (pixels[start : start + size] for start in range(0, len(pixels), size))
+        encoded = (ranks.split(partial(_encode, encode, batch, settings.flip), len(batch)) for batch in batches)
+        done = 0
         with progress(len(pixels), f"{split} latents", "image", shown=ranks.first) as bar:
-            for start in range(0, len(pixels), settings.batch_size * ranks.size):
-                batch = pixels[start : start + settings.batch_size * ranks.size]
-                parts = ranks.split(partial(_encode, encode, batch, settings.flip), len(batch))
+            for parts in one_ahead(encoded):
                 mean, std = _stored(parts, settings)
-                _check_finite(mean, std, split, start)
+                _check_finite(mean, std, split, done)
                 if writer:
                     writer.append(f"{split}_mean", mean)
                     writer.append(f"{split}_std", std)
                 if split == "train":
                     moments.add(mean, std)
+                done += len(mean)
                 bar.update(len(mean))
     normalize = moments.factors(settings.normalize)
     if writer:
@@ -139,6 +143,16 @@ class Moments:
         if (constant := np.flatnonzero(variance <= 0)).size:
             raise DataError(f"latent channels {constant.tolist()} are constant, so no factor gives them unit variance")
         return {"shift": mean.tolist(), "scale": (variance**-0.5).tolist()}
+
+
+def one_ahead(values: Iterable[T]) -> Iterator[T]:
+    """The same values, each asked for before the one before it is used: a GPU goes on computing while the host stores."""
+    waiting: list[T] = []
+    for value in values:
+        waiting.append(value)
+        if len(waiting) == 2:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def _encode(encode: Encode, batch: np.ndarray, flip: bool, own: slice) -> tuple[Tensor, Tensor]:

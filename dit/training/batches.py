@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dit.data.latents import Latents, LatentStore
+from dit.devices import send
 from dit.diffusion import Diffusion
 from dit.distributed import Ranks
 from dit.seeding import generator
@@ -135,14 +136,9 @@ def gather(
 def _take(latents: Latents | Resident, indices: Tensor, flips: Tensor) -> list[Tensor]:
     """Mean and standard deviation (B, C, H, W) and labels (B,) on the device of `flips`."""
     if isinstance(latents, Resident):
-        rows = _send(indices, flips.device)
+        rows = send(indices, flips.device)
         return [latents.mean[rows, flips].float(), latents.std[rows, flips].float(), latents.labels[rows]]
     where = indices.numpy(), flips.cpu().numpy()
     parts = latents.mean[where], latents.std[where], latents.labels[where[0]]
-    mean, std, labels = (_send(torch.from_numpy(part), flips.device) for part in parts)
+    mean, std, labels = (send(torch.from_numpy(part), flips.device) for part in parts)
     return [mean.float(), std.float(), labels]
-
-
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """To the device, without the host waiting for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
