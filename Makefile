@@ -1,6 +1,6 @@
 # Everything a person types. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help install study mlflow report up down test browser lint format
+.PHONY: help install study mlflow report up down test browser lint format bench
 
 export CHROMIUM
 VENV := .venv
@@ -46,6 +46,10 @@ browser: # The report's page test opens it in Chromium or Chrome.
 	command -v apt-get >/dev/null || { echo "error: the tests need Chromium or Chrome: install one, or make test CHROMIUM=/path/to/chrome" >&2; exit 2; }; \
 	root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	$$root apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$root apt-get install -y -qq --no-install-recommends chromium >/dev/null
+
+bench: $(INSTALLED) ## Measure speed on this machine, into .scratch/bench [BENCH="train sample encode diagnostics stages"]
+	@for name in $(or $(BENCH),train sample encode diagnostics stages); do \
+		$(VENV)/bin/python benchmarks/$$name.py --output .scratch/bench/$$name.json || exit; done
 
 lint: $(INSTALLED) ## Check style and types
 	$(RUN) ruff check .
