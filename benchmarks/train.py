@@ -17,8 +17,10 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit import init, model
+from dit.data.latents import LatentStore
 from dit.devices import make_deterministic, resolve_device
 from dit.diffusion import Diffusion
+from dit.distributed import Ranks
 from dit.training.loop import Trainer
 
 GPU_CASES = "DiT-XL/2:128@32 DiT-B/2:256@32 DiT-S/2:256@32 DiT-Tiny/2:64@8"
@@ -80,7 +82,8 @@ def measure(case: str, backend: str, steps: int, device: torch.device, profile: 
     torch.use_deterministic_algorithms(deterministic)
     with tempfile.TemporaryDirectory() as directory:
         try:
-            trainer = build(name, int(batch), int(size), backend, steps, device, Path(directory))
+            store = random_latents(Path(directory) / "latents", int(size))
+            trainer = build(name, int(batch), store, backend, device, Path(directory) / "scratch", steps=steps)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             started = time.perf_counter()
@@ -101,19 +104,27 @@ def measure(case: str, backend: str, steps: int, device: torch.device, profile: 
     return result
 
 
-def build(name: str, batch: int, size: int, backend: str, steps: int, device: torch.device, directory: Path) -> Timed:
-    """A trainer on random smooth latents, with the shipped parameters but for what a benchmark leaves out."""
+def build(
+    name: str,
+    batch: int,
+    store: LatentStore,
+    backend: str,
+    device: torch.device,
+    scratch: Path,
+    ranks: Ranks | None = None,
+    **changes: object,
+) -> Timed:
+    """A trainer with the shipped parameters, but for `changes`, and for what a benchmark leaves out."""
     params = shipped()
-    store = random_latents(directory / "latents", size)
     never = dict.fromkeys(("diagnose_every", "validate_every", "checkpoint_every"), 1 << 30)
-    validation = params.train.validation.model_copy(update={"samples": min(64, batch), "batch_size": min(64, batch)})
+    validation = params.train.validation.model_copy(update={"samples": 64, "batch_size": min(64, batch)})
     chosen = "auto" if backend == "deterministic" else backend
-    changes = {"steps": steps, "batch_size": batch, "log_every": 50, "learning_rate": 1e-4, "ema_decay": 0.9999}
-    train = params.train.model_copy(update={**changes, **never, "validation": validation, "backend": chosen})
-    network = model.build(name, latent_size=size, latent_channels=CHANNELS, num_classes=CLASSES, learn_sigma=True)
-    init.apply(network, params.strategies["adaln_zero"], 0)
+    usual = {"batch_size": batch, "log_every": 50, "learning_rate": 1e-4, "ema_decay": 0.9999, "backend": chosen}
+    train = params.train.model_copy(update={**never, "validation": validation, **usual, **changes})
+    shape = {"latent_size": store.latent_size, "latent_channels": CHANNELS, "num_classes": CLASSES}
+    network = init.apply(model.build(name, **shape, learn_sigma=True), params.strategies["adaln_zero"], 0)
     diffusion = Diffusion(params.diffusion, device)
-    return Timed(network, store, diffusion, train, label_dropout=0.1, seed=0, scratch=directory / "scratch")
+    return Timed(network, store, diffusion, train, label_dropout=0.1, seed=0, scratch=scratch, ranks=ranks)
 
 
 def forward_flops(name: str, size: int) -> int:

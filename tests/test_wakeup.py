@@ -31,7 +31,7 @@ SHAPES: list[dict[str, Any]] = [
 STEPS = 4
 OPTIMISERS: dict[str, Callable[[DiT], torch.optim.Optimizer]] = {
     "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
-    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0),
 }
 
 
