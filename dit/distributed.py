@@ -10,23 +10,19 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict as states
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dit.model import DiT
+    from torch.distributed.tensor import DTensor
 
-WHOLE = states.StateDictOptions(full_state_dict=True)
+    from dit.model import DiT
 
 
 @dataclass(frozen=True)
@@ -89,6 +85,15 @@ class Ranks:
         parts = compute(own if mine else slice(0, 1))
         return tuple(self.gather(part[:mine], count) for part in parts)
 
+    def keep(self, state: Any) -> Any:
+        """A tree of dicts as the first rank may save it: its tensors whole, in the memory of the host; None on other ranks."""
+        if isinstance(state, dict):
+            return {name: self.keep(part) for name, part in state.items()}
+        if not isinstance(state, Tensor):
+            return state
+        tensor = whole(state)
+        return tensor.cpu() if self.first else None
+
     def replicate(self, network: nn.Module) -> nn.Module:
         """The network, whose gradients are then averaged over ranks during the backward pass (DDP)."""
         if not self.grouped:
@@ -99,6 +104,9 @@ class Ranks:
         """Shard every block, and the rest, over all ranks (FSDP2); weights travel in `precision`, gradients in float32."""
         if not self.grouped:
             return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         mesh = init_device_mesh(self.device.type, (self.size,))
         reduced = None if precision == torch.float32 else precision
         policy = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -125,24 +133,30 @@ def joined(device: torch.device) -> Iterator[Ranks]:
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor as one, on every rank; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _sharded(tensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, sharing its memory; any other as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _sharded(tensor) else tensor
 
 
-def like(tensor: Tensor, sharded: Tensor) -> Tensor:
-    """A whole tensor, sharded as `sharded` is."""
-    return distribute_tensor(tensor, sharded.device_mesh, sharded.placements) if isinstance(sharded, DTensor) else tensor
+@torch.no_grad()
+def restore(tensors: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    """Set every tensor to the whole one of its name, on any device, sharded as the tensor is."""
+    for name, tensor in tensors.items():
+        tensor.copy_(_like(saved[name], tensor))
 
 
-def moments_of(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's state as whole tensors by the names of the weights, however it is sharded, on any number of ranks."""
-    return states.get_optimizer_state_dict(model, optimiser, options=WHOLE)
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
+    if not _sharded(other):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, other.device_mesh, other.placements)
 
 
-def restore_moments(model: nn.Module, optimiser: torch.optim.Optimizer, moments: dict[str, Any]) -> None:
-    """Set what `moments_of` returned, sharded as the model is now."""
-    states.set_optimizer_state_dict(model, optimiser, moments, options=WHOLE)
+def _sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    from torch.distributed.tensor import DTensor  # a second to import, which most stages never need
+
+    return isinstance(tensor, DTensor)

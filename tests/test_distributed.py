@@ -95,10 +95,10 @@ def test_a_killed_process_ends_the_stage_and_another_number_of_them_goes_on(work
     assert "was killed by SIGKILL; the others were ended, and nothing was written" in output
     assert not (workspace / "runs").exists()
     kept = shutil.copytree(workspace / ".scratch", workspace / "kept")
-    for processes in (1, 4):
+    for processes, parallel in ((1, "ddp"), (4, "ddp"), (2, "fsdp")):
         shutil.rmtree(workspace / ".scratch")
         shutil.copytree(kept, workspace / ".scratch")
-        assert "resumed at step" in finished(train(workspace, processes))
+        assert "resumed at step" in finished(train(workspace, processes, parallel))
         np.testing.assert_allclose(losses(workspace), alone, rtol=1e-5)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.config import Train
-from dit.distributed import Ranks
+from dit.distributed import Ranks, restore
 from dit.fused.kernels import AdamWEMA
 from dit.fused.network import FusedDiT
 from dit.model import DiT
@@ -32,7 +32,8 @@ class FusedOptimiser:
         self.network = network
         self.weights: list[Tensor] = list(trained.values())
         self.averaged = [self.ema[name] for name in trained]
-        self.first, self.second = ([torch.zeros_like(weight) for weight in self.weights] for _ in range(2))
+        self.first, self.second = ({name: torch.zeros_like(weight) for name, weight in trained.items()} for _ in range(2))
+        self.updates = 0
         self.unclipped = torch.ones((), device=self.weights[0].device)
         self._update: AdamWEMA | None = None
         self._addresses: list[int] = []
@@ -72,7 +73,8 @@ class FusedOptimiser:
         addresses = [gradient.data_ptr() for gradient in gradients]
         if self._update is None or addresses != self._addresses:
             copies = self.network.copies
-            self._update = AdamWEMA(self.weights, copies, gradients, self.first, self.second, self.averaged)
+            first, second = list(self.first.values()), list(self.second.values())
+            self._update = AdamWEMA(self.weights, copies, gradients, first, second, self.averaged)
             self._addresses = addresses
         rate, (beta1, beta2) = self.learning_rate(step), self.params.betas
         self._update(
@@ -84,6 +86,7 @@ class FusedOptimiser:
             eps=EPS,
             ema_weight=1 - self.params.ema_decay,
         )
+        self.updates = step + 1
         for weight in self.weights:
             weight.grad = None
 
@@ -99,14 +102,14 @@ class FusedOptimiser:
                 torch._foreach_copy_(self.weights, trained)
 
     def state_dict(self) -> dict[str, Any]:
-        """All state but the weights, for a checkpoint."""
-        return {"first": self.first, "second": self.second, "ema": self.ema}
+        """All state but the weights, by their names, for a checkpoint that either optimiser can go on from."""
+        return {"updates": self.updates, "scaler": {}, "first": self.first, "second": self.second, "ema": self.ema}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned. The weights must have been restored before: their copies are made again."""
-        torch._foreach_copy_(self.first, state["first"])
-        torch._foreach_copy_(self.second, state["second"])
-        for name, tensor in self.ema.items():
-            tensor.copy_(state["ema"][name])
+        """Restore what `state_dict` returned, of either. The weights must have been restored: their copies are made again."""
+        restore(self.first, state["first"])
+        restore(self.second, state["second"])
+        restore(self.ema, state["ema"])
+        self.updates = state["updates"]
         torch._foreach_copy_(self.network.copies, self.weights)

@@ -27,7 +27,7 @@ def load(directory: Path, device: torch.device) -> dict[str, Any] | None:
     path = directory / FILE
     if not path.exists():
         return None
-    return torch.load(path, map_location=device, weights_only=True)
+    return torch.load(path, map_location=device, weights_only=True, mmap=True)
 
 
 def remove(directory: Path) -> None:

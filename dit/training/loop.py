@@ -18,7 +18,7 @@ from dit.config import Train
 from dit.data.latents import LatentStore
 from dit.devices import autocast, resolve_backend, resolve_precision
 from dit.diffusion import Diffusion, Loss
-from dit.distributed import Ranks, like, whole
+from dit.distributed import Ranks, restore, whole
 from dit.fused import fuse, supports
 from dit.fused.capture import Captured
 from dit.model import DiT
@@ -245,22 +245,23 @@ class Trainer:
                 self.divergence = Divergence(step, f"validation_mse of the {weights} weights", repr(measured.mse))
 
     def _save(self) -> None:
-        """All ranks give their part; one checkpoint is right for any number of them."""
-        state = {
-            "steps_done": self.steps_done,
-            "model": {name: whole(tensor) for name, tensor in self.model.state_dict().items()},
-            "optimiser": self.optimiser.state_dict(),
-            "records": vars(self.records),
-        }
+        """All ranks give their part; one checkpoint is right for any number of them, and however they share the network."""
+        state = self.ranks.keep(
+            {
+                "steps_done": self.steps_done,
+                "model": self.model.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "records": vars(self.records),
+            }
+        )
         if self.ranks.first:
             checkpoint.save(self.scratch, state)
 
     def _resume(self, description: str) -> None:
-        state = checkpoint.load(self.scratch, self.diffusion.device)
+        state = checkpoint.load(self.scratch, torch.device("cpu"))  # no device need hold all of a sharded network
         if state is not None:
             self.steps_done = state["steps_done"]
-            held = self.model.state_dict()
-            self.model.load_state_dict({name: like(tensor, held[name]) for name, tensor in state["model"].items()})
+            restore(self.model.state_dict(), state["model"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.records = Records(**state["records"])
             if self.ranks.first:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.config import Train
-from dit.distributed import like, local, moments_of, restore_moments, whole
+from dit.distributed import local, restore, whole
 
 
 def learning_rate(params: Train, step: int) -> float:
@@ -22,21 +22,26 @@ class Optimiser:
     """One `step` per batch: unscale, clip, AdamW, EMA."""
 
     def __init__(self, model: nn.Module, params: Train, precision: torch.dtype) -> None:
-        self.model = model
         self.params = params
-        self.weights: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
+        trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self.weights: list[Tensor] = list(trained.values())
         device = self.weights[0].device
+        fused = device.type == "cuda"
         self.adamw = torch.optim.AdamW(
             self.weights,
             lr=params.learning_rate,
             betas=params.betas,
             weight_decay=params.weight_decay,
-            fused=device.type == "cuda",
+            fused=fused,
         )
+        self.first, self.second = ({name: torch.zeros_like(weight) for name, weight in trained.items()} for _ in range(2))
+        for weight, first, second in zip(self.weights, self.first.values(), self.second.values(), strict=True):
+            updates = torch.zeros((), device=device if fused else None)  # where torch wants it
+            self.adamw.state[weight] = {"step": updates, "exp_avg": first, "exp_avg_sq": second}
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         self.ema = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        trained = [(weight, self.ema[name]) for name, weight in model.named_parameters() if weight.requires_grad]
-        self.current, self.averaged = ([local(tensor) for tensor in tensors] for tensors in zip(*trained, strict=True))
+        self.current = [local(weight) for weight in self.weights]
+        self.averaged = [local(self.ema[name]) for name in trained]
 
     def learning_rate(self, step: int) -> float:
         """That of `step`."""
@@ -86,13 +91,16 @@ class Optimiser:
                 torch._foreach_copy_(self.current, trained)
 
     def state_dict(self) -> dict[str, Any]:
-        """All state, for a checkpoint."""
-        ema = {name: whole(tensor) for name, tensor in self.ema.items()}
-        return {"moments": moments_of(self.model, self.adamw), "scaler": self.scaler.state_dict(), "ema": ema}
+        """All state but the weights, by their names, for a checkpoint that either optimiser can go on from."""
+        updates = int(self.adamw.state[self.weights[0]]["step"])  # fewer than steps where loss scaling skipped some
+        parts = {"first": self.first, "second": self.second, "ema": self.ema}
+        return {"updates": updates, "scaler": self.scaler.state_dict(), **parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        restore_moments(self.model, self.adamw, state["moments"])
+        """Restore what `state_dict` returned, of either optimiser."""
+        restore(self.first, state["first"])
+        restore(self.second, state["second"])
+        restore(self.ema, state["ema"])
+        for moments in self.adamw.state.values():
+            moments["step"].fill_(state["updates"])
         self.scaler.load_state_dict(state["scaler"])
-        for name, tensor in self.ema.items():
-            tensor.copy_(like(state["ema"][name], tensor))
