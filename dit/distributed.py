@@ -51,16 +51,18 @@ class Ranks:
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over ranks, on every rank; a value that is not finite on one is not finite on any."""
-        if self.size > 1:
-            dist.all_reduce(values)
-            values /= self.size
+        self.average([values])
         return values
 
     def average(self, tensors: list[Tensor]) -> None:
         """Replace each by its mean over ranks."""
-        if self.size > 1:
-            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-                work.wait()
+        if self.size == 1:
+            return
+        averages = dist.get_backend() == "nccl"
+        operation = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
+        for work in [dist.all_reduce(tensor, operation, async_op=True) for tensor in tensors]:
+            work.wait()
+        if not averages:
             torch._foreach_div_(tensors, self.size)
 
     def gather(self, rows: Tensor, count: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dit import init, model
-from dit.fused.network import FusedDiT
+from dit.fused.network import ALIGNMENT, FusedDiT
 
 
 def random_network(width: int, heads: int, **changes: object) -> model.DiT:
@@ -34,6 +34,21 @@ def test_output_and_every_gradient_are_those_of_the_plain_network(head_size: int
     weights = torch.randn_like(expected)
     for output in (expected, found):
         (output * weights).sum().backward()
+    fused.collect_gradients()
     trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
     for (name, weight), gradient in zip(trained.items(), fused.gradients(), strict=True):
         torch.testing.assert_close(gradient, weight.grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_gradients_lie_in_one_piece_of_memory_for_good() -> None:
+    fused = FusedDiT(random_network(72, 2), torch.float64)
+    found = []
+    for _ in range(2):
+        fused(*random_input()).sum().backward()
+        fused.collect_gradients()
+        found.append([gradient.data_ptr() for gradient in fused.gradients()])
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(fused.gradients())))
+        torch.testing.assert_close(torch.linalg.vector_norm(fused.flat), norm)  # zeros between them
+    assert found[0] == found[1]
+    offsets = [part.storage_offset() for part in fused._parts]
+    assert not any(offset % ALIGNMENT for offset in offsets)

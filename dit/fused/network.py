@@ -8,6 +8,7 @@ between.
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -17,12 +18,16 @@ from torch import Tensor, nn
 from dit.fused.operations import attention, linear, mlp, residual_norm
 from dit.model import MLP, Attention, DiT, DiTBlock
 
+ALIGNMENT = 64
+"""Elements, 128 bytes in bf16: where the gradient of a weight may begin."""
+
 
 class FusedDiT:
     """Called as `fused(x, t, y)` like the model it is made from, whose weights it copies.
 
     `copies` are the copies of the model's trained weights, in its order. Those of all modulation layers are parts of one
-    matrix, since all of them are applied to the same `c`: one product instead of one for each block.
+    matrix, since all of them are applied to the same `c`: one product instead of one for each block. All gradients lie in one
+    piece of memory, `flat`, at addresses that never change.
     """
 
     def __init__(self, model: DiT, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -41,17 +46,35 @@ class FusedDiT:
                 self._joined[getattr(layer, kind)] = kind, index
             whole.requires_grad_()
         self.copies: list[Tensor] = [weight for weight in self.copy.parameters() if weight.requires_grad]
+        self._owners = [*(weight for weight in self.copies if weight not in self._joined), *self.modulation.values()]
 
-    def clear_gradients(self) -> None:
-        """Forget the gradients of the last backward pass."""
-        for weight in (*self.copies, *self.modulation.values()):
-            weight.grad = None
+    @cached_property
+    def flat(self) -> Tensor:
+        """All gradients, with zeros between them; made when it is first asked for, as sampling needs none."""
+        return self.positions.new_zeros(sum(self._lengths), dtype=self.dtype)
+
+    @property
+    def _lengths(self) -> list[int]:
+        return [-(-owner.numel() // ALIGNMENT) * ALIGNMENT for owner in self._owners]
+
+    @cached_property
+    def _parts(self) -> list[Tensor]:
+        """The part of `flat` of each owner, in its shape."""
+        pieces = zip(self._owners, self.flat.split(self._lengths), strict=True)
+        return [piece[: owner.numel()].view_as(owner) for owner, piece in pieces]
+
+    def collect_gradients(self) -> None:
+        """Move the gradients of a backward pass into `flat`."""
+        torch._foreach_copy_(self._parts, [cast("Tensor", owner.grad) for owner in self._owners])
+        for owner in self._owners:
+            owner.grad = None
 
     def gradients(self) -> list[Tensor]:
-        """Those of `copies`, after a backward pass."""
-        parts = {kind: whole.grad.split(self._rows) for kind, whole in self.modulation.items() if whole.grad is not None}
-        joined = {weight: parts[kind][index] for weight, (kind, index) in self._joined.items()}
-        return [cast("Tensor", joined.get(weight, weight.grad)) for weight in self.copies]
+        """Those of `copies`, as parts of `flat`."""
+        parts = dict(zip(self._owners, self._parts, strict=True))
+        split = {kind: parts[whole].split(self._rows) for kind, whole in self.modulation.items()}
+        joined = {weight: split[kind][index] for weight, (kind, index) in self._joined.items()}
+        return [joined[weight] if weight in joined else parts[weight] for weight in self.copies]
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Noisy latents `x` (B, C, H, W), timesteps `t` (B,), labels `y` (B,) -> (B, C or 2C, H, W)."""

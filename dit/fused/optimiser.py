@@ -35,21 +35,21 @@ class FusedOptimiser:
         self.first, self.second = ({name: torch.zeros_like(weight) for name, weight in trained.items()} for _ in range(2))
         self.updates = 0
         self.unclipped = torch.ones((), device=self.weights[0].device)
-        self._update: AdamWEMA | None = None
-        self._addresses: list[int] = []
+        moments = list(self.first.values()), list(self.second.values())
+        self._update = AdamWEMA(self.weights, network.copies, network.gradients(), *moments, self.averaged)
 
     def learning_rate(self, step: int) -> float:
         """That of `step`."""
         return learning_rate(self.params, step)
 
     def backward(self, loss: Tensor) -> None:
-        """Set the gradients of `loss` in the copies."""
-        self.network.clear_gradients()
+        """Set the gradients of `loss`."""
         loss.backward()
+        self.network.collect_gradients()
 
     def average_gradients(self) -> None:
         """Make the gradients those of the batch of all ranks."""
-        self.ranks.average(self.network.gradients())
+        self.ranks.mean(self.network.flat)
 
     def publish_gradients(self) -> None:
         """Give the gradients to the model's own weights, in float32, until the next `step`."""
@@ -58,7 +58,7 @@ class FusedOptimiser:
 
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of all gradients, as a scalar tensor on the device."""
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.network.gradients(), 2, torch.float32)))
+        return torch.linalg.vector_norm(self.network.flat, dtype=torch.float32)
 
     def gradient_norm_of(self, loss: Tensor) -> Tensor:
         """The norm of the gradient of `loss`, computed with the model's own weights, without a change of any gradient."""
@@ -69,13 +69,6 @@ class FusedOptimiser:
         factor, limit = self.unclipped, self.params.gradient_clip
         if limit is not None:
             factor = (limit / (self.gradient_norm() + 1e-6)).clamp(max=1)
-        gradients = self.network.gradients()
-        addresses = [gradient.data_ptr() for gradient in gradients]
-        if self._update is None or addresses != self._addresses:
-            copies = self.network.copies
-            first, second = list(self.first.values()), list(self.second.values())
-            self._update = AdamWEMA(self.weights, copies, gradients, first, second, self.averaged)
-            self._addresses = addresses
         rate, (beta1, beta2) = self.learning_rate(step), self.params.betas
         self._update(
             factor,
