@@ -115,6 +115,7 @@ def worker(
         if ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         run.run(f"{case} {parallel} {ranks.size}")
+        run.forget()
         found: Result = {"case": case, "parallel": parallel, "processes": ranks.size, "backend": run.backend}
         if measured:
             found |= speed(run, batch * ranks.size)

@@ -72,6 +72,7 @@ def test_a_killed_run_resumes_and_ends_bit_identical(trainer: Build, monkeypatch
 def test_an_ended_run_leaves_no_checkpoint_so_that_a_forced_rerun_computes(trainer: Build) -> None:
     run = trainer()
     run.run("run")
+    run.forget()
     assert checkpoint.load(run.scratch, torch.device("cpu")) is None
 
 

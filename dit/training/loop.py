@@ -149,6 +149,9 @@ class Trainer:
         self.images_per_second = (self.steps_done - first) * self.params.batch_size / (time.monotonic() - started)
         if not self.divergence:
             self._validate(self.steps_done)
+
+    def forget(self) -> None:
+        """Remove the checkpoint: for a run that has ended, once all that is wanted of it is on disk."""
         if self.ranks.first:
             checkpoint.remove(self.scratch)
 

@@ -71,6 +71,7 @@ def train_on(ranks: Ranks, params: Params, strategy: str, seed: int) -> None:
         save_file(ema, out / "ema.safetensors")
         trainer.records.write(out)
         write_json(out / "run.json", run)
+    trainer.forget()
     speed = {"seconds": seconds, "images_per_second": trainer.images_per_second, "hostname": socket.gethostname()}
     scratch(key).mkdir(parents=True, exist_ok=True)
     write_json(scratch(key) / "timing.json", speed)
