@@ -17,6 +17,7 @@ from dit.diffusion import Diffusion
 from dit.training import checkpoint
 from dit.training.batches import Batches, epoch_order
 from dit.training.loop import Trainer
+from pipelines.stages.entry import complete_directory
 
 Build = Callable[..., Trainer]
 
@@ -146,3 +147,17 @@ def test_hidden_units_that_start_equal_stay_equal_and_others_stay_distinct(train
         assert run.model.blocks[0].mlp.fc1.weight.grad.any()
         units = {row["distinct_units"] for row in run.records.diagnostics if row["role"] == "block[0].mlp_in.weight"}
         assert units == {expected}
+
+
+def test_an_output_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    def write(name: str, error: type[Exception] | None = None) -> None:
+        with complete_directory(tmp_path / "out") as out:
+            (out / name).touch()
+            if error:
+                raise error
+
+    for name in ("first", "second"):
+        write(name)
+    with pytest.raises(KilledError):
+        write("third", KilledError)
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["out", "out/second"]

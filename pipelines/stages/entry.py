@@ -53,18 +53,21 @@ def run_stage(stage: Callable[[Params], None], processes: Callable[[Params], int
 
 @contextmanager
 def complete_directory(path: str | Path) -> Iterator[Path]:
-    """A new directory that appears at `path` by one rename, complete, or not at all."""
+    """A new directory that appears at `path` by one rename, complete, or not at all; what was there is moved away before."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
     partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def strategy_of(params: Params, name: str) -> Strategy:
