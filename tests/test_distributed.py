@@ -45,20 +45,38 @@ Start = Callable[..., subprocess.Popen[str]]
 @pytest.fixture
 def workspace(tmp_path: Path, latents_directory: Path) -> Path:
     """A folder with latents and what a stage reads; the working directory stays."""
-    shutil.copytree(latents_directory, tmp_path / "data" / "latents")
-    shutil.copy(ROOT / "dvc.yaml", tmp_path)
-    return tmp_path
+    return furnished(tmp_path, latents_directory)
 
 
-def train(workspace: Path, processes: int, parallel: str = "ddp", **more: object) -> subprocess.Popen[str]:
+def furnished(folder: Path, latents_directory: Path) -> Path:
+    shutil.copytree(latents_directory, folder / "data" / "latents")
+    shutil.copy(ROOT / "dvc.yaml", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, latents_directory: Path) -> np.ndarray:
+    """The losses of a run on one process."""
+    folder = furnished(tmp_path_factory.mktemp("alone"), latents_directory)
+    finished(train(folder, 1))
+    return losses(folder)
+
+
+def train(workspace: Path, processes: int, parallel: str = "ddp", **environment: str) -> subprocess.Popen[str]:
     """Start stage `train` on so many processes."""
-    given = {**SMALL, "train.processes": processes, "train.parallel": parallel, **more}
+    given = {**SMALL, "train.processes": processes, "train.parallel": parallel}
     (workspace / "params.yaml").write_text(override((ROOT / "params.yaml").read_text(), given))
     command = [sys.executable, "-m", "pipelines.stages.train", "adaln_zero", "0"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(
         command, cwd=workspace, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+
+
+def refused(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    return output
 
 
 def finished(process: subprocess.Popen[str]) -> str:
@@ -75,21 +93,17 @@ def losses(workspace: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("processes", "parallel"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
-def test_any_number_of_processes_takes_the_steps_of_one(workspace: Path, processes: int, parallel: str) -> None:
-    finished(train(workspace, 1))
-    alone = losses(workspace)
+def test_any_number_of_processes_takes_the_steps_of_one(
+    workspace: Path, alone: np.ndarray, processes: int, parallel: str
+) -> None:
     output = finished(train(workspace, processes, parallel))
     assert output.count("validation mse") == 1  # one rank reports
     np.testing.assert_allclose(losses(workspace), alone, rtol=1e-5)
 
 
-def test_a_killed_process_ends_the_stage_and_another_number_of_them_goes_on(workspace: Path) -> None:
-    finished(train(workspace, 1))
-    alone = losses(workspace)
-    shutil.rmtree(workspace / "runs")
-    shutil.rmtree(workspace / ".scratch", ignore_errors=True)
+def test_a_killed_process_ends_the_stage_and_another_number_of_them_goes_on(workspace: Path, alone: np.ndarray) -> None:
     begun = train(workspace, 2)
-    kill_a_rank_after_a_checkpoint(begun, workspace)
+    os.kill(ranks_after_a_checkpoint(begun, workspace)[-1].pid, signal.SIGKILL)
     output, _ = begun.communicate(timeout=60)
     assert begun.returncode == os.EX_TEMPFAIL, output
     assert "was killed by SIGKILL; the others were ended, and nothing was written" in output
@@ -102,14 +116,32 @@ def test_a_killed_process_ends_the_stage_and_another_number_of_them_goes_on(work
         np.testing.assert_allclose(losses(workspace), alone, rtol=1e-5)
 
 
-def kill_a_rank_after_a_checkpoint(process: subprocess.Popen[str], workspace: Path) -> None:
+def ranks_after_a_checkpoint(process: subprocess.Popen[str], workspace: Path) -> list[psutil.Process]:
     deadline = time.monotonic() + 60
     while not list(workspace.glob(".scratch/*/checkpoint.pt")):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.002)
-    victim = psutil.Process(process.pid).children()[-1]
-    os.kill(victim.pid, signal.SIGKILL)
+    return psutil.Process(process.pid).children()
+
+
+def test_a_wrong_number_of_processes_is_one_error_before_any_work(workspace: Path) -> None:
+    expected = "error: train.batch_size = 8 over 3 processes; accepted: a multiple of 3\n"
+    assert refused(train(workspace, 3)) == expected
+    group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    expected = "error: train.processes = 1; accepted: 2, as torchrun started so many\n"
+    assert refused(train(workspace, 1, **group)) == expected
+    assert not (workspace / ".scratch").exists()
+    command = [sys.executable, "-m", "pipelines.stages.features"]
+    features = subprocess.run(
+        command,
+        cwd=workspace,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **group},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert features.stderr == "error: WORLD_SIZE = 2, as torchrun sets it; accepted: none, as this stage is one process\n"
 
 
 def test_rows_are_shared_without_gap_or_overlap() -> None:

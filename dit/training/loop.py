@@ -68,6 +68,11 @@ class Records:
                 writer.writerows(rows)
 
 
+def check_group(params: Train, ranks: Ranks) -> None:
+    """Raises `ConfigError` where so many ranks cannot share such a run."""
+    ranks.share(params.batch_size, "train.batch_size")
+
+
 class Trainer:
     """One run: a network with its weights set, its data, and all state that a checkpoint holds.
 
@@ -88,7 +93,7 @@ class Trainer:
         ranks: Ranks | None = None,
     ) -> None:
         self.ranks = ranks or Ranks(diffusion.device)
-        self.ranks.share(params.batch_size, "train.batch_size")
+        check_group(params, self.ranks)
         self.model = model.to(diffusion.device)
         self.diffusion = diffusion
         self.params = params

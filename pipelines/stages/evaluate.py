@@ -177,7 +177,7 @@ def ending(trained: dict[str, Any], distances: dict[str, float | None]) -> str:
 
 def main(strategy: str, seed: Annotated[int, typer.Argument(min=0)]) -> None:
     """Evaluate the DiT that was trained from STRATEGY of params.yaml with SEED."""
-    run_stage(lambda params: evaluate(params, strategy, seed), processes=lambda params: params.evaluate.processes)
+    run_stage(lambda params: evaluate(params, strategy, seed), "evaluate")
 
 
 if __name__ == "__main__":

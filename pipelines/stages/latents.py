@@ -37,4 +37,4 @@ def encode_on(ranks: Ranks, settings: Latents) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    run_stage(latents, processes=lambda params: params.latents.processes)
+    run_stage(latents, "latents")

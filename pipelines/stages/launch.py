@@ -7,14 +7,40 @@ import os
 import signal
 import sys
 import uuid
+from typing import TYPE_CHECKING
 
+import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from dit.devices import resolve_device
+from dit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dit.config import Evaluate, Latents, Train
 
 
 def in_group() -> bool:
     """Whether this process is already one of a group."""
     return "RANK" in os.environ
+
+
+def join_group(section: str, settings: Train | Evaluate | Latents | None) -> None:
+    """Check that the group of this process has as many as `settings` want.
+
+    `section` is their name in `params.yaml`; a stage of one process has none. Raises `ConfigError`.
+    """
+    size = int(os.environ["WORLD_SIZE"])
+    if settings is None:
+        raise ConfigError(f"WORLD_SIZE = {size}, as torchrun sets it; accepted: none, as this stage is one process")
+    if settings.processes != size:
+        raise ConfigError(f"{section}.processes = {settings.processes}; accepted: {size}, as torchrun started so many")
+
+
+def check_devices(section: str, settings: Train | Evaluate | Latents) -> None:
+    """Raises `ConfigError` where there is no GPU for each process."""
+    if resolve_device(settings.device).type == "cuda" and settings.processes > (count := torch.cuda.device_count()):
+        raise ConfigError(f"{section}.processes = {settings.processes}; accepted here: at most {count}, one for each GPU")
 
 
 def run_group(count: int) -> int:
