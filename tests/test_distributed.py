@@ -125,6 +125,22 @@ def ranks_after_a_checkpoint(process: subprocess.Popen[str], workspace: Path) ->
     return psutil.Process(process.pid).children()
 
 
+@pytest.mark.parametrize(("signal_of", "code"), [(signal.SIGKILL, -signal.SIGKILL)])
+def test_ranks_end_with_their_launcher_and_the_next_run_goes_on(
+    workspace: Path, alone: np.ndarray, signal_of: signal.Signals, code: int
+) -> None:
+    begun = train(workspace, 2, TMPDIR=str(workspace))
+    ranks = ranks_after_a_checkpoint(begun, workspace)
+    assert len(ranks) == 2
+    begun.send_signal(signal_of)
+    output, _ = begun.communicate(timeout=60)
+    assert begun.returncode == code, output
+    assert psutil.wait_procs(ranks, timeout=5)[1] == []
+    assert not (workspace / "runs").exists()
+    assert "resumed at step" in finished(train(workspace, 2))
+    np.testing.assert_allclose(losses(workspace), alone, rtol=1e-5)
+
+
 def test_a_wrong_number_of_processes_is_one_error_before_any_work(workspace: Path) -> None:
     expected = "error: train.batch_size = 8 over 3 processes; accepted: a multiple of 3\n"
     assert refused(train(workspace, 3)) == expected

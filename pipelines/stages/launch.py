@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
 import sys
+import threading
+import time
 import uuid
 from typing import TYPE_CHECKING
 
@@ -19,6 +22,12 @@ from dit.errors import ConfigError
 if TYPE_CHECKING:
     from dit.config import Evaluate, Latents, Train
 
+LAUNCHER = "DIT_LAUNCHER"
+"""The environment variable that tells ranks which process started them."""
+
+PR_SET_PDEATHSIG = 1
+"""linux/prctl.h: the signal that a process gets when its parent ends."""
+
 
 def in_group() -> bool:
     """Whether this process is already one of a group."""
@@ -26,7 +35,7 @@ def in_group() -> bool:
 
 
 def join_group(section: str, settings: Train | Evaluate | Latents | None) -> None:
-    """Check that the group of this process has as many as `settings` want.
+    """Check that the group of this process has as many as `settings` want, and end with the launcher, where that was ours.
 
     `section` is their name in `params.yaml`; a stage of one process has none. Raises `ConfigError`.
     """
@@ -35,6 +44,8 @@ def join_group(section: str, settings: Train | Evaluate | Latents | None) -> Non
         raise ConfigError(f"WORLD_SIZE = {size}, as torchrun sets it; accepted: none, as this stage is one process")
     if settings.processes != size:
         raise ConfigError(f"{section}.processes = {settings.processes}; accepted: {size}, as torchrun started so many")
+    if LAUNCHER in os.environ:
+        end_with(int(os.environ[LAUNCHER]))
 
 
 def check_devices(section: str, settings: Train | Evaluate | Latents) -> None:
@@ -43,12 +54,29 @@ def check_devices(section: str, settings: Train | Evaluate | Latents) -> None:
         raise ConfigError(f"{section}.processes = {settings.processes}; accepted here: at most {count}, one for each GPU")
 
 
+def end_with(parent: int) -> None:
+    """Have this process killed when its parent is gone, also by SIGKILL: alone it would wait, or write, for nobody."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def run_group(count: int) -> int:
     """Run the command of this process as `count` ranks; the exit code of the first that failed, negative for a signal, or 0.
 
     Where one fails the others are ended, and one message says which it was.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ[LAUNCHER] = str(os.getpid())
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
