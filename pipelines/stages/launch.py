@@ -13,13 +13,13 @@ import uuid
 from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dit.devices import resolve_device
 from dit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
     from dit.config import Evaluate, Latents, Train
 
 LAUNCHER = "DIT_LAUNCHER"
@@ -73,8 +73,12 @@ def _watch(parent: int) -> None:
 def run_group(count: int) -> int:
     """Run the command of this process as `count` ranks; the exit code of the first that failed, negative for a signal, or 0.
 
-    Where one fails the others are ended, and one message says which it was.
+    Where one fails, or this process is asked to end, the others are ended, and one message says why.
     """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ[LAUNCHER] = str(os.getpid())
     config = LaunchConfig(
@@ -86,13 +90,23 @@ def run_group(count: int) -> int:
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
         max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
     )
     try:
-        elastic_launch(config, sys.orig_argv[0])(*sys.orig_argv[1:])
+        elastic_launch(config, sys.executable)(*sys.orig_argv[1:])
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = min(error.failures.items(), key=lambda failed: _order(failed[1]))
         code = failure.exitcode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        print(f"error: process {rank} of {count} {how}; the others were ended, and nothing was written", file=sys.stderr)
+        print(f"error: process {rank} of {count} {how}; the others were ended, and no output was written", file=sys.stderr)
         return code
+    except SignalException as error:
+        print(f"error: {error.sigval.name}; all {count} processes were ended, and no output was written", file=sys.stderr)
+        return -error.sigval
     return 0
+
+
+def _order(failure: ProcessFailure) -> tuple[bool, bool, int]:
+    """What failed first: a rank that is killed makes others fail, of which some are then asked to end."""
+    asked = failure.exitcode == -signal.SIGTERM
+    return failure.exitcode > 0 or asked, asked, failure.timestamp
