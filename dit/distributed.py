@@ -7,7 +7,7 @@ gradients and optimiser state are sharded by FSDP2 (`fully_shard`). The first ra
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -64,6 +64,12 @@ class Ranks:
             work.wait()
         if not averages:
             torch._foreach_div_(tensors, self.size)
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each by that of the first rank."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
     def gather(self, rows: Tensor, count: int) -> Tensor:
         """All `count` rows, on every rank, from what each has of them: its `own`."""

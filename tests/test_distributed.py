@@ -19,11 +19,13 @@ import torch
 
 from dit import config, init
 from dit.data.images import ImageStore
-from dit.data.latents import write_latents
+from dit.data.latents import LatentStore, write_latents
+from dit.diffusion import Diffusion
 from dit.distributed import Ranks
 from dit.errors import ConfigError
 from dit.model import build
 from dit.sampling import sample
+from dit.training.loop import Trainer
 from pipelines.experiments import override
 
 ROOT = Path(__file__).parents[1]
@@ -140,6 +142,29 @@ def test_ranks_end_with_their_launcher_and_the_next_run_goes_on(
     assert not list(workspace.glob("torchelastic*"))
     assert "resumed at step" in finished(train(workspace, 2))
     np.testing.assert_allclose(losses(workspace), alone, rtol=1e-5)
+
+
+def test_hosts_that_do_not_share_their_checkpoints_are_refused(tmp_path: Path, latents_directory: Path) -> None:
+    torch.multiprocessing.spawn(resume_apart, (tmp_path, latents_directory), nprocs=2)
+
+
+def resume_apart(rank: int, directory: Path, latents_directory: Path) -> None:
+    """One rank, whose scratch folder is its own; the first alone writes a checkpoint."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/group", rank=rank, world_size=2)
+    ranks = Ranks(torch.device("cpu"), rank, 2, grouped=True)
+    params = config.load(ROOT / "params.yaml")
+    torch.manual_seed(rank)
+    network = build("DiT-Micro/2", latent_size=8, latent_channels=4, num_classes=3, learn_sigma=True)
+    diffusion, store = Diffusion(params.diffusion), LatentStore(latents_directory)
+    run = Trainer(
+        network, store, diffusion, params.train, label_dropout=0.1, seed=0, scratch=directory / f"{rank}", ranks=ranks
+    )
+    assert not any(ranks.gather(weight.detach().sum()[None], 2).diff() for weight in network.parameters())  # the first one's
+    run.steps_done = 2
+    run._save()
+    with pytest.raises(ConfigError, match=r"different steps, \[0, 2\]; .* DIT_SCRATCH"):
+        run._resume("run")
 
 
 def test_a_wrong_number_of_processes_is_one_error_before_any_work(workspace: Path) -> None:

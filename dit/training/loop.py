@@ -19,6 +19,7 @@ from dit.data.latents import LatentStore
 from dit.devices import autocast, resolve_backend, resolve_precision
 from dit.diffusion import Diffusion, Loss
 from dit.distributed import Ranks, restore, whole
+from dit.errors import ConfigError
 from dit.fused import fuse, supports
 from dit.fused.capture import Captured
 from dit.model import DiT
@@ -95,6 +96,7 @@ class Trainer:
         self.ranks = ranks or Ranks(diffusion.device)
         check_group(params, self.ranks)
         self.model = model.to(diffusion.device)
+        self.ranks.broadcast(self.model.state_dict().values())
         self.diffusion = diffusion
         self.params = params
         self.scratch = scratch
@@ -267,6 +269,12 @@ class Trainer:
 
     def _resume(self, description: str) -> None:
         state = checkpoint.load(self.scratch, torch.device("cpu"))  # no device need hold all of a sharded network
+        seen = torch.tensor([state["steps_done"] if state else 0], device=self.diffusion.device)
+        if len(steps := self.ranks.gather(seen, self.ranks.size).unique()) > 1:
+            raise ConfigError(
+                f"{self.scratch}: processes see checkpoints of different steps, {steps.tolist()}; accepted: one folder of all "
+                "hosts, as DIT_SCRATCH names it"
+            )
         if state is not None:
             self.steps_done = state["steps_done"]
             restore(self.model.state_dict(), state["model"])
