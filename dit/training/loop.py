@@ -104,7 +104,7 @@ class Trainer:
         self.batches = Batches(
             store, diffusion, batch_size=params.batch_size, label_dropout=label_dropout, seed=seed, ranks=self.ranks
         )
-        self.validation = Validation(store, diffusion, params.validation)
+        self.validation = Validation(store, diffusion, params.validation, self.ranks)
         self.backend = resolve_backend(params.backend, diffusion.device, self.precision, supports(model), "train")
         self.forward: Forward = self.model
         self.loss: Callable[..., Loss] = diffusion.loss

@@ -12,6 +12,7 @@ from dit.config import Validation as ValidationParams
 from dit.data.latents import LatentStore
 from dit.devices import autocast
 from dit.diffusion import Diffusion
+from dit.distributed import Ranks
 from dit.seeding import generator
 from dit.training.batches import gather
 
@@ -25,9 +26,10 @@ class Score:
 
 
 class Validation:
-    """A fixed set of noisy latents, with timesteps spread evenly over the noising time."""
+    """A fixed set of noisy latents, with timesteps spread evenly over the noising time; each rank measures its rows of it."""
 
-    def __init__(self, store: LatentStore, diffusion: Diffusion, params: ValidationParams) -> None:
+    def __init__(self, store: LatentStore, diffusion: Diffusion, params: ValidationParams, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks(diffusion.device)
         latents = store.split("validation")
         count = min(params.samples, len(latents.labels))
         draws = generator(params.seed, "validation", device=diffusion.device)
@@ -50,13 +52,17 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, model: Callable[[Tensor, Tensor, Tensor], Tensor], precision: torch.dtype) -> Score:
-        """Measure `model`, called as `model(x, t, y)`."""
-        errors = []
+        """Measure `model`, called as `model(x, t, y)`: the same on every rank."""
+
+        def measure(rows: Tensor) -> tuple[Tensor]:
+            output = model(self.x_t[rows], self.timesteps[rows], self.labels[rows])
+            prediction = output[:, : self.target.shape[1]].float()
+            return ((prediction - self.target[rows]).square().flatten(1).mean(1),)
+
+        errors: list[Tensor] = []
         with autocast(self.x_t.device, precision):
             for rows in torch.arange(len(self.labels), device=self.x_t.device).split(self.batch_size):
-                output = model(self.x_t[rows], self.timesteps[rows], self.labels[rows])
-                prediction = output[:, : self.target.shape[1]].float()
-                errors.append((prediction - self.target[rows]).square().flatten(1).mean(1))
+                errors += self.ranks.split(lambda own, rows=rows: measure(rows[own]), len(rows))  # type: ignore[misc]
         error = torch.cat(errors).cpu().double()  # MPS has no float64
         buckets = [error[self.buckets == bucket].mean().item() for bucket in range(self.bucket_count)]
         return Score(error.mean().item(), buckets)
