@@ -57,11 +57,11 @@ def furnished(folder: Path, latents_directory: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, latents_directory: Path) -> np.ndarray:
-    """The losses of a run on one process."""
+def alone(tmp_path_factory: pytest.TempPathFactory, latents_directory: Path) -> Path:
+    """The workspace of a run on one process."""
     folder = furnished(tmp_path_factory.mktemp("alone"), latents_directory)
     finished(train(folder, 1))
-    return losses(folder)
+    return folder
 
 
 def train(workspace: Path, processes: int, parallel: str = "ddp", **environment: str) -> subprocess.Popen[str]:
@@ -94,16 +94,24 @@ def losses(workspace: Path) -> np.ndarray:
     return np.concatenate([metrics["mse"], metrics["gradient_norm"], validation["mse"]])
 
 
+def diagnoses(workspace: Path) -> list[pd.DataFrame]:
+    directory = workspace / "runs" / "train" / "adaln_zero-0"
+    roles, noise = (pd.read_csv(directory / f"{name}.csv") for name in ("diagnostics", "gradient_noise"))
+    return [roles[~roles["role"].str.endswith("key.bias")], noise]  # whose gradient is zero but for rounding
+
+
 @pytest.mark.parametrize(("processes", "parallel"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
-def test_any_number_of_processes_takes_the_steps_of_one(
-    workspace: Path, alone: np.ndarray, processes: int, parallel: str
-) -> None:
+def test_any_number_of_processes_takes_the_steps_of_one(workspace: Path, alone: Path, processes: int, parallel: str) -> None:
     output = finished(train(workspace, processes, parallel))
     assert output.count("validation mse") == 1  # one rank reports
-    np.testing.assert_allclose(losses(workspace), alone, rtol=1e-5)
+    np.testing.assert_allclose(losses(workspace), losses(alone), rtol=1e-5)
+    for found, expected in zip(diagnoses(workspace), diagnoses(alone), strict=True):
+        assert list(found.columns) == list(expected.columns)
+        if parallel == "ddp":  # weights that are sharded are not diagnosed
+            np.testing.assert_allclose(found.select_dtypes("number"), expected.select_dtypes("number"), rtol=1e-3, atol=1e-5)
 
 
-def test_a_killed_process_ends_the_stage_and_another_number_of_them_goes_on(workspace: Path, alone: np.ndarray) -> None:
+def test_a_killed_process_ends_the_stage_and_another_number_of_them_goes_on(workspace: Path, alone: Path) -> None:
     begun = train(workspace, 2)
     os.kill(ranks_after_a_checkpoint(begun, workspace)[-1].pid, signal.SIGKILL)
     output, _ = begun.communicate(timeout=60)
@@ -115,7 +123,7 @@ def test_a_killed_process_ends_the_stage_and_another_number_of_them_goes_on(work
         shutil.rmtree(workspace / ".scratch")
         shutil.copytree(kept, workspace / ".scratch")
         assert "resumed at step" in finished(train(workspace, processes, parallel))
-        np.testing.assert_allclose(losses(workspace), alone, rtol=1e-5)
+        np.testing.assert_allclose(losses(workspace), losses(alone), rtol=1e-5)
 
 
 def ranks_after_a_checkpoint(process: subprocess.Popen[str], workspace: Path) -> list[psutil.Process]:
@@ -129,7 +137,7 @@ def ranks_after_a_checkpoint(process: subprocess.Popen[str], workspace: Path) ->
 
 @pytest.mark.parametrize(("signal_of", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, os.EX_TEMPFAIL)])
 def test_ranks_end_with_their_launcher_and_the_next_run_goes_on(
-    workspace: Path, alone: np.ndarray, signal_of: signal.Signals, code: int
+    workspace: Path, alone: Path, signal_of: signal.Signals, code: int
 ) -> None:
     begun = train(workspace, 2, TMPDIR=str(workspace))
     ranks = ranks_after_a_checkpoint(begun, workspace)
@@ -141,7 +149,7 @@ def test_ranks_end_with_their_launcher_and_the_next_run_goes_on(
     assert not (workspace / "runs").exists()
     assert not list(workspace.glob("torchelastic*"))
     assert "resumed at step" in finished(train(workspace, 2))
-    np.testing.assert_allclose(losses(workspace), alone, rtol=1e-5)
+    np.testing.assert_allclose(losses(workspace), losses(alone), rtol=1e-5)
 
 
 def test_hosts_that_do_not_share_their_checkpoints_are_refused(tmp_path: Path, latents_directory: Path) -> None:

@@ -61,8 +61,10 @@ class FusedOptimiser:
         return torch.linalg.vector_norm(self.network.flat, dtype=torch.float32)
 
     def gradient_norm_of(self, loss: Tensor) -> Tensor:
-        """The norm of the gradient of `loss`, computed with the model's own weights, without a change of any gradient."""
-        return nn.utils.get_total_norm(torch.autograd.grad(loss, self.weights))
+        """The norm of the gradient of `loss` on all ranks, by the model's own weights, without a change of any gradient."""
+        gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, self.weights)]
+        self.ranks.average(gradients)
+        return nn.utils.get_total_norm(gradients)
 
     def step(self, step: int) -> None:
         """Clip, update the weights, their copies and their average. `step` counts from 0."""

@@ -32,7 +32,11 @@ class Batch:
 
     def first(self, count: int) -> Batch:
         """Its first `count` samples."""
-        return Batch(*(tensor[:count] for tensor in (self.x0, self.eps, self.timesteps, self.labels)))
+        return self.rows(slice(count))
+
+    def rows(self, chosen: slice) -> Batch:
+        """Some of its samples."""
+        return Batch(*(tensor[chosen] for tensor in (self.x0, self.eps, self.timesteps, self.labels)))
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ import csv
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dit.analysis.diagnostics import diagnose, gradient_noise
+from dit.analysis.diagnostics import GradientNoise, RoleState, diagnose, gradient_noise
 from dit.config import Train
 from dit.data.latents import LatentStore
 from dit.devices import autocast, resolve_backend, resolve_precision
@@ -36,7 +36,13 @@ EARLY_DIAGNOSES = 5
 """The first optimiser steps, at which roles wake up, are all diagnosed."""
 
 NOISE_PART = 4
-"""A diagnosed step compares its gradient with that of the first of so many parts of its batch, to tell how noisy it is."""
+"""A diagnosed step compares its gradient with that of every so many-th sample of its batch, to tell how noisy it is."""
+
+COLUMNS = {
+    name: ["step", *(column.name for column in fields(kind))]
+    for name, kind in (("diagnostics", RoleState), ("gradient_noise", GradientNoise))
+}
+"""Those of what is not measured where weights are sharded: the files say so by having no rows."""
 
 Row = dict[str, Any]
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -64,7 +70,7 @@ class Records:
         """Write `metrics.csv`, `validation.csv`, `diagnostics.csv` and `gradient_noise.csv`."""
         for name, rows in vars(self).items():
             with (directory / f"{name}.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0] if rows else (), lineterminator="\n")
+                writer = csv.DictWriter(file, rows[0] if rows else COLUMNS.get(name, ()), lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
 
@@ -121,7 +127,7 @@ class Trainer:
                 self.ranks.shard(self.model, self.precision)
             else:
                 self.forward = self.ranks.replicate(self.model)
-            self.optimiser = Optimiser(self.model, params, self.precision)
+            self.optimiser = Optimiser(self.model, params, self.precision, self.ranks)
         if self.backend == "compiled":
             self.forward = torch.compile(self.forward)
         self.records = Records()
@@ -193,22 +199,25 @@ class Trainer:
     def _diagnosed_update(self, step: int, batch: Batch) -> None:
         """Take the step, and record what it does. Changes nothing that the run depends on."""
         whole = self.params.batch_size
-        part = max(1, len(batch.labels) // NOISE_PART)
-        norms = self._gradient_norms(batch.first(part)) if part < whole else None
+        part = len(range(0, whole, NOISE_PART))
+        norms = self._gradient_norms(batch, part) if part < whole else None
         self.optimiser.publish_gradients()
-        states = diagnose(self.model, lambda: self.optimiser.step(step), batch.timesteps, batch.labels)
+        timesteps, labels = (self.ranks.gather(rows, whole) for rows in (batch.timesteps, batch.labels))
+        states = diagnose(self.model, lambda: self.optimiser.step(step), timesteps, labels)
         self.records.diagnostics += [{"step": step, **vars(state)} for state in states]
         if norms is not None:
             whole_norm, part_norm = norms.tolist()
             noise = gradient_noise(whole_norm, part_norm, whole, part)
             self.records.gradient_noise.append({"step": step, **vars(noise)})
 
-    def _gradient_norms(self, part: Batch) -> Tensor:
-        """Norms (2,) of the gradient of the whole batch, and of that of a part of it.
+    def _gradient_norms(self, batch: Batch, part: int) -> Tensor:
+        """Norms (2,) of the gradient of the whole batch, and of that of `part` samples of it, whatever ranks they are on.
 
         The second is the work of the plain network: a compiled or captured one would be made again for this size.
         """
-        loss = self._loss(self.model, part).total.mean()
+        own = batch.rows(slice(-self.ranks.own(self.params.batch_size).start % NOISE_PART, None, NOISE_PART))
+        share = len(own.labels) * self.ranks.size / part  # 0 where all of the part is on other ranks
+        loss = self._loss(self.model, own if share else batch.first(1)).total.mean() * share
         return torch.stack([self.optimiser.gradient_norm(), self.optimiser.gradient_norm_of(loss)])
 
     def _reading_due(self, step: int) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.config import Train
-from dit.distributed import local, restore, whole
+from dit.distributed import Ranks, local, restore, whole
 
 
 def learning_rate(params: Train, step: int) -> float:
@@ -21,11 +21,12 @@ def learning_rate(params: Train, step: int) -> float:
 class Optimiser:
     """One `step` per batch: unscale, clip, AdamW, EMA."""
 
-    def __init__(self, model: nn.Module, params: Train, precision: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, params: Train, precision: torch.dtype, ranks: Ranks | None = None) -> None:
         self.params = params
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.weights: list[Tensor] = list(trained.values())
         device = self.weights[0].device
+        self.ranks = ranks or Ranks(device)
         fused = device.type == "cuda"
         self.adamw = torch.optim.AdamW(
             self.weights,
@@ -75,8 +76,9 @@ class Optimiser:
         return whole(nn.utils.get_total_norm([weight.grad for weight in self.weights if weight.grad is not None]))
 
     def gradient_norm_of(self, loss: Tensor) -> Tensor:
-        """The norm that `gradient_norm` would have after `backward(loss)`, without a change of any gradient."""
-        gradients = torch.autograd.grad(self.scaler.scale(loss), self.weights)
+        """The norm that `gradient_norm` would have after `backward(loss)` on all ranks, without a change of any gradient."""
+        gradients = [gradient.contiguous() for gradient in torch.autograd.grad(self.scaler.scale(loss), self.weights)]
+        self.ranks.average(gradients)
         return nn.utils.get_total_norm(gradients) / self.scaler.scale(torch.ones_like(loss))
 
     @contextmanager
