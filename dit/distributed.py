@@ -108,8 +108,11 @@ class Ranks:
             return network
         return DistributedDataParallel(network, device_ids=[self.device] if self.device.type == "cuda" else None)
 
-    def shard(self, model: DiT, precision: torch.dtype) -> None:
-        """Shard every block, and the rest, over all ranks (FSDP2); weights travel in `precision`, gradients in float32."""
+    def shard(self, model: DiT, precision: torch.dtype, compiled: bool = False) -> None:
+        """Shard every block, `compiled` or not, and the rest, over all ranks (FSDP2).
+
+        Weights travel in `precision`, gradients in float32.
+        """
         if not self.grouped:
             return
         from torch.distributed.device_mesh import init_device_mesh
@@ -118,6 +121,9 @@ class Ranks:
         mesh = init_device_mesh(self.device.type, (self.size,))
         reduced = None if precision == torch.float32 else precision
         policy = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        if compiled:
+            for block in model.blocks:
+                block.compile()
         for part in (*model.blocks, model):
             fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 

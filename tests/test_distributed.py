@@ -25,7 +25,7 @@ from dit.distributed import Ranks
 from dit.errors import ConfigError
 from dit.model import build
 from dit.sampling import sample
-from dit.training.loop import Trainer
+from dit.training.loop import Trainer, check_group
 from pipelines.experiments import override
 
 ROOT = Path(__file__).parents[1]
@@ -204,6 +204,14 @@ def test_rows_are_shared_without_gap_or_overlap() -> None:
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"train\.batch_size = 8 over 3 processes; accepted: a multiple of 3"):
         Ranks(torch.device("cpu"), 0, 3).share(8, "train.batch_size")
+
+
+def test_the_fused_path_is_not_for_sharded_weights(params: config.Params) -> None:
+    given = params.train.model_copy(update={"parallel": "fsdp", "backend": "fused"})
+    with pytest.raises(
+        ConfigError, match=r"train\.backend = 'fused' with train\.parallel fsdp; accepted: auto, compiled, eager"
+    ):
+        check_group(given, Ranks(torch.device("cpu")))
 
 
 def test_samples_and_latents_are_those_of_one_process(tmp_path: Path) -> None:

@@ -76,8 +76,10 @@ class Records:
 
 
 def check_group(params: Train, ranks: Ranks) -> None:
-    """Raises `ConfigError` where so many ranks cannot share such a run."""
+    """Raises `ConfigError` where so many ranks cannot share such a run, or not so."""
     ranks.share(params.batch_size, "train.batch_size")
+    if params.parallel == "fsdp" and params.backend == "fused":
+        raise ConfigError("train.backend = 'fused' with train.parallel fsdp; accepted: auto, compiled, eager, or parallel ddp")
 
 
 class Trainer:
@@ -111,30 +113,36 @@ class Trainer:
             store, diffusion, batch_size=params.batch_size, label_dropout=label_dropout, seed=seed, ranks=self.ranks
         )
         self.validation = Validation(store, diffusion, params.validation, self.ranks)
-        self.backend = resolve_backend(params.backend, diffusion.device, self.precision, supports(model), "train")
+        self.sharded = self.ranks.grouped and params.parallel == "fsdp"
+        self.backend = self._resolve_backend()
         self.forward: Forward = self.model
         self.loss: Callable[..., Loss] = diffusion.loss
         self.gradients: Callable[[Batch], Tensor] = self._gradients
         self.optimiser: Optimiser | FusedOptimiser
-        self.sharded = self.ranks.grouped and params.parallel == "fsdp"
-        if self.backend == "fused" and not self.sharded:
+        if self.backend == "fused":
             self.forward, self.optimiser = fuse(self.model, params, self.ranks)
             self.loss = torch.compile(diffusion.loss)
             captured = Captured(lambda *parts: self._gradients(Batch(*parts)))
             self.gradients = lambda batch: captured(*vars(batch).values())
         else:
             if self.sharded:
-                self.ranks.shard(self.model, self.precision)
+                self.ranks.shard(self.model, self.precision, compiled=self.backend == "compiled")
             else:
                 self.forward = self.ranks.replicate(self.model)
+                if self.backend == "compiled":
+                    self.forward = torch.compile(self.forward)
             self.optimiser = Optimiser(self.model, params, self.precision, self.ranks)
-        if self.backend == "compiled":
-            self.forward = torch.compile(self.forward)
         self.records = Records()
         self.divergence: Divergence | None = None
         self.steps_done = 0
         self.images_per_second = math.nan
         self._pending: list[Tensor] = []
+
+    def _resolve_backend(self) -> str:
+        device = self.diffusion.device
+        if self.sharded and self.params.backend == "auto":  # the fused path holds whole weights
+            return "compiled" if device.type == "cuda" else "eager"
+        return resolve_backend(self.params.backend, device, self.precision, supports(self.model), "train")
 
     @property
     def ema(self) -> dict[str, Tensor]:
