@@ -54,6 +54,7 @@ class LatentStore:
         normalize = self.store.meta["normalize"]
         self.shift = torch.tensor(normalize["shift"]).view(1, -1, 1, 1)
         self.scale = torch.tensor(normalize["scale"]).view(1, -1, 1, 1)
+        self._sent: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def split(self, name: Literal["train", "validation"]) -> Latents:
         """The posteriors of `"train"` or `"validation"`."""
@@ -62,11 +63,19 @@ class LatentStore:
 
     def normalize(self, z: Tensor) -> Tensor:
         """Raw latents (B, C, h, w) -> what the diffusion model sees: `(z - shift) * scale`, per channel."""
-        return (z - self.shift.to(z)) * self.scale.to(z)
+        shift, scale = self._factors(z)
+        return (z - shift) * scale
 
     def denormalize(self, z: Tensor) -> Tensor:
         """The inverse of `normalize`: what the autoencoder decodes, (B, C, h, w)."""
-        return z / self.scale.to(z) + self.shift.to(z)
+        shift, scale = self._factors(z)
+        return z / scale + shift
+
+    def _factors(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """`shift` and `scale` as `z` needs them: sent to a device once, since the host waits for that."""
+        if (z.device, z.dtype) not in self._sent:
+            self._sent[z.device, z.dtype] = self.shift.to(z), self.scale.to(z)
+        return self._sent[z.device, z.dtype]
 
 
 def write_latents(
