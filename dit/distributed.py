@@ -106,7 +106,8 @@ class Ranks:
         """The network, whose gradients are then averaged over ranks during the backward pass (DDP)."""
         if not self.grouped:
             return network
-        return DistributedDataParallel(network, device_ids=[self.device] if self.device.type == "cuda" else None)
+        device_ids = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(network, device_ids, gradient_as_bucket_view=True)
 
     def shard(self, model: DiT, precision: torch.dtype, compiled: bool = False) -> None:
         """Shard every block, `compiled` or not, and the rest, over all ranks (FSDP2).
@@ -140,7 +141,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
             raise ConfigError(f"process {local} has no GPU; accepted: at most {torch.cuda.device_count()} processes here")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size)
+    backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, rank=rank, world_size=size, device_id=own)
     yield Ranks(device, rank, size, grouped=True)
     dist.destroy_process_group()  # not after an error: the other ranks may be waiting, and torchrun ends them
 
