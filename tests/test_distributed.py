@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 STEPS = 24
 SMALL = {
     "model.name": "DiT-Micro/2",
+    "train.device": "cpu",
     "train.steps": STEPS,
     "train.batch_size": 8,
     "train.log_every": 4,
