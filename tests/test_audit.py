@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 from collections.abc import Callable
@@ -68,6 +69,89 @@ def test_each_strategy_is_told_apart_by_what_it_does(micro: Callable[..., model.
     assert {expectation for expectation in expectations if report.failures(expectation)} == unlike
     assert bool(report.failures("adaln-zero")) == bool(unlike)
     assert report.verdict.startswith("Not adaLN-Zero: " if unlike else "adaLN-Zero: ")
+
+
+OPEN_GATES = [{"role": "modulation.gate.bias", "init": "constant", "value": 1e-6}]
+
+
+@pytest.mark.parametrize("strategy", ["zero_residual_outputs", "fixup_like", "small gates", "all zero"])
+def test_blocks_that_are_the_identity_by_other_means_are_not_adaln_zero(micro: Callable[..., model.DiT], strategy: str) -> None:
+    rules = {
+        "small gates": [*init.named("adaln_zero").model_dump()["rules"], *OPEN_GATES],
+        "all zero": [{"role": "all", "init": "zeros"}],
+    }
+    network = init.apply(micro(), {"rules": rules[strategy]} if strategy in rules else strategy, seed=0)
+    reason, *_ = audit(network, BATCH).failures("adaln-zero")
+    if strategy == "small gates":
+        assert reason == "not the identity: blocks.*"
+    elif strategy == "all zero":
+        assert reason == "no block receives a gradient within 4 steps"
+    else:
+        assert reason.startswith("other layers of the blocks receive a gradient before any modulation")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_verdict_does_not_depend_on_the_number_of_steps(micro: Callable[..., model.DiT], steps: int) -> None:
+    audit(init.apply(micro(), "adaln_zero", seed=0), BATCH, steps=steps).expect("adaln-zero")
+    assert audit(init.apply(micro(), "adaln", seed=0), BATCH, steps=steps).failures("adaln-zero")
+
+
+def test_one_sample_is_too_few_to_tell_modulation(micro: Callable[..., model.DiT]) -> None:
+    report = audit(init.apply(micro(), "adaln_zero", seed=0), tuple(part[:1] for part in BATCH))
+    assert report.failures("adaln-zero") == ["modulation cannot be told from a batch of one sample; give two or more"]
+
+
+def test_a_compiled_network_is_the_network_inside(micro: Callable[..., model.DiT]) -> None:
+    network = init.apply(micro(), "adaln_zero", seed=0)
+    compiled = torch.compile(network, backend="eager")
+    assert audit(compiled, BATCH) == audit(network, BATCH)  # type: ignore[arg-type]
+
+
+class Renamed(nn.Module):
+    """The published network with its blocks in a dictionary."""
+
+    def __init__(self, inner: model.DiT) -> None:
+        super().__init__()
+        self.stages = nn.ModuleDict({f"stage_{index}": block for index, block in enumerate(inner.blocks)})
+        inner.blocks = nn.ModuleList()
+        self.inner = inner
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        tokens = self.inner.x_embedder(x) + self.inner.pos_embed
+        c = self.inner.t_embedder(t) + self.inner.y_embedder(y)
+        for stage in self.stages.values():
+            tokens = stage(tokens, c)
+        return self.inner.unpatchify(self.inner.final_layer(tokens, c))
+
+
+def test_blocks_may_be_held_in_a_dictionary(micro: Callable[..., model.DiT]) -> None:
+    report = audit(Renamed(init.apply(micro(), "adaln_zero", seed=0)), BATCH)
+    assert [block.path for block in report.blocks] == ["stages.stage_0", "stages.stage_1"]
+    report.expect("adaln-zero")
+
+
+class Heads(nn.Module):
+    """torch's own attention, and an MLP of bare matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.inward, self.outward = nn.Parameter(torch.randn(12, 8)), nn.Parameter(torch.randn(8, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x, x, x, need_weights=False)[0]
+        return x + (x @ self.inward.T).relu() @ self.outward.T
+
+
+def test_symmetry_is_seen_in_attention_of_torch_and_in_bare_matrices() -> None:
+    network = Heads()
+    with torch.no_grad():
+        for part in (*network.attn.in_proj_weight.chunk(3), *network.attn.in_proj_bias.chunk(3)):
+            part[4:] = part[:4]
+        network.attn.out_proj.weight[:, 4:] = network.attn.out_proj.weight[:, :4]
+        network.inward[:], network.outward[:] = network.inward[:1].clone(), network.outward[:, :1].clone()
+    report = audit(network, (torch.randn(4, 5, 8),))
+    assert {item.layer: item.still_equal for item in report.units} == {"attn.in_proj": 12, "inward": 11}
 
 
 def test_the_schedule_of_the_published_initialisation_is_measured_by_rows(micro: Callable[..., model.DiT]) -> None:
@@ -175,6 +259,7 @@ def test_sd3_starts_random_and_its_last_block_computes_text_queries_in_vain() ->
     assert all(block.identity for block in zeroed.blocks)  # both streams
     assert {wake.tensor for wake in zeroed.wakes if wake.step is None} == vain
     assert first_steps(zeroed, "ff_context") == {3}  # the text's gates wake one step after the picture's
+    zeroed.expect("adaln-zero")
 
 
 def test_pixart_has_one_shared_modulation_and_gates_in_tables() -> None:
@@ -308,7 +393,7 @@ def published(micro: Callable[..., model.DiT], strategy: str = "adaln_zero") -> 
     return init.apply(micro(), strategy, seed=0).state_dict()
 
 
-@pytest.mark.parametrize("kind", ["plain.pt", "ema.pt", "model.pt", "wrapped.pt", "ema.safetensors"])
+@pytest.mark.parametrize("kind", ["plain.pt", "ema.pt", "model.pt", "train.pt", "wrapped.pt", "ema.safetensors"])
 def test_a_checkpoint_of_the_published_layout_is_audited_with_its_own_values(
     micro: Callable[..., model.DiT], tmp_path: Path, kind: str
 ) -> None:
@@ -317,6 +402,8 @@ def test_a_checkpoint_of_the_published_layout_is_audited_with_its_own_values(
         save_file(weights, path)
     elif path.stem == "plain":
         torch.save(weights, path)
+    elif path.stem == "train":  # as facebookresearch/DiT train.py writes it
+        torch.save({"model": weights, "ema": weights, "opt": {}, "args": argparse.Namespace(model="DiT-XL/2")}, path)
     elif path.stem == "wrapped":
         torch.save({"model": {f"module.{name}": tensor for name, tensor in weights.items()}}, path)
     else:
@@ -359,7 +446,7 @@ def test_a_checkpoint_that_would_execute_something_is_refused(tmp_path: Path, pr
         path.write_bytes(pickle.dumps(content, protocol=2))
     result = CliRunner().invoke(app, ["audit", str(path)])
     assert result.exit_code == 2
-    assert "is refused" in result.stderr
+    assert "refused: it names" in result.stderr
     assert not evil.exists()
 
 
@@ -415,6 +502,10 @@ def test_a_function_of_the_user_is_called(tmp_path: Path, monkeypatch: pytest.Mo
         "    return factory()\n"
         "def wrong():\n"
         "    return Net()\n"
+        "def broken():\n"
+        "    return 1 / 0\n"
+        "def unlike():\n"
+        "    return Net(), 5\n"
     )
     monkeypatch.chdir(tmp_path)
     assert "output is exactly zero" in run("their_code:factory")[1].replace("\n", " ")
@@ -423,6 +514,8 @@ def test_a_function_of_the_user_is_called(tmp_path: Path, monkeypatch: pytest.Mo
         run("their_code:wrong")[2]
         == "error: 'their_code:wrong' returned Net; accepted: (model, batch) or (model, batch, loss)\n"
     )
+    assert run("their_code:broken") == (2, "", "error: 'their_code:broken' raised ZeroDivisionError: division by zero\n")
+    assert "the batch is int; accepted: a tuple of arguments" in run("their_code:unlike")[2]
 
 
 @pytest.mark.parametrize(
@@ -462,7 +555,7 @@ def test_wrong_input_is_told_in_one_message(arguments: list[str], message: str) 
     ("content", "message"),
     [
         ({"weight": torch.ones(2)}, "has not the layout of a published DiT"),
-        ([1, 2], "holds no state_dict"),
+        ([1, 2], "holds no tensors by name"),
         ("other width", "is none of DiT-Micro"),
     ],
 )

@@ -29,7 +29,7 @@ Schedule = dict[str, int | None]
 def predict(strategy: Strategy, model: DiT, steps: int) -> Schedule:
     """The schedule that follows from `strategy` and the architecture of `model`, whose weights are not looked at.
 
-    The optimiser moves weights along their gradients alone: weight decay would move a scale of -1, and leaves zeros as they are.
+    The optimiser moves weights along their gradients alone: weight decay would move a scale of -1, if not a zero.
     """
     state = patterns(strategy, model)
     tokens = (model.latent_size // model.patch_size) ** 2

@@ -69,7 +69,7 @@ def train(probe: Probe, loss: LossFunction, steps: int, learning_rate: float) ->
         probe.model.zero_grad(set_to_none=True)
         value = loss(probe.call(), probe.batch)
         if value.requires_grad:
-            value.backward()
+            _backward(value)
         gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
         used |= gradients.keys()
         largest = max((gradient.abs().max() for gradient in gradients.values()), default=torch.zeros(()))
@@ -88,6 +88,13 @@ def train(probe: Probe, loss: LossFunction, steps: int, learning_rate: float) ->
         for name, when in first.items():
             rounding[name] |= _alone(when == steps)
     return [wake for name, when in first.items() for wake in _wakes(name, when, rounding[name], name in used, steps)]
+
+
+def _backward(value: Tensor) -> None:
+    try:
+        value.backward()
+    except Exception as error:
+        raise UserError(f"the loss has no gradient: {type(error).__name__}: {error}") from error
 
 
 def _alone(rows: Tensor) -> Tensor:

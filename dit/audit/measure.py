@@ -14,6 +14,7 @@ from dit.audit.gradients import listed, losses, noise_loss, train
 from dit.audit.probe import (
     LAYERS,
     SAME,
+    UNCHANGED,
     Batch,
     LossFunction,
     Observation,
@@ -24,9 +25,10 @@ from dit.audit.probe import (
     repeated,
     rms,
     tensors_in,
+    unwrapped,
 )
 from dit.audit.report import AuditReport, Block, Input, Layer, Output, Part, State
-from dit.audit.units import follow, single_valued, weights_of
+from dit.audit.units import follow, layers_of, single_valued, weights_of
 from dit.errors import ConfigError
 from dit.seeding import generator
 
@@ -43,6 +45,7 @@ def audit(
     """
     if steps < 1 or learning_rate <= 0:
         raise ConfigError(f"steps = {steps}, learning_rate = {learning_rate}; accepted: at least 1, and a positive number")
+    model = unwrapped(model)
     cuda = sorted({weight.device.index for weight in model.parameters() if weight.is_cuda})
     with torch.random.fork_rng(devices=cuda), torch.inference_mode(False), torch.enable_grad():
         return _audit(make_probe(model, batch), loss, model, steps, learning_rate)
@@ -67,13 +70,14 @@ def _audit(probe: Probe, loss: LossFunction | None, model: nn.Module, steps: int
     states = {path: _state(layer) for path, layer in probe.model.named_modules() if isinstance(layer, LAYERS)}
     wakes = train(probe, target, steps, learning_rate)
     end = _phase(probe)
-    blocks = _blocks(start.base)
+    blocks = _blocks(start.base, probe.dtype)
     return AuditReport(
         model=type(model).__name__,
         parameters=sum(weight.numel() for weight in model.parameters()),
         trainable=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
         precision=str(probe.dtype).removeprefix("torch."),
         steps=steps,
+        samples=probe.batch_size,
         repeated=tuple(sorted(repeated(model))),
         output=_output(start.base.output, value, zero_value),
         output_layer=_output_layer(start.base, states),
@@ -81,7 +85,7 @@ def _audit(probe: Probe, loss: LossFunction | None, model: nn.Module, steps: int
         inputs=tuple(_inputs(probe, start, end)),
         modulation=tuple(_modulation(start, end, blocks, states)) if probe.batch_size > 1 else (),
         wakes=tuple(wakes),
-        units=tuple(follow(states, before, weights_of(probe.model), probe.dtype)),
+        units=tuple(follow(layers_of(probe.model), before, weights_of(probe.model), probe.dtype)),
         values=tuple(single_valued(before)),
     )
 
@@ -104,13 +108,14 @@ def _output(output: Tensor, loss: float, zero_loss: float | None) -> Output:
     )
 
 
-def _blocks(seen: Observation) -> list[Block]:
+def _blocks(seen: Observation, dtype: torch.dtype) -> list[Block]:
     """The outermost blocks, in the order of the network."""
+    least = min(SAME, UNCHANGED * torch.finfo(dtype).eps)
     outermost = [
         path for path in seen.changes if not any(path != other and path.startswith(f"{other}.") for other in seen.changes)
     ]
     return [
-        Block(path=path, kind=seen.changes[path][0], change=seen.changes[path][1], identity=seen.changes[path][1] <= SAME)
+        Block(path=path, kind=seen.changes[path][0], change=seen.changes[path][1], identity=seen.changes[path][1] <= least)
         for path in outermost
     ]
 
@@ -121,10 +126,10 @@ def _state(layer: nn.Module) -> tuple[State, str]:
     rows = torch.stack([part.reshape(part.shape[0], -1).abs().amax(1) == 0 for part in parts]).all(0)
     if rows.all():
         return "zero", ""
-    if not parts[0].any():
-        return "zero weight", ""
     if rows.any():
         return "partly zero", listed(rows.cpu())
+    if not parts[0].any():
+        return "zero weight", ""
     if bool((parts[0] == parts[0].flatten()[0]).all()):
         return "constant", ""
     return "random", ""

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 
 from dit.errors import UserError
 
@@ -25,6 +27,9 @@ SMALL = 200_000_000
 
 SAME = 1e-6
 """Relative distance below which two values count as equal: networks that compute parts in float32 round at 6e-8."""
+
+UNCHANGED = 16
+"""A block is the identity where it changes its input by at most so many roundings of the precision that it runs in."""
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers whose rows are units."""
@@ -86,13 +91,27 @@ class Probe:
         return seen
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside what `torch.compile` and data parallelism have made of it."""
+    while isinstance(model, OptimizedModule | DistributedDataParallel | nn.DataParallel):
+        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    return model
+
+
 def make_probe(model: nn.Module, batch: Batch) -> Probe:
     """The network in float64 where it is small and can be called so, otherwise in its own precision."""
+    if not isinstance(batch, list | tuple | Mapping):
+        raise UserError(
+            f"the batch is {type(batch).__name__}; accepted: a tuple of arguments, or a mapping of arguments by name"
+        )
     count = sum(weight.numel() for weight in model.parameters())
     own = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
     arguments = _named(model, batch)
     for dtype in dict.fromkeys((torch.float64, own) if count <= SMALL else (own,)):
-        network = copy.deepcopy(model).eval()
+        try:
+            network = copy.deepcopy(model).eval()
+        except Exception as error:
+            raise UserError(f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}") from error
         if dtype != own:
             nn.Module.to(network, dtype)  # not the network's own `to`, which may keep parts in another precision
         network.zero_grad(set_to_none=True)
@@ -179,9 +198,10 @@ def rms(tensor: Tensor) -> float:
 
 
 def _containers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Lists of layers that are themselves made of layers: where blocks are kept, in nearly every network."""
+    """Lists, and dictionaries, of layers that are themselves made of layers: where blocks are kept, in nearly every network."""
     for path, module in model.named_modules():
-        elements = list(module.children()) if isinstance(module, nn.ModuleList | nn.Sequential) else []
+        held = isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict)
+        elements = list(module.children()) if held else []
         if elements and all(type(item) is type(elements[0]) for item in elements) and any(elements[0].children()):
             yield path, module
 
@@ -192,7 +212,11 @@ def _possible_blocks(model: nn.Module) -> set[str]:
 
 def repeated(model: nn.Module) -> set[str]:
     """Paths of lists whose elements are alike, so that their indices can be left out when results are told."""
-    return {path for path, module in _containers(model) if len(list(module.children())) > 1}
+    return {
+        path
+        for path, module in _containers(model)
+        if len(list(module.children())) > 1 and all(name.isdigit() for name, _ in module.named_children())
+    }
 
 
 def _watch_block(path: str, seen: Observation) -> Callable[..., None]:
@@ -202,12 +226,17 @@ def _watch_block(path: str, seen: Observation) -> Callable[..., None]:
         for result in tensors_in(output):
             streams = [tensor for tensor in given if tensor.shape == result.shape and result.is_floating_point()]
             if streams:
-                changes.append(min(relative_change(stream, result) for stream in streams))
+                changes.append(min(_change(stream, result) for stream in streams))
         if changes:
             before = seen.changes.get(path, ("", 0.0, 0))[1]
             seen.changes[path] = (type(module).__name__, max(before, *changes), len(seen.calls))
 
     return hook
+
+
+def _change(before: Tensor, after: Tensor) -> float:
+    """The relative change, or that beyond rounding to float32, in which some blocks keep their stream."""
+    return min(relative_change(before, after), relative_change(before.float(), after))
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:

@@ -18,10 +18,16 @@ Key = TypeVar("Key")
 
 Part = Literal["sample", "timestep", "label", "text", "other"]
 State = Literal["zero", "zero weight", "partly zero", "constant", "random"]
+STATES: dict[State, str] = {"zero weight": "the same for every input (zero weight, but not bias)"}
+"""In words, where the state itself is none."""
+
 Expectation = Literal["adaln-zero", "zero-output", "identity-blocks", "all-awake", "distinct-units"]
 
 NEGLIGIBLE = 1e-6
 """An input that changes the output by less than this fraction has no effect: what is left is float32 rounding."""
+
+PUBLISHED_STEPS = 3
+"""Optimiser steps within which every weight of the published adaLN-Zero network has received a gradient."""
 
 LISTED = 3
 """Names that a sentence lists before it counts the rest."""
@@ -118,6 +124,8 @@ class AuditReport(Finding):
     trainable: int
     precision: str
     steps: int
+    samples: int
+    """In the batch."""
     repeated: tuple[str, ...]
     """Lists of blocks that are alike, whose indices are written `*`."""
     output: Output
@@ -186,7 +194,7 @@ class AuditReport(Finding):
             layers = [layer for layer in self.modulation if layer.place == place]
             for state, members in _grouped(layers, lambda layer: (layer.state, layer.zero_rows)):
                 paths = _brief(self.collapse((layer.path for layer in members), (layer.path for layer in layers)))
-                yield f"{words} is {' '.join(state).strip()} at start ({paths})"
+                yield f"{words} is {STATES.get(state[0], ' '.join(state).strip())} at start ({paths})"
         yield self._about_output()
         still = [item.name for item in self.inputs if _without_effect(item.after_steps)]
         if still:
@@ -213,7 +221,8 @@ class AuditReport(Finding):
         if self.output.zero:
             return f"{layer} is zero: the output is exactly zero, initial loss {self.output.loss:.2f}"
         if self.output.constant:
-            return f"the output is constant but not zero: initial loss {self.output.loss:.2f}{instead}"
+            where = f" ({self.output_layer.path})" if self.output_layer else ""
+            return f"the output is constant but not zero{where}: initial loss {self.output.loss:.2f}{instead}"
         state = self.output_layer.state if self.output_layer else "random"
         return f"{layer} is {state}: initial loss {self.output.loss:.2f}{instead}"
 
@@ -316,11 +325,34 @@ def _identity(report: AuditReport) -> Iterator[str]:
 
 
 def _gated(report: AuditReport) -> Iterator[str]:
+    """Modulation of the blocks starts at zero, at least in part, and it is what makes them the identity.
+
+    Where it is, zero gates are the first of the blocks' weights to receive a gradient. Where gates are open and the last layer
+    of every branch is zero, as in a U-Net, that layer is.
+    """
     modulation = [layer for layer in report.modulation if layer.place != "final"]
-    if not modulation:
+    if report.samples < 2:
+        yield "modulation cannot be told from a batch of one sample; give two or more"
+    elif not modulation:
         yield "no layer was found that modulates the blocks"
-    elif all(layer.state in ("random", "constant") for layer in modulation):
+    elif all(layer.state not in ("zero", "partly zero") for layer in modulation):
         yield "no modulation starts at zero"
+    elif report.blocks and all(block.identity for block in report.blocks):
+        inside = tuple(f"{block.path}." for block in report.blocks)
+        modulating = tuple(f"{layer.path}." for layer in modulation)
+        gates = [wake.step for wake in report.wakes if wake.tensor.startswith(modulating)]
+        others = [
+            wake.step for wake in report.wakes if wake.tensor.startswith(inside) and not wake.tensor.startswith(modulating)
+        ]
+        first, other = (min((step for step in steps if step is not None), default=None) for steps in (gates, others))
+        if first is None and other is None and report.steps >= PUBLISHED_STEPS:
+            yield f"no block receives a gradient within {report.steps} steps"
+        elif other is not None and (first is None or other < first):
+            yield "other layers of the blocks receive a gradient before any modulation: it is not modulation that is zero"
+
+
+def _earliest(steps: Iterable[int | None]) -> int | None:
+    return min((step for step in steps if step is not None), default=None)
 
 
 def _asleep(report: AuditReport) -> Iterator[str]:
@@ -339,7 +371,7 @@ def _symmetric(report: AuditReport) -> Iterator[str]:
 
 Check = Callable[[AuditReport], Iterator[str]]
 EXPECTATIONS: dict[Expectation, tuple[Check, ...]] = {
-    "adaln-zero": (_zero_output, _identity, _gated, _asleep, _symmetric),
+    "adaln-zero": (_zero_output, _identity, _gated, _symmetric),
     "zero-output": (_zero_output,),
     "identity-blocks": (_identity,),
     "all-awake": (_asleep,),

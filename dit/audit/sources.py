@@ -7,11 +7,11 @@ import importlib
 import inspect
 import json
 import os
-import pickle
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from dit import config as settings
 from dit import init, model
 from dit.audit.measure import Batch, LossFunction
-from dit.errors import ConfigError, DataError
+from dit.errors import ConfigError, DataError, UserError
+from dit.init import checkpoint
 from dit.seeding import generator
 
 ACCEPTED = (
@@ -153,7 +154,7 @@ def _checkpoint(path: Path, config: Mapping[str, Any]) -> Source:
             f"{path} has not the layout of a published DiT ({error} is missing; it holds {names}, ...); "
             "write a function that returns (model, batch) and audit it as package.module:function"
         ) from None
-    heads = config.get("num_heads") or _heads(path, depth, width)
+    heads = _heads(path, depth, width, config)
     network = model.DiT(
         latent_size=round(tokens**0.5) * patch,
         patch_size=patch,
@@ -168,7 +169,15 @@ def _checkpoint(path: Path, config: Mapping[str, Any]) -> Source:
     return Source(network, _dit_batch(network))
 
 
-def _heads(path: Path, depth: int, width: int) -> int:
+def _heads(path: Path, depth: int, width: int, config: Mapping[str, Any]) -> int:
+    """The number that `config` gives, or that of the published size."""
+    if unknown := config.keys() - {"num_heads"}:
+        raise ConfigError(f"--config of a checkpoint has {', '.join(sorted(unknown))}; accepted: num_heads")
+    if "num_heads" in config:
+        given = config["num_heads"]
+        if not isinstance(given, int) or given < 1 or width % given:
+            raise ConfigError(f"--config: num_heads = {given!r}; accepted: a divisor of the width, {width}")
+        return given
     for size in model.SIZES.values():
         if (size.depth, size.hidden_size) == (depth, width):
             return size.num_heads
@@ -186,33 +195,10 @@ def _fill(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from a checkpoint, without executing anything that it holds.
-
-    `{"ema": ...}`, `{"model": ...}` and `{"state_dict": ...}` are opened, in this order. Raises `DataError`.
-    """
+    """Tensors by name from a checkpoint, without executing anything that it holds. Raises `ConfigError` or `DataError`."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n", maxsplit=1)[0]
-        raise DataError(
-            f"{path} is refused: it holds more than tensors and plain containers, which loading would execute ({reason}); "
-            "save its state_dict alone, or as .safetensors"
-        ) from None
-    except Exception as error:
-        raise DataError(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}") from None
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise DataError(f"{path} holds no state_dict; accepted: tensors by name, alone or under 'ema', 'model' or 'state_dict'")
-    return _without_prefix(content)
+    return _without_prefix(checkpoint.read(path))
 
 
 def _without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -249,19 +235,31 @@ def _function(module: str, name: str) -> Source:
     where = f"{module}:{name}"
     sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module), name, None)
+        function = getattr(_imported(module), name, None)
         if not callable(function):
             raise ConfigError(f"'{where}': {module} has no function '{name}'")
         if _needs_arguments(function):
             raise ConfigError(f"'{where}' needs arguments; accepted: a function that needs none")
         returned = function()
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"'{where}': {error}; accepted: {ACCEPTED}") from None
+    except UserError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"'{where}' raised {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(os.getcwd())
     if not isinstance(returned, tuple) or len(returned) not in (2, 3) or not isinstance(returned[0], nn.Module):
         raise ConfigError(f"'{where}' returned {type(returned).__name__}; accepted: (model, batch) or (model, batch, loss)")
     return Source(*returned)
+
+
+def _imported(module: str) -> ModuleType:
+    """The module of that name. Raises `ConfigError` where there is none; an import that it lacks itself is its own error."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and f"{module}.".startswith(f"{error.name}."):
+            raise ConfigError(f"'{module}': {error}; accepted: {ACCEPTED}") from None
+        raise
 
 
 def _needs_arguments(function: Callable[..., Any]) -> bool:

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dit.audit.probe import SAME
+from dit.audit.probe import LAYERS, SAME
 from dit.audit.report import TensorValues, Units
 from dit.seeding import generator
 
 
 def follow(
-    paths: Iterable[str], before: Mapping[str, Tensor], after: Mapping[str, Tensor], dtype: torch.dtype
+    layers: Mapping[str, Sequence[str]], before: Mapping[str, Tensor], after: Mapping[str, Tensor], dtype: torch.dtype
 ) -> Iterator[Units]:
-    """For every layer with units that are equal in the weights `before`: what became of them in the weights `after`."""
-    for path in paths:
-        rows = _rows(before, path)
+    """For each of `layers` with units that are equal in the weights `before`: what became of them in the weights `after`."""
+    for layer, names in layers.items():
+        rows = _rows(before, names)
         pairs = _repeats(rows)
         if len(pairs.first):
-            yield _followed(path, pairs, rows, _rows(after, path), dtype)
+            yield _followed(layer, pairs, rows, _rows(after, names), dtype)
+
+
+def layers_of(model: nn.Module) -> dict[str, list[str]]:
+    """By layer, the parameters whose rows are its units: weight and bias, or a matrix that no layer of torch's holds."""
+    found: dict[str, list[str]] = {}
+    for path, module in model.named_modules():
+        own = {name: f"{path}.{name}".lstrip(".") for name, weight in module.named_parameters(recurse=False)}
+        if isinstance(module, LAYERS):
+            found[path] = list(own.values())
+        elif isinstance(module, nn.MultiheadAttention):
+            found[f"{path}.in_proj".lstrip(".")] = list(own.values())
+        elif not isinstance(module, nn.Embedding):
+            matrices = (name for name in own if module.get_parameter(name).dim() > 1 and len(module.get_parameter(name)) > 1)
+            found |= {own[name]: [own[name]] for name in matrices}
+    return found
 
 
 @dataclass
@@ -37,12 +52,11 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters(remove_duplicate=False))
 
 
-def _rows(weights: Mapping[str, Tensor], path: str) -> Tensor:
+def _rows(weights: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
     """The units of a layer: each row of its weight, with its bias (out, in + 1)."""
-    names = [f"{path}.{part}".lstrip(".") for part in ("weight", "bias")]
-    if names[0] not in weights:  # computed from other parameters
+    parts = [weights[name].detach() for name in names]
+    if len({len(part) for part in parts}) != 1:  # computed from parameters of other shapes
         return torch.empty(0, 1)
-    parts = [weights[name].detach() for name in names if name in weights]
     return torch.cat([part.reshape(part.shape[0], -1).double() for part in parts], dim=1)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dit.errors import ConfigError
 
-HOLDERS = ("ema", "model")
+HOLDERS = ("ema", "model", "state_dict")
 """Keys under which a training checkpoint keeps weights, the first that it has; facebookresearch/DiT train.py, download.py."""
 
 
@@ -57,6 +57,14 @@ def forget() -> None:
 @lru_cache(maxsize=1)
 def _read(path: Path, sha256: str) -> dict[str, Tensor]:
     verify(path, sha256)
+    return read(path)
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """All tensors by name, of the file itself or of the first holder of `HOLDERS` in it; nothing in it is executed.
+
+    Raises `ConfigError` for a file that holds code, or no tensors by name.
+    """
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -75,5 +83,5 @@ def _read(path: Path, sha256: str) -> dict[str, Tensor]:
             break
     weights = {name: value for name, value in found.items() if isinstance(value, Tensor)} if isinstance(found, dict) else {}
     if not weights:
-        raise ConfigError(f"{path}: holds no tensors by name; accepted: a state_dict, or one under {' or '.join(HOLDERS)}")
+        raise ConfigError(f"{path}: holds no tensors by name; accepted: a state_dict, or one under {', '.join(HOLDERS)}")
     return weights
