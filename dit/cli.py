@@ -16,10 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from dit import config, init, model
+from dit.analysis import tables
 from dit.analysis.wakeup import by_kind, predict
 from dit.config import Params
 from dit.errors import ConfigError, UserError
-from dit.init import Strategy, tables
+from dit.init import Strategy
+from dit.init.strategy import claims
 from dit.model import DiT
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -45,6 +47,12 @@ def check(params: ParamsFile = Path("params.yaml")) -> None:
     with _told():
         loaded = config.load(params)
         study = loaded.study
+        depth = model.parse_name(loaded.model.name)[0].depth
+        for name, strategy in loaded.strategies.items():
+            try:
+                claims(strategy, depth)
+            except ConfigError as error:
+                print(f"not in the study, and does not fit {loaded.model.name}: strategies.{name}.{error}", file=sys.stderr)
         print(
             f"{params} is valid: study '{study.name}', {len(study.strategies)} strategies x {len(study.seeds)} seeds, "
             f"{loaded.model.name} on latents of {loaded.autoencoder.latent_channels} x {loaded.latent_size} x "
@@ -74,10 +82,10 @@ def show_init(
         if strategy and any(diff):
             raise ConfigError("--strategy and --diff are two questions; accepted: one of them")
         if strategy:
-            table = _strategy_table(loaded, _strategy(loaded, strategy, params), name, seed, every)
+            table = _strategy_table(loaded, _strategy(loaded, strategy, params, name), name, seed, every)
             table.title = f"{strategy}: {table.title}"
         elif any(diff):
-            table = _diff_table(loaded, [_strategy(loaded, each, params) for each in diff], diff, name, every)
+            table = _diff_table(loaded, [_strategy(loaded, each, params, name) for each in diff], diff, name, every)
         else:
             table = _library(loaded)
     _show(table)
@@ -87,11 +95,16 @@ def _show(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def _strategy(loaded: Params, name: str, params: Path) -> Strategy:
+def _strategy(loaded: Params, name: str, params: Path, network: str | None) -> Strategy:
+    """The strategy of that name, if it fits the network."""
     if name not in loaded.strategies:
         near = get_close_matches(name, loaded.strategies, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(f"{params}: unknown strategy '{name}'{hint}; accepted: {', '.join(loaded.strategies)}")
+    try:
+        claims(loaded.strategies[name], model.parse_name(network or loaded.model.name)[0].depth)
+    except ConfigError as error:
+        raise ConfigError(f"{params}: strategies.{name}.{error}") from None
     return loaded.strategies[name]
 
 
@@ -159,7 +172,7 @@ def wakeup(
     """Predict, without running anything, from which optimiser step on each kind of weight receives a gradient."""
     with _told():
         loaded = config.load(params)
-        chosen = {each: _strategy(loaded, each, params) for each in strategies or loaded.strategies}
+        chosen = {each: _strategy(loaded, each, params, name) for each in strategies or loaded.strategies}
         with torch.device("meta"):
             network = _network(loaded, name)
         schedules = {each: by_kind(predict(strategy, network, steps)) for each, strategy in chosen.items()}

@@ -184,6 +184,12 @@ class Validation(Section):
     buckets: PositiveInt
     batch_size: PositiveInt
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Validation:
+        if self.buckets > self.samples:
+            raise ValueError(f"buckets = {self.buckets}; accepted: at most samples = {self.samples}")
+        return self
+
 
 class Analyse(Section):
     """Stage `analyse@<strategy>`."""
@@ -219,6 +225,14 @@ class Train(Section):
     parallel: Literal["ddp", "fsdp"]
     threads: PositiveInt
     device: Device
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Train:
+        if self.batch_size % self.processes:
+            raise ValueError(f"batch_size = {self.batch_size}; accepted: a multiple of processes = {self.processes}")
+        if self.parallel == "fsdp" and self.backend == "fused":
+            raise ValueError("backend = 'fused' with parallel = 'fsdp'; accepted: auto, compiled, eager, or parallel 'ddp'")
+        return self
 
 
 class Evaluate(Section):

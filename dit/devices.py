@@ -32,7 +32,7 @@ def float64_device(device: torch.device) -> torch.device:
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 on a GPU that has it, else float32."""
     if name == "auto":
-        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return DTYPES[name]
 
 

@@ -87,6 +87,14 @@ class Diffusion:
         signal, noise = self._mixture(t)
         return signal * eps - noise * x0
 
+    @property
+    def zero_output_error(self) -> float:
+        """Expected squared error of an output that is zero, E[target^2], for latents of unit variance.
+
+        1 for eps and x0; for v, signal^2 + noise^2 = 1 at every timestep; 2 for flow, whose target is a difference of two.
+        """
+        return 2.0 if self.objective == "flow" else 1.0
+
     def loss(self, output: Tensor, x0: Tensor, eps: Tensor, t: Tensor, x_t: Tensor) -> Loss:
         """Charge the network's output (B, C or 2C, H, W) for its prediction and, where learned, for its sigma."""
         output = output.float()

@@ -20,6 +20,7 @@ import psutil
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import YAMLError
 
 from dit import config
 from dit.config import Params
@@ -46,21 +47,29 @@ def parameters(root: Path, overrides: Mapping[str, Any] | None = None) -> Params
 
 
 def profile(root: Path, name: str) -> dict[str, Any]:
-    """The overrides of `profiles/<name>.yaml`, by dotted key. Raises `ConfigError` where there is no such profile."""
-    path = root / PROFILES / f"{name}.yaml"
-    if not path.exists():
-        known = ", ".join(sorted(file.stem for file in (root / PROFILES).glob("*.yaml"))) or "none: the folder is empty"
-        raise ConfigError(f"{path}: no such profile; accepted: {known}")
-    overrides = YAML(typ="safe").load(path.read_text())
-    if not isinstance(overrides, dict):
+    """The overrides of `profiles/<name>.yaml`, by dotted key, which fit the parameters of the workspace.
+
+    Raises `ConfigError` where there is no such profile, or where it or what it makes of the parameters is wrong.
+    """
+    known = sorted(file.stem for file in (root / PROFILES).glob("*.yaml"))
+    path = PROFILES / f"{name}.yaml"
+    if name not in known:
+        raise ConfigError(f"{path}: no such profile; accepted: {', '.join(known) or 'none: the folder is empty'}")
+    try:
+        overrides = YAML(typ="safe").load((root / path).read_text())
+    except YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(overrides, dict) or not all(isinstance(key, str) and "." in key for key in overrides):
         raise ConfigError(f"{path}: accepted: dotted keys of params.yaml with their values, such as train.steps: 300")
+    text = (root / "params.yaml").read_text()
+    config.parse(YAML(typ="safe").load(override(text, overrides, str(path))), path)
     return overrides
 
 
-def override(text: str, overrides: Mapping[str, Any]) -> str:
+def override(text: str, overrides: Mapping[str, Any], where: str = "overrides") -> str:
     """`text` of a `params.yaml` with dotted keys such as `train.steps` set to other values; comments stay.
 
-    Raises `ConfigError` for a key whose section is not there.
+    Raises `ConfigError`, which names `where` they come from, for a key whose section is not there.
     """
     yaml = _yaml()
     data = yaml.load(text)
@@ -70,7 +79,7 @@ def override(text: str, overrides: Mapping[str, Any]) -> str:
         for name in sections:
             section = section.get(name) if isinstance(section, dict) else None
         if not isinstance(section, dict):
-            raise ConfigError(f"overrides: {key} is not a known key; accepted: dotted keys of params.yaml, such as train.steps")
+            raise ConfigError(f"{where}: {key} is not a known key; accepted: dotted keys of params.yaml, such as train.steps")
         section[last] = _in_flow_style(value)
     stream = io.StringIO()
     yaml.dump(data, stream)

@@ -33,6 +33,7 @@ from PIL import Image
 
 from dit import config
 from dit.analysis.diagnostics import GradientNoise, noise_scale
+from dit.analysis.wakeup import by_kind
 from dit.errors import UserError
 from pipelines.stages.entry import scratch
 
@@ -282,7 +283,7 @@ def _add_start(client: MlflowClient, run: Run, directory: Path) -> None:
     start = _analysis(directory)
     if run.data.tags.get("analyse_run_key") == start["run_key"]:
         return
-    values = [*_start(start), *_first_gradients(directory / "gradients.csv")]
+    values = [*_start(start), *_first_gradients(directory / "gradients.csv"), *_coordinates(directory / "coordinates.csv")]
     metrics = [Metric(name, value, run.info.start_time, step) for name, step, value in values if value is not None]
     for first in range(0, len(metrics), METRICS_PER_REQUEST):
         client.log_batch(run.info.run_id, metrics=metrics[first : first + METRICS_PER_REQUEST])
@@ -375,8 +376,12 @@ def _start(start: Mapping[str, Any]) -> Iterator[Value]:
     """The strategy before and in its first steps, and by block: there, the step of a metric is the block."""
     yield "start/awake_step", 0, start["awake_step"]
     yield "start/width_exponent", 0, start["width_exponent"]
-    for name in ("output_rms", "output_variance", "zero_output_mse"):
+    yield "start/predicted_equals_measured", 0, float(start["predicted_equals_measured"])
+    for name in ("output_rms", "output_variance", "zero_output_mse", "expected_zero_output_mse"):
         yield f"start/{name}", 0, start["signal"][name]
+    for schedule in ("measured", "predicted"):
+        for kind, step in by_kind(start[schedule]).items():
+            yield f"wake_up_{schedule}/{kind}", 0, step
     for row in start["early"]:
         for name in ("mse", "timestep_sensitivity", "label_sensitivity"):
             yield f"start/{name}", int(row["step"]), row[name]
@@ -395,6 +400,12 @@ def _first_gradients(path: Path) -> Iterator[Value]:
                     found[f"start_gradient_{name}/{_group(row['role'])}", int(row["step"])].append(value)
     for (name, step), values in found.items():
         yield name, step, sum(values) / len(values)
+
+
+def _coordinates(path: Path) -> Iterator[Value]:
+    """How far activations moved after each step, by width."""
+    for row in _rows(path):
+        yield f"coordinates/{row['activation']}/width_{row['width']}", int(row["step"]), _number(row["change_rms"])
 
 
 def _group(role: str) -> str:

@@ -54,7 +54,7 @@ def test_the_shipped_parameters_are_valid() -> None:
         ("evaluate.scheduler", "euler", r"evaluate.scheduler = 'euler'; accepted: 'ddpm', 'ddim'"),
         ("evaluate.scheduler", "flow_euler", r"'flow_euler' does not fit diffusion.objective = 'eps'; accepted: ddpm, ddim"),
         ("evaluate.kernel_subset_size", 10**6, r"kernel_subset_size = 1000000; accepted: at most evaluate.num_samples"),
-        ("strategies.adaln", {"rules": [{"role": "gate", "init": "zeros"}]}, r"strategies.adaln.no rule claims"),
+        ("strategies.adaln", {"rules": [{"role": "gate", "init": "zeros"}]}, r"strategies.adaln.rules: no rule claims"),
         (
             "strategies.adaln",
             {"rules": [{"role": "all", "init": "zeros"}, {"role": "modulaton", "init": "zeros"}]},

@@ -287,5 +287,25 @@ def test_every_profile_gives_valid_parameters_and_another_name_is_one_clear_erro
     assert "gpu" in profiles
     for name in profiles:
         experiments.parameters(ROOT, experiments.profile(ROOT, name))
-    with pytest.raises(ConfigError, match=r"profiles/gpu8\.yaml: no such profile; accepted: .*gpu"):
-        experiments.profile(ROOT, "gpu8")
+    for name in ("gpu8", "../params"):
+        with pytest.raises(ConfigError, match=rf"profiles/{name}\.yaml: no such profile; accepted: .*gpu"):
+            experiments.profile(ROOT, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("study.seeds: [", r"profiles/mine\.yaml: not valid YAML"),
+        ("5: 3", r"profiles/mine\.yaml: accepted: dotted keys of params\.yaml"),
+        ("train: {steps: 3}", r"profiles/mine\.yaml: accepted: dotted keys of params\.yaml"),
+        ("train.stepz: 3", r"profiles/mine\.yaml: train\.stepz is not a known key"),
+        ("trian.steps: 3", r"profiles/mine\.yaml: trian\.steps is not a known key"),
+        ("train.processes: 3", r"profiles/mine\.yaml: train: batch_size = 64; accepted: a multiple of processes = 3"),
+    ],
+)
+def test_a_wrong_profile_is_told_with_its_file(tmp_path: Path, text: str, message: str) -> None:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        experiments.profile(tmp_path, "mine")

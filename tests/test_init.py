@@ -235,6 +235,12 @@ def test_roles_are_addressed_singly_by_group_and_by_slice_of_blocks(selector: st
     [
         ([{"role": "modulatoin", "init": "zeros"}], r"rules\[0\].*'modulatoin' names no weight.*did you mean modulation"),
         ([*BASE, {"role": "block[9].qkv", "init": "zeros"}], r"rules\[2\].*blocks 0 to 1"),
+        ([*BASE, {"role": "block[0:9].qkv", "init": "zeros"}], r"rules\[2\].*beyond the last block; accepted: .*j up to 2"),
+        ([*BASE, {"role": [], "init": "zeros"}], r"rules\[2\].*role.*accepted"),
+        (
+            [*BASE, {"role": "bias", "init": "constant", "value": 1e39}],
+            r"value = 1e\+39; accepted: less than or equal to 10{38}$",
+        ),
         ([{"role": "bias", "init": "zeros"}], "no rule claims patch_embed.weight"),
         ([{"role": "all", "init": "orthogonal"}], r"rules\[0\]: 'patch_embed.bias' is a vector"),
         ([{"role": "all", "init": "xavier"}], r"rules\[0\].*'xavier'; accepted.*'xavier_uniform'"),

@@ -108,6 +108,7 @@ def write_start(params: Params, strategy: str) -> None:
             "output_variance": (mse - 1) ** 2,
             "mse": mse,
             "zero_output_mse": 1.0,
+            "expected_zero_output_mse": 1.0,
             **sensitivity,
             "blocks": [{"block": index, **block} for index in range(4)],
         },

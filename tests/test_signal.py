@@ -39,6 +39,15 @@ def test_the_published_start_is_identity_blocks_and_a_zero_prediction(
     assert all(block.attn_contribution == block.mlp_contribution == block.gradient_rms == 0 for block in found.blocks)
 
 
+@pytest.mark.parametrize("objective", ["eps", "x0", "v", "flow"])
+def test_a_zero_output_costs_what_is_expected_for_every_target(params: Params, objective: str) -> None:
+    diffusion = Diffusion(params.diffusion.model_copy(update={"objective": objective, "learn_sigma": False}))
+    draws = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(4000, 4, 4, 4, generator=draws) for _ in range(2))
+    t = diffusion.draw_timesteps(4000, draws)
+    assert diffusion.target(x0, eps, t).square().mean().item() == pytest.approx(diffusion.zero_output_error, rel=0.02)
+
+
 def test_a_random_head_starts_above_the_zero_output_and_still_ignores_nothing_but_the_gates(
     micro: Callable[..., DiT], batches: Batches, diffusion: Diffusion
 ) -> None:

@@ -33,12 +33,16 @@ class BlockSignal:
 
 @dataclass(frozen=True)
 class Signal:
-    """A network on one batch. A network whose output is zero has `mse` equal to `zero_output_mse`, the mean squared target."""
+    """A network on one batch. A network whose output is zero has `mse` equal to `zero_output_mse`, the mean squared target.
+
+    `expected_zero_output_mse` is what that is in expectation, for latents of unit variance.
+    """
 
     output_rms: float
     output_variance: float
     mse: float
     zero_output_mse: float
+    expected_zero_output_mse: float
     timestep_sensitivity: float
     label_sensitivity: float
     blocks: list[BlockSignal]
@@ -59,6 +63,7 @@ def measure(model: DiT, batch: Batch, diffusion: Diffusion) -> Signal:
         output_variance=prediction.var(correction=0).item(),
         mse=loss.mse.mean().item(),
         zero_output_mse=diffusion.target(batch.x0, batch.eps, batch.timesteps).square().mean().item(),
+        expected_zero_output_mse=diffusion.zero_output_error,
         timestep_sensitivity=timestep,
         label_sensitivity=label,
         blocks=[stream.describe(index) for index, stream in enumerate(streams)],

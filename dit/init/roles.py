@@ -119,7 +119,14 @@ def select(selector: str, candidates: list[Role]) -> list[Role]:
     found = [role for role in candidates if _names(wanted, role.path.split("."))]
     if not found:
         raise ConfigError(_unknown(selector, candidates))
+    depth = _depth(candidates)
+    if any(int(end) > depth for end in re.findall(r":(\d+)\]", selector)):
+        raise ConfigError(f"role '{selector}' goes beyond the last block; accepted: block[i:j] with j up to {depth}")
     return found
+
+
+def _depth(candidates: list[Role]) -> int:
+    return sum(role.path.endswith(".mlp_in.weight") for role in candidates)
 
 
 def _names(wanted: list[str], segments: list[str]) -> bool:
@@ -145,8 +152,7 @@ def _unknown(selector: str, candidates: list[Role]) -> str:
     words = re.findall(r"[a-z_]+", selector)
     near = [match for word in words if word not in segments for match in get_close_matches(word, segments, n=1)]
     hint = f" (did you mean {', '.join(near)}?)" if near else ""
-    depth = sum(role.path.endswith(".mlp_in.weight") for role in candidates)
     return (
         f"role '{selector}' names no weight of this model{hint}; accepted: 'all', or a dotted path of {', '.join(segments)}, "
-        f"where block[i] and block[i:j] address blocks 0 to {depth - 1}"
+        f"where block[i] and block[i:j] address blocks 0 to {_depth(candidates) - 1}"
     )

@@ -13,15 +13,20 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Generator, Tensor, nn
 
 from dit.errors import ConfigError
 from dit.init import checkpoint
 from dit.init.roles import Role, Site
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LARGEST = 1e38
+"""Weights are float32, whose largest number is 3.4e38."""
+
+Finite = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+NonNegative = Annotated[float, Field(ge=0, le=LARGEST)]
+Positive = Annotated[float, Field(gt=0, le=LARGEST)]
+Selectors = Annotated[tuple[str, ...], Field(min_length=1)]
 
 Pattern = Literal["zero", "constant", "minus_one", "equal_rows", "equal_columns", "generic"]
 """What is known of a role's weights before they are drawn.
@@ -49,7 +54,7 @@ class BaseRule(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     init: str
-    role: str | tuple[str, ...]
+    role: str | Selectors
 
     @property
     def selectors(self) -> tuple[str, ...]:
@@ -195,7 +200,7 @@ class TruncatedNormal(ModifiableRule):
     """Normal with mean 0 and standard deviation `std`, cut at two standard deviations."""
 
     init: Literal["truncated_normal"]
-    std: PositiveFloat
+    std: Positive
 
     def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
         nn.init.trunc_normal_(matrix, 0.0, self.std, -2 * self.std, 2 * self.std, generator=generator)

@@ -64,7 +64,7 @@ def claims(strategy: Strategy, depth: int) -> dict[Role, BaseRule]:
                 raise ConfigError(f"rules[{index}]: {error}") from None
     unclaimed = [role.path for role in every_role if role not in claimed]
     if unclaimed:
-        raise ConfigError(f"no rule claims {_listed(unclaimed)}; a first rule with role 'all' claims everything")
+        raise ConfigError(f"rules: no rule claims {_listed(unclaimed)}; a first rule with role 'all' claims everything")
     for role, rule in claimed.items():
         try:
             rule.check(role)

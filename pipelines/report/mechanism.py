@@ -56,9 +56,9 @@ def wake_up(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> F
     agree = all(start.record.predicted_equals_measured for start in starts)
     verdict = "agrees for every role" if agree else "does not agree for every role (see the cells)"
     caption = (
-        "The optimiser step, counted from 0, at which all weights of a kind first receive a gradient that is not exactly zero; "
-        "never: not within the steps looked at. Measured in float64 with AdamW. The prediction from the strategy and the "
-        f"architecture alone, where a product with a zero factor passes nothing back, {verdict}."
+        "The optimiser step, counted from 0, at which all weights of a kind first receive a gradient, other than rounding; "
+        "never: not within the steps looked at. Measured in float64 with AdamW, without weight decay. The prediction from the "
+        f"strategy and the architecture alone, where a product with a zero factor passes nothing back, {verdict}."
     )
     return Figure("wake-up", "Wake-up schedule: the first step with a gradient", caption, plot)
 

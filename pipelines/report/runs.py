@@ -83,6 +83,7 @@ class SignalRecord(Record):
     output_variance: float | None
     mse: float | None
     zero_output_mse: float
+    expected_zero_output_mse: float
     timestep_sensitivity: float | None
     label_sensitivity: float | None
     blocks: list[dict[str, float | None]]
