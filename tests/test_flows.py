@@ -254,7 +254,7 @@ def test_one_study_at_a_time_and_interrupting_it_ends_everything(shell: Path) ->
     assert "a study is running in this workspace" in command(shell, "pipelines", "study", "fine").stdout
     family = psutil.Process(running.pid).children(recursive=True)
     running.send_signal(signal.SIGINT)
-    output, _ = running.communicate(timeout=40)
+    output, _ = running.communicate(timeout=120)
     assert "interrupted; the next run goes on from here" in output
     assert running.returncode == 128 + signal.SIGINT
     psutil.wait_procs(family, timeout=10)

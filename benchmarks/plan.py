@@ -1,0 +1,118 @@
+"""What a run on many GPUs should take, from what was measured on one: `python benchmarks/plan.py`; docs/scaling.md explains it.
+
+Step times are those of `results/train-h100.json`. Everything about links, disks and latencies is an assumption, and an option.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from measuring import CHANNELS, CLASSES, Result, write
+from rich.console import Console
+from rich.table import Table
+
+from dit import model
+
+RESULTS = Path(__file__).parent / "results" / "train-h100.json"
+GPUS_OF_A_HOST = 8
+IMAGENET = 1_281_167
+"""Training images of ImageNet-1k; Russakovsky et al. (2015), table 2."""
+EVALUATED = 50_000
+"""Samples of the usual Fréchet distance; Dhariwal & Nichol (2021), section 2.2."""
+BF16, FP32 = 2, 4
+STATE = 4
+"""Float32 numbers that a checkpoint holds for each weight: itself, two moments of Adam, and its average."""
+
+
+def main(
+    name: Annotated[str, typer.Option("--model", help="A network of results/train-h100.json.")] = "DiT-XL/2",
+    gpus: Annotated[str, typer.Option(help="numbers of GPUs, separated by spaces")] = "1 8 64",
+    epochs: Annotated[float, typer.Option(help="80 are the published 400 thousand steps of 256")] = 80,
+    link: Annotated[float, typer.Option(help="GB/s of an all-reduce within a host (bus bandwidth)")] = 330,
+    network: Annotated[float, typer.Option(help="GB/s of an all-reduce across hosts, each GPU with a 400 Gbit/s port")] = 40,
+    disk: Annotated[float, typer.Option(help="GB/s of a checkpoint's way to disk")] = 2,
+    forward: Annotated[float, typer.Option(help="share of a training step's time that its forward pass takes")] = 0.3,
+    output: Annotated[Path | None, typer.Option(help="where to write JSON")] = None,
+) -> None:
+    """Tell what one step, one run, a checkpoint and an evaluation should take for each number of GPUs."""
+    measured = next(
+        row for row in json.loads(RESULTS.read_text())["results"] if row["model"] == name and row["backend"] == "auto"
+    )
+    weights = parameters(name, measured["latent_size"])
+    report: Result = {"model": name, "parameters": weights, "batch_per_gpu": measured["batch_size"], "plans": []}
+    for count in map(int, gpus.split()):
+        report["plans"].append(plan(measured, weights, count, epochs, link, network, disk, forward))
+    write(report, output)
+    Console(width=130).print(table(report))
+
+
+def parameters(name: str, size: int) -> int:
+    """How many weights a network has."""
+    with torch.device("meta"):
+        network = model.build(name, latent_size=size, latent_channels=CHANNELS, num_classes=CLASSES, learn_sigma=True)
+    return sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+
+
+def plan(
+    measured: Result, weights: int, count: int, epochs: float, link: float, network: float, disk: float, forward: float
+) -> Result:
+    """One number of GPUs, at the batch per GPU that was measured.
+
+    An all-reduce of V bytes sends 2 (n - 1) / n V through every GPU, a reduce-scatter or an all-gather half of that (Patarasuk
+    & Yuan 2009). DDP reduces bf16 gradients after the backward pass, in one call, so that all of it adds to the step. FSDP
+    gathers bf16 weights twice and scatters float32 gradients while blocks compute.
+    """
+    step = measured["milliseconds_per_step"] / 1e3
+    bandwidth = (link if count <= GPUS_OF_A_HOST else min(link, GPUS_OF_A_HOST * network)) * 1e9
+    share = (count - 1) / count
+    ddp, fsdp = 2 * share * BF16 * weights, share * (2 * BF16 + FP32) * weights
+    seconds = step + ddp / bandwidth
+    batch = count * measured["batch_size"]
+    rate = batch / seconds
+    pixels = CHANNELS * measured["latent_size"] ** 2
+    return {
+        "gpus": count,
+        "batch": batch,
+        "ddp_gb_per_gpu": ddp / 1e9,
+        "ddp_ms": 1e3 * ddp / bandwidth,
+        "efficiency": step / seconds,
+        "fsdp_gb_per_gpu": fsdp / 1e9,
+        "fsdp_ms": 1e3 * fsdp / bandwidth,
+        "images_per_second": rate,
+        "hours": epochs * IMAGENET / rate / 3600,
+        "mb_per_second": rate * 2 * BF16 * pixels / 1e6,  # mean and deviation of one view, stored as float16
+        "checkpoint_gb": STATE * FP32 * weights / 1e9,
+        "checkpoint_seconds": STATE * FP32 * weights / disk / 1e9,
+        "evaluation_minutes": EVALUATED * 250 * 2 * forward * step / measured["batch_size"] / count / 60,
+    }
+
+
+def table(report: Result) -> Table:
+    """The plans side by side."""
+    rows = {
+        "global batch": ("batch", "{:,}"),
+        "DDP: GB through each GPU a step": ("ddp_gb_per_gpu", "{:.2f}"),
+        "DDP: ms that it adds to a step": ("ddp_ms", "{:.1f}"),
+        "DDP: efficiency": ("efficiency", "{:.1%}"),
+        "FSDP: GB through each GPU a step": ("fsdp_gb_per_gpu", "{:.2f}"),
+        "FSDP: ms of it, behind the computation": ("fsdp_ms", "{:.1f}"),
+        "images/s": ("images_per_second", "{:,.0f}"),
+        "hours of the run": ("hours", "{:.1f}"),
+        "MB/s of latents (float16)": ("mb_per_second", "{:.0f}"),
+        "checkpoint, GB": ("checkpoint_gb", "{:.1f}"),
+        "checkpoint, s": ("checkpoint_seconds", "{:.1f}"),
+        "50,000 samples, 250 steps, guided: minutes": ("evaluation_minutes", "{:.0f}"),
+    }
+    head = f"{report['model']}, {report['parameters']:,} weights, {report['batch_per_gpu']} images a GPU"
+    shown = Table(head, *(f"{row['gpus']} GPUs" for row in report["plans"]))
+    for label, (key, form) in rows.items():
+        shown.add_row(label, *(form.format(row[key]) for row in report["plans"]))
+    return shown
+
+
+if __name__ == "__main__":
+    typer.run(main)
