@@ -112,6 +112,7 @@ def build(
     device: torch.device,
     scratch: Path,
     ranks: Ranks | None = None,
+    seed: int = 0,
     **changes: object,
 ) -> Timed:
     """A trainer with the shipped parameters, but for `changes`, and for what a benchmark leaves out."""
@@ -122,9 +123,9 @@ def build(
     usual = {"batch_size": batch, "log_every": 50, "learning_rate": 1e-4, "ema_decay": 0.9999, "backend": chosen}
     train = params.train.model_copy(update={**never, "validation": validation, **usual, **changes})
     shape = {"latent_size": store.latent_size, "latent_channels": CHANNELS, "num_classes": CLASSES}
-    network = init.apply(model.build(name, **shape, learn_sigma=True), params.strategies["adaln_zero"], 0)
+    network = init.apply(model.build(name, **shape, learn_sigma=True), params.strategies["adaln_zero"], seed)
     diffusion = Diffusion(params.diffusion, device)
-    return Timed(network, store, diffusion, train, label_dropout=0.1, seed=0, scratch=scratch, ranks=ranks)
+    return Timed(network, store, diffusion, train, label_dropout=0.1, seed=seed, scratch=scratch, ranks=ranks)
 
 
 def forward_flops(name: str, size: int) -> int:
