@@ -27,6 +27,7 @@ def test_output_and_every_gradient_are_those_of_the_plain_network(head_size: int
     network = random_network(2 * head_size, 2, **changes)
     inputs = random_input(network.latent_size, network.latent_channels)
     fused = FusedDiT(network, torch.float64)
+    gradients = fused.gradients()
     expected, found = network(*inputs), fused(*inputs)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     with torch.inference_mode():  # what the backward pass needs is left out
@@ -36,15 +37,18 @@ def test_output_and_every_gradient_are_those_of_the_plain_network(head_size: int
         (output * weights).sum().backward()
     fused.collect_gradients()
     trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
-    for (name, weight), gradient in zip(trained.items(), fused.gradients(), strict=True):
+    for (name, weight), gradient in zip(trained.items(), gradients, strict=True):
         torch.testing.assert_close(gradient, weight.grad, rtol=1e-9, atol=1e-9, msg=name)
 
 
 def test_gradients_lie_in_one_piece_of_memory_for_good() -> None:
     fused = FusedDiT(random_network(72, 2), torch.float64)
-    found = []
+    found, products = [], dict(zip(fused.copies, fused.gradients(), strict=True))
     for _ in range(2):
         fused(*random_input()).sum().backward()
+        for layer in (fused.blocks[0].attn.qkv, fused.blocks[0].attn.proj, fused.blocks[1].mlp.fc1, fused.blocks[1].mlp.fc2):
+            assert layer.weight.grad is not None
+            assert layer.weight.grad.data_ptr() == products[layer.weight].data_ptr()  # computed there, not moved
         fused.collect_gradients()
         found.append([gradient.data_ptr() for gradient in fused.gradients()])
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(fused.gradients())))

@@ -68,9 +68,10 @@ def matmul_dgelu(dy: Tensor, weight: Tensor, u: Tensor) -> Tensor:
     return du
 
 
-def outer(dy: Tensor, x: Tensor) -> Tensor:
-    """`dy.T @ x`: (N, M), (N, K) -> (M, K)."""
-    out = dy.new_empty((dy.shape[1], x.shape[1]))
+def outer(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """`dy.T @ x`: (N, M), (N, K) -> (M, K), in `out` where there is one."""
+    if out is None:
+        out = dy.new_empty((dy.shape[1], x.shape[1]))
     _product(out, dy, x, (True, False), DEFAULT)
     return out
 

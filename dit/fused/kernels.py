@@ -442,9 +442,9 @@ def matmul_dgelu(dy: Tensor, weight: Tensor, u: Tensor) -> Tensor:
     return cublaslt.matmul_dgelu(dy.flatten(0, 1), weight, u.flatten(0, 1)).view_as(u)
 
 
-def outer(dy: Tensor, x: Tensor) -> Tensor:
-    """Gradient of the weight of a linear layer: (B, T, M) and (B, T, K) -> (M, K)."""
-    return cublaslt.outer(dy.flatten(0, 1), x.flatten(0, 1))
+def outer(dy: Tensor, x: Tensor, place: Tensor | None = None) -> Tensor:
+    """Gradient of the weight of a linear layer: (B, T, M) and (B, T, K) -> (M, K), a new tensor or a view of `place`."""
+    return cublaslt.outer(dy.flatten(0, 1), x.flatten(0, 1), None if place is None else place.view_as(place))
 
 
 def _divisor(number: int, most: int) -> int:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit.fused.operations import attention, linear, mlp, residual_norm
+from dit.fused.operations import attention, linear, mlp, residual_norm, write_gradient
 from dit.model import MLP, Attention, DiT, DiTBlock
 
 ALIGNMENT = 64
@@ -59,13 +59,19 @@ class FusedDiT:
 
     @cached_property
     def _parts(self) -> list[Tensor]:
-        """The part of `flat` of each owner, in its shape."""
+        """The part of `flat` of each owner, in its shape. Once they are there, gradients of matrices are computed in them."""
         pieces = zip(self._owners, self.flat.split(self._lengths), strict=True)
-        return [piece[: owner.numel()].view_as(owner) for owner, piece in pieces]
+        parts = [piece[: owner.numel()].view_as(owner) for owner, piece in pieces]
+        for owner, part in zip(self._owners, parts, strict=True):
+            write_gradient(owner, part)
+        return parts
 
     def collect_gradients(self) -> None:
-        """Move the gradients of a backward pass into `flat`."""
-        torch._foreach_copy_(self._parts, [cast("Tensor", owner.grad) for owner in self._owners])
+        """Move the gradients of a backward pass into `flat`, but for those of the matrices that were computed there."""
+        pairs = [(part, cast("Tensor", owner.grad)) for part, owner in zip(self._parts, self._owners, strict=True)]
+        moved = [(part, gradient) for part, gradient in pairs if part.data_ptr() != gradient.data_ptr()]
+        parts, gradients = zip(*moved, strict=True)
+        torch._foreach_copy_(parts, gradients)
         for owner in self._owners:
             owner.grad = None
 

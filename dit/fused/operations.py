@@ -17,9 +17,20 @@ from torch.autograd import Function
 EPS = 1e-6
 """That of the model's layer norms."""
 
+PLACE = "_gradient_place"
+
 ROOT = math.sqrt(2 / math.pi)
 CUBE = 0.044715
 """The constants of the tanh-approximated GELU; Hendrycks & Gimpel (2016), section 2."""
+
+
+def write_gradient(weight: Tensor, place: Tensor) -> None:
+    """Have `linear`, `attention` and `mlp` compute the gradient of `weight` in `place`, of its shape."""
+    setattr(weight, PLACE, place)
+
+
+def _place(weight: Tensor) -> Tensor | None:
+    return getattr(weight, PLACE, None)
 
 
 def residual_norm(x: Tensor, branch: Tensor, bias: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,13 +78,14 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.place = _place(weight)
         return _kernels(x).linear(x, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         dy = dy.contiguous()
-        return _kernels(x).matmul(dy, weight), _kernels(x).outer(dy, x)
+        return _kernels(x).matmul(dy, weight), _kernels(x).outer(dy, x, ctx.place)
 
 
 class _Attention(Function):
@@ -82,14 +94,14 @@ class _Attention(Function):
         qkv = _kernels(h).linear(h, weight, bias)  # (B, T, 3D)
         out, lse = _kernels(h).attention(qkv, num_heads)
         ctx.save_for_backward(h, weight, qkv, out, lse)
-        ctx.num_heads = num_heads
+        ctx.num_heads, ctx.place = num_heads, _place(weight)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
         h, weight, qkv, out, lse = ctx.saved_tensors
         dqkv, dbias = _kernels(h).attention_backward(dout.contiguous(), qkv, out, lse, ctx.num_heads)
-        return _kernels(h).matmul(dqkv, weight), _kernels(h).outer(dqkv, h), dbias, None
+        return _kernels(h).matmul(dqkv, weight), _kernels(h).outer(dqkv, h, ctx.place), dbias, None
 
 
 class _MLP(Function):
@@ -97,6 +109,7 @@ class _MLP(Function):
     def forward(ctx: Any, h: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor) -> Tensor:
         a, u = _kernels(h).linear_gelu(h, weight_in, bias_in)
         ctx.save_for_backward(h, u, a, weight_in, weight_out)
+        ctx.places = _place(weight_in), _place(weight_out)
         return _kernels(h).linear(a, weight_out)
 
     @staticmethod
@@ -105,7 +118,8 @@ class _MLP(Function):
         dout = dout.contiguous()
         fast = _kernels(h)
         du = fast.matmul_dgelu(dout, weight_out, u)
-        return fast.matmul(du, weight_in), fast.outer(du, h), fast.sum_rows(du), fast.outer(dout, a)
+        place_in, place_out = ctx.places
+        return fast.matmul(du, weight_in), fast.outer(du, h, place_in), fast.sum_rows(du), fast.outer(dout, a, place_out)
 
 
 def _kernels(x: Tensor) -> Any:
@@ -175,9 +189,10 @@ class Reference:
         return dy @ weight
 
     @staticmethod
-    def outer(dy: Tensor, x: Tensor) -> Tensor:
-        """Gradient of the weight of a linear layer: (B, T, M) and (B, T, K) -> (M, K)."""
-        return dy.flatten(0, 1).T @ x.flatten(0, 1)
+    def outer(dy: Tensor, x: Tensor, place: Tensor | None = None) -> Tensor:
+        """Gradient of the weight of a linear layer: (B, T, M) and (B, T, K) -> (M, K), a new tensor or a view of `place`."""
+        gradient = dy.flatten(0, 1).T @ x.flatten(0, 1)
+        return gradient if place is None else place.copy_(gradient).view_as(place)
 
     @staticmethod
     def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
