@@ -114,6 +114,31 @@ def test_network_and_every_gradient_in_bf16_against_float64(head_size: int) -> N
     assert max(errors.values()) < 2e-2, errors
 
 
+@pytest.mark.parametrize(
+    ("objective", "learn_sigma"), [("eps", True), ("eps", False), ("x0", False), ("v", False), ("flow", False)]
+)
+def test_loss_and_gradients_for_every_target_against_float64(
+    params: Params, micro: Callable[..., model.DiT], objective: str, learn_sigma: bool
+) -> None:
+    diffusion = Diffusion(params.diffusion.model_copy(update={"objective": objective, "learn_sigma": learn_sigma}), "cuda")
+    rules = [{"role": "all", "init": "xavier_uniform"}, {"role": "bias", "init": "normal", "std": 0.02}]
+    network = init.apply(micro(learn_sigma), {"rules": rules}, seed=1).cuda()
+    fused = FusedDiT(network)
+    x0, eps = (torch.randn(16, 4, 8, 8, device="cuda") for _ in range(2))
+    t, y = diffusion.draw_timesteps(16, torch.Generator("cuda").manual_seed(0)), torch.arange(16, device="cuda") % 4
+    x_t = diffusion.add_noise(x0, eps, t)
+    gradients = fused.gradients()
+    found = torch.compile(diffusion.loss)(fused(x_t, t, y), x0, eps, t, x_t).total.mean()
+    expected = diffusion.loss(network.double()(x_t.double(), t, y), x0, eps, t, x_t).total.mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-2)
+    found.backward()
+    fused.collect_gradients()
+    expected.backward()
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+    ours, exact = (torch.cat([part.flatten().double() for part in parts]) for parts in (gradients, [w.grad for w in weights]))
+    assert error(ours, exact) < 2e-2
+
+
 @torch.inference_mode()
 def test_a_captured_network_takes_batches_of_any_size(micro: Callable[..., model.DiT]) -> None:
     network = init.apply(micro(), "torch_default", 0).cuda()
