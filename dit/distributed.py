@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from dit.model import DiT
 
 
+MEETING = "DIT_MEETING"
+"""The environment variable with a file through which the ranks of one host meet; without it, where `torchrun` says."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among `size` of them, and its device. `grouped` is false for a process that `torchrun` did not start."""
@@ -142,7 +146,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, rank=rank, world_size=size, device_id=own)
+    where = f"file://{os.environ[MEETING]}" if MEETING in os.environ else "env://"
+    dist.init_process_group(backend, init_method=where, rank=rank, world_size=size, device_id=own)
     yield Ranks(device, rank, size, grouped=True)
     dist.destroy_process_group()  # not after an error: the other ranks may be waiting, and torchrun ends them
 

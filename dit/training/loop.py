@@ -75,13 +75,6 @@ class Records:
                 writer.writerows(rows)
 
 
-def check_group(params: Train, ranks: Ranks) -> None:
-    """Raises `ConfigError` where so many ranks cannot share such a run, or not so."""
-    ranks.share(params.batch_size, "train.batch_size")
-    if params.parallel == "fsdp" and params.backend == "fused":
-        raise ConfigError("train.backend = 'fused' with train.parallel fsdp; accepted: auto, compiled, eager, or parallel ddp")
-
-
 class Trainer:
     """One run: a network with its weights set, its data, and all state that a checkpoint holds.
 
@@ -102,7 +95,7 @@ class Trainer:
         ranks: Ranks | None = None,
     ) -> None:
         self.ranks = ranks or Ranks(diffusion.device)
-        check_group(params, self.ranks)
+        self.ranks.share(params.batch_size, "train.batch_size")
         self.model = model.to(diffusion.device)
         self.ranks.broadcast(self.model.state_dict().values())
         self.diffusion = diffusion

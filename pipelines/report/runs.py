@@ -255,7 +255,7 @@ def departed(study: Study) -> Iterator[Path]:
     expected = {run.name for run in study.all_runs}
     for parent, kept in ((TRAIN, expected), (EVALUATE, expected), (ANALYSE, study.starts.keys())):
         for path in sorted(parent.iterdir()):
-            name = path.name.removeprefix(".").removesuffix(".partial")
+            name = path.name.removeprefix(".").removesuffix(".partial").removesuffix(".old")
             if path.is_dir() and name not in kept and (parent == ANALYSE or name.rpartition("-")[2].isdigit()):
                 yield path
 

@@ -22,22 +22,19 @@ import yaml
 from dit.config import Params, load
 from dit.errors import ConfigError, UserError
 from dit.init import Strategy
-from pipelines.stages.launch import check_devices, in_group, join_group, run_group
+from pipelines.stages.launch import WRONG_INPUT, check_devices, in_group, join_group, run_group
 
-WRONG_INPUT = 2
 TRANSIENT = os.EX_TEMPFAIL
 
 
-def run_stage(stage: Callable[[Params], None], section: str = "", check: Callable[[Params], None] = lambda _: None) -> None:
+def run_stage(stage: Callable[[Params], None], section: str = "") -> None:
     """Check the whole `params.yaml`, run `stage`, and exit with a code that says what went wrong, if anything did.
 
     A stage whose `section` of the parameters wants several processes runs as a group, in which each process comes here again.
-    `check` raises `ConfigError` where so many of them cannot share the work.
     """
     try:
         params = load()
         settings = getattr(params, section) if section else None
-        check(params)
         if in_group():
             join_group(section, settings)
         elif settings and settings.processes > 1:

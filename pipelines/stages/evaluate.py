@@ -126,8 +126,9 @@ def draw(params: Params, store: LatentStore, name: str, ranks: Ranks, key: str) 
     )
     seconds = time.monotonic() - started
     speed = {"seconds": seconds, "images_per_second": len(latents) / seconds, "hostname": socket.gethostname()}
-    scratch(key).mkdir(parents=True, exist_ok=True)
-    write_json(scratch(key) / "timing.json", speed)
+    if ranks.first:
+        scratch(key).mkdir(parents=True, exist_ok=True)
+        write_json(scratch(key) / "timing.json", speed)
     return latents
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -15,12 +16,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from dit.devices import resolve_device
+from dit.distributed import MEETING
 from dit.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     from dit.config import Evaluate, Latents, Train
+
+WRONG_INPUT = 2
+"""The exit code of a stage whose input is wrong."""
 
 LAUNCHER = "DIT_LAUNCHER"
 """The environment variable that tells ranks which process started them."""
@@ -81,22 +86,29 @@ def run_group(count: int) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ[LAUNCHER] = str(os.getpid())
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-    )
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
     try:
-        elastic_launch(config, sys.executable)(*sys.orig_argv[1:])
+        with tempfile.TemporaryDirectory() as directory:  # torch's server for it would listen on every interface
+            os.environ[MEETING] = f"{directory}/ranks"
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=count,
+                run_id=uuid.uuid4().hex,
+                rdzv_backend="c10d",
+                rdzv_endpoint=f"{directory}/launcher",
+                rdzv_configs={"store_type": "file"},
+                local_addr="127.0.0.1",
+                max_restarts=0,
+                logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+            )
+            elastic_launch(config, sys.executable)(*sys.orig_argv[1:])
     except ChildFailedError as error:
         rank, failure = min(error.failures.items(), key=lambda failed: _order(failed[1]))
         code = failure.exitcode
+        if code == WRONG_INPUT:  # each rank has said what is wrong
+            return code
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         print(f"error: process {rank} of {count} {how}; the others were ended, and no output was written", file=sys.stderr)
         return code

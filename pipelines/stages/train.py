@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from safetensors.torch import save_file
 
@@ -18,7 +17,7 @@ from dit.data.latents import LatentStore
 from dit.devices import make_deterministic, resolve_device
 from dit.diffusion import Diffusion
 from dit.distributed import Ranks, joined
-from dit.training.loop import Trainer, check_group
+from dit.training.loop import Trainer
 from pipelines.stages.entry import complete_directory, run_key, run_stage, scratch, strategy_of, write_json
 
 
@@ -104,14 +103,9 @@ def outcome(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def check(params: Params) -> None:
-    """Raises `ConfigError` where the processes that `params` want cannot share a run."""
-    check_group(params.train, Ranks(torch.device("cpu"), size=params.train.processes))
-
-
 def main(strategy: str, seed: Annotated[int, typer.Argument(min=0)]) -> None:
     """Train one DiT from STRATEGY of params.yaml with SEED."""
-    run_stage(lambda params: train(params, strategy, seed), "train", check)
+    run_stage(lambda params: train(params, strategy, seed), "train")
 
 
 if __name__ == "__main__":
