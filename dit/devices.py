@@ -42,7 +42,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast | nullc
 
 
 def resolve_backend(name: str, device: torch.device, precision: torch.dtype, supported: bool, section: str) -> str:
-    """`auto` is `fused` on a CUDA GPU in bf16 for a network that it supports, else `eager`.
+    """`auto` is `fused` on a CUDA GPU in bf16 for a network that it supports, `compiled` for any other there, else `eager`.
 
     Raises `ConfigError` for `fused` where it cannot run; `section` is the one of `params.yaml` that asks for it.
     """
@@ -53,7 +53,7 @@ def resolve_backend(name: str, device: torch.device, precision: torch.dtype, sup
             "bf16, and a multiple of 16 tokens, or of 256 where the size of a head is no power of two)"
         )
     if name == "auto":
-        return "fused" if can_fuse else "eager"
+        return "fused" if can_fuse else "compiled" if device.type == "cuda" else "eager"
     return name
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 
 from dit import config
+from dit.devices import resolve_backend
 from dit.errors import ConfigError
 
 SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -94,3 +96,20 @@ def test_a_missing_or_broken_file_is_one_clear_message(tmp_path: Path) -> None:
     broken.write_text("train: [")
     with pytest.raises(ConfigError, match=r"params.yaml: not valid YAML"):
         config.load(broken)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "fusible", "chosen"),
+    [
+        ("cuda", torch.bfloat16, True, "fused"),
+        ("cuda", torch.bfloat16, False, "compiled"),
+        ("cuda", torch.float32, True, "compiled"),
+        ("cpu", torch.float32, True, "eager"),
+    ],
+)
+def test_auto_is_the_fastest_backend_that_can_run(device: str, precision: torch.dtype, fusible: bool, chosen: str) -> None:
+    assert resolve_backend("auto", torch.device(device), precision, fusible, "train") == chosen
+    assert resolve_backend("eager", torch.device(device), precision, fusible, "train") == "eager"
+    if chosen != "fused":
+        with pytest.raises(ConfigError, match=r"evaluate\.backend = 'fused'; accepted here: auto, compiled, eager"):
+            resolve_backend("fused", torch.device(device), precision, fusible, "evaluate")

@@ -107,7 +107,8 @@ class Trainer:
         )
         self.validation = Validation(store, diffusion, params.validation, self.ranks)
         self.sharded = self.ranks.grouped and params.parallel == "fsdp"
-        self.backend = self._resolve_backend()
+        fusible = supports(model) and not self.sharded  # the fast path holds whole weights
+        self.backend = resolve_backend(params.backend, diffusion.device, self.precision, fusible, "train")
         self.forward: Forward = self.model
         self.loss: Callable[..., Loss] = diffusion.loss
         self.gradients: Callable[[Batch], Tensor] = self._gradients
@@ -130,12 +131,6 @@ class Trainer:
         self.steps_done = 0
         self.images_per_second = math.nan
         self._pending: list[Tensor] = []
-
-    def _resolve_backend(self) -> str:
-        device = self.diffusion.device
-        if self.sharded and self.params.backend == "auto":  # the fused path holds whole weights
-            return "compiled" if device.type == "cuda" else "eager"
-        return resolve_backend(self.params.backend, device, self.precision, supports(self.model), "train")
 
     @property
     def ema(self) -> dict[str, Tensor]:
