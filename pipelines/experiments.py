@@ -24,11 +24,14 @@ from ruamel.yaml.error import YAMLError
 
 from dit import config
 from dit.config import Params
+from dit.devices import resolve_backend, resolve_device, resolve_precision
 from dit.errors import ConfigError, UserError
 from pipelines import dag
 
 EXPERIMENTS = Path(".scratch/experiments")
 PROFILES = Path("profiles")
+DEVICES = ("autoencoder", "latents", "analyse", "train", "evaluate", "features")
+"""Sections of the parameters that choose a device."""
 IDENTITY = {
     f"GIT_{who}_{what}": value
     for who in ("AUTHOR", "COMMITTER")
@@ -38,12 +41,23 @@ IDENTITY = {
 
 
 def parameters(root: Path, overrides: Mapping[str, Any] | None = None) -> Params:
-    """The parameters of the workspace with `overrides`, checked. Raises `ConfigError` that names the wrong key."""
+    """The parameters of the workspace with `overrides`, checked. Raises `ConfigError` that names the wrong key.
+
+    Wrong is also what this machine cannot do.
+    """
     path = root / "params.yaml"
-    if not overrides:
-        return config.load(path)
-    config.load(path)
-    return config.parse(YAML(typ="safe").load(override(path.read_text(), overrides)), "params.yaml with overrides")
+    params = config.load(path)
+    if overrides:
+        params = config.parse(YAML(typ="safe").load(override(path.read_text(), overrides)), "params.yaml with overrides")
+    for name in DEVICES:
+        section = getattr(params, name)
+        try:
+            device = resolve_device(section.device)
+        except ConfigError as error:
+            raise ConfigError(f"params.yaml: {name}.{error}") from None
+        if name in ("train", "evaluate"):
+            resolve_backend(section.backend, device, resolve_precision(section.precision, device), True, f"params.yaml: {name}")
+    return params
 
 
 def profile(root: Path, name: str) -> dict[str, Any]:

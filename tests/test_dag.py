@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -309,3 +310,18 @@ def test_a_wrong_profile_is_told_with_its_file(tmp_path: Path, text: str, messag
     (tmp_path / "profiles" / "mine.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         experiments.profile(tmp_path, "mine")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"latents.device": "cuda"}, r"params\.yaml: latents\.device = 'cuda' is not on this machine; accepted here: auto"),
+        ({"train.backend": "fused"}, r"params\.yaml: train\.backend = 'fused'; accepted here: auto, compiled, eager"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_told_before_any_work(
+    overrides: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=message):
+        experiments.parameters(ROOT, overrides)
