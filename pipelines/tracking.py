@@ -405,7 +405,8 @@ def _first_gradients(path: Path) -> Iterator[Value]:
 def _coordinates(path: Path) -> Iterator[Value]:
     """How far activations moved after each step, by width."""
     for row in _rows(path):
-        yield f"coordinates/{row['activation']}/width_{row['width']}", int(row["step"]), _number(row["change_rms"])
+        activation = row["activation"].replace("[", "_").replace("]", "")  # MLflow takes no brackets
+        yield f"coordinates/{activation}/width_{row['width']}", int(row["step"]), _number(row["change_rms"])
 
 
 def _group(role: str) -> str:

@@ -175,7 +175,7 @@ def test_a_strategys_start_is_on_all_its_runs_whenever_it_was_analysed(study: Pa
     start = {"run_key": "start", "awake_step": 2, "signal": {**signal, "blocks": [block]}, "early": early}
     start |= {"measured": schedule, "predicted": schedule, "predicted_equals_measured": True, "width_exponent": 0.5}
     write_json(directory / "start.json", start)
-    table(directory / "coordinates.csv", "width,step,activation,rms,change_rms", [[64, 1, "prediction", 0.2, 0.1]])
+    table(directory / "coordinates.csv", "width,step,activation,rms,change_rms", [[64, 1, "block[0]", 0.2, 0.1]])
     gradients = [[0, "block[0].mlp_in.weight", 0.5, 2.0, 32, ""], [1, "block[1].mlp_in.weight", 0.25, 4.0, 30, 0.1]]
     table(directory / "gradients.csv", "step,role,norm,stable_rank,numerical_rank,update_ratio", gradients)
     for _ in range(2):
@@ -187,7 +187,7 @@ def test_a_strategys_start_is_on_all_its_runs_whenever_it_was_analysed(study: Pa
     assert found["adaln_zero-0"].data.metrics["start/predicted_equals_measured"] == 1
     wake_up = {name: step for name, step in found["adaln_zero-0"].data.metrics.items() if name.startswith("wake_up_measured")}
     assert wake_up == {"wake_up_measured/final.projection": 0, "wake_up_measured/mlp_in": 2}
-    assert history(found["adaln_zero-0"], "coordinates/prediction/width_64") == [(1, 0.1)]
+    assert history(found["adaln_zero-0"], "coordinates/block_0/width_64") == [(1, 0.1)]
     assert history(found["adaln_zero-0"], "start_gradient_stable_rank/mlp") == [(0, 2.0), (1, 4.0)]
     assert {name: run.data.metrics.get("start/awake_step") for name, run in found.items()} == {
         "adaln_zero-0": 2,
