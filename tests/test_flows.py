@@ -240,6 +240,7 @@ def test_failure_stops_what_is_below_it_and_nothing_else(shell: Path) -> None:
 
 
 def test_one_study_at_a_time_and_interrupting_it_ends_everything(shell: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and so by children, where a shell runs tests with `&`
     running = subprocess.Popen(
         [sys.executable, "-m", "pipelines", "study", "endless"],
         cwd=shell,
