@@ -53,7 +53,7 @@ def losses(probe: Probe, loss: LossFunction) -> tuple[float, float | None]:
         zeroed = map_tensors(lambda tensor: torch.zeros_like(tensor) if tensor.is_floating_point() else tensor, output)
     try:
         zero_value = loss(zeroed, probe.batch).item()
-    except Exception:
+    except Exception:  # a user's loss may refuse a zero output in any way: then its cost is not known
         return value, None
     return value, zero_value
 

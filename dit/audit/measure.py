@@ -217,7 +217,7 @@ def _attempt(probe: Probe, arguments: dict[str, Any]) -> Observation | None:
     try:
         with torch.no_grad():
             return probe.observe(arguments)
-    except Exception:
+    except Exception:  # a network may refuse an exchanged input in any way: then its effect is not known
         return None
 
 
