@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,12 +20,15 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from dit.autoencoder import decode, encode
+from dit.autoencoder import Encoder, decode
 from dit.data.images import ImageStore
 from dit.data.latents import write_latents
-from dit.devices import DTYPES, make_deterministic, resolve_device, resolve_precision
+from dit.devices import DTYPES, make_deterministic, resolve_backend, resolve_device, resolve_precision
+from dit.fused import ENCODER_NEEDS, supports_encoder
 
 WIDTHS = (128, 256, 512, 512)
+PLAIN = torch.float32
+"""Images are decoded so, as their distances are measured."""
 
 
 def main(
@@ -50,10 +52,13 @@ def main(
     autoencoder = published_shape([width // narrow for width in WIDTHS], pixels).to(device)
     images = np.random.default_rng(0).integers(0, 256, (batch_size * batches, pixels, pixels, 3), np.uint8)
     chosen = resolve_precision("auto", device)
-    for precision in dict.fromkeys(["fp32", next(name for name, dtype in DTYPES.items() if dtype == chosen)]):
-        for work, seconds, flops in measure(autoencoder, images, batch_size, DTYPES[precision], device):
+    fastest = resolve_backend("auto", device, chosen, supports_encoder(autoencoder), "latents", ENCODER_NEEDS)
+    for precision, backend in dict.fromkeys([(PLAIN, "eager"), (chosen, "eager"), (chosen, fastest)]):
+        encoder = Encoder(autoencoder, precision, backend)
+        for work, seconds, flops in measure(autoencoder, encoder, images, batch_size, decoded=precision == PLAIN):
             rate = len(images) / seconds
-            result: Result = {"work": work, "precision": precision, "images_per_second": rate}
+            arithmetic = next(name for name, dtype in DTYPES.items() if dtype == precision)
+            result: Result = {"work": work, "precision": arithmetic, "backend": backend, "images_per_second": rate}
             report["results"].append({**result, "share_of_matmul_rate": rate * flops / 1e12 / peak})
             write(report, output)
     Console(width=120).print(table(report))
@@ -76,30 +81,29 @@ def published_shape(widths: list[int], pixels: int) -> AutoencoderKL:
 
 
 def measure(
-    autoencoder: AutoencoderKL, images: np.ndarray, batch_size: int, precision: torch.dtype, device: torch.device
+    autoencoder: AutoencoderKL, encoder: Encoder, images: np.ndarray, batch_size: int, *, decoded: bool
 ) -> list[tuple[str, float, float]]:
     """What was done, the seconds that it took for all of `images`, and the operations for one of them."""
-    encoder = partial(encode, autoencoder, precision=precision)
     parts = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
     settings = shipped().latents.model_copy(update={"batch_size": batch_size, "flip": False, "dtype": "float16"})
     labels = np.zeros(len(images), np.int64)
     store = ImageStore(images, labels, images[:1], labels[:1], ["one"], {})
     latents = encoder(images[:batch_size])[0]
     with FlopCounterMode(display=False) as counter:
-        encoder(images[:1])
+        Encoder(autoencoder)(images[:1])
     forward = counter.get_total_flops()
-    wait(device)
+    wait(encoder.device)
     started = time.perf_counter()
     for part in parts:
         encoder(part)
-    wait(device)
+    wait(encoder.device)
     alone = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as directory:
         started = time.perf_counter()
         write_latents(store, encoder, settings, Path(directory) / "latents")
         whole = time.perf_counter() - started
     found = [("encode", alone, forward), ("encode and store", whole, forward)]
-    if precision == torch.float32:  # images are decoded in float32, as their distances are measured
+    if decoded:
         decode(autoencoder, latents)
         with FlopCounterMode(display=False) as counter:
             decode(autoencoder, latents[:1])
@@ -112,12 +116,12 @@ def measure(
 
 def table(report: Result) -> Table:
     """What was measured, for a terminal."""
-    shown = Table("work", "precision", "images/s", "x fp32", "of matmul rate")
+    shown = Table("work", "precision", "backend", "images/s", "x fp32", "of matmul rate")
     shown.title = f"{heading(report)}; {report['pixels']} pixels, batches of {report['batch_size']}"
     plain = {row["work"]: row["images_per_second"] for row in report["results"] if row["precision"] == "fp32"}
     for row in report["results"]:
         rate = row["images_per_second"]
-        cells = [row["work"], row["precision"], f"{rate:.4g}", f"{rate / plain[row['work']]:.2f}"]
+        cells = [row["work"], row["precision"], row["backend"], f"{rate:.4g}", f"{rate / plain[row['work']]:.2f}"]
         shown.add_row(*cells, f"{row['share_of_matmul_rate']:.0%}")
     return shown
 

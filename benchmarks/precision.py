@@ -52,8 +52,8 @@ def main(
                 run = build(network, batch_size, store, backend, device, Path(directory) / "scratch", seed=seed, **changes)
                 run.run(f"{variant}, seed {seed}")
                 found.setdefault(variant, []).append(curves(run.records.metrics, run.records.validation))
-    report["variants"] = {variant: compared(runs, found[PLAIN]) for variant, runs in found.items()}
-    write(report, output)
+            report["variants"] = {variant: compared(runs, found[PLAIN]) for variant, runs in found.items()}
+            write(report, output)
     Console(width=130).print(table(report))
 
 

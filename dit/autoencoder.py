@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -22,6 +23,7 @@ from torch import Tensor
 from dit.config import PretrainedAutoencoder, TrainedAutoencoder
 from dit.devices import autocast, resolve_device, send
 from dit.errors import ConfigError, DataError
+from dit.fused import fused_encoder
 from dit.progress import progress
 from dit.seeding import derive_seed, generator
 from dit.training import checkpoint
@@ -213,16 +215,31 @@ def to_pixels(images: Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-@torch.no_grad()
-def encode(autoencoder: AutoencoderKL, images: np.ndarray, precision: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Pixels (B, H, W, 3) uint8 -> mean and standard deviation of the posterior, raw, each (B, C, h, w) float32.
+class Encoder:
+    """The encoder of `autoencoder`, in `precision`, by `backend`: one of those that `dit.devices.resolve_backend` returns."""
 
-    They are on the autoencoder's device. `precision` is that of the network; the exponential is taken in float32.
-    """
-    device = autoencoder.device
-    with autocast(device, precision):
-        posterior = autoencoder.encode(to_tensor(images, device)).latent_dist
-    return posterior.mean.float(), posterior.logvar.float().mul(0.5).exp()
+    def __init__(self, autoencoder: AutoencoderKL, precision: torch.dtype = torch.float32, backend: str = "eager") -> None:
+        self.device, self.precision = autoencoder.device, precision
+
+        def posterior(images: Tensor) -> DiagonalGaussianDistribution:
+            return autoencoder.encode(images).latent_dist
+
+        self.posterior = posterior
+        if backend == "compiled":
+            self.posterior = torch.compile(posterior)
+        elif backend == "fused":
+            moments = fused_encoder(autoencoder)
+            self.posterior = lambda images: DiagonalGaussianDistribution(moments(images))
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Pixels (B, H, W, 3) uint8 -> mean and standard deviation of the posterior, raw, each (B, C, h, w) float32.
+
+        They are on the autoencoder's device. The exponential is taken in float32.
+        """
+        with autocast(self.device, self.precision):
+            posterior = self.posterior(to_tensor(images, self.device))
+        return posterior.mean.float(), posterior.logvar.float().mul(0.5).exp()
 
 
 @torch.no_grad()
@@ -250,8 +267,9 @@ def measure(autoencoder: AutoencoderKL, images: np.ndarray) -> dict[str, float]:
 
 def reconstruct(autoencoder: AutoencoderKL, images: np.ndarray) -> np.ndarray:
     """Pixels (N, H, W, 3) uint8 -> the same, encoded and decoded, a few at a time."""
+    encoder = Encoder(autoencoder)
     batches = [images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE)]
-    return np.concatenate([decode(autoencoder, encode(autoencoder, batch)[0]) for batch in batches])
+    return np.concatenate([decode(autoencoder, encoder(batch)[0]) for batch in batches])
 
 
 def side_by_side(autoencoder: AutoencoderKL, images: np.ndarray) -> Image.Image:

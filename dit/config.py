@@ -146,6 +146,7 @@ class Latents(Section):
     dtype: Literal["float32", "float16"]
     batch_size: PositiveInt
     precision: Precision
+    backend: Backend
     processes: PositiveInt
     threads: PositiveInt
     device: Device

@@ -41,16 +41,17 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast | nullc
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-def resolve_backend(name: str, device: torch.device, precision: torch.dtype, supported: bool, section: str) -> str:
+def resolve_backend(name: str, device: torch.device, precision: torch.dtype, supported: bool, section: str, needs: str) -> str:
     """`auto` is `fused` on a CUDA GPU in bf16 for a network that it supports, `compiled` for any other there, else `eager`.
 
-    Raises `ConfigError` for `fused` where it cannot run; `section` is the one of `params.yaml` that asks for it.
+    Raises `ConfigError` for `fused` where it cannot run; `section` is the one of `params.yaml` that asks for it, and `needs`
+    says what a supported network is.
     """
     can_fuse = device.type == "cuda" and precision == torch.bfloat16 and supported
     if name == "fused" and not can_fuse:
         raise ConfigError(
             f"{section}.backend = 'fused'; accepted here: auto, compiled, eager (fused needs a CUDA GPU, {section}.precision "
-            "bf16, and a multiple of 16 tokens, or of 256 where the size of a head is no power of two)"
+            f"bf16, and {needs})"
         )
     if name == "auto":
         return "fused" if can_fuse else "compiled" if device.type == "cuda" else "eager"

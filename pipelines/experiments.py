@@ -26,12 +26,16 @@ from dit import config
 from dit.config import Params
 from dit.devices import resolve_backend, resolve_device, resolve_precision
 from dit.errors import ConfigError, UserError
+from dit.fused import ENCODER_NEEDS, NEEDS
 from pipelines import dag
 
 EXPERIMENTS = Path(".scratch/experiments")
 PROFILES = Path("profiles")
 DEVICES = ("autoencoder", "latents", "analyse", "train", "evaluate", "features")
 """Sections of the parameters that choose a device."""
+
+BACKENDS = {"latents": ENCODER_NEEDS, "train": NEEDS, "evaluate": NEEDS}
+"""Those that choose a backend, and what a fused one needs."""
 IDENTITY = {
     f"GIT_{who}_{what}": value
     for who in ("AUTHOR", "COMMITTER")
@@ -55,8 +59,9 @@ def parameters(root: Path, overrides: Mapping[str, Any] | None = None) -> Params
             device = resolve_device(section.device)
         except ConfigError as error:
             raise ConfigError(f"params.yaml: {name}.{error}") from None
-        if name in ("train", "evaluate"):
-            resolve_backend(section.backend, device, resolve_precision(section.precision, device), True, f"params.yaml: {name}")
+        if name in BACKENDS:
+            precision = resolve_precision(section.precision, device)
+            resolve_backend(section.backend, device, precision, True, f"params.yaml: {name}", BACKENDS[name])
     return params
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from dit import autoencoder as module_under_test
 from dit.autoencoder import (
     MAX_PSNR,
+    Encoder,
     build,
     decode,
-    encode,
     load_autoencoder,
     load_pretrained,
     measure,
@@ -118,7 +118,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_the_parameter(images
 @pytest.mark.parametrize("channels", [[8], [12, 18], [7, 21, 14]])
 def test_any_widths_can_be_built(channels: list[int]) -> None:
     autoencoder = build(settings(channels=channels, downsample=2 ** (len(channels) - 1)), SIZE)
-    mean, std = encode(autoencoder, np.zeros((1, SIZE, SIZE, 3), np.uint8))
+    mean, std = Encoder(autoencoder)(np.zeros((1, SIZE, SIZE, 3), np.uint8))
     assert mean.shape == std.shape == (1, 4, SIZE // 2 ** (len(channels) - 1), SIZE // 2 ** (len(channels) - 1))
 
 
@@ -134,13 +134,13 @@ def test_a_saved_autoencoder_comes_back_frozen_and_computes_the_same(images: np.
 
 def test_encoding_does_not_depend_on_randomness_and_gives_the_posterior(images: np.ndarray, published: Path) -> None:
     autoencoder = load_pretrained(pretrained(published))
-    mean, std = encode(autoencoder, images[:5])
-    again, _ = encode(autoencoder, images[:5])
+    mean, std = Encoder(autoencoder)(images[:5])
+    again, _ = Encoder(autoencoder)(images[:5])
     assert torch.equal(mean, again)
     posterior = autoencoder.encode(to_tensor(images[:5])).latent_dist
     assert torch.equal(mean, posterior.mean)
     torch.testing.assert_close(std, posterior.std)
-    low, _ = encode(autoencoder, images[:5], torch.bfloat16)
+    low, _ = Encoder(autoencoder, torch.bfloat16)(images[:5])
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, mean, rtol=0.05, atol=0.05)
     assert decode(autoencoder, mean).shape == (5, SIZE, SIZE, 3)

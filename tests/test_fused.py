@@ -1,12 +1,14 @@
-"""The fast path computes the network of `dit.model`: output and every gradient, in float64, on any machine."""
+"""The fast path computes the network of `dit.model`, with every gradient, and the encoder of diffusers: in float64, anywhere."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from dit import init, model
+from dit.fused.encoder import FusedEncoder, supports
 from dit.fused.network import ALIGNMENT, FusedDiT
 
 
@@ -56,3 +58,21 @@ def test_gradients_lie_in_one_piece_of_memory_for_good() -> None:
     assert found[0] == found[1]
     offsets = [part.storage_offset() for part in fused._parts]
     assert not any(offset % ALIGNMENT for offset in offsets)
+
+
+@pytest.mark.parametrize(("widths", "size"), [((8, 16, 16), 16), ((16, 16), 12), ((8,), 5)])
+def test_the_encoder_is_that_of_diffusers(widths: tuple[int, ...], size: int) -> None:
+    levels = len(widths)
+    autoencoder = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=widths,
+        layers_per_block=2,
+        norm_num_groups=8,
+    ).double()
+    for weight in autoencoder.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    images = torch.rand(2, 3, size, size).double() * 2 - 1
+    assert supports(autoencoder)
+    expected = autoencoder.encode(images).latent_dist.parameters
+    torch.testing.assert_close(FusedEncoder(autoencoder, torch.float64)(images), expected)

@@ -8,16 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from dit import init, model
+from dit.autoencoder import Encoder
 from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
 from dit.distributed import Ranks
-from dit.fused import captured_forward, kernels
+from dit.fused import captured_forward, group_norm, kernels
+from dit.fused.encoder import Reference as EncoderReference
 from dit.fused.network import FusedDiT
 from dit.fused.operations import EPS, Reference
 from dit.fused.optimiser import FusedOptimiser
@@ -72,6 +76,34 @@ def test_attention(heads: int, size: int, tokens: int, deterministic: bool, requ
     back = kernels.attention_backward(dout, qkv, *found, heads)
     exact = Reference.attention_backward(dout.double(), qkv.double(), *expected, heads)
     assert max(map(error, back, exact)) < ROUNDING
+
+
+@pytest.mark.parametrize(("channels", "height", "width"), [(8, 5, 7), (128, 32, 32), (512, 16, 24)])
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
+def test_group_norm_and_what_it_adds_first(channels: int, height: int, width: int, summed: bool, silu: bool) -> None:
+    x, added = (normal(3, channels, height, width).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    bias, gain, offset = normal(channels), normal(channels), normal(channels)
+    inputs = (x, added if summed else None, bias)
+    exact = [None if part is None else part.double() for part in inputs]
+    settings = 8, 1e-6, silu
+    found = group_norm.group_norm(*inputs, gain, offset, *settings)
+    expected = EncoderReference.group_norm(*exact, gain.double(), offset.double(), *settings)
+    assert max(map(error, found, expected)) < ROUNDING
+    assert error(group_norm.padded_sum(*inputs), EncoderReference.padded_sum(*exact)) < ROUNDING
+
+
+def test_encoding_in_bf16_against_float32() -> None:
+    levels = 3
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(32, 64, 128), layers_per_block=2,
+    ).cuda().eval()  # fmt: skip
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    expected = Encoder(autoencoder)(images)
+    for backend in ("fused", "eager"):
+        assert max(map(error, Encoder(autoencoder, torch.bfloat16, backend)(images), expected)) < 3e-2
 
 
 @pytest.mark.parametrize("width", [64, 384, 1152])

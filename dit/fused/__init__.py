@@ -1,4 +1,4 @@
-"""The network of `dit.model` in bf16 with fused arithmetic between its matrix products: the fast path of training on a GPU."""
+"""The networks in bf16 with fused arithmetic between their products: the fast path of training, sampling and encoding on a GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
     from torch import Tensor
 
     from dit.config import Train
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     from dit.fused.optimiser import FusedOptimiser
     from dit.model import DiT
 
+
+NEEDS = "a multiple of 16 tokens, or of 256 where the size of a head is no power of two"
+"""What `supports` asks for, in words."""
+
+ENCODER_NEEDS = "an AutoencoderKL of the usual blocks, with powers of two as its widths and groups"
+"""What `supports_encoder` asks for."""
 
 TOKENS = 16
 """The attention kernel works on whole tiles of so many tokens."""
@@ -50,3 +57,17 @@ def captured_forward(model: DiT) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     from dit.fused.network import FusedDiT
 
     return Captured(FusedDiT(model))
+
+
+def supports_encoder(autoencoder: AutoencoderKL) -> bool:
+    """Whether `fused_encoder` computes what the encoder of `autoencoder` does."""
+    from dit.fused.encoder import supports
+
+    return supports(autoencoder)
+
+
+def fused_encoder(autoencoder: AutoencoderKL) -> Callable[[Tensor], Tensor]:
+    """From images (B, 3, H, W) in -1..1 to the moments of their posteriors (B, 2 * latent channels, h, w), in bf16."""
+    from dit.fused.encoder import FusedEncoder
+
+    return FusedEncoder(autoencoder)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import partial
 
-from dit.autoencoder import encode, load_autoencoder
+from dit.autoencoder import Encoder, load_autoencoder
 from dit.config import Latents, Params
 from dit.data.images import load_images
 from dit.data.latents import write_latents
-from dit.devices import make_deterministic, resolve_device, resolve_precision
+from dit.devices import make_deterministic, resolve_backend, resolve_device, resolve_precision
 from dit.distributed import Ranks, joined
+from dit.fused import ENCODER_NEEDS, supports_encoder
 from pipelines.stages.entry import complete_directory, run_stage
 
 
@@ -31,7 +31,11 @@ def encode_on(ranks: Ranks, settings: Latents) -> dict[str, list[float]]:
     """This rank's part of it; the first one writes."""
     device = ranks.device
     autoencoder = load_autoencoder("data/autoencoder", device)
-    encoder = partial(encode, autoencoder, precision=resolve_precision(settings.precision, device))
+    precision = resolve_precision(settings.precision, device)
+    backend = resolve_backend(
+        settings.backend, device, precision, supports_encoder(autoencoder), "latents", ENCODER_NEEDS
+    )
+    encoder = Encoder(autoencoder, precision, backend)
     with complete_directory("data/latents") if ranks.first else nullcontext() as out:
         return write_latents(load_images(), encoder, settings, out, ranks)
 
