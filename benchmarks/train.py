@@ -29,7 +29,7 @@ FORWARD_AND_BACKWARD = 3
 """The backward pass multiplies twice where the forward pass multiplies once."""
 PHASES = {
     "attention": ("attention", "sdpa", "flash", "fmha"),
-    "matrix products": ("nvjet", "gemm", "cutlass", "splitKreduce", "xmma"),
+    "matrix products": ("nvjet", "gemm", "cutlass", "splitKreduce", "xmma", "_matmul_dgelu"),
     "norm, modulation, residual": ("_residual_norm", "_fold", "layer_norm"),
     "optimiser and EMA": ("_adamw_ema", "multi_tensor", "FusedAdam"),
     "bias gradients": ("_sum_rows", "reduce_kernel"),

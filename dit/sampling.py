@@ -86,9 +86,10 @@ def sample(
         draws = [generator(seed, "sample", index) for index in batch.tolist()]
         x = torch.cat([_initial_noise(model, draw) for draw in draws]).to(device)
         y = labels[batch].to(device)
-        for t in solver.timesteps:
+        on_device = solver.timesteps.to(device)  # all at once: the host waits for the device whenever it sends one
+        for t, sent in zip(solver.timesteps, on_device, strict=True):
             with autocast(device, precision):
-                output = guided(model, x, t.to(device).expand(len(batch)), y, guidance_scale)
+                output = guided(model, x, sent.expand(len(batch)), y, guidance_scale)
             x = _step(solver, output.float(), t, x, draws)
             bar.update()
         return (x,)

@@ -114,14 +114,14 @@ def test_products(width: int) -> None:
     for found, expected in zip((a, u), Reference.linear_gelu(x.double(), weight.double(), bias.double()), strict=True):
         assert error(found, expected) < ROUNDING
     back = weight.T.contiguous()
-    du = Reference.matmul_dgelu(x.double(), back.double(), u.double())
-    assert error(kernels.matmul_dgelu(x, back, u), du) < ROUNDING
+    exact = Reference.matmul_dgelu(x.double(), back.double(), u.double())
+    assert max(map(error, kernels.matmul_dgelu(x, back, u), exact)) < ROUNDING
     exact = Reference.gelu_linear(x.double(), weight.double(), bias.double())
     assert error(kernels.gelu_linear(x, weight, bias), exact) < ROUNDING
     assert error(kernels.linear(x, weight, bias), Reference.linear(x.double(), weight.double(), bias.double())) < ROUNDING
     assert error(kernels.matmul(dy, weight), dy.double() @ weight.double()) < ROUNDING
     assert error(kernels.outer(dy, x), Reference.outer(dy.double(), x.double())) < ROUNDING
-    assert error(kernels.sum_rows(dy), Reference.sum_rows(dy.double())) < ROUNDING
+    assert error(kernels.sum_rows(dy), dy.double().sum((0, 1))) < ROUNDING
 
 
 @pytest.mark.parametrize("head_size", [32, 64, 72])

@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dit.fused import cublaslt
+from dit.fused import cublaslt, operations
 
 PROGRAMS = 1024
 """Into how many programs the norm's backward is cut, at least: enough for every multiprocessor to have several in flight."""
@@ -22,8 +23,13 @@ NORM_STAGES = 3
 FOLD = 256
 """Columns of one program that adds partial sums."""
 
-ROWS = 128
-"""Rows over which one program adds the gradient of a bias."""
+ROWS, COLUMNS = 512, 512
+"""Of one program that adds the gradient of a bias, at most."""
+
+NARROW = 768
+"""Up to this width, the product here that ends in the GELU's derivative is faster than cuBLASLt's with a sum after it. Measured
+on an H100: 0.28 ms instead of 0.34 for the 65536 tokens of DiT-S/2, 0.69 instead of 0.72 for DiT-B/2; but for DiT-XL/2, 0.70
+instead of 0.67."""
 
 
 @triton.jit
@@ -192,6 +198,7 @@ def _put(pointer, rows, stride, total, value, FIRST: tl.constexpr, COUNT: tl.con
 
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+ROOT, CUBE = tl.constexpr(operations.ROOT), tl.constexpr(operations.CUBE)
 
 
 @triton.jit
@@ -342,7 +349,8 @@ CUDNN_TOKENS = 128
 """From this length on, cuDNN's forward is the faster one; it promises no repeatable result."""
 
 FORWARD = {"OWN": 64, "OTHER": 64, "STAGES": 3, "num_warps": 4}
-BACKWARD = {"OWN": 64, "OTHER": 64, "STAGES": 3, "num_warps": 4}
+BACKWARD = {"OWN": 64, "OTHER": 64, "STAGES": 4, "num_warps": 4}
+BACKWARD_OF_UNEVEN_HEADS = {**BACKWARD, "STAGES": 3}
 """Tokens of a program, tokens of one of its steps, and how it is run."""
 
 
@@ -374,7 +382,8 @@ def attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
 def attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     """Gradient of qkv, (B, T, 3D), and its sum over all tokens, (3D,)."""
     batch, tokens, width = qkv.shape
-    sizes = _heads(qkv, num_heads, BACKWARD)
+    even = width // (3 * num_heads) & (width // (3 * num_heads) - 1) == 0
+    sizes = _heads(qkv, num_heads, BACKWARD if even else BACKWARD_OF_UNEVEN_HEADS)
     blocks = tokens // sizes["OWN"]
     dqkv = torch.empty_like(qkv)
     partial = qkv.new_empty((batch * blocks, width), dtype=torch.float32)
@@ -400,10 +409,10 @@ def _sum_rows(x, out, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 def sum_rows(x: Tensor) -> Tensor:
     """Sum over all but the last dimension, (D,)."""
     width = x.shape[-1]
-    rows, block = x.numel() // width, _divisor(width, 256)
+    rows, block = x.numel() // width, _divisor(width, COLUMNS)
     chunk = _divisor(rows, ROWS)
     partial = x.new_empty((rows // chunk, width), dtype=torch.float32)
-    _sum_rows[(rows // chunk, width // block)](x, partial, D=width, BLOCK=block, CHUNK=chunk, STEP=min(16, chunk), num_warps=4)
+    _sum_rows[(rows // chunk, width // block)](x, partial, D=width, BLOCK=block, CHUNK=chunk, STEP=min(8, chunk), num_warps=4)
     return _total(partial, x.dtype)
 
 
@@ -437,9 +446,55 @@ def matmul(dy: Tensor, weight: Tensor) -> Tensor:
     return cublaslt.matmul(dy.flatten(0, 1), weight).view(*dy.shape[:2], -1)
 
 
-def matmul_dgelu(dy: Tensor, weight: Tensor, u: Tensor) -> Tensor:
-    """`(dy @ weight) * gelu'(u)`."""
-    return cublaslt.matmul_dgelu(dy.flatten(0, 1), weight, u.flatten(0, 1)).view_as(u)
+@triton.jit
+def _dgelu(u):
+    """The derivative of the tanh-approximated GELU, with the GPU's own approximation of tanh: 11 bits, where bf16 has 8."""
+    square = u * u
+    z = u * (ROOT + ROOT * CUBE * square)
+    t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1)
+    return 0.5 * (1.0 + t) + 0.5 * u * (1.0 - t * t) * (ROOT + 3.0 * ROOT * CUBE * square)
+
+
+@triton.jit
+def _matmul_dgelu(
+    dy, weight, u, du, partial, rows, columns,
+    K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of `du`, and its sums over rows. Tiles of TOGETHER rows of tiles are next to each other in time."""
+    across = tl.cdiv(columns, COLUMNS)
+    group = tl.program_id(0) // (TOGETHER * across)
+    height = tl.minimum(tl.cdiv(rows, ROWS) - group * TOGETHER, TOGETHER)
+    within = tl.program_id(0) % (TOGETHER * across)
+    row, column = group * TOGETHER + within % height, within // height
+    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in range(0, K, DEPTH):
+        product = tl.dot(dy.load([row * ROWS, k]), weight.load([k, column * COLUMNS]), product)
+    gradient = product * _dgelu(u.load([row * ROWS, column * COLUMNS]).to(tl.float32))
+    du.store([row * ROWS, column * COLUMNS], gradient.to(tl.bfloat16))
+    at = column * COLUMNS + tl.arange(0, COLUMNS)
+    tl.store(partial + row * columns + at, tl.sum(gradient, 0), at < columns)
+
+
+TILE = {"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "TOGETHER": 8, "num_stages": 3, "num_warps": 4}
+
+
+def matmul_dgelu(dy: Tensor, weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """`(dy @ weight) * gelu'(u)`, and its sum over all but the last dimension."""
+    flat, wide = dy.flatten(0, 1), u.flatten(0, 1)
+    (rows, depth), columns = flat.shape, wide.shape[1]
+    if depth > NARROW:
+        du = cublaslt.matmul_dgelu(flat, weight, wide).view_as(u)
+        return du, sum_rows(du)
+    du = torch.empty_like(wide)
+    down, across = triton.cdiv(rows, TILE["ROWS"]), triton.cdiv(columns, TILE["COLUMNS"])
+    partial = du.new_empty((down, columns), dtype=torch.float32)
+    blocks = ("ROWS", "DEPTH"), ("DEPTH", "COLUMNS"), ("ROWS", "COLUMNS"), ("ROWS", "COLUMNS")
+    described = [
+        TensorDescriptor.from_tensor(tensor, [TILE[side] for side in block])
+        for tensor, block in zip((flat, weight, wide, du), blocks, strict=True)
+    ]
+    _matmul_dgelu[(down * across,)](*described, partial, rows, columns, K=depth, **TILE)
+    return du.view_as(u), _total(partial, du.dtype)
 
 
 def outer(dy: Tensor, x: Tensor, place: Tensor | None = None) -> Tensor:

@@ -117,9 +117,9 @@ class _MLP(Function):
         h, u, a, weight_in, weight_out = ctx.saved_tensors
         dout = dout.contiguous()
         fast = _kernels(h)
-        du = fast.matmul_dgelu(dout, weight_out, u)
+        du, dbias = fast.matmul_dgelu(dout, weight_out, u)
         place_in, place_out = ctx.places
-        return fast.matmul(du, weight_in), fast.outer(du, h, place_in), fast.sum_rows(du), fast.outer(dout, a, place_out)
+        return fast.matmul(du, weight_in), fast.outer(du, h, place_in), dbias, fast.outer(dout, a, place_out)
 
 
 def _kernels(x: Tensor) -> Any:
@@ -206,15 +206,14 @@ class Reference:
         return F.gelu(u, approximate="tanh"), u
 
     @staticmethod
-    def matmul_dgelu(dy: Tensor, weight: Tensor, u: Tensor) -> Tensor:
-        """`(dy @ weight) * gelu'(u)`. The GELU is u s(2 r (u + c u^3)), as (1 + tanh z) / 2 is the sigmoid s(2z)."""
-        s = torch.sigmoid(2 * ROOT * (u + CUBE * u**3))
-        return (dy @ weight) * s * (1 + u * (1 - s) * 2 * ROOT * (1 + 3 * CUBE * u**2))
+    def matmul_dgelu(dy: Tensor, weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """`(dy @ weight) * gelu'(u)`, and its sum over all but the last dimension.
 
-    @staticmethod
-    def sum_rows(x: Tensor) -> Tensor:
-        """Sum over all but the last dimension."""
-        return x.flatten(0, -2).sum(0)
+        With z = r (u + c u^3), the GELU is u (1 + tanh z) / 2, and the derivative of tanh z is 1 - tanh(z)^2.
+        """
+        t = torch.tanh(ROOT * (u + CUBE * u**3))
+        du = (dy @ weight) * (0.5 * (1 + t) + 0.5 * u * (1 - t**2) * ROOT * (1 + 3 * CUBE * u**2))
+        return du, du.flatten(0, -2).sum(0)
 
 
 def _split(x: Tensor, num_heads: int, parts: int = 3) -> tuple[Tensor, ...]:
