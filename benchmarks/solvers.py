@@ -1,0 +1,74 @@
+"""What fewer solver steps cost in quality: `make study`, then `python benchmarks/solvers.py` in the same folder.
+
+Every trained network of one strategy is sampled by each solver, from the same noise and labels, and its samples are compared with
+the real validation images as stage `evaluate` does it.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from measuring import Result, machine, write
+from rich.console import Console
+from rich.table import Table
+
+from dit import config
+from dit.data.latents import LatentStore
+from dit.devices import make_deterministic, resolve_device
+from dit.distributed import Ranks
+from dit.evaluation.distances import measure
+from dit.evaluation.features import load_extractor, load_features
+from pipelines.stages.evaluate import draw, look
+
+SOLVERS = "ddpm:250 ddim:50 dpmsolver++:20 dpmsolver++:10"
+SHOWN = ("frechet_distance", "kernel_distance", "precision", "recall")
+
+
+def main(
+    strategy: str = "adaln_zero",
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    solvers: Annotated[str, typer.Option(help="SOLVER:STEPS, separated by spaces")] = SOLVERS,
+    output: Annotated[Path | None, typer.Option(help="where to write JSON")] = None,
+) -> None:
+    """Sample with each solver; tell the distances, as means over seeds, and the seconds that sampling took."""
+    params = config.load()
+    device = resolve_device(params.evaluate.device)
+    make_deterministic(params.evaluate.threads)
+    store, extractor = LatentStore("data/latents"), load_extractor(params.features, device)
+    real = load_features("data/features", extractor)
+    about = {"strategy": strategy, "model": params.model.name, "samples": params.evaluate.num_samples, "real": len(real)}
+    report: Result = {"machine": machine(device), **about, "results": []}
+    for solver in solvers.split():
+        scheduler, _, steps = solver.partition(":")
+        evaluate = params.evaluate.model_copy(update={"scheduler": scheduler, "steps": int(steps)})
+        chosen = params.model_copy(update={"evaluate": evaluate})
+        for seed in range(seeds):
+            started = time.monotonic()
+            latents = draw(chosen, store, f"{strategy}-{seed}", Ranks(device), "solvers")
+            seconds = time.monotonic() - started
+            features, _ = look(chosen, store.denormalize(latents), extractor, 0, Ranks(device))
+            distances = vars(measure(real, features, evaluate))
+            report["results"].append({"solver": scheduler, "steps": int(steps), "seed": seed, "seconds": seconds, **distances})
+            write(report, output)
+    Console(width=120).print(table(report))
+
+
+def table(report: Result) -> Table:
+    """Means over seeds, and how far seeds are apart."""
+    shown = Table("solver", "steps", *(name.replace("_", " ") for name in SHOWN), "seconds a seed")
+    shown.title = f"{report['model']}, {report['strategy']}: {report['samples']} samples, {report['real']} real images"
+    for solver, steps in dict.fromkeys((row["solver"], row["steps"]) for row in report["results"]):
+        rows = [row for row in report["results"] if (row["solver"], row["steps"]) == (solver, steps)]
+        cells = []
+        for name in (*SHOWN, "seconds"):
+            values = [row[name] for row in rows]
+            cells.append(f"{sum(values) / len(values):.4g} ± {(max(values) - min(values)) / 2:.2g}")
+        shown.add_row(solver, str(steps), *cells)
+    return shown
+
+
+if __name__ == "__main__":
+    typer.run(main)
