@@ -29,7 +29,7 @@ GPU_CASES = "DiT-XL/2:128@32 DiT-S/2:256@32"
 CPU_CASES = "DiT-Micro/2:8@8"
 CURVE_CASES = {"cuda": "DiT-S/2:256@16", "cpu": "DiT-Micro/2:8@8"}
 EXACT = "fp32"
-"""In which runs are killed and go on on another number of processes: what differs then is the order of sums alone."""
+"""The precision of runs that are killed and continued: what differs then is the order of sums alone."""
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -175,7 +175,7 @@ def covered(spans: list[tuple[float, float]]) -> float:
 
 
 def curves(case: str, most: int, steps: int, precision: str, root: Path) -> list[Result]:
-    """Losses of one global batch on one process, on `most`, and on one number of them until a kill and then on another."""
+    """Losses of one global batch on one process, on `most`, and, in float32, on one number until a kill and then on another."""
 
     def run(count: int, parallel: str, scratch: str, killed_at: int = 0) -> Result:
         return launch(count, case, parallel, steps, root / scratch, precision=precision, killed_at=killed_at)

@@ -55,7 +55,9 @@ def main(
     fastest = resolve_backend("auto", device, chosen, supports_encoder(autoencoder), "latents", ENCODER_NEEDS)
     for precision, backend in dict.fromkeys([(PLAIN, "eager"), (chosen, "eager"), (chosen, fastest)]):
         encoder = Encoder(autoencoder, precision, backend)
-        for work, seconds, flops in measure(autoencoder, encoder, images, batch_size, decoded=precision == PLAIN):
+        for work, seconds, flops in measure(
+            autoencoder, encoder, images, batch_size, decoded=(precision, backend) == (PLAIN, "eager")
+        ):
             rate = len(images) / seconds
             arithmetic = next(name for name, dtype in DTYPES.items() if dtype == precision)
             result: Result = {"work": work, "precision": arithmetic, "backend": backend, "images_per_second": rate}
@@ -118,7 +120,11 @@ def table(report: Result) -> Table:
     """What was measured, for a terminal."""
     shown = Table("work", "precision", "backend", "images/s", "x fp32", "of matmul rate")
     shown.title = f"{heading(report)}; {report['pixels']} pixels, batches of {report['batch_size']}"
-    plain = {row["work"]: row["images_per_second"] for row in report["results"] if row["precision"] == "fp32"}
+    plain = {
+        row["work"]: row["images_per_second"]
+        for row in report["results"]
+        if (row["precision"], row["backend"]) == ("fp32", "eager")
+    }
     for row in report["results"]:
         rate = row["images_per_second"]
         cells = [row["work"], row["precision"], row["backend"], f"{rate:.4g}", f"{rate / plain[row['work']]:.2f}"]

@@ -16,7 +16,7 @@ from train import forward_flops
 
 from dit import init, model
 from dit.devices import make_deterministic, resolve_backend, resolve_device, resolve_precision
-from dit.fused import NEEDS, supports
+from dit.fused import NETWORK_NEEDS, supports
 from dit.sampling import Network, balanced_labels, sample
 
 GPU_CASES = "DiT-XL/2:128@32 DiT-B/2:128@32 DiT-S/2:256@32 DiT-Tiny/2:64@8"
@@ -54,7 +54,7 @@ def measure(case: str, backend: str, measured: int, device: torch.device) -> lis
     network = model.build(name, latent_size=size, latent_channels=CHANNELS, num_classes=CLASSES, learn_sigma=True)
     init.apply(network, params.strategies["head_xavier"], 0).to(device).eval()
     precision = resolve_precision("auto", device)
-    chosen = resolve_backend(backend, device, precision, supports(network), "evaluate", NEEDS)
+    chosen = resolve_backend(backend, device, precision, supports(network), "evaluate", NETWORK_NEEDS)
     denoiser = Network(network, chosen)
     results = []
     for scheduler, steps in SOLVERS.items():

@@ -1,7 +1,7 @@
 """What fewer solver steps cost in quality: `make study`, then `python benchmarks/solvers.py` in the same folder.
 
-Every trained network of one strategy is sampled by each solver, from the same noise and labels, and its samples are compared with
-the real validation images as stage `evaluate` does it.
+The trained networks of the study's baseline are sampled by each solver, from the same noise and labels, and the samples are
+compared with the real validation images as stage `evaluate` does it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dit.devices import make_deterministic, resolve_device
 from dit.distributed import Ranks
 from dit.evaluation.distances import measure
 from dit.evaluation.features import load_extractor, load_features
+from pipelines import experiments
 from pipelines.stages.evaluate import draw, look
 
 SOLVERS = "ddpm:250 ddim:50 dpmsolver++:20 dpmsolver++:10"
@@ -28,13 +29,12 @@ SHOWN = ("frechet_distance", "kernel_distance", "precision", "recall")
 
 
 def main(
-    strategy: str = "adaln_zero",
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
     solvers: Annotated[str, typer.Option(help="SOLVER:STEPS, separated by spaces")] = SOLVERS,
     output: Annotated[Path | None, typer.Option(help="where to write JSON")] = None,
 ) -> None:
-    """Sample with each solver; tell the distances, as means over seeds, and the seconds that sampling took."""
+    """Sample with each solver; tell the distances, as means over seeds, and the seconds of sampling and its preparation."""
     params = config.load()
+    strategy = params.study.baseline
     device = resolve_device(params.evaluate.device)
     make_deterministic(params.evaluate.threads)
     store, extractor = LatentStore("data/latents"), load_extractor(params.features, device)
@@ -43,14 +43,14 @@ def main(
     report: Result = {"machine": machine(device), **about, "results": []}
     for solver in solvers.split():
         scheduler, _, steps = solver.partition(":")
-        evaluate = params.evaluate.model_copy(update={"scheduler": scheduler, "steps": int(steps)})
-        chosen = params.model_copy(update={"evaluate": evaluate})
-        for seed in range(seeds):
+        overrides = {"evaluate.scheduler": scheduler, "evaluate.steps": int(steps)}
+        chosen = experiments.parameters(Path.cwd(), overrides)
+        for seed in params.study.seeds:
             started = time.monotonic()
             latents = draw(chosen, store, f"{strategy}-{seed}", Ranks(device), "solvers")
             seconds = time.monotonic() - started
             features, _ = look(chosen, store.denormalize(latents), extractor, 0, Ranks(device))
-            distances = vars(measure(real, features, evaluate))
+            distances = vars(measure(real, features, chosen.evaluate))
             report["results"].append({"solver": scheduler, "steps": int(steps), "seed": seed, "seconds": seconds, **distances})
             write(report, output)
     Console(width=120).print(table(report))

@@ -7,6 +7,7 @@ Diffusion Models". Pixels are mapped from 0..255 to -1..1, as there.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -224,12 +225,12 @@ class Encoder:
         def posterior(images: Tensor) -> DiagonalGaussianDistribution:
             return autoencoder.encode(images).latent_dist
 
-        self.posterior = posterior
-        if backend == "compiled":
-            self.posterior = torch.compile(posterior)
-        elif backend == "fused":
+        def fused() -> Callable[[Tensor], DiagonalGaussianDistribution]:
             moments = fused_encoder(autoencoder)
-            self.posterior = lambda images: DiagonalGaussianDistribution(moments(images))
+            return lambda images: DiagonalGaussianDistribution(moments(images))
+
+        ways = {"fused": fused, "compiled": lambda: torch.compile(posterior), "eager": lambda: posterior}
+        self.posterior = ways[backend]()
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,6 @@ def make_deterministic(threads: int, deterministic: bool = True) -> None:
         if torch.cuda.is_available():
             torch.use_deterministic_algorithms(True)
         else:
-            torch.set_deterministic_debug_mode("error")  # the same, without a second and a half of importing torch's compiler
+            torch.set_deterministic_debug_mode("error")  # without 1.5 s of importing torch's compiler and setting its flag
         torch.backends.cudnn.benchmark = False
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import io
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,14 @@ from dit import config
 from dit.config import Params
 from dit.devices import resolve_backend, resolve_device, resolve_precision
 from dit.errors import ConfigError, UserError
-from dit.fused import ENCODER_NEEDS, NEEDS
+from dit.fused import ENCODER_NEEDS, NETWORK_NEEDS
 from pipelines import dag
 
 EXPERIMENTS = Path(".scratch/experiments")
 PROFILES = Path("profiles")
 DEVICES = ("autoencoder", "latents", "analyse", "train", "evaluate", "features")
 """Sections of the parameters that choose a device."""
-
-BACKENDS = {"latents": ENCODER_NEEDS, "train": NEEDS, "evaluate": NEEDS}
+BACKENDS = {"latents": ENCODER_NEEDS, "train": NETWORK_NEEDS, "evaluate": NETWORK_NEEDS}
 """Those that choose a backend, and what a fused one needs."""
 IDENTITY = {
     f"GIT_{who}_{what}": value
@@ -147,11 +146,15 @@ def workspace(root: Path, overrides: Mapping[str, Any], name: str) -> Iterator[P
         _remove(root, path)
 
 
-def save(root: Path, path: Path, name: str, stages: Iterable[str]) -> None:
-    """Record the worktree at `path` as the DVC experiment `name` of `root`, with the outputs of `stages`."""
+def save(root: Path, path: Path, name: str, stages: Collection[str]) -> None:
+    """Record the worktree at `path` as the DVC experiment `name` of `root`, with the outputs of `stages`.
+
+    DVC looks at all stages once for each that it is told; told none, which means all, it looks once.
+    """
+    some = set(stages) if set(stages) != set(dag.read(path)) else ()
     known = _git(root, "config", "user.email", check=False).strip()
     with _one_at_a_time(root):
-        dag.dvc(path, "exp", "save", "--quiet", "--force", "--name", name, *stages, environment={} if known else IDENTITY)
+        dag.dvc(path, "exp", "save", "--quiet", "--force", "--name", name, *some, environment={} if known else IDENTITY)
 
 
 def _copy_changes(root: Path, path: Path) -> None:

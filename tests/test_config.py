@@ -13,8 +13,8 @@ from conftest import ROOT
 
 from dit import config
 from dit.devices import resolve_backend
-from dit.fused import NEEDS
 from dit.errors import ConfigError
+from dit.fused import NETWORK_NEEDS
 
 SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())
 
@@ -109,8 +109,8 @@ def test_a_missing_or_broken_file_is_one_clear_message(tmp_path: Path) -> None:
     ],
 )
 def test_auto_is_the_fastest_backend_that_can_run(device: str, precision: torch.dtype, fusible: bool, chosen: str) -> None:
-    assert resolve_backend("auto", torch.device(device), precision, fusible, "train", NEEDS) == chosen
-    assert resolve_backend("eager", torch.device(device), precision, fusible, "train", NEEDS) == "eager"
+    assert resolve_backend("auto", torch.device(device), precision, fusible, "train", NETWORK_NEEDS) == chosen
+    assert resolve_backend("eager", torch.device(device), precision, fusible, "train", NETWORK_NEEDS) == "eager"
     if chosen != "fused":
         with pytest.raises(ConfigError, match=r"evaluate\.backend = 'fused'; accepted here: auto, compiled, eager"):
-            resolve_backend("fused", torch.device(device), precision, fusible, "evaluate", NEEDS)
+            resolve_backend("fused", torch.device(device), precision, fusible, "evaluate", NETWORK_NEEDS)

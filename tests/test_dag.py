@@ -316,6 +316,7 @@ def test_a_wrong_profile_is_told_with_its_file(tmp_path: Path, text: str, messag
     ("overrides", "message"),
     [
         ({"latents.device": "cuda"}, r"params\.yaml: latents\.device = 'cuda' is not on this machine; accepted here: auto"),
+        ({"latents.backend": "fused"}, r"latents\.backend = 'fused'; accepted here: auto, compiled, eager .*powers of two"),
         ({"train.backend": "fused"}, r"params\.yaml: train\.backend = 'fused'; accepted here: auto, compiled, eager"),
     ],
 )

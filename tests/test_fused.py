@@ -1,4 +1,4 @@
-"""The fast path computes the network of `dit.model`, with every gradient, and the encoder of diffusers: in float64, anywhere."""
+"""The fast path computes the network of `dit.model`, every gradient of it, and diffusers' encoder; in float64, anywhere."""
 
 from __future__ import annotations
 

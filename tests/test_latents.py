@@ -23,7 +23,9 @@ from dit.errors import DataError
 
 def settings(**changes: Any) -> Settings:
     values = {"flip": True, "normalize": "per_channel", "dtype": "float32", "batch_size": 5}
-    return Settings.model_validate(values | {"precision": "fp32", "backend": "eager", "processes": 1, "threads": 1, "device": "cpu"} | changes)
+    return Settings.model_validate(
+        values | {"precision": "fp32", "backend": "eager", "processes": 1, "threads": 1, "device": "cpu"} | changes
+    )
 
 
 def images(train: int = 12, validation: int = 7) -> ImageStore:

@@ -111,7 +111,7 @@ def test_every_run_is_there_once_with_all_about_it(study: Path) -> None:
     assert {
         "strategy": "adaln_zero",
         "seed": "0",
-        "train.steps": "400",
+        "train.steps": str(yaml.safe_load((study / "params.yaml").read_text())["train"]["steps"]),
         "train.validation.seed": "0",
     }.items() <= run.data.params.items()
     assert json.loads(run.data.params["rules"])[0] == {"role": "all", "init": "xavier_uniform"}

@@ -1,4 +1,4 @@
-"""The networks in bf16 with fused arithmetic between their products: the fast path of training, sampling and encoding on a GPU."""
+"""The networks in bf16, with what lies between their products fused: training, sampling and encoding on a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dit.model import DiT
 
 
-NEEDS = "a multiple of 16 tokens, or of 256 where the size of a head is no power of two"
+NETWORK_NEEDS = "a multiple of 16 tokens, or of 256 where the size of a head is no power of two"
 """What `supports` asks for, in words."""
 
 ENCODER_NEEDS = "an AutoencoderKL of the usual blocks, with powers of two as its widths and groups"

@@ -36,7 +36,7 @@ class FusedEncoder:
     def __init__(self, autoencoder: AutoencoderKL, dtype: torch.dtype = torch.bfloat16) -> None:
         self.dtype = dtype
         parts = nn.ModuleList([autoencoder.encoder, autoencoder.quant_conv or nn.Identity()])
-        self.encoder, self.last = deepcopy(parts).to(dtype=dtype, memory_format=torch.channels_last)
+        self.encoder, self.last = deepcopy(parts).to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

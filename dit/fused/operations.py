@@ -1,4 +1,4 @@
-"""What lies between the matrix products of a DiT, each as one operation with a derivative written by hand.
+"""What lies between the matrix products of a DiT, and the products, each as one operation with a derivative written by hand.
 
 On CUDA they are Triton kernels and cuBLASLt products (`dit.fused.kernels`); elsewhere the same formulas in PyTorch, which the
 kernels are tested against, and which are tested against autograd in float64. Tokens are (B, T, D), modulation is (B, D).

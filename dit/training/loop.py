@@ -20,7 +20,7 @@ from dit.devices import autocast, resolve_backend, resolve_precision
 from dit.diffusion import Diffusion, Loss
 from dit.distributed import Ranks, restore, whole
 from dit.errors import ConfigError
-from dit.fused import NEEDS, fuse, supports
+from dit.fused import NETWORK_NEEDS, fuse, supports
 from dit.fused.capture import Captured
 from dit.model import DiT
 from dit.progress import progress
@@ -108,7 +108,7 @@ class Trainer:
         self.validation = Validation(store, diffusion, params.validation, self.ranks)
         self.sharded = self.ranks.grouped and params.parallel == "fsdp"
         fusible = supports(model) and not self.sharded  # the fast path holds whole weights
-        self.backend = resolve_backend(params.backend, diffusion.device, self.precision, fusible, "train", NEEDS)
+        self.backend = resolve_backend(params.backend, diffusion.device, self.precision, fusible, "train", NETWORK_NEEDS)
         self.forward: Forward = self.model
         self.loss: Callable[..., Loss] = diffusion.loss
         self.gradients: Callable[[Batch], Tensor] = self._gradients

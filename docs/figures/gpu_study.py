@@ -25,9 +25,12 @@ def main() -> None:
     """Draw all of them."""
     plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "dit"}
     OUT.mkdir(exist_ok=True)
-    study = json.loads(Path("reports/summary.json").read_text())["study"]
+    summary = json.loads(Path("reports/summary.json").read_text())
+    study = summary["study"]
     curves = validation(study["strategies"], study["seeds"])
-    draw_curves(curves, study["strategies"]).savefig(OUT / "curves.svg", bbox_inches="tight", metadata={"Date": None})
+    draw_curves(curves, study["strategies"], summary["baseline"]).savefig(
+        OUT / "curves.svg", bbox_inches="tight", metadata={"Date": None}
+    )
     samples(study["seeds"][0]).save(OUT / "samples.jpg", quality=85)
     shutil.copy("reports/summary.json", OUT)
 
@@ -36,14 +39,14 @@ def validation(strategies: list[str], seeds: list[int]) -> pd.DataFrame:
     """Validation errors of all runs: columns strategy, seed, step, weights, mse."""
     runs = [(strategy, seed) for strategy in strategies for seed in seeds]
     tables = [
-        pd.read_csv(f"runs/train/{strategy}-{seed}/validation.csv").assign(strategy=strategy, seed=seed) for strategy, seed in runs
+        pd.read_csv(f"runs/train/{strategy}-{seed}/validation.csv").assign(strategy=strategy, seed=seed)
+        for strategy, seed in runs
     ]
     return pd.concat(tables)[["strategy", "seed", "step", "weights", "mse"]]
 
 
-def draw_curves(curves: pd.DataFrame, strategies: list[str]) -> plt.Figure:
+def draw_curves(curves: pd.DataFrame, strategies: list[str], baseline: str) -> plt.Figure:
     """The error of the weights in training, and that of the averaged weights less the baseline's of the same seed."""
-    baseline, *others = strategies
     figure, (whole, late) = plt.subplots(1, 2, figsize=(10, 3.6))
     for index, strategy in enumerate(strategies):
         found = curves[(curves["strategy"] == strategy) & (curves["weights"] == "model") & (curves["step"] > 0)]
@@ -51,12 +54,11 @@ def draw_curves(curves: pd.DataFrame, strategies: list[str]) -> plt.Figure:
         whole.plot(by_step.mean(), color=f"C{index}", label=strategy)
         whole.fill_between(by_step.mean().index, by_step.min(), by_step.max(), color=f"C{index}", alpha=0.2, linewidth=0)
     averaged = curves[curves["weights"] == "ema"].pivot_table(index="step", columns=["strategy", "seed"], values="mse")
-    for index, strategy in enumerate(others, start=1):
+    for index, strategy in enumerate(strategies):
         percent = 100 * (averaged[strategy] / averaged[baseline] - 1)
         percent = percent[percent.index >= LATE * percent.index[-1]]
         late.plot(percent, color=f"C{index}", linewidth=0.6, alpha=0.6)
         late.plot(percent.mean(axis=1), color=f"C{index}", linewidth=2)
-    late.axhline(0, color="C0", linewidth=2)
     whole.set(xscale="log", yscale="log", xlabel="optimiser step", title="Validation error (mean and range over seeds)")
     whole.legend(frameon=False)
     late.set(xlabel="optimiser step", title=f"EMA weights: difference to {baseline} in % (thin: one seed)")

@@ -25,7 +25,7 @@ from dit.errors import ConfigError, DataError
 from dit.evaluation.distances import Distances, check_counts, measure
 from dit.evaluation.features import FeatureExtractor, load_extractor, load_features
 from dit.evaluation.grids import grid_shape, image_grid
-from dit.fused import NEEDS, supports
+from dit.fused import NETWORK_NEEDS, supports
 from dit.progress import progress
 from dit.sampling import Network, balanced_labels, sample
 from pipelines.stages.entry import complete_directory, run_key, run_stage, scratch, write_json
@@ -108,7 +108,7 @@ def draw(params: Params, store: LatentStore, name: str, ranks: Ranks, key: str) 
     network = load_network(params, store, Path("runs/train") / name / "ema.safetensors").to(ranks.device)
     settings = params.evaluate
     precision = resolve_precision(settings.precision, ranks.device)
-    backend = resolve_backend(settings.backend, ranks.device, precision, supports(network), "evaluate", NEEDS)
+    backend = resolve_backend(settings.backend, ranks.device, precision, supports(network), "evaluate", NETWORK_NEEDS)
     started = time.monotonic()
     latents = sample(
         Network(network, backend),

@@ -32,9 +32,7 @@ def encode_on(ranks: Ranks, settings: Latents) -> dict[str, list[float]]:
     device = ranks.device
     autoencoder = load_autoencoder("data/autoencoder", device)
     precision = resolve_precision(settings.precision, device)
-    backend = resolve_backend(
-        settings.backend, device, precision, supports_encoder(autoencoder), "latents", ENCODER_NEEDS
-    )
+    backend = resolve_backend(settings.backend, device, precision, supports_encoder(autoencoder), "latents", ENCODER_NEEDS)
     encoder = Encoder(autoencoder, precision, backend)
     with complete_directory("data/latents") if ranks.first else nullcontext() as out:
         return write_latents(load_images(), encoder, settings, out, ranks)
