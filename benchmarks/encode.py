@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import typer
 from diffusers import AutoencoderKL
-from measuring import Result, heading, machine, matmul_rate, shipped, wait, write
+from measuring import Result, heading, kernel_times, machine, matmul_rate, phase_table, shipped, wait, write
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
@@ -61,9 +61,14 @@ def main(
             rate = len(images) / seconds
             arithmetic = next(name for name, dtype in DTYPES.items() if dtype == precision)
             result: Result = {"work": work, "precision": arithmetic, "backend": backend, "images_per_second": rate}
+            if device.type == "cuda" and work == "encode":
+                result |= kernel_times(lambda: encoder(images[:batch_size]), 1)  # noqa: B023
             report["results"].append({**result, "share_of_matmul_rate": rate * flops / 1e12 / peak})
             write(report, output)
-    Console(width=120).print(table(report))
+    console = Console(width=120)
+    console.print(table(report))
+    if phased := {f"{row['precision']} {row['backend']}": row for row in report["results"] if "phases" in row}:
+        console.print(phase_table(phased))
 
 
 def published_shape(widths: list[int], pixels: int) -> AutoencoderKL:

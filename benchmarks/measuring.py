@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.table import Table
 
 from dit.config import Params, load
 from dit.data.latents import LatentStore
@@ -21,6 +23,24 @@ Result = dict[str, Any]
 CHANNELS, CLASSES = 4, 1000
 COARSE = 4
 """Latent pixels across which random latents do not change."""
+
+PHASES = {
+    "convolutions": ("fprop", "conv"),
+    "attention": ("attention", "sdpa", "flash", "fmha"),
+    "matrix products": ("nvjet", "gemm", "cutlass", "splitKreduce", "xmma", "_matmul_dgelu"),
+    "norm, modulation, residual": (
+        "_residual_norm",
+        "_fold",
+        "layer_norm",
+        "_group_",
+        "_padded_sum",
+        "group_norm",
+        "RowwiseMoments",
+    ),
+    "optimiser and EMA": ("_adamw_ema", "multi_tensor", "FusedAdam"),
+    "bias gradients": ("_sum_rows", "reduce_kernel"),
+}
+"""Substrings of kernel names, the first match counts; the rest is `all else`."""
 
 
 def shipped() -> Params:
@@ -52,6 +72,29 @@ def matmul_rate(device: torch.device) -> float:
             a @ b
         wait(device)
     return 2 * size**3 * repeats / (time.perf_counter() - started) / 1e12
+
+
+def kernel_times(work: Callable[[], object], steps: int) -> Result:
+    """Milliseconds of kernel time a step by phase, and of the fifteen kernels that take the most; `work` takes so many steps."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    times = {event.key: event.self_device_time_total / 1e3 / steps for event in profiler.key_averages()}
+    phases = dict.fromkeys([*PHASES, "all else"], 0.0)
+    for kernel, milliseconds in times.items():
+        matches = (phase for phase, parts in PHASES.items() if any(part in kernel for part in parts))
+        phases[next(matches, "all else")] += milliseconds
+    most = sorted(times.items(), key=lambda item: -item[1])[:15]
+    return {"phases": phases, "kernels": {kernel[:120]: milliseconds for kernel, milliseconds in most}}
+
+
+def phase_table(results: dict[str, Result]) -> Table:
+    """Kernel times by phase, a column for each result; what a step takes beyond their sum, the device waits."""
+    times = Table("kernel ms a step", *results)
+    for phase in [*PHASES, "all else"]:
+        times.add_row(phase, *(f"{row['phases'][phase]:.2f}" for row in results.values()))
+    times.add_row("together", *(f"{sum(row['phases'].values()):.2f}" for row in results.values()))
+    return times
 
 
 def random_latents(directory: Path, size: int, train: int = 2048, validation: int = 64) -> LatentStore:

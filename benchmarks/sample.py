@@ -9,7 +9,7 @@ from typing import Annotated
 
 import torch
 import typer
-from measuring import CHANNELS, CLASSES, Result, heading, machine, matmul_rate, shipped, wait, write
+from measuring import CHANNELS, CLASSES, Result, heading, kernel_times, machine, matmul_rate, phase_table, shipped, wait, write
 from rich.console import Console
 from rich.table import Table
 from train import forward_flops
@@ -43,7 +43,10 @@ def main(
                 result["share_of_matmul_rate"] = result["tflops"] / peak
                 report["results"].append(result)
                 write(report, output)
-    Console(width=150).print(table(report))
+    console = Console(width=150)
+    console.print(table(report))
+    if phased := {f"{row['model']} {row['backend']} {row['scheduler']}": row for row in report["results"] if "phases" in row}:
+        console.print(phase_table(phased))
 
 
 def measure(case: str, backend: str, measured: int, device: torch.device) -> list[Result]:
@@ -84,6 +87,8 @@ def measure(case: str, backend: str, measured: int, device: torch.device) -> lis
         flops = 2 * batch * forward_flops(name, size)  # with a label and without
         result: Result = {"model": name, "batch_size": batch, "latent_size": size, "backend": backend, "runs": chosen}
         result |= {"scheduler": scheduler, "steps": steps, "milliseconds_per_step": 1e3 * step}
+        if device.type == "cuda":
+            result |= kernel_times(lambda: seconds(3), 3)
         result |= {"images_per_second": batch / (steps * step), "seconds_to_first_steps": first, "tflops": flops / step / 1e12}
         results.append(result)
     gc.collect()

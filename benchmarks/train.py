@@ -11,7 +11,20 @@ from typing import Annotated
 
 import torch
 import typer
-from measuring import CHANNELS, CLASSES, Result, heading, machine, matmul_rate, random_latents, shipped, wait, write
+from measuring import (
+    CHANNELS,
+    CLASSES,
+    Result,
+    heading,
+    kernel_times,
+    machine,
+    matmul_rate,
+    phase_table,
+    random_latents,
+    shipped,
+    wait,
+    write,
+)
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,14 +40,6 @@ GPU_CASES = "DiT-XL/2:128@32 DiT-B/2:256@32 DiT-S/2:256@32 DiT-Tiny/2:64@8"
 CPU_CASES = "DiT-Micro/2:8@8"
 FORWARD_AND_BACKWARD = 3
 """The backward pass multiplies twice where the forward pass multiplies once."""
-PHASES = {
-    "attention": ("attention", "sdpa", "flash", "fmha"),
-    "matrix products": ("nvjet", "gemm", "cutlass", "splitKreduce", "xmma", "_matmul_dgelu"),
-    "norm, modulation, residual": ("_residual_norm", "_fold", "layer_norm"),
-    "optimiser and EMA": ("_adamw_ema", "multi_tensor", "FusedAdam"),
-    "bias gradients": ("_sum_rows", "reduce_kernel"),
-}
-"""Substrings of kernel names, the first match counts; the rest is `all else`."""
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -96,7 +101,7 @@ def measure(case: str, backend: str, steps: int, device: torch.device, profile: 
             if device.type == "cuda":
                 result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if profile:
-                result |= kernel_times(trainer)
+                result |= kernel_times(lambda: train_three(trainer), 3)
         except torch.cuda.OutOfMemoryError:
             result["error"] = OUT_OF_MEMORY
     trainer = None  # type: ignore[assignment]
@@ -137,20 +142,11 @@ def forward_flops(name: str, size: int) -> int:
     return counter.get_total_flops()
 
 
-def kernel_times(trainer: Trainer, steps: int = 3) -> Result:
-    """Milliseconds of kernel time a step by phase, and the fifteen kernels that take the most."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        for step in range(steps):
-            trainer.gradients(trainer.batches(step))
-            trainer.optimiser.step(step)
-        torch.cuda.synchronize()
-    times = {event.key: event.self_device_time_total / 1e3 / steps for event in profiler.key_averages()}
-    phases = dict.fromkeys([*PHASES, "all else"], 0.0)
-    for kernel, milliseconds in times.items():
-        matches = (phase for phase, parts in PHASES.items() if any(part in kernel for part in parts))
-        phases[next(matches, "all else")] += milliseconds
-    most = sorted(times.items(), key=lambda item: -item[1])[:15]
-    return {"phases": phases, "kernels": {kernel[:120]: milliseconds for kernel, milliseconds in most}}
+def train_three(trainer: Trainer) -> None:
+    """Three steps of training and nothing else."""
+    for step in range(3):
+        trainer.gradients(trainer.batches(step))
+        trainer.optimiser.step(step)
 
 
 def show(report: Result) -> None:
@@ -171,12 +167,8 @@ def show(report: Result) -> None:
         numbers = [f"{rate:.0f}", ratio, f"{row['milliseconds_per_step']:.2f}", f"{row['tflops']:.3g}", share, memory]
         table.add_row(*cells, *numbers, f"{row['seconds_to_first_step']:.1f}")
     console.print(table)
-    phased = [row for row in report["results"] if "phases" in row]
-    if phased:
-        times = Table("kernel ms a step", *(f"{row['model']} {row['backend']}" for row in phased))
-        for phase in phased[0]["phases"]:
-            times.add_row(phase, *(f"{row['phases'][phase]:.2f}" for row in phased))
-        console.print(times)
+    if phased := {f"{row['model']} {row['backend']}": row for row in report["results"] if "phases" in row}:
+        console.print(phase_table(phased))
 
 
 def _free() -> None:

@@ -56,6 +56,11 @@ class LatentStore:
         self.scale = torch.tensor(normalize["scale"]).view(1, -1, 1, 1)
         self._sent: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What `dit.model.build` asks of the latents."""
+        return {"latent_size": self.latent_size, "latent_channels": self.latent_channels, "num_classes": self.num_classes}
+
     def split(self, name: Literal["train", "validation"]) -> Latents:
         """The posteriors of `"train"` or `"validation"`."""
         arrays = self.store.arrays

@@ -47,13 +47,7 @@ def main() -> None:
 
 def network(params: Params, store: LatentStore, width: int | None = None) -> DiT:
     """The study's network, or one of its depth and another width."""
-    plain = model.build(
-        params.model.name,
-        latent_size=store.latent_size,
-        latent_channels=store.latent_channels,
-        num_classes=store.num_classes,
-        learn_sigma=params.diffusion.learn_sigma,
-    )
+    plain = model.build(params.model.name, **store.sizes, learn_sigma=params.diffusion.learn_sigma)
     if width is None:
         return plain
     return DiT(

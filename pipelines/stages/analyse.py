@@ -34,13 +34,7 @@ def analyse(params: Params, strategy: str) -> None:
         "rules": rules.model_dump(mode="json", exclude_defaults=True)["rules"],
     }
     store = LatentStore(Path("data/latents"))
-    network = model.build(
-        params.model.name,
-        latent_size=store.latent_size,
-        latent_channels=store.latent_channels,
-        num_classes=store.num_classes,
-        learn_sigma=params.diffusion.learn_sigma,
-    )
+    network = model.build(params.model.name, **store.sizes, learn_sigma=params.diffusion.learn_sigma)
     examine = Examiner(
         network,
         store,

@@ -134,13 +134,7 @@ def draw(params: Params, store: LatentStore, name: str, ranks: Ranks, key: str) 
 
 def load_network(params: Params, store: LatentStore, weights: Path) -> model.DiT:
     """The network of the study with `weights`, in eval mode. Raises `DataError` for weights of another network."""
-    network = model.build(
-        params.model.name,
-        latent_size=store.latent_size,
-        latent_channels=store.latent_channels,
-        num_classes=store.num_classes,
-        learn_sigma=params.diffusion.learn_sigma,
-    )
+    network = model.build(params.model.name, **store.sizes, learn_sigma=params.diffusion.learn_sigma)
     try:
         network.load_state_dict(load_file(weights))
     except RuntimeError as error:

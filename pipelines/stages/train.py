@@ -42,13 +42,7 @@ def train_on(ranks: Ranks, params: Params, strategy: str, seed: int) -> None:
     anyhow = {**settings, "train": params.train.model_dump(mode="json", exclude={"processes", "parallel"})}
     resumable = run_key("train", [anyhow, device.type], strategy, seed)  # by any number of processes
     store = LatentStore(Path("data/latents"))
-    network = model.build(
-        params.model.name,
-        latent_size=store.latent_size,
-        latent_channels=store.latent_channels,
-        num_classes=store.num_classes,
-        learn_sigma=params.diffusion.learn_sigma,
-    )
+    network = model.build(params.model.name, **store.sizes, learn_sigma=params.diffusion.learn_sigma)
     init.apply(network, rules, seed)
     trainer = Trainer(
         network,
