@@ -75,7 +75,7 @@ def matmul_rate(device: torch.device) -> float:
 
 
 def kernel_times(work: Callable[[], object], steps: int) -> Result:
-    """Milliseconds of kernel time a step by phase, and of the fifteen kernels that take the most; `work` takes so many steps."""
+    """Milliseconds of kernel time a step by phase, and of the fifteen longest kernels; `work` takes so many steps."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize()
