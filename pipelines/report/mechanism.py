@@ -63,11 +63,16 @@ def wake_up(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> F
     return Figure("wake-up", "Wake-up schedule: the first step with a gradient", caption, plot)
 
 
+def _grid(count: int) -> tuple[int, int]:
+    """Rows and columns for so many panels: at most PANELS in a row, and rows as equally long as can be."""
+    rows = math.ceil(count / PANELS) or 1
+    return rows, math.ceil(count / rows) or 1
+
+
 def gradients(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
     """Who receives a gradient, and how large, over the first steps: one heat map for each strategy."""
     names = [name for name in study.runs if any(len(run.diagnostics) for run in study.runs[name].values())]
-    columns = min(PANELS, len(names)) or 1
-    rows = math.ceil(len(names) / columns) or 1
+    rows, columns = _grid(len(names))
     plot = make_subplots(rows, columns, shared_yaxes=True, horizontal_spacing=0.02, subplot_titles=names)
     for index, name in enumerate(names):
         grid = gradient_grid(list(study.runs[name].values()))
@@ -127,8 +132,7 @@ def gradient_grid(runs: list[Run]) -> pd.DataFrame:
 def gradient_ranks(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
     """How many directions the gradient of each kind of weight has in the first steps."""
     names = [study.baseline, *study.others]
-    columns = min(PANELS, len(names))
-    rows = math.ceil(len(names) / columns)
+    rows, columns = _grid(len(names))
     plot = make_subplots(rows, columns, shared_yaxes=True, horizontal_spacing=0.02, subplot_titles=names)
     for index, name in enumerate(names):
         table = study.starts[name].gradients.dropna(subset=["stable_rank"])
