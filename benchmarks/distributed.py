@@ -38,7 +38,7 @@ def main(
     context: typer.Context,
     counts: Annotated[str, typer.Option(help="numbers of processes; by default powers of two up to the GPUs, or 2")] = "",
     cases: Annotated[str, typer.Option(help="MODEL:BATCH@LATENT, the batch of each GPU, separated by spaces")] = "",
-    steps: Annotated[int, typer.Option(help="a power of two; the second half is measured")] = 64,
+    steps: Annotated[int, typer.Option(help="a power of two; the second half is measured; 0 for loss curves alone")] = 64,
     curve_steps: Annotated[int, typer.Option(help="steps of the loss curves; 0 for none")] = 200,
     output: Annotated[Path | None, typer.Option(help="where to write JSON")] = None,
 ) -> None:
@@ -51,7 +51,7 @@ def main(
     report: Result = {"machine": machine(device), "steps": steps, "results": [], "curves": []}
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        for case in (cases or (GPU_CASES if device.type == "cuda" else CPU_CASES)).split():
+        for case in (cases or (GPU_CASES if device.type == "cuda" else CPU_CASES)).split() if steps else ():
             for parallel in ("ddp", "fsdp"):
                 for count in processes:
                     report["results"].append(launch(count, case, parallel, steps, root / "scratch"))
