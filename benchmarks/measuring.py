@@ -25,8 +25,8 @@ COARSE = 4
 """Latent pixels across which random latents do not change."""
 
 PHASES = {
-    "convolutions": ("fprop", "conv"),
     "attention": ("attention", "sdpa", "flash", "fmha"),
+    "convolutions": ("fprop", "conv2d", "convolve"),
     "matrix products": ("nvjet", "gemm", "cutlass", "splitKreduce", "xmma", "_matmul_dgelu"),
     "norm, modulation, residual": (
         "_residual_norm",
