@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -27,9 +28,10 @@ from dit.distributed import joined
 
 GPU_CASES = "DiT-XL/2:128@32 DiT-S/2:256@32"
 CPU_CASES = "DiT-Micro/2:8@8"
-CURVE_CASES = {"cuda": "DiT-S/2:256@16", "cpu": "DiT-Micro/2:8@8"}
+CURVE_CASES = {"cuda": "DiT-Tiny/2:256@16", "cpu": "DiT-Micro/2:8@8"}
 EXACT = "fp32"
-"""The precision of runs that are killed and continued: what differs then is the order of sums alone."""
+"""The precision of runs that are killed and continued, by the plain network: what differs then is the order of sums alone."""
+WAYS = "ddp fsdp"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -38,6 +40,7 @@ def main(
     context: typer.Context,
     counts: Annotated[str, typer.Option(help="numbers of processes; by default powers of two up to the GPUs, or 2")] = "",
     cases: Annotated[str, typer.Option(help="MODEL:BATCH@LATENT, the batch of each GPU, separated by spaces")] = "",
+    ways: Annotated[str, typer.Option(help="of ddp and fsdp")] = WAYS,
     steps: Annotated[int, typer.Option(help="a power of two; the second half is measured; 0 for loss curves alone")] = 64,
     curve_steps: Annotated[int, typer.Option(help="steps of the loss curves; 0 for none")] = 200,
     output: Annotated[Path | None, typer.Option(help="where to write JSON")] = None,
@@ -52,13 +55,15 @@ def main(
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         for case in (cases or (GPU_CASES if device.type == "cuda" else CPU_CASES)).split() if steps else ():
-            for parallel in ("ddp", "fsdp"):
+            for parallel in ways.split():
                 for count in processes:
                     report["results"].append(launch(count, case, parallel, steps, root / "scratch"))
                     write(report, output)
         for precision in (EXACT, "bf16") if curve_steps else ():
-            report["curves"] += curves(CURVE_CASES[device.type], max(processes), curve_steps, precision, root / precision)
-            write(report, output)
+            case = CURVE_CASES[device.type]
+            for curve in curves(case, ways.split(), max(processes), curve_steps, precision, root / precision):
+                report["curves"].append(curve)
+                write(report, output)
     for table in (throughput(report), equality(report)):
         Console(width=140).print(table)
 
@@ -76,7 +81,10 @@ def launch(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", __file__, "worker"]
     command += [case, parallel, str(steps), str(scratch), str(result), precision, f"--killed-at={killed_at}"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}  # weights are drawn on the CPU
+    print(f"{case}, {parallel}, processes: {count}", end=" ... ", flush=True)
+    started = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=environment)
+    print(f"{time.perf_counter() - started:.0f} s", flush=True)
     if not result.exists() and not killed_at:
         print(done.stdout)
         done.check_returncode()
@@ -104,7 +112,7 @@ def worker(
             name,
             batch * ranks.size if measured else batch,
             store,
-            "auto",
+            "eager" if precision == EXACT else "auto",
             ranks.device,
             scratch,
             ranks,
@@ -174,24 +182,22 @@ def covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-def curves(case: str, most: int, steps: int, precision: str, root: Path) -> list[Result]:
+def curves(case: str, ways: list[str], most: int, steps: int, precision: str, root: Path) -> Iterator[Result]:
     """Losses of one global batch on one process, on `most`, and, in float32, on one number until a kill and then on another."""
 
     def run(count: int, parallel: str, scratch: str, killed_at: int = 0) -> Result:
         return launch(count, case, parallel, steps, root / scratch, precision=precision, killed_at=killed_at)
 
     alone = run(1, "ddp", "alone")["mse"]
-    found = []
-    for parallel in ("ddp", "fsdp"):
-        about = {"precision": precision, "parallel": parallel}
-        found.append({**about, "processes": str(most), **compared(run(most, parallel, "together")["mse"], alone)})
+    for parallel in ways:
+        about = {"case": case, "precision": precision, "parallel": parallel}
+        yield {**about, "processes": str(most), **compared(run(most, parallel, f"{parallel}-together")["mse"], alone)}
         for first, second in ((most, 1), (1, most)) if precision == EXACT else ():
             started = time.perf_counter()
             ended = run(first, parallel, f"{parallel}-{first}", killed_at=3 * steps // 5)
             how = {"exit_code": ended["exit_code"], "seconds_until_it_ended": time.perf_counter() - started}
             resumed = run(second, parallel, f"{parallel}-{first}")["mse"]
-            found.append({**about, "processes": f"{first}, killed, {second}", **compared(resumed, alone), **how})
-    return found
+            yield {**about, "processes": f"{first}, killed, {second}", **compared(resumed, alone), **how}
 
 
 def compared(mse: list[float], alone: list[float]) -> Result:

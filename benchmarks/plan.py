@@ -1,6 +1,6 @@
 """What a run on many GPUs should take, from what was measured on one: `python benchmarks/plan.py`; docs/scaling.md explains it.
 
-Step times are those of `results/train-h100.json`. Everything about links, disks and latencies is an assumption, and an option.
+Step times are results of `benchmarks/train.py`. Everything about links, disks and latencies is an assumption, and an option.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ STATE = 4
 
 
 def main(
-    name: Annotated[str, typer.Option("--model", help="A network of results/train-h100.json.")] = "DiT-XL/2",
+    name: Annotated[str, typer.Option("--model", help="a network that was measured")] = "DiT-XL/2",
+    results: Annotated[Path, typer.Option(help="what benchmarks/train.py wrote on one GPU")] = RESULTS,
     gpus: Annotated[str, typer.Option(help="numbers of GPUs, separated by spaces")] = "1 8 64",
     epochs: Annotated[float, typer.Option(help="80 are the published 400 thousand steps of 256")] = 80,
     link: Annotated[float, typer.Option(help="GB/s of an all-reduce within a host (bus bandwidth)")] = 330,
@@ -40,7 +41,7 @@ def main(
 ) -> None:
     """Tell what one step, one run, a checkpoint and an evaluation should take for each number of GPUs."""
     measured = next(
-        row for row in json.loads(RESULTS.read_text())["results"] if row["model"] == name and row["backend"] == "auto"
+        row for row in json.loads(results.read_text())["results"] if row["model"] == name and row["backend"] == "auto"
     )
     weights = parameters(name, measured["latent_size"])
     report: Result = {"model": name, "parameters": weights, "batch_per_gpu": measured["batch_size"], "plans": []}
@@ -108,7 +109,7 @@ def table(report: Result) -> Table:
         "50,000 samples, 250 steps, guided: minutes": ("evaluation_minutes", "{:.0f}"),
     }
     head = f"{report['model']}, {report['parameters']:,} weights, {report['batch_per_gpu']} images a GPU"
-    shown = Table(head, *(f"{row['gpus']} GPUs" for row in report["plans"]))
+    shown = Table(head, *(f"{row['gpus']} GPU{'s' if row['gpus'] > 1 else ''}" for row in report["plans"]))
     for label, (key, form) in rows.items():
         shown.add_row(label, *(form.format(row[key]) for row in report["plans"]))
     return shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from pathlib import Path
 from typing import Annotated
@@ -50,7 +51,7 @@ def main(
 
 
 def measure(case: str, backend: str, measured: int, device: torch.device) -> list[Result]:
-    """One network, with each solver. A step takes the difference of two runs, one of twice as many steps as the other."""
+    """One network, with each solver. A step takes the difference of a run and one of twice its steps: the median of three."""
     name, _, rest = case.partition(":")
     batch, size = map(int, rest.split("@"))
     params = shipped()
@@ -83,7 +84,7 @@ def measure(case: str, backend: str, measured: int, device: torch.device) -> lis
         started = time.perf_counter()
         seconds(2)
         first = time.perf_counter() - started
-        step = (seconds(2 * measured) - seconds(measured)) / measured
+        step = statistics.median((seconds(2 * measured) - seconds(measured)) / measured for _ in range(3))
         flops = 2 * batch * forward_flops(name, size)  # with a label and without
         result: Result = {"model": name, "batch_size": batch, "latent_size": size, "backend": backend, "runs": chosen}
         result |= {"scheduler": scheduler, "steps": steps, "milliseconds_per_step": 1e3 * step}
