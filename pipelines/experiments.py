@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Collection, Iterator, Mapping
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from dit import config
 from dit.config import Params
@@ -31,6 +34,8 @@ from pipelines import dag
 
 EXPERIMENTS = Path(".scratch/experiments")
 PROFILES = Path("profiles")
+WORD = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
+"""Most of these need no quotes; `yes` and `off` do."""
 DEVICES = ("autoencoder", "latents", "analyse", "train", "evaluate", "features")
 """Sections of the parameters that choose a device."""
 BACKENDS = {"latents": ENCODER_NEEDS, "train": NETWORK_NEEDS, "evaluate": NETWORK_NEEDS}
@@ -89,8 +94,8 @@ def override(text: str, overrides: Mapping[str, Any], where: str = "overrides") 
 
     Raises `ConfigError`, which names `where` they come from, for a key whose section is not there.
     """
-    yaml = _yaml()
-    data = yaml.load(text)
+    layout = _layout()
+    data = layout.load(text)
     for key, value in overrides.items():
         *sections, last = key.split(".")
         section = data
@@ -98,27 +103,31 @@ def override(text: str, overrides: Mapping[str, Any], where: str = "overrides") 
             section = section.get(name) if isinstance(section, dict) else None
         if not isinstance(section, dict):
             raise ConfigError(f"{where}: {key} is not a known key; accepted: dotted keys of params.yaml, such as train.steps")
-        section[last] = _in_flow_style(value)
+        section[last] = _as_written(value)
     stream = io.StringIO()
-    yaml.dump(data, stream)
+    layout.dump(data, stream)
     return stream.getvalue()
 
 
-def _yaml() -> YAML:
-    """Reads and writes YAML in the layout of `params.yaml`."""
-    yaml = YAML()
-    yaml.width = 4096
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.representer.add_representer(type(None), lambda made, _: made.represent_scalar("tag:yaml.org,2002:null", "null"))
-    return yaml
+def _layout() -> YAML:
+    """Reads and writes YAML in the layout of `params.yaml`, with numbers as every version of YAML reads them."""
+    layout = YAML()
+    layout.width = 4096
+    layout.indent(mapping=2, sequence=4, offset=2)
+    add = layout.representer.add_representer
+    add(type(None), lambda made, _: made.represent_scalar("tag:yaml.org,2002:null", "null"))
+    add(float, lambda made, value: made.represent_scalar("tag:yaml.org,2002:float", yaml.safe_dump(value).split()[0]))
+    return layout
 
 
-def _in_flow_style(value: Any) -> Any:
-    """Lists and mappings on one line, as `params.yaml` has them."""
+def _as_written(value: Any) -> Any:
+    """Lists and mappings on one line, as `params.yaml` has them; strings in quotes, but for words that stand for themselves."""
     if isinstance(value, dict):
-        value = CommentedMap({key: _in_flow_style(entry) for key, entry in value.items()})
+        value = CommentedMap({key: _as_written(entry) for key, entry in value.items()})
     elif isinstance(value, list):
-        value = CommentedSeq(map(_in_flow_style, value))
+        value = CommentedSeq(map(_as_written, value))
+    elif isinstance(value, str) and not (WORD.fullmatch(value) and yaml.safe_load(value) == value):
+        return DoubleQuotedScalarString(value)
     else:
         return value
     value.fa.set_flow_style()
@@ -192,13 +201,13 @@ def _restore(path: Path) -> None:
         return
     dag.dvc(path, "checkout", "--quiet", "--allow-missing")
     stale = [stage for stage in dag.read(path).values() if not stage.up_to_date]
-    yaml = _yaml()
-    recorded = yaml.load(lock)
+    layout = _layout()
+    recorded = layout.load(lock)
     for stage in stale:
         recorded["stages"].pop(stage.name, None)
         for out in stage.outs:
             shutil.rmtree(path / out) if (path / out).is_dir() else (path / out).unlink(missing_ok=True)
-    yaml.dump(recorded, lock)
+    layout.dump(recorded, lock)
 
 
 def _remove_abandoned(root: Path) -> None:
