@@ -32,6 +32,8 @@ CURVE_CASES = {"cuda": "DiT-Tiny/2:256@16", "cpu": "DiT-Micro/2:8@8"}
 EXACT = "fp32"
 """The precision of runs that are killed and continued, by the plain network: what differs then is the order of sums alone."""
 WAYS = "ddp fsdp"
+MULTICAST = "0"
+"""NVLink multicast of NCCL, unless the environment says otherwise: a fault in it can put all GPUs of a host out of service."""
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -51,7 +53,9 @@ def main(
     device = resolve_device("auto")
     gpus = torch.cuda.device_count() if device.type == "cuda" else 2
     processes = [int(count) for count in counts.split()] or [2**power for power in range(gpus.bit_length())]
-    report: Result = {"machine": machine(device), "steps": steps, "results": [], "curves": []}
+    multicast = os.environ.get("NCCL_NVLS_ENABLE", MULTICAST)
+    about = {**machine(device), "NCCL_NVLS_ENABLE": multicast}
+    report: Result = {"machine": about, "steps": steps, "results": [], "curves": []}
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         for case in (cases or (GPU_CASES if device.type == "cuda" else CPU_CASES)).split() if steps else ():
@@ -80,7 +84,8 @@ def launch(
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", __file__, "worker"]
     command += [case, parallel, str(steps), str(scratch), str(result), precision, f"--killed-at={killed_at}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}  # weights are drawn on the CPU
+    threads = str(max(1, (os.cpu_count() or 1) // count))  # weights are drawn on the CPU
+    environment = {"NCCL_NVLS_ENABLE": MULTICAST, **os.environ, "OMP_NUM_THREADS": threads}
     print(f"{case}, {parallel}, processes: {count}", end=" ... ", flush=True)
     started = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=environment)

@@ -42,16 +42,17 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast | nullc
 
 
 def resolve_backend(name: str, device: torch.device, precision: torch.dtype, supported: bool, section: str, needs: str) -> str:
-    """`auto` is `fused` on a CUDA GPU in bf16 for a network that it supports, `compiled` for any other there, else `eager`.
+    """`auto` is `fused` on an NVIDIA GPU in bf16 for a network that it supports, else `compiled` on a GPU, else `eager`.
 
     Raises `ConfigError` for `fused` where it cannot run; `section` is the one of `params.yaml` that asks for it, and `needs`
     says what a supported network is.
     """
-    can_fuse = device.type == "cuda" and precision == torch.bfloat16 and supported
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    can_fuse = nvidia and precision == torch.bfloat16 and supported
     if name == "fused" and not can_fuse:
         raise ConfigError(
-            f"{section}.backend = 'fused'; accepted here: auto, compiled, eager (fused needs a CUDA GPU, {section}.precision "
-            f"bf16, and {needs})"
+            f"{section}.backend = 'fused'; accepted here: auto, compiled, eager (fused needs an NVIDIA GPU, "
+            f"{section}.precision bf16, and {needs})"
         )
     if name == "auto":
         return "fused" if can_fuse else "compiled" if device.type == "cuda" else "eager"

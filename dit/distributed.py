@@ -70,10 +70,12 @@ class Ranks:
             torch._foreach_div_(tensors, self.size)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each by that of the first rank."""
+        """Replace each, on the device or the host, by that of the first rank."""
         if self.size > 1:
             for tensor in tensors:
-                dist.broadcast(tensor, 0)
+                sent = tensor.to(self.device)
+                dist.broadcast(sent, 0)
+                tensor.copy_(sent)
 
     def gather(self, rows: Tensor, count: int) -> Tensor:
         """All `count` rows, on every rank, from what each has of them: its `own`."""
@@ -116,7 +118,8 @@ class Ranks:
     def shard(self, model: DiT, precision: torch.dtype, compiled: bool = False) -> None:
         """Shard every block, `compiled` or not, and the rest, over all ranks (FSDP2).
 
-        Weights travel in `precision`, gradients in float32.
+        Weights travel in `precision`, gradients in float32. A model on the host comes to the device block by block, so that no
+        device ever holds all of it.
         """
         if not self.grouped:
             return

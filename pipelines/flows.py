@@ -11,13 +11,12 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated, Any
 
-import torch
 from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
@@ -29,9 +28,9 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 from pydantic import Field
 
-from dit.config import Params
 from dit.errors import UserError
 from pipelines import dag, experiments, services, tracking
+from pipelines.places import Places, environment, places
 from pipelines.report.words import samples
 
 LOGGER = "study"
@@ -129,15 +128,13 @@ def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[P
         yield path, name
 
 
-def _run(
-    workspace: Path, stages: Mapping[str, dag.Stage], slots: Sequence[Mapping[str, str]], experiment: str | None
-) -> State[Any]:
+def _run(workspace: Path, stages: Mapping[str, dag.Stage], places: Places, experiment: str | None) -> State[Any]:
     """Run `stages`, then show what came out: in MLflow, as artifacts, and as a DVC experiment."""
     fresh = sum(stage.up_to_date for stage in stages.values())
-    _log().info("%d of %d stages are up to date; %d at a time", fresh, len(stages), len(slots))
+    _log().info("%d of %d stages are up to date; %d at a time", fresh, len(stages), places.most)
     scratch = Path(os.environ.get("DIT_SCRATCH", ".scratch")).resolve()
     with dag.Processes(workspace, {"DIT_SCRATCH": str(scratch)}) as processes:
-        states = run_all(stages, processes, slots)
+        states = run_all(stages, processes, places)
     dag.order_lock(workspace)
     mlflow = fill_mlflow(workspace, {"dvc_experiment": experiment} if experiment else {}, return_state=True)
     if not all(state.is_completed() for state in states.values()):
@@ -155,62 +152,41 @@ def _run(
     return Completed(message=f"{len(stages) - cached} stages ran, {cached} were cached")
 
 
-def run_all(
-    stages: Mapping[str, dag.Stage], processes: dag.Processes, slots: Sequence[Mapping[str, str]]
-) -> dict[str, State[Any]]:
-    """Run every stage as a task once those above it are done, at most one in each slot; the state in which each ended.
+def run_all(stages: Mapping[str, dag.Stage], processes: dag.Processes, places: Places) -> dict[str, State[Any]]:
+    """Run every stage as a task once those above it are done and there is a place for it; the state in which each ended.
 
-    A stage below one that failed ends as NotReady; the others go on.
+    Stages take their places in order. A stage below one that failed ends as NotReady; the others go on.
     """
     futures: dict[str, PrefectFuture[Any]] = {}
     states: dict[str, State[Any]] = {}
-    free, taken = list(slots), dict[str, Mapping[str, str]]()
+    taken: dict[str, list[str]] = {}
     finished: SimpleQueue[str] = SimpleQueue()
     while len(states) < len(stages):
+        full = False
         for name, stage in stages.items():
             if name in futures or not states.keys() >= set(stage.upstream):
                 continue
-            computes = not stage.up_to_date and all(states[above].is_completed() for above in stage.upstream)
-            if computes and not free:
-                continue
-            if computes:
-                taken[name] = free.pop(0)
+            if not stage.up_to_date and all(states[above].is_completed() for above in stage.upstream):
+                gpus = None if full else places.take(name)
+                if gpus is None:
+                    full = True
+                    continue
+                taken[name] = gpus
             above = [futures[upstream] for upstream in stage.upstream]
             named = run_stage.with_options(name=name.partition("@")[0])
-            place = taken.get(name, {})
-            futures[name] = named.submit(name, stage.up_to_date, processes, place, wait_for=above)  # type: ignore[call-overload]
+            where = environment(taken.get(name, []))
+            futures[name] = named.submit(name, stage.up_to_date, processes, where, wait_for=above)  # type: ignore[call-overload]
             futures[name].add_done_callback(lambda _future, name=name: finished.put(name))  # type: ignore[misc]
         name = finished.get()
         states[name] = _final_state(futures[name])
         if name in taken:
-            free.append(taken.pop(name))
+            places.give_back(taken.pop(name))
     return {name: states[name] for name in stages}
 
 
 def _final_state(future: PrefectFuture[Any]) -> State[Any]:
     future.wait()
     return future.state
-
-
-def places(params: Params, workers: int | None) -> list[dict[str, str]]:
-    """The environment of each stage that may run at the same time: its own GPUs, where GPUs are used, else as cores allow.
-
-    A stage of several processes has as many GPUs.
-    """
-    sections = (params.latents, params.train, params.evaluate)
-    devices = {params.analyse.device, *(section.device for section in sections)}
-    processes = max(section.processes for section in sections)
-    if torch.cuda.is_available() and devices & {"auto", "cuda"}:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-        gpus = visible.split(",")
-        groups = [",".join(gpus[first : first + processes]) for first in range(0, len(gpus), processes)]
-        whole = [group for group in groups if group.count(",") + 1 == processes] or groups[:1]
-        return [{"CUDA_VISIBLE_DEVICES": whole[place % len(whole)]} for place in range(workers or len(whole))]
-    if torch.backends.mps.is_available() and devices & {"auto", "mps"}:
-        return [{} for _ in range(workers or 1)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    busy = max(section.threads * section.processes for section in (params.train, params.evaluate))
-    return [{} for _ in range(workers or max(1, cores // busy))]
 
 
 def _failure(states: Mapping[str, State[Any]]) -> str:

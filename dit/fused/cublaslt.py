@@ -118,8 +118,9 @@ class _Plan:
             )
         )  # fmt: skip
         _check(library.cublasLtMatmulPreferenceDestroy(preference))
+        self.shapes = f"{tuple(left)} by {tuple(right)} in bf16"
         if not count.value:
-            raise RuntimeError(f"cuBLASLt has no algorithm for {tuple(left)} by {tuple(right)} in bf16")
+            raise RuntimeError(f"cuBLASLt has no algorithm for {self.shapes}")
         self.candidates = list(found[: 1 if fixed else count.value])
 
     def run(self, *operands: Tensor) -> None:
@@ -130,6 +131,8 @@ class _Plan:
 
     def _fastest(self, operands: tuple[Tensor, ...]) -> _Heuristic:
         working = [candidate for candidate in self.candidates if not self._launch(candidate, *operands)]
+        if not working:
+            raise RuntimeError(f"cuBLASLt ran none of its {len(self.candidates)} algorithms for {self.shapes}")
         return min(working, key=lambda candidate: self._milliseconds(candidate, operands))
 
     def _milliseconds(self, candidate: _Heuristic, operands: tuple[Tensor, ...]) -> float:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from dit.config import Train
 from dit.data.latents import LatentStore
 from dit.devices import autocast, resolve_backend, resolve_precision
 from dit.diffusion import Diffusion, Loss
-from dit.distributed import Ranks, restore, whole
+from dit.distributed import Ranks, restore
 from dit.errors import ConfigError
 from dit.fused import NETWORK_NEEDS, fuse, supports
 from dit.fused.capture import Captured
@@ -96,7 +96,8 @@ class Trainer:
     ) -> None:
         self.ranks = ranks or Ranks(diffusion.device)
         self.ranks.share(params.batch_size, "train.batch_size")
-        self.model = model.to(diffusion.device)
+        self.sharded = self.ranks.grouped and params.parallel == "fsdp"
+        self.model = model if self.sharded else model.to(diffusion.device)
         self.ranks.broadcast(self.model.state_dict().values())
         self.diffusion = diffusion
         self.params = params
@@ -106,7 +107,6 @@ class Trainer:
             store, diffusion, batch_size=params.batch_size, label_dropout=label_dropout, seed=seed, ranks=self.ranks
         )
         self.validation = Validation(store, diffusion, params.validation, self.ranks)
-        self.sharded = self.ranks.grouped and params.parallel == "fsdp"
         fusible = supports(model) and not self.sharded  # the fast path holds whole weights
         self.backend = resolve_backend(params.backend, diffusion.device, self.precision, fusible, "train", NETWORK_NEEDS)
         self.forward: Forward = self.model
@@ -134,8 +134,8 @@ class Trainer:
 
     @property
     def ema(self) -> dict[str, Tensor]:
-        """The averaged weights, with the names of the model's `state_dict`."""
-        return {name: whole(tensor) for name, tensor in self.optimiser.ema.items()}
+        """The averaged weights on the host, by their names in the model: all ranks must ask, and the first one gets them."""
+        return cast("dict[str, Tensor]", self.ranks.keep(self.optimiser.ema))
 
     def run(self, description: str) -> None:
         """Train from the last checkpoint, or from the start, to the end or to divergence."""
