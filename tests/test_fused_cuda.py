@@ -64,7 +64,11 @@ def test_residual_norm(width: int, tokens: int, shared: bool) -> None:
 
 @pytest.mark.parametrize(
     ("heads", "size", "tokens"),
-    [(4, 32, 16), (4, 32, 64), (4, 32, 256), (6, 64, 16), (6, 64, 64), (6, 64, 256), (16, 72, 256)],
+    [
+        *((4, 32, tokens) for tokens in (16, 64, 256)),
+        *((6, 64, tokens) for tokens in (16, 64, 144, 256, 1024)),
+        *((16, 72, tokens) for tokens in (256, 1024)),
+    ],
 )
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_attention(heads: int, size: int, tokens: int, deterministic: bool, request: pytest.FixtureRequest) -> None:

