@@ -212,12 +212,12 @@ def _attention_forward(
     OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: OWN queries of one head of one sample, with a running maximum; Dao et al. (2022), algorithm 1."""
-    pair = tl.program_id(1)
+    pair, block = tl.program_id(0) // (TOKENS // OWN), tl.program_id(0) % (TOKENS // OWN)
     width = heads * SIZE
     sample, head = (pair // heads).to(tl.int64), pair % heads
     q = qkv + sample * TOKENS * 3 * width + head * SIZE
     k, v = q + width, q + 2 * width
-    own = tl.program_id(0) * OWN + tl.arange(0, OWN)
+    own = block * OWN + tl.arange(0, OWN)
     q1 = _tile(q, own, 3 * width, 0, WIDE, SIZE)
     o1 = tl.zeros([OWN, WIDE], tl.float32)
     if REST > 0:
@@ -253,10 +253,10 @@ def _attention_delta(
     out, dout, delta, heads, TOKENS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, OWN: tl.constexpr
 ):
     """One program: the sums of `out * dout` over the channels of one head, for OWN tokens of one sample."""
-    pair = tl.program_id(1)
+    pair, block = tl.program_id(0) // (TOKENS // OWN), tl.program_id(0) % (TOKENS // OWN)
     width = heads * SIZE
     offset = (pair // heads).to(tl.int64) * TOKENS * width + pair % heads * SIZE
-    own = tl.program_id(0) * OWN + tl.arange(0, OWN)
+    own = block * OWN + tl.arange(0, OWN)
     product = _tile(out + offset, own, width, 0, WIDE, SIZE).to(tl.float32) * _tile(dout + offset, own, width, 0, WIDE, SIZE)
     total = tl.sum(product, 1)
     if REST > 0:
@@ -276,17 +276,18 @@ def _attention_backward(
     B.2. A head of SIZE channels is cut in WIDE and REST ones, powers of two. `partial` gets the sums over OWN tokens,
     (B * blocks, 3D).
     """
-    pair = tl.program_id(1)
+    blocks = TOKENS // OWN
+    pair, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     width = heads * SIZE
     sample, head = (pair // heads).to(tl.int64), pair % heads
     q = qkv + sample * TOKENS * 3 * width + head * SIZE
     k, v = q + width, q + 2 * width
     dq = dqkv + sample * TOKENS * 3 * width + head * SIZE
     do = dout + sample * TOKENS * width + head * SIZE
-    sums = partial + (sample * tl.num_programs(0) + tl.program_id(0)) * 3 * width + head * SIZE
+    sums = partial + (sample * blocks + block) * 3 * width + head * SIZE
     lse += pair * TOKENS
     delta += pair * TOKENS
-    own = tl.program_id(0) * OWN + tl.arange(0, OWN)
+    own = block * OWN + tl.arange(0, OWN)
 
     k1 = _tile(k, own, 3 * width, 0, WIDE, SIZE)
     v1 = _tile(v, own, 3 * width, 0, WIDE, SIZE)
@@ -381,7 +382,7 @@ def attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     sizes = _heads(qkv, num_heads, FORWARD)
     out = qkv.new_empty((batch, tokens, width))
     lse = qkv.new_empty((batch, num_heads, tokens), dtype=torch.float32)
-    grid = (tokens // sizes["OWN"], batch * num_heads)
+    grid = (batch * num_heads * (tokens // sizes["OWN"]),)
     _attention_forward[grid](qkv, out, lse, num_heads, sizes["SIZE"] ** -0.5, **sizes)
     return out, lse
 
@@ -395,7 +396,7 @@ def attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_
     blocks = tokens // sizes["OWN"]
     dqkv = torch.empty_like(qkv)
     partial = qkv.new_empty((batch * blocks, width), dtype=torch.float32)
-    grid = (blocks, batch * num_heads)
+    grid = (batch * num_heads * blocks,)
     delta = torch.empty_like(lse)
     head = {name: sizes[name] for name in ("TOKENS", "SIZE", "WIDE", "REST", "OWN")}
     _attention_delta[grid](out, dout, delta, num_heads, **head, num_warps=4)
