@@ -17,6 +17,7 @@ install: $(INSTALLED) ## Make .venv from requirements.lock and install the proje
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11, 3.12 or 3.13 is needed; say which one: make PYTHON=/path/to/python" >&2; exit 2; }
+	@echo "installing what requirements.lock names into $(VENV): some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install -qq --disable-pip-version-check --requirement requirements.lock
 	$(RUN) pip install -qq --disable-pip-version-check --no-deps --editable .

@@ -40,9 +40,10 @@ def main(
     output: Annotated[Path | None, typer.Option(help="where to write JSON")] = None,
 ) -> None:
     """Tell what one step, one run, a checkpoint and an evaluation should take for each number of GPUs."""
-    measured = next(
-        row for row in json.loads(results.read_text())["results"] if row["model"] == name and row["backend"] == "auto"
-    )
+    rows = {row["model"]: row for row in json.loads(results.read_text())["results"] if row["backend"] == "auto"}
+    if name not in rows:
+        raise typer.BadParameter(f"{name}; accepted: {', '.join(rows)}, as in {results}", param_hint="--model")
+    measured = rows[name]
     weights = parameters(name, measured["latent_size"])
     report: Result = {"model": name, "parameters": weights, "batch_per_gpu": measured["batch_size"], "plans": []}
     for count in map(int, gpus.split()):
@@ -100,9 +101,9 @@ def table(report: Result) -> Table:
         "DDP: ms that it adds to a step": ("ddp_ms", "{:.1f}"),
         "DDP: efficiency": ("efficiency", "{:.1%}"),
         "FSDP: GB through each GPU a step": ("fsdp_gb_per_gpu", "{:.2f}"),
-        "FSDP: ms of it, behind the computation": ("fsdp_ms", "{:.1f}"),
-        "images/s": ("images_per_second", "{:,.0f}"),
-        "hours of the run": ("hours", "{:.1f}"),
+        "FSDP: ms of it, if none is hidden": ("fsdp_ms", "{:.1f}"),
+        "DDP: images/s": ("images_per_second", "{:,.0f}"),
+        "DDP: hours of the run": ("hours", "{:.1f}"),
         "MB/s of latents (float16)": ("mb_per_second", "{:.0f}"),
         "checkpoint, GB": ("checkpoint_gb", "{:.1f}"),
         "checkpoint, s": ("checkpoint_seconds", "{:.1f}"),

@@ -37,7 +37,8 @@ from dit.distributed import Ranks
 from dit.training.loop import Trainer
 
 GPU_CASES = "DiT-XL/2:128@32 DiT-B/2:256@32 DiT-S/2:256@32 DiT-Tiny/2:64@8"
-CPU_CASES = "DiT-Micro/2:8@8"
+CPU_CASES = "DiT-Tiny/2:64@8"
+GPU_BACKENDS, CPU_BACKENDS = "auto deterministic eager", "eager"
 FORWARD_AND_BACKWARD = 3
 """The backward pass multiplies twice where the forward pass multiplies once."""
 OUT_OF_MEMORY = "out of memory"
@@ -55,7 +56,7 @@ class Timed(Trainer):
 
 def main(
     cases: Annotated[str, typer.Option(help="MODEL:BATCH@LATENT, separated by spaces")] = "",
-    backends: Annotated[str, typer.Option(help="of auto, deterministic, compiled, eager")] = "auto deterministic eager",
+    backends: Annotated[str, typer.Option(help="of auto, deterministic, compiled, eager")] = "",
     steps: Annotated[int, typer.Option(help="a power of two; the second half is measured")] = 64,
     output: Annotated[Path | None, typer.Option(help="where to write JSON")] = None,
     profile: Annotated[bool, typer.Option(help="also tell kernel time by phase, on a GPU")] = True,
@@ -67,7 +68,7 @@ def main(
     peak = matmul_rate(device)
     report: Result = {"machine": machine(device), "matmul_tflops": peak, "steps": steps, "results": []}
     for case in (cases or (GPU_CASES if device.type == "cuda" else CPU_CASES)).split():
-        for backend in backends.split():
+        for backend in (backends or (GPU_BACKENDS if device.type == "cuda" else CPU_BACKENDS)).split():
             result = measure(case, backend, steps, device, profile and device.type == "cuda")
             if "tflops" in result:
                 result["share_of_matmul_rate"] = result["tflops"] / peak

@@ -158,6 +158,10 @@ def _diff_table(loaded: Params, strategies: Sequence[Strategy], names: Sequence[
     return table
 
 
+FEW = 3
+"""Strategies that a terminal of 80 columns has room for side by side."""
+
+
 @app.command()
 def wakeup(
     strategies: Annotated[
@@ -177,14 +181,28 @@ def wakeup(
             network = _network(loaded, name)
         schedules = {each: by_kind(predict(strategy, network, steps)) for each, strategy in chosen.items()}
     kinds = list(next(iter(schedules.values())))
-    table = Table("strategy", title="First optimiser step with a gradient, counted from 0", title_justify="left", box=SIMPLE)
-    table.columns[0].no_wrap = True
-    for kind in kinds:
-        short = kind.replace("modulation", "mod").replace("projection", "proj").replace("timestep", "time")
-        table.add_column(short.replace(".", "\n").replace("_", "\n"), justify="right")
-    for each, schedule in schedules.items():
-        table.add_row(each, *("never" if (step := schedule[kind]) is None else str(step) for kind in kinds))
+    few = len(schedules) <= FEW
+    table = Table(title="First optimiser step with a gradient, counted from 0", title_justify="left", box=SIMPLE)
+    table.add_column("kind of weight" if few else "strategy", no_wrap=True)
+    for column in schedules if few else map(_broken, kinds):
+        table.add_column(column, justify="right")
+    if few:
+        for kind in kinds:
+            table.add_row(kind, *(_step(schedule[kind]) for schedule in schedules.values()))
+    else:
+        for each, schedule in schedules.items():
+            table.add_row(each, *map(_step, schedule.values()))
     _show(table)
+
+
+def _step(step: int | None) -> str:
+    return "never" if step is None else str(step)
+
+
+def _broken(kind: str) -> str:
+    """A kind of weight as the heading of a narrow column."""
+    short = kind.replace("modulation", "mod").replace("projection", "proj").replace("timestep", "time")
+    return short.replace(".", "\n").replace("_", "\n")
 
 
 @app.command()

@@ -374,10 +374,23 @@ class Params(Section):
             )
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a section has twice; YAML forbids it, PyYAML takes the last, and DVC stops."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load(path: str | Path = "params.yaml") -> Params:
     """Read and check a parameter file. Raises `ConfigError` that names every wrong key, its value and what is accepted."""
     try:
-        data: Any = yaml.safe_load(Path(path).read_text())
+        with Path(path).open() as file:
+            data: Any = yaml.load(file, Loader=_Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; run this in a folder with a params.yaml") from None
     except yaml.YAMLError as error:

@@ -145,7 +145,7 @@ def _run(workspace: Path, stages: Mapping[str, dag.Stage], places: Places, exper
         report = _keep_report(report, experiment)
         _log().info("DVC experiment %s: see `dvc exp show`, `dvc exp apply %s`", experiment, experiment)
     if "compare" in stages:
-        _log().info("report: %s", report)
+        _log().info("report: %s", report.as_uri())
         create_markdown_artifact(comparison(workspace, report, mlflow.message or ""), key="comparison")
         create_link_artifact(report.as_uri(), key="report", link_text="The report", description=str(report))
     cached = sum(state.name == "Cached" for state in states.values())

@@ -97,6 +97,9 @@ def test_a_missing_or_broken_file_is_one_clear_message(tmp_path: Path) -> None:
     broken.write_text("train: [")
     with pytest.raises(ConfigError, match=r"params.yaml: not valid YAML"):
         config.load(broken)
+    broken.write_text("train:\n  steps: 350\n  seed: 0\n  steps: 20\n")
+    with pytest.raises(ConfigError, match=r"not valid YAML: 'steps' is there twice\n.*params.yaml\", line 4"):
+        config.load(broken)
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def shell(tmp_path: Path) -> Path:
 
 def test_study_ends_with_report_and_comparison(first: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     root, done = first
-    assert f"report: {root}/reports/index.html" in done.stdout
+    assert f"report: {root.as_uri()}/reports/index.html" in done.stdout
     assert (root / "reports" / "index.html").exists()
     assert "4 runs added, 0 already there" in done.stdout
     assert "http://127.0.0.1:5000/#/experiments/1/runs?viewStateShareKey=photos-32" in done.stdout

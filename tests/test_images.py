@@ -338,7 +338,7 @@ def test_wrong_names_in_a_data_set_are_refused(read: Read, saved: Path, change: 
 
 def test_a_missing_library_is_named(read: Read, saved: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"pip install 'dit-init-lab\[huggingface\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[huggingface\]'"):
         read({**HUB, "path": str(saved)})
 
 

@@ -125,7 +125,9 @@ def test_the_command_shows_the_schedule_of_a_strategy_and_names_one_that_is_not_
     arguments = ["--params", str(Path(__file__).parents[1] / "params.yaml"), "--model", "DiT-XL/2"]
     shown = CliRunner().invoke(app, ["wakeup", "adaln_zero", *arguments])
     assert shown.exit_code == 0, shown.output
-    assert shown.output.splitlines()[-2].split() == ["adaln_zero", *"1222222222221110"]
+    assert [line.split()[-1] for line in shown.output.splitlines()[-17:-1]] == list("1222222222221110")
+    every = CliRunner().invoke(app, ["wakeup", *arguments], env={"COLUMNS": "200"})
+    assert ["adaln_zero", *"1222222222221110"] in [line.split() for line in every.output.splitlines()]
     unknown = CliRunner().invoke(app, ["wakeup", "adaln_zer", *arguments])
     assert unknown.exit_code == 2
     assert "did you mean adaln_zero?" in unknown.output

@@ -61,9 +61,7 @@ def _open(source: HuggingFaceSource, key: str, split: str) -> Dataset:
     try:
         import datasets
     except ImportError:
-        raise ConfigError(
-            f"{KEY}.kind = 'huggingface' needs the datasets library: pip install 'dit-init-lab[huggingface]'"
-        ) from None
+        raise ConfigError(f"{KEY}.kind = 'huggingface' needs the datasets library: pip install -e '.[huggingface]'") from None
     if source.path.startswith(("/", "./", "../", "~")) and not Path(source.path).is_dir():
         raise ConfigError(f"{KEY}.path = '{source.path}': no such directory")
     try:

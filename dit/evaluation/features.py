@@ -23,7 +23,7 @@ from dit.progress import progress
 PIXEL_MEAN, PIXEL_SCALE = 127.0, 128.0
 """What EfficientNet-Lite was trained with: MEAN_RGB and STDDEV_RGB of tensorflow/tpu `efficientnet_lite_builder.py`."""
 
-INSTALL_INCEPTION = "features.extractor = 'inception' needs torch-fidelity: pip install 'dit-init-lab[inception]'"
+INSTALL_INCEPTION = "features.extractor = 'inception' needs torch-fidelity: pip install -e '.[inception]'"
 
 
 @dataclass(frozen=True)

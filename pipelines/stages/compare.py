@@ -46,7 +46,7 @@ def compare(params: Params) -> None:
             mean_curves(study, curve).to_csv(out / "plots" / f"{name}.csv", lineterminator="\n")
         (out / "index.html").write_text(page, encoding="utf-8")
     print(f"compare: {words.answer}")
-    print(f"compare: {Path('reports/index.html').resolve().as_uri()}")
+    print("compare: reports/index.html")
 
 
 def drop_departed(study: Study) -> None:
