@@ -106,7 +106,7 @@ def test_inception_says_what_it_lacks() -> None:
     with pytest.raises(ConfigError, match="size = 128 with extractor 'inception'; accepted: 299"):
         changed(features={"extractor": "inception"})
     if importlib.util.find_spec("torch_fidelity") is None:
-        with pytest.raises(ConfigError, match="pip install 'dit-init-lab\\[inception\\]'"):
+        with pytest.raises(ConfigError, match=r"pip install -e '\.\[inception\]'"):
             load_extractor(inception(None), CPU)
 
 
