@@ -30,7 +30,7 @@ from pydantic import Field
 
 from dit.errors import UserError
 from pipelines import dag, experiments, services, tracking
-from pipelines.places import Places, environment, places
+from pipelines.places import Places, environment, places_for
 from pipelines.report.words import samples
 
 LOGGER = "study"
@@ -111,7 +111,7 @@ def study(
         params = experiments.parameters(root, overrides)
         with _workspace(root, overrides) as (workspace, experiment):
             stages = dag.select(dag.read(workspace), targets)
-            return _run(workspace, stages, places(params, workers), experiment)
+            return _run(workspace, stages, places_for(params, workers), experiment)
     except UserError as error:
         return Failed(message=str(error))
 

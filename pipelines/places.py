@@ -44,7 +44,7 @@ class Places:
         self._running -= 1
 
 
-def places(params: Params, workers: int | None) -> Places:
+def places_for(params: Params, workers: int | None) -> Places:
     """Those of this machine for a study with `params`; `workers` stages at once, or one for each GPU, or what cores allow."""
     sections: dict[str, Latents | Train | Evaluate] = {
         "latents": params.latents,
