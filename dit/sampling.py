@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from torch import Tensor
 
 from dit.config import Diffusion
-from dit.devices import autocast
+from dit.devices import autocast, send
 from dit.distributed import Ranks
 from dit.fused import captured_forward
 from dit.model import DiT
@@ -84,13 +84,15 @@ def sample(
     def solve(batch: Tensor) -> tuple[Tensor]:
         solver = build_scheduler(diffusion, scheduler, steps)
         draws = [generator(seed, "sample", index) for index in batch.tolist()]
-        x = torch.cat([_initial_noise(model, draw) for draw in draws]).to(device)
-        y = labels[batch].to(device)
-        on_device = solver.timesteps.to(device)  # all at once: the host waits for the device whenever it sends one
+        x = _noise(model, draws, device)
+        y, on_device = send(labels[batch], device), send(solver.timesteps, device)
         for t, sent in zip(solver.timesteps, on_device, strict=True):
             with autocast(device, precision):
-                output = guided(model, x, sent.expand(len(batch)), y, guidance_scale)
-            x = _step(solver, output.float(), t, x, draws)
+                output = guided(model, x, sent.expand(len(batch)), y, guidance_scale).float()
+            if isinstance(solver, DDPMScheduler):
+                x = ancestral_step(solver, output, t, x, _noise(model, draws, device) if t > 0 else None)
+            else:
+                x = solver.step(output[:, : x.shape[1]], t, x).prev_sample  # which has no use for a variance
             bar.update()
         return (x,)
 
@@ -99,8 +101,10 @@ def sample(
     return torch.cat([x.cpu() for x in drawn])
 
 
-def _initial_noise(model: Denoiser, draw: torch.Generator) -> Tensor:
-    return torch.randn(1, model.latent_channels, model.latent_size, model.latent_size, generator=draw)
+def _noise(model: Denoiser, draws: list[torch.Generator], device: torch.device) -> Tensor:
+    """The next normal numbers of each of `draws`, (len(draws), C, H, W), sent without the host waiting for the device."""
+    shape = 1, model.latent_channels, model.latent_size, model.latent_size
+    return send(torch.cat([torch.randn(shape, generator=draw) for draw in draws]), device)
 
 
 def guided(model: Denoiser, x: Tensor, t: Tensor, y: Tensor, guidance_scale: float) -> Tensor:
@@ -120,11 +124,34 @@ def guided(model: Denoiser, x: Tensor, t: Tensor, y: Tensor, guidance_scale: flo
     return torch.cat([prediction, output[:, channels:]], dim=1)
 
 
-def _step(solver: Any, output: Tensor, t: Tensor, x: Tensor, draws: list[torch.Generator]) -> Tensor:
-    """x_t -> the latent of the next timestep; a variance reaches only a solver that has a use for it."""
-    if isinstance(solver, DDPMScheduler):
-        return solver.step(output, t, x, generator=draws).prev_sample
-    return solver.step(output[:, : x.shape[1]], t, x).prev_sample
+def ancestral_step(solver: DDPMScheduler, output: Tensor, t: Tensor, x: Tensor, noise: Tensor | None) -> Tensor:
+    """`solver.step` with `noise` (B, C, H, W) of the caller, or None at t = 0, where there is none.
+
+    diffusers draws it on the host, and sends it at every step, for which the host waits for the device. From its tables, the
+    network's `output` (B, C or 2C, H, W) and `x` (B, C, H, W): the posterior of Ho et al. (2020), eq. 6 and 7. A learned log
+    variance lies between that of the posterior and that of beta; Nichol & Dhariwal (2021), eq. 15.
+    """
+    channels = x.shape[1]
+    prediction, sigma = output[:, :channels], output[:, channels:]
+    before = solver.previous_timestep(t)
+    abar, abar_before = solver.alphas_cumprod[t], solver.alphas_cumprod[before] if before >= 0 else solver.one
+    alpha = abar / abar_before
+    beta = 1 - alpha
+    if solver.config.prediction_type == "epsilon":
+        x0 = (x - (1 - abar).sqrt() * prediction) / abar.sqrt()
+    elif solver.config.prediction_type == "v_prediction":
+        x0 = abar.sqrt() * x - (1 - abar).sqrt() * prediction
+    else:
+        x0 = prediction
+    mean = abar_before.sqrt() * beta / (1 - abar) * x0 + alpha.sqrt() * (1 - abar_before) / (1 - abar) * x
+    if noise is None:
+        return mean
+    variance = (1 - abar_before) / (1 - abar) * beta
+    if solver.config.variance_type == "fixed_small":
+        return mean + variance.sqrt() * noise
+    fraction = (sigma + 1) / 2
+    log_variance = fraction * beta.log() + (1 - fraction) * variance.log()
+    return mean + (0.5 * log_variance).exp() * noise
 
 
 def build_scheduler(diffusion: Diffusion, name: str, steps: int) -> Any:

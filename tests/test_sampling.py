@@ -17,7 +17,7 @@ from dit import config, init
 from dit.config import SCHEDULERS, Diffusion
 from dit.errors import ConfigError
 from dit.model import DiT
-from dit.sampling import balanced_labels, build_scheduler, guided, sample, trailing_timesteps
+from dit.sampling import ancestral_step, balanced_labels, build_scheduler, guided, sample, trailing_timesteps
 
 ROOT = Path(__file__).parents[1]
 PAIRS = [(objective, scheduler) for objective, schedulers in SCHEDULERS.items() for scheduler in schedulers]
@@ -97,6 +97,17 @@ def test_ddpm_uses_the_learned_variance() -> None:
     torch.testing.assert_close(low, fixed, atol=1e-3, rtol=1e-3)
     assert high.std().item() == pytest.approx(1.0, abs=0.02)
     assert low.std().item() < 0.9
+
+
+@pytest.mark.parametrize(("objective", "learn_sigma"), [("eps", True), ("eps", False), ("x0", False), ("v", False)])
+def test_every_ancestral_step_is_that_of_diffusers_bit_for_bit(objective: str, learn_sigma: bool) -> None:
+    solver = build_scheduler(diffusion_of(objective, learn_sigma), "ddpm", 50)
+    x, output = torch.randn(3, 4, 8, 8), torch.randn(3, 8 if learn_sigma else 4, 8, 8)
+    for t in solver.timesteps:
+        theirs, ours = ([torch.Generator().manual_seed(seed) for seed in range(3)] for _ in range(2))
+        expected = solver.step(output, t, x, generator=theirs).prev_sample
+        noise = torch.cat([torch.randn(1, 4, 8, 8, generator=draw) for draw in ours]) if t > 0 else None
+        assert torch.equal(ancestral_step(solver, output, t, x, noise), expected)
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpmsolver++"])
