@@ -20,7 +20,7 @@ from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
 from dit.distributed import Ranks
-from dit.fused import captured_forward, group_norm, kernels
+from dit.fused import captured_forward, cublaslt, group_norm, kernels
 from dit.fused.encoder import Reference as EncoderReference
 from dit.fused.network import FusedDiT
 from dit.fused.operations import EPS, Reference
@@ -67,19 +67,30 @@ def test_residual_norm(width: int, tokens: int, shared: bool) -> None:
     [
         *((4, 32, tokens) for tokens in (16, 64, 256)),
         *((6, 64, tokens) for tokens in (16, 64, 144, 256, 1024)),
-        *((16, 72, tokens) for tokens in (256, 1024)),
+        *((16, 72, tokens) for tokens in (16, 64, 144, 256, 1024)),
+        (4, 24, 48),
     ],
 )
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_attention(heads: int, size: int, tokens: int, deterministic: bool, request: pytest.FixtureRequest) -> None:
-    if deterministic:
-        request.getfixturevalue("repeatable")
+def test_attention(heads: int, size: int, tokens: int) -> None:
     qkv, dout = normal(3, tokens, 3 * heads * size), normal(3, tokens, heads * size)
     found, expected = kernels.attention(qkv, heads), Reference.attention(qkv.double(), heads)
     assert max(map(error, found, expected)) < ROUNDING
     back = kernels.attention_backward(dout, qkv, *found, heads)
     exact = Reference.attention_backward(dout.double(), qkv.double(), *expected, heads)
     assert max(map(error, back, exact)) < ROUNDING
+
+
+@pytest.mark.usefixtures("repeatable")
+@pytest.mark.parametrize(("heads", "size"), [(6, 64), (16, 72)])
+def test_attention_of_a_full_gpu_repeats_bit_for_bit(heads: int, size: int) -> None:
+    qkv, dout = normal(64, 256, 3 * heads * size), normal(64, 256, heads * size)
+
+    def both() -> list[Tensor]:
+        found = kernels.attention(qkv, heads)
+        return [*found, *kernels.attention_backward(dout, qkv, *found, heads)]
+
+    first = both()
+    assert all(all(map(torch.equal, both(), first)) for _ in range(10))
 
 
 @pytest.mark.parametrize(("channels", "height", "width"), [(8, 5, 7), (64, 50, 50), (128, 32, 32), (512, 16, 24)])
@@ -132,6 +143,21 @@ def test_products(width: int) -> None:
     assert error(kernels.matmul(dy, weight), dy.double() @ weight.double()) < ROUNDING
     assert error(kernels.outer(dy, x), Reference.outer(dy.double(), x.double())) < ROUNDING
     assert error(kernels.sum_rows(dy), dy.double().sum((0, 1))) < ROUNDING
+
+
+@pytest.mark.usefixtures("repeatable")
+def test_choosing_the_fastest_product_changes_no_bit_of_a_deterministic_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, dy, weight, bias = normal(1, 4096, 1152), normal(1, 4096, 4608), normal(4608, 1152), normal(4608)
+
+    def products() -> list[Tensor]:
+        cublaslt._plan.cache_clear()
+        both = kernels.linear_gelu(x, weight, bias)
+        return [*both, kernels.linear(x, weight), kernels.matmul(dy, weight), kernels.outer(dy, x), kernels.outer(x, dy)]
+
+    chosen = products()
+    monkeypatch.setattr(cublaslt, "CANDIDATES", 1)
+    assert all(map(torch.equal, chosen, products()))
+    cublaslt._plan.cache_clear()
 
 
 @pytest.mark.parametrize("head_size", [32, 64, 72])

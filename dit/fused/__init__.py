@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dit.model import DiT
 
 
-NETWORK_NEEDS = "a multiple of 16 tokens, or of 256 where the size of a head is no power of two"
+NETWORK_NEEDS = "a multiple of 16 tokens"
 """What `supports` asks for, in words."""
 
 ENCODER_NEEDS = "an AutoencoderKL of the usual blocks, with powers of two as its widths and groups"
@@ -25,15 +25,10 @@ ENCODER_NEEDS = "an AutoencoderKL of the usual blocks, with powers of two as its
 TOKENS = 16
 """The attention kernel works on whole tiles of so many tokens."""
 
-TOKENS_OF_UNEVEN_HEADS = 256
-"""The same for heads whose size is no power of two: at 64 tokens, Triton 3.6 was seen to give wrong numbers for them."""
-
 
 def supports(model: DiT) -> bool:
-    """Whether the kernels can compute such a network. GPUs have checked 16, 64 and 256 tokens, in heads of 32, 64 and 72."""
-    head_size, tokens = model.hidden_size // model.num_heads, model.pos_embed.shape[1]
-    even = head_size & (head_size - 1) == 0
-    return tokens % (TOKENS if even else TOKENS_OF_UNEVEN_HEADS) == 0
+    """Whether the kernels can compute such a network. GPUs have checked 16 to 1024 tokens, in heads of 24, 32, 64 and 72."""
+    return model.pos_embed.shape[1] % TOKENS == 0
 
 
 def fuse(model: DiT, params: Train, ranks: Ranks) -> tuple[FusedDiT, FusedOptimiser]:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ELEMENTS = 4096
+ELEMENTS = 1024
 """Elements of one weight that one program of the optimiser updates."""
 
 
@@ -80,5 +80,5 @@ class AdamWEMA:
         """`factor`, a scalar on the device, multiplies every gradient; `step_size` is lr over the first bias correction."""
         _adamw_ema[(len(self.owner),)](
             self.addresses, self.lengths, self.owner, self.offset, factor, step_size, decay, *betas, root_correction, eps,
-            ema_weight, COUNT=len(self.lengths), BLOCK=ELEMENTS, num_warps=8,
+            ema_weight, COUNT=len(self.lengths), BLOCK=ELEMENTS, num_warps=4,
         )  # fmt: skip

@@ -153,7 +153,7 @@ def residual_norm_backward(
     partial = x_out.new_empty((4, planes, width), dtype=torch.float32)
     _residual_norm_backward[(planes,)](
         dx_out, dh, x_out, branch, bias, gate, scale, mean, rstd, dx, dbranch, partial, tokens, planes, gate.stride(0),
-        scale.stride(0), D=width, BLOCK=block, CHUNK=chunk, STAGES=NORM_STAGES, num_warps=max(1, block // 256),
+        scale.stride(0), D=width, BLOCK=block, CHUNK=chunk, STAGES=NORM_STAGES, num_warps=min(4, max(1, block // 256)),
     )  # fmt: skip
     dshift, dscale, dgate = (scale.new_empty((batch, width)) for _ in range(3))
     dbias = scale.new_empty((batch, width), dtype=torch.float32)
