@@ -18,7 +18,7 @@ from typing import Annotated
 
 import torch
 import typer
-from measuring import Result, heading, machine, random_latents, wait, write
+from measuring import Result, heading, machine, parse_case, parse_cases, random_latents, wait, write
 from rich.console import Console
 from rich.table import Table
 from train import Timed, build
@@ -51,6 +51,7 @@ def main(
     if context.invoked_subcommand:
         return
     device = resolve_device("auto")
+    chosen = parse_cases(cases or (GPU_CASES if device.type == "cuda" else CPU_CASES))
     gpus = torch.cuda.device_count() if device.type == "cuda" else 2
     processes = [int(count) for count in counts.split()] or [2**power for power in range(gpus.bit_length())]
     multicast = os.environ.get("NCCL_NVLS_ENABLE", MULTICAST)
@@ -58,10 +59,10 @@ def main(
     report: Result = {"machine": about, "steps": steps, "results": [], "curves": []}
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        for case in (cases or (GPU_CASES if device.type == "cuda" else CPU_CASES)).split() if steps else ():
+        for case in chosen if steps else ():
             for parallel in ways.split():
                 for count in processes:
-                    report["results"].append(launch(count, case, parallel, steps, root / "scratch"))
+                    report["results"].append(launch(count, str(case), parallel, steps, root / "scratch"))
                     write(report, output)
         for precision in (EXACT, "bf16") if curve_steps else ():
             case = CURVE_CASES[device.type]
@@ -108,8 +109,7 @@ def worker(
 ) -> None:
     """One rank, started by torchrun."""
     measured = precision == "auto"
-    name, _, rest = case.partition(":")
-    batch, size = map(int, rest.split("@"))
+    name, batch, size = parse_case(case)
     make_deterministic(torch.get_num_threads(), deterministic=not measured)
     with joined(resolve_device("auto")) as ranks, tempfile.TemporaryDirectory() as directory:
         store = random_latents(Path(directory) / "latents", size)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import typer
 from rich.table import Table
 
 from dit.config import Params, load
 from dit.data.latents import LatentStore
 from dit.data.store import StoreWriter
+from dit.errors import ConfigError
+from dit.model import parse_name
 
 Result = dict[str, Any]
 
@@ -41,6 +45,36 @@ PHASES = {
     "bias gradients": ("_sum_rows", "reduce_kernel"),
 }
 """Substrings of kernel names, the first match counts; the rest is `all else`."""
+
+
+class Case(NamedTuple):
+    """A network, its batch and the height and width of its latents, as in `DiT-XL/2:128@32`."""
+
+    name: str
+    batch: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.batch}@{self.size}"
+
+
+def parse_case(text: str) -> Case:
+    """Of the option `--cases`. Raises `typer.BadParameter`, which says what is accepted."""
+    found = re.fullmatch(r"(.+):([1-9]\d*)@([1-9]\d*)", text)
+    try:
+        if not found:
+            raise ConfigError(f"'{text}'; accepted: MODEL:BATCH@LATENT, such as DiT-XL/2:128@32")
+        _, patch = parse_name(found[1])
+        if int(found[3]) % (whole := max(patch, COARSE)):
+            raise ConfigError(f"'{text}': latents of {found[3]}; accepted: multiples of {whole}")
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint="--cases") from error
+    return Case(found[1], int(found[2]), int(found[3]))
+
+
+def parse_cases(text: str) -> list[Case]:
+    """Several, separated by spaces."""
+    return [parse_case(part) for part in text.split()]
 
 
 def shipped() -> Params:

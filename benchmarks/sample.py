@@ -10,7 +10,21 @@ from typing import Annotated
 
 import torch
 import typer
-from measuring import CHANNELS, CLASSES, Result, heading, kernel_times, machine, matmul_rate, phase_table, shipped, wait, write
+from measuring import (
+    CHANNELS,
+    CLASSES,
+    Case,
+    Result,
+    heading,
+    kernel_times,
+    machine,
+    matmul_rate,
+    parse_cases,
+    phase_table,
+    shipped,
+    wait,
+    write,
+)
 from rich.console import Console
 from rich.table import Table
 from train import forward_flops
@@ -35,10 +49,11 @@ def main(
 ) -> None:
     """Time the steps of each solver, with guidance, and tell images per second of all of its steps."""
     device = resolve_device("auto")
+    chosen = parse_cases(cases or (GPU_CASES if device.type == "cuda" else CPU_CASES))
     make_deterministic(torch.get_num_threads())
     peak = matmul_rate(device)
     report: Result = {"machine": machine(device), "matmul_tflops": peak, "guidance_scale": GUIDANCE_SCALE, "results": []}
-    for case in (cases or (GPU_CASES if device.type == "cuda" else CPU_CASES)).split():
+    for case in chosen:
         for backend in backends.split():
             for result in measure(case, backend, measured, device):
                 result["share_of_matmul_rate"] = result["tflops"] / peak
@@ -50,10 +65,9 @@ def main(
         console.print(phase_table(phased))
 
 
-def measure(case: str, backend: str, measured: int, device: torch.device) -> list[Result]:
+def measure(case: Case, backend: str, measured: int, device: torch.device) -> list[Result]:
     """One network, with each solver. A step takes the difference of a run and one of twice its steps: the median of three."""
-    name, _, rest = case.partition(":")
-    batch, size = map(int, rest.split("@"))
+    name, batch, size = case
     params = shipped()
     network = model.build(name, latent_size=size, latent_channels=CHANNELS, num_classes=CLASSES, learn_sigma=True)
     init.apply(network, params.strategies["head_xavier"], 0).to(device).eval()

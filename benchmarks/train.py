@@ -14,11 +14,13 @@ import typer
 from measuring import (
     CHANNELS,
     CLASSES,
+    Case,
     Result,
     heading,
     kernel_times,
     machine,
     matmul_rate,
+    parse_cases,
     phase_table,
     random_latents,
     shipped,
@@ -65,9 +67,10 @@ def main(
     if steps & (steps - 1) or steps < 4:
         raise typer.BadParameter(f"{steps}; accepted: a power of two, 4 or more", param_hint="--steps")
     device = resolve_device("auto")
+    chosen = parse_cases(cases or (GPU_CASES if device.type == "cuda" else CPU_CASES))
     peak = matmul_rate(device)
     report: Result = {"machine": machine(device), "matmul_tflops": peak, "steps": steps, "results": []}
-    for case in (cases or (GPU_CASES if device.type == "cuda" else CPU_CASES)).split():
+    for case in chosen:
         for backend in (backends or (GPU_BACKENDS if device.type == "cuda" else CPU_BACKENDS)).split():
             result = measure(case, backend, steps, device, profile and device.type == "cuda")
             if "tflops" in result:
@@ -78,26 +81,25 @@ def main(
     show(report)
 
 
-def measure(case: str, backend: str, steps: int, device: torch.device, profile: bool) -> Result:
+def measure(case: Case, backend: str, steps: int, device: torch.device, profile: bool) -> Result:
     """One run of the training loop, checkpoints and diagnoses of later steps left out."""
-    name, _, rest = case.partition(":")
-    batch, _, size = rest.partition("@")
+    name, batch, size = case
     deterministic = backend == "deterministic"
-    result: Result = {"model": name, "batch_size": int(batch), "latent_size": int(size), "backend": backend}
+    result: Result = {"model": name, "batch_size": batch, "latent_size": size, "backend": backend}
     make_deterministic(torch.get_num_threads(), deterministic)
     torch.use_deterministic_algorithms(deterministic)
     with tempfile.TemporaryDirectory() as directory:
         try:
-            store = random_latents(Path(directory) / "latents", int(size))
-            trainer = build(name, int(batch), store, backend, device, Path(directory) / "scratch", steps=steps)
+            store = random_latents(Path(directory) / "latents", size)
+            trainer = build(name, batch, store, backend, device, Path(directory) / "scratch", steps=steps)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             started = time.perf_counter()
             trainer.run(f"{case} {backend}")
             first, half, end = trainer.ended
-            rate = (steps - steps // 2 - 1) * int(batch) / (end - half)
-            flops = FORWARD_AND_BACKWARD * forward_flops(name, int(size))
-            result |= {"images_per_second": rate, "milliseconds_per_step": 1e3 * int(batch) / rate}
+            rate = (steps - steps // 2 - 1) * batch / (end - half)
+            flops = FORWARD_AND_BACKWARD * forward_flops(name, size)
+            result |= {"images_per_second": rate, "milliseconds_per_step": 1e3 * batch / rate}
             result |= {"seconds_to_first_step": first - started, "tflops": rate * flops / 1e12}
             if device.type == "cuda":
                 result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
