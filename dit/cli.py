@@ -147,7 +147,8 @@ def _diff_table(loaded: Params, strategies: Sequence[Strategy], names: Sequence[
     changes = tables.changes(network, before, after, every)
     changed = sum(change.parameters for change in changes)
     total = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
-    table = Table(title=f"{names[0]} -> {names[1]}: {changed:,} of {total:,} parameters are drawn differently")
+    of = f"{changed:,} of {total:,} parameters, with {CLASSES_SHOWN} classes, are drawn differently"
+    table = Table(title=f"{names[0]} -> {names[1]}: {of}")
     table.title_justify = "left"
     table.add_column("role", no_wrap=True)
     for column in names:

@@ -47,7 +47,7 @@ def test_the_shipped_parameters_are_valid() -> None:
         ("model.name", "DiT-Q/2", r"unknown model 'DiT-Q/2'; accepted: one of DiT-Micro"),
         ("images.size", 36, r"patch size 2 does not divide the latent size 9"),
         ("images.size", 34, r"images.size = 34; accepted: a multiple of autoencoder.downsample = 4"),
-        ("images.source.kind", "folders", r"images.source = 'folders'; accepted: .*'photos', 'folder', 'huggingface'"),
+        ("images.source.kind", "folders", r"images.source.kind = 'folders'; accepted: 'photos', 'folder', 'huggingface'"),
         ("autoencoder.downsample", 8, r"downsample = 8; accepted: 4, as channels has 3 entries"),
         ("latents.normalize", "no", r"latents.normalize = 'no'; accepted: 'per_channel' or 'global' or a valid number"),
         ("train.steps", -3, r"train.steps = -3; accepted: greater than 0"),
@@ -65,13 +65,21 @@ def test_the_shipped_parameters_are_valid() -> None:
             {"rules": [{"role": "all", "init": "zeros"}, {"role": "modulaton", "init": "zeros"}]},
             r"strategies.adaln.rules\[1\]: role 'modulaton' names no weight.*did you mean modulation",
         ),
-        ("strategies.adaln", {"rules": [{"role": "all", "init": "zero"}]}, r"rules\[0\] = 'zero'; accepted: .*'zeros'"),
+        ("strategies.adaln", {"rules": [{"role": "all", "init": "zero"}]}, r"rules\[0\].init = 'zero'; accepted: 'zeros'"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key_and_what_is_accepted(key: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         config.parse(with_value(key, value))
     assert str(caught.value).startswith("params.yaml: ")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_mistake_in_shared_rules_is_told_once() -> None:
+    data = copy.deepcopy(SHIPPED)
+    data["strategies"]["adaln_zero"]["rules"][1]["init"] = "zeroes"  # of rules that others refer to
+    with pytest.raises(ConfigError, match=r"rules\[1\].init = 'zeroes'.*the same in head_xavier, .* more\)$") as caught:
+        config.parse(data)
     assert len(str(caught.value).splitlines()) == 1
 
 
