@@ -403,4 +403,4 @@ def parse(data: Any, where: str | Path = "params.yaml") -> Params:
     try:
         return Params.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(explain(error, str(where))) from None
+        raise ConfigError(explain(error, str(where), data)) from None

@@ -10,6 +10,9 @@ NAMED = 3
 """Of the entries that a message is about, how many it names."""
 
 
+Location = tuple[int | str, ...]
+
+
 class UserError(Exception):
     """Something that the user gave is wrong. The message says what, where, and what would be accepted."""
 
@@ -22,27 +25,25 @@ class DataError(UserError):
     """Input data is unusable: the message names the file or item, and what is wrong with it."""
 
 
-def explain(error: ValidationError, where: str) -> str:
-    """A pydantic error as one line for each wrong key: where, the key, its value, and what is accepted.
+def explain(error: ValidationError, where: str, data: Any) -> str:
+    """A pydantic error about `data` as one line for each wrong key: where, the key, its value, and what is accepted.
 
-    What several entries of a mapping have in common, as strategies that share rules do, is told once.
+    What several entries of one mapping have in common, as strategies that share rules do, is told once.
     """
-    problems = error.errors(include_url=False)
-    alternatives: dict[str, list[str]] = {}
-    locations: dict[str, tuple[int | str, ...]] = {}
-    for problem in problems:
-        location = problem["loc"]
-        if any(_same_place(problem, other) for other in problems):
-            location = location[:-1]  # the last part names a member of a union, not a key
+    choices: dict[str, list[str]] = {}
+    locations: dict[str, Location] = {}
+    for problem in error.errors(include_url=False):
+        location = _written(problem, data)
         head, accepted = _told(problem, _key(location))
-        alternatives.setdefault(head, []).append(accepted)
+        choices.setdefault(head, []).append(accepted)
         locations[head] = location
-    alike: dict[str, list[str]] = {}
-    for head, choices in alternatives.items():
-        start, rest = _key(locations[head][:2]), len(locations[head]) > 2
-        line = f"{head}{' or '.join(choices)}"
-        alike.setdefault(line.removeprefix(start) if rest else line, []).append(start if rest else "")
-    return "\n".join(f"{where}: {starts[0]}{line}{_also(starts[1:])}" for line, starts in alike.items())
+    alike: dict[tuple[Location, str], list[str]] = {}
+    for head, accepted_ones in choices.items():
+        location = locations[head] if len(locations[head]) > 2 else ()
+        start = _key(location[:2])
+        line = f"{head}{' or '.join(accepted_ones)}".removeprefix(start)
+        alike.setdefault((location[:1], line), []).append(start)
+    return "\n".join(f"{where}: {starts[0]}{line}{_also(starts[1:])}" for (_, line), starts in alike.items())
 
 
 def _also(others: list[str]) -> str:
@@ -52,17 +53,19 @@ def _also(others: list[str]) -> str:
     return f" (the same in {named}{more})" if others else ""
 
 
-def _same_place(problem: Any, other: Any) -> bool:
-    """Whether two problems are about one value that fits no member of a union."""
-    told = ("missing", "extra_forbidden", "value_error")
-    return (
-        problem["type"] not in told
-        and other["type"] not in told
-        and problem["loc"] != other["loc"]
-        and problem["loc"][:-1] == other["loc"][:-1]
-        and problem["input"] is other["input"]
-        and not isinstance(problem["loc"][-1], int)
-    )
+def _written(problem: Any, data: Any) -> Location:
+    """The location of a problem as keys of `data`, without the members of unions that pydantic names among them."""
+    keys: list[int | str] = []
+    for part in problem["loc"][:-1]:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            if isinstance(part, str):
+                continue
+            data = ...  # an item of a list that was put together from several of `data`
+        keys.append(part)
+    of_value = data is problem["input"] and problem["type"] not in {"missing", "extra_forbidden", "value_error"}
+    return tuple(keys) if of_value else (*keys, *problem["loc"][-1:])
 
 
 def _told(problem: Any, key: str) -> tuple[str, str]:
@@ -73,14 +76,14 @@ def _told(problem: Any, key: str) -> tuple[str, str]:
     if problem["type"] == "union_tag_not_found":
         return f"{key}.{_tag(problem)} is missing", ""
     if problem["type"] == "union_tag_invalid":
-        return f"{key}.{_tag(problem)} = {problem['ctx']['tag']!r}; accepted: ", problem["ctx"]["expected_tags"]
+        return f"{key}.{_tag(problem)} = {problem['input'][_tag(problem)]!r}; accepted: ", problem["ctx"]["expected_tags"]
     if problem["type"] == "value_error":
         return f"{key + ': ' if key else ''}{problem['ctx']['error']}", ""
     return f"{key} = {problem['input']!r}; accepted: ", problem["msg"].removeprefix("Input should be ")
 
 
-def _key(location: tuple[int | str, ...]) -> str:
-    """`("strategies", "x", "rules", 2, "normal", "std")` -> `strategies.x.rules[2].normal.std`."""
+def _key(location: Location) -> str:
+    """`("strategies", "x", "rules", 2, "std")` -> `strategies.x.rules[2].std`."""
     key = ""
     for part in location:
         key += f"[{part}]" if isinstance(part, int) else f".{part}"

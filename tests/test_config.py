@@ -92,10 +92,15 @@ def test_a_missing_key_is_named() -> None:
 
 def test_every_wrong_key_is_told_at_once() -> None:
     data = with_value("train.steps", 0)
-    data["images"]["size"] = "big"
+    data["train"]["batch_size"] = 0
+    data["autoencoder"]["steps"] = "many"
     with pytest.raises(ConfigError) as caught:
         config.parse(data)
-    assert len(str(caught.value).splitlines()) == 2
+    assert [line.split(";")[0].removeprefix("params.yaml: ") for line in str(caught.value).splitlines()] == [
+        "autoencoder.steps = 'many'",
+        "train.steps = 0",
+        "train.batch_size = 0",
+    ]
 
 
 def test_a_missing_or_broken_file_is_one_clear_message(tmp_path: Path) -> None:

@@ -244,9 +244,9 @@ def test_roles_are_addressed_singly_by_group_and_by_slice_of_blocks(selector: st
         ([{"role": "bias", "init": "zeros"}], "no rule claims patch_embed.weight"),
         ([{"role": "all", "init": "orthogonal"}], r"rules\[0\]: 'patch_embed.bias' is a vector"),
         ([{"role": "all", "init": "xavier"}], r"rules\[0\].*'xavier'; accepted.*'xavier_uniform'"),
-        ([{"role": "all", "init": "normal"}], r"rules\[0\].normal.std is missing"),
-        ([{"role": "all", "init": "normal", "std": -1}], r"rules\[0\].normal.std = -1; accepted: greater than or equal to 0"),
-        ([{"role": "all", "init": "zeros", "std": 1}], r"rules\[0\].zeros.std is not a known key"),
+        ([{"role": "all", "init": "normal"}], r"rules\[0\].std is missing"),
+        ([{"role": "all", "init": "normal", "std": -1}], r"rules\[0\].std = -1; accepted: greater than or equal to 0"),
+        ([{"role": "all", "init": "zeros", "std": 1}], r"rules\[0\].std is not a known key"),
         ([BASE, [{"role": "gaet", "init": "zeros"}]], r"rules\[2\]: role 'gaet' names no weight.*did you mean gate"),
         (
             [*BASE, {"role": "mlp_in", "init": "normal", "std": 1, "equal": "heads"}],

@@ -118,7 +118,7 @@ def resolve(strategy: str | Mapping | Strategy) -> Strategy:
     try:
         return TypeAdapter(Strategy).validate_python(strategy)
     except ValidationError as error:
-        raise ConfigError(explain(error, "strategy")) from None
+        raise ConfigError(explain(error, "strategy", strategy)) from None
 
 
 def named(name: str) -> Strategy:

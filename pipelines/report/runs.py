@@ -289,13 +289,15 @@ R = TypeVar("R", bound=Record)
 
 def _record(kind: type[R], path: Path, stage: str) -> R:
     try:
-        return kind.model_validate(json.loads(path.read_text()))
+        data = json.loads(path.read_text())
     except FileNotFoundError:
         raise DataError(f"{path}: no such file, so run {stage} is missing; `dvc repro {stage}` makes it") from None
-    except ValidationError as error:
-        raise DataError(explain(error, str(path))) from None
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON: {error}") from None
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise DataError(explain(error, str(path), data)) from None
 
 
 def _table(path: Path, columns: list[str]) -> pd.DataFrame:
