@@ -10,6 +10,7 @@ import ctypes
 import statistics
 from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,12 +24,10 @@ CANDIDATES = 8
 """Algorithms that are timed, once for each shape of product."""
 TIMED_RUNS, ROUNDS = 5, 3
 WORTH_TIMING = 10**10
-"""Operations of a product below which the host's launches, and not the algorithms, would be timed: it gets the first one."""
-TELLING = 1 << 18
-"""Elements of a result from which on it shows in which order an algorithm adds.
+"""Operations of a product below which the host's launches, and not the algorithms, would be timed: it gets the first one.
 
-Sums of K products in another order differ by some sqrt(K) 2^-24 of themselves, which changes the rounding to bf16, of 2^-9, in
-one of 2^15 / sqrt(K) elements: here, of K = 64 and more, in 64 and more.
+From here on a result also shows in which order an algorithm adds: of sums of K products in two halves instead of one, hundreds
+among 5e9 / K are rounded to another bf16, for K from 64 to 4608 (simulated with random numbers).
 """
 
 
@@ -92,10 +91,31 @@ def _product(
     """`left @ right`, each transposed or not, to `out`. In columns that is `right.T @ left.T`, so cuBLASLt's A is `right`."""
     fixed = torch.are_deterministic_algorithms_enabled()
     plan = _plan(out.shape, left.shape, right.shape, transposed, epilogue, out.device, fixed)
-    for attribute, tensor in ((BIAS_POINTER, bias), (AUX_POINTER, aux)):
-        if tensor is not None:
-            _set(plan.operation, attribute, c_void_p(tensor.data_ptr()))
-    plan.run(out, left, right)
+    plan.run(_Operands(out, left, right, bias, aux))
+
+
+class _Operands(NamedTuple):
+    """The tensors of one product; `aux` is written with `out` or read, as the epilogue has it."""
+
+    out: Tensor
+    left: Tensor
+    right: Tensor
+    bias: Tensor | None
+    aux: Tensor | None
+
+    def random(self) -> _Operands:
+        """Others of these shapes, but for `out`."""
+        draws = torch.Generator(self.out.device).manual_seed(0)
+        left, right, bias, aux = (
+            None if tensor is None else torch.empty_like(tensor).normal_(generator=draws) for tensor in self[1:]
+        )
+        assert left is not None
+        assert right is not None
+        return _Operands(self.out, left, right, bias, aux)
+
+    def written(self) -> list[Tensor]:
+        """What a product may have written."""
+        return [self.out] if self.aux is None else [self.out, self.aux]
 
 
 class _Plan:
@@ -131,31 +151,29 @@ class _Plan:
         if not count.value:
             raise RuntimeError(f"cuBLASLt has no algorithm for {self.shapes}")
         operations = 2 * out.numel() * left[0 if transposed[0] else 1]
-        timed = operations >= WORTH_TIMING and not (fixed and out.numel() < TELLING)
-        self.candidates = list(found[: count.value if timed else 1])
+        self.candidates = list(found[: count.value if operations >= WORTH_TIMING else 1])
         self.fixed = fixed
 
-    def run(self, *operands: Tensor) -> None:
+    def run(self, operands: _Operands) -> None:
         """Multiply; the first call settles the algorithm."""
         if len(self.candidates) > 1:
-            self.candidates = [self._fastest(*operands)]
-        _check(self._launch(self.candidates[0], *operands))
+            self.candidates = [self._fastest(operands.random())]
+        _check(self._launch(self.candidates[0], operands))
 
-    def _fastest(self, out: Tensor, left: Tensor, right: Tensor) -> _Heuristic:
+    def _fastest(self, operands: _Operands) -> _Heuristic:
         """Of those that work, by random operands: zeros, as many gradients are at first, take less power and other times.
 
         In a deterministic run, of those whose results have the same bits as that of the first, so that it does not matter which
         one the clock prefers.
         """
-        draws = torch.Generator(out.device).manual_seed(0)
-        operands = out, *(torch.empty_like(operand).normal_(generator=draws) for operand in (left, right))
         working: list[_Heuristic] = []
+        expected: list[Tensor] = []
         for candidate in self.candidates:
-            if self._launch(candidate, *operands):
+            if self._launch(candidate, operands):
                 continue
             if self.fixed and not working:
-                expected = out.clone()
-            if not self.fixed or torch.equal(out, expected):
+                expected = [tensor.clone() for tensor in operands.written()]
+            if all(map(torch.equal, operands.written(), expected)):
                 working.append(candidate)
         if not working:
             raise RuntimeError(f"cuBLASLt ran none of its {len(self.candidates)} algorithms for {self.shapes}")
@@ -163,18 +181,21 @@ class _Plan:
         medians = [statistics.median(times) for times in zip(*rounds, strict=True)]
         return working[medians.index(min(medians))]
 
-    def _milliseconds(self, candidate: _Heuristic, operands: tuple[Tensor, ...]) -> float:
+    def _milliseconds(self, candidate: _Heuristic, operands: _Operands) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(TIMED_RUNS):
-            self._launch(candidate, *operands)
+            self._launch(candidate, operands)
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
 
-    def _launch(self, candidate: _Heuristic, out: Tensor, left: Tensor, right: Tensor) -> int:
+    def _launch(self, candidate: _Heuristic, operands: _Operands) -> int:
+        for attribute, tensor in ((BIAS_POINTER, operands.bias), (AUX_POINTER, operands.aux)):
+            if tensor is not None:
+                _set(self.operation, attribute, c_void_p(tensor.data_ptr()))
         one, zero = c_float(1), c_float(0)
-        a, b, target = (c_void_p(tensor.data_ptr()) for tensor in (right, left, out))
+        a, b, target = (c_void_p(tensor.data_ptr()) for tensor in (operands.right, operands.left, operands.out))
         return _library().cublasLtMatmul(
             self.handle, self.operation, byref(one), a, self.right, b, self.left, byref(zero), target, self.out, target,
             self.out, byref(candidate), c_void_p(self.workspace.data_ptr()), c_size_t(WORKSPACE_BYTES),
