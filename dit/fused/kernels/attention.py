@@ -1,8 +1,8 @@
 """Attention: forward where sequences are short, else cuDNN's; backward always.
 
 A head of SIZE channels is cut in WIDE and REST ones, powers of two. What a program owns is read with zeros where REST has
-channels of another head. `wide` and `rest` describe all of qkv: what they bring of another head meets those zeros, or is not
-stored.
+channels of another head. What it walks through is read, on Hopper and later, by descriptors of whole tensors, `wide` and
+`rest`: what they bring of another head meets those zeros, or is not stored. Other cards load tiles.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dit.fused.kernels.sums import add_rows, divisor
+from dit.fused.kernels.sums import add_rows, describes, divisor
 
 
 @triton.jit
@@ -24,6 +24,17 @@ def _tile(pointer, rows, stride, FIRST: tl.constexpr, COUNT: tl.constexpr, SIZE:
     if FIRST + COUNT <= SIZE:
         return tl.load(at)
     return tl.load(at, columns[None, :] < SIZE, 0.0)
+
+
+@triton.jit
+def _walk(
+    described, tensor, row, channel, stride, ROWS: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of `tensor` from `row` on, and of a head that starts at `channel`, its columns FIRST to FIRST + COUNT."""
+    if DESCRIBED:
+        return described.load([row, channel + FIRST])
+    return _tile(tensor + channel, row.to(tl.int64) + tl.arange(0, ROWS), stride, FIRST, COUNT, SIZE)
 
 
 @triton.jit
@@ -41,8 +52,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _attention_forward(
-    qkv, wide, rest, out, lse, heads, scale, TOKENS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
-    OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr,
+    qkv, wide, rest, out, lse, heads, scale,
+    TOKENS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+    STAGES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """One program: OWN queries of one head of one sample, with a running maximum; Dao et al. (2022), algorithm 1."""
     pair, block = tl.program_id(0) // (TOKENS // OWN), tl.program_id(0) % (TOKENS // OWN)
@@ -60,18 +72,20 @@ def _attention_forward(
     total = tl.zeros([OWN], tl.float32)
     for start in tl.range(0, TOKENS, OTHER, num_stages=STAGES):
         row = first + start
-        s = tl.dot(q1, wide.load([row, width + channel]).T)
+        s = tl.dot(q1, _walk(wide, qkv, row, width + channel, 3 * width, OTHER, 0, WIDE, SIZE, DESCRIBED).T)
         if REST > 0:
-            s = tl.dot(q2, rest.load([row, width + channel + WIDE]).T, s)
+            s = tl.dot(q2, _walk(rest, qkv, row, width + channel, 3 * width, OTHER, WIDE, REST, SIZE, DESCRIBED).T, s)
         s *= scale * LOG2_E
         higher = tl.maximum(highest, tl.max(s, 1))
         p = tl.exp2(s - higher[:, None])
         shrink = tl.exp2(highest - higher)
         total = total * shrink + tl.sum(p, 1)
         highest = higher
-        o1 = tl.dot(p.to(q1.dtype), wide.load([row, 2 * width + channel]), o1 * shrink[:, None])
+        v1 = _walk(wide, qkv, row, 2 * width + channel, 3 * width, OTHER, 0, WIDE, SIZE, DESCRIBED)
+        o1 = tl.dot(p.to(q1.dtype), v1, o1 * shrink[:, None])
         if REST > 0:
-            o2 = tl.dot(p.to(q1.dtype), rest.load([row, 2 * width + channel + WIDE]), o2 * shrink[:, None])
+            v2 = _walk(rest, qkv, row, 2 * width + channel, 3 * width, OTHER, WIDE, REST, SIZE, DESCRIBED)
+            o2 = tl.dot(p.to(q1.dtype), v2, o2 * shrink[:, None])
     tl.store(lse + pair * TOKENS + own, (highest + tl.log2(total)) / LOG2_E)
     at = out + first.to(tl.int64) * width + channel + own[:, None] * width
     columns = tl.arange(0, WIDE)[None, :]
@@ -83,8 +97,9 @@ def _attention_forward(
 
 @triton.jit
 def _attention_backward_queries(
-    qkv, wide, rest, out, dout, lse, delta, dqkv, partial, heads, scale, TOKENS: tl.constexpr, SIZE: tl.constexpr,
-    WIDE: tl.constexpr, REST: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr,
+    qkv, wide, rest, out, dout, lse, delta, dqkv, partial, heads, scale,
+    TOKENS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+    STAGES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradients of OWN queries of one head of one sample; Dao et al. (2022), appendix B.2.
 
@@ -115,13 +130,13 @@ def _attention_backward_queries(
     own_lse = tl.load(lse + pair * TOKENS + own) * LOG2_E
     for start in tl.range(0, TOKENS, OTHER, num_stages=STAGES):
         row = first + start
-        k1 = wide.load([row, width + channel])
+        k1 = _walk(wide, qkv, row, width + channel, 3 * width, OTHER, 0, WIDE, SIZE, DESCRIBED)
         s = tl.dot(q1, k1.T)
-        dp = tl.dot(g1, wide.load([row, 2 * width + channel]).T)
+        dp = tl.dot(g1, _walk(wide, qkv, row, 2 * width + channel, 3 * width, OTHER, 0, WIDE, SIZE, DESCRIBED).T)
         if REST > 0:
-            k2 = rest.load([row, width + channel + WIDE])
+            k2 = _walk(rest, qkv, row, width + channel, 3 * width, OTHER, WIDE, REST, SIZE, DESCRIBED)
             s = tl.dot(q2, k2.T, s)
-            dp = tl.dot(g2, rest.load([row, 2 * width + channel + WIDE]).T, dp)
+            dp = tl.dot(g2, _walk(rest, qkv, row, 2 * width + channel, 3 * width, OTHER, WIDE, REST, SIZE, DESCRIBED).T, dp)
         p = tl.exp2(s * (scale * LOG2_E) - own_lse[:, None])
         ds = (p * (dp - own_delta[:, None])).to(q1.dtype)
         dq1 = tl.dot(ds, k1, dq1)
@@ -134,8 +149,9 @@ def _attention_backward_queries(
 
 @triton.jit
 def _attention_backward_keys(
-    qkv, wide, rest, dout_wide, dout_rest, lse, delta, dqkv, partial, heads, scale, TOKENS: tl.constexpr, SIZE: tl.constexpr,
-    WIDE: tl.constexpr, REST: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr,
+    qkv, wide, rest, dout, dout_wide, dout_rest, lse, delta, dqkv, partial, heads, scale,
+    TOKENS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+    STAGES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradients of OWN keys and values of one head of one sample, and their sums, as for queries.
 
@@ -164,13 +180,13 @@ def _attention_backward_keys(
         dv2 = tl.zeros([OWN, REST], tl.float32)
     for start in tl.range(0, TOKENS, OTHER, num_stages=STAGES):
         row, rows = first + start, start + tl.arange(0, OTHER)
-        q1 = wide.load([row, channel])
-        g1 = dout_wide.load([row, channel])
+        q1 = _walk(wide, qkv, row, channel, 3 * width, OTHER, 0, WIDE, SIZE, DESCRIBED)
+        g1 = _walk(dout_wide, dout, row, channel, width, OTHER, 0, WIDE, SIZE, DESCRIBED)
         s = tl.dot(k1, q1.T)
         dp = tl.dot(v1, g1.T)
         if REST > 0:
-            q2 = rest.load([row, channel + WIDE])
-            g2 = dout_rest.load([row, channel + WIDE])
+            q2 = _walk(rest, qkv, row, channel, 3 * width, OTHER, WIDE, REST, SIZE, DESCRIBED)
+            g2 = _walk(dout_rest, dout, row, channel, width, OTHER, WIDE, REST, SIZE, DESCRIBED)
             s = tl.dot(k2, q2.T, s)
             dp = tl.dot(v2, g2.T, dp)
         p = tl.exp2(s * (scale * LOG2_E) - (tl.load(lse + rows) * LOG2_E)[None, :])
@@ -210,15 +226,17 @@ def _settings(qkv: Tensor, num_heads: int) -> dict[str, int]:
     rest = max(16, triton.next_power_of_2(size - wide)) if size > wide else 0
     settings = UNEVEN if rest else EVEN
     own, other = (divisor(tokens, settings[name]) for name in ("OWN", "OTHER"))
-    return {**settings, "TOKENS": tokens, "SIZE": size, "WIDE": wide, "REST": rest, "OWN": own, "OTHER": other}
+    head = {"TOKENS": tokens, "SIZE": size, "WIDE": wide, "REST": rest}
+    return {**settings, **head, "OWN": own, "OTHER": other, "DESCRIBED": describes(qkv.device)}
 
 
-def _described(x: Tensor, settings: dict[str, int]) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """`x` (B, T, ...) as rows that are read by OTHER tokens and WIDE or REST channels."""
-    rows = x.flatten(0, 1)
+def _described(x: Tensor, settings: dict[str, int]) -> tuple[Tensor, TensorDescriptor | Tensor, TensorDescriptor | Tensor]:
+    """`x` (B, T, ...), and it as rows that are read by OTHER tokens and WIDE or REST channels."""
+    if not settings["DESCRIBED"]:
+        return x, x, x
     widths = settings["WIDE"], settings["REST"] or settings["WIDE"]
-    wide, rest = (TensorDescriptor.from_tensor(rows, [settings["OTHER"], width]) for width in widths)
-    return wide, rest
+    wide, rest = (TensorDescriptor.from_tensor(x.flatten(0, 1), [settings["OTHER"], width]) for width in widths)
+    return x, wide, rest
 
 
 def attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
@@ -233,7 +251,7 @@ def attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     lse = qkv.new_empty((batch, num_heads, tokens), dtype=torch.float32)
     grid = (batch * num_heads * (tokens // settings["OWN"]),)
     scale = settings["SIZE"] ** -0.5
-    _attention_forward[grid](qkv, *_described(qkv, settings), out, lse, num_heads, scale, **settings)
+    _attention_forward[grid](*_described(qkv, settings), out, lse, num_heads, scale, **settings)
     return out, lse
 
 
@@ -246,6 +264,6 @@ def attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_
     partial = qkv.new_empty((batch * blocks, width), dtype=torch.float32)
     parts, grid, scale = _described(qkv, settings), (batch * num_heads * blocks,), settings["SIZE"] ** -0.5
     results = dqkv, partial, num_heads, scale
-    _attention_backward_queries[grid](qkv, *parts, out, dout, lse, delta, *results, **settings)
-    _attention_backward_keys[grid](qkv, *parts, *_described(dout, settings), lse, delta, *results, **settings)
+    _attention_backward_queries[grid](*parts, out, dout, lse, delta, *results, **settings)
+    _attention_backward_keys[grid](*parts, *_described(dout, settings), lse, delta, *results, **settings)
     return dqkv, add_rows(partial, qkv.dtype)

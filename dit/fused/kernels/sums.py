@@ -52,3 +52,9 @@ def divisor(number: int, most: int) -> int:
 def is_hopper(device: torch.device) -> bool:
     """Whether it is an H100, H200 or the like."""
     return torch.cuda.get_device_capability(device)[0] == 9
+
+
+@cache
+def describes(device: torch.device) -> bool:
+    """Whether it copies parts of a described tensor by one instruction, as Hopper and its successors do."""
+    return torch.cuda.get_device_capability(device)[0] >= 9
