@@ -146,7 +146,7 @@ def ancestral_step(solver: DDPMScheduler, output: Tensor, t: Tensor, x: Tensor, 
     mean = abar_before.sqrt() * beta / (1 - abar) * x0 + alpha.sqrt() * (1 - abar_before) / (1 - abar) * x
     if noise is None:
         return mean
-    variance = (1 - abar_before) / (1 - abar) * beta
+    variance = ((1 - abar_before) / (1 - abar) * beta).clamp(min=1e-20)  # as diffusers has it: its logarithm is finite
     if solver.config.variance_type == "fixed_small":
         return mean + variance.sqrt() * noise
     fraction = (sigma + 1) / 2
