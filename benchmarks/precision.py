@@ -42,7 +42,8 @@ def main(
     make_deterministic(torch.get_num_threads(), deterministic=False)  # with all kernels that a fast run has
     usual, pixels = ("DiT-Tiny/2", 32) if device.type == "cuda" else ("DiT-Micro/2", 8)
     network = name or usual
-    report: Result = {"machine": machine(device), "model": network, "batch_size": batch_size, "steps": steps, "seeds": seeds}
+    report: Result = {"machine": machine(device), "latents": str(latents) if latents else "random", "model": network}
+    report |= {"batch_size": batch_size, "steps": steps, "seeds": seeds}
     found: dict[str, list[pd.DataFrame]] = {}
     with tempfile.TemporaryDirectory() as directory:
         store = LatentStore(latents) if latents else random_latents(Path(directory) / "latents", size or pixels)
