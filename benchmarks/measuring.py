@@ -58,23 +58,23 @@ class Case(NamedTuple):
         return f"{self.name}:{self.batch}@{self.size}"
 
 
-def parse_case(text: str) -> Case:
-    """Of the option `--cases`. Raises `typer.BadParameter`, which says what is accepted."""
+def parse_case(text: str, multiple: int = COARSE) -> Case:
+    """Of the option `--cases`, with latents of a `multiple`. Raises `typer.BadParameter`, which says what is accepted."""
     found = re.fullmatch(r"(.+):([1-9]\d*)@([1-9]\d*)", text)
     try:
         if not found:
             raise ConfigError(f"'{text}'; accepted: MODEL:BATCH@LATENT, such as DiT-XL/2:128@32")
         _, patch = parse_name(found[1])
-        if int(found[3]) % (whole := max(patch, COARSE)):
+        if int(found[3]) % (whole := max(patch, multiple)):
             raise ConfigError(f"'{text}': latents of {found[3]}; accepted: multiples of {whole}")
     except ConfigError as error:
         raise typer.BadParameter(str(error), param_hint="--cases") from error
     return Case(found[1], int(found[2]), int(found[3]))
 
 
-def parse_cases(text: str) -> list[Case]:
+def parse_cases(text: str, multiple: int = COARSE) -> list[Case]:
     """Several, separated by spaces."""
-    return [parse_case(part) for part in text.split()]
+    return [parse_case(part, multiple) for part in text.split()]
 
 
 def shipped() -> Params:
