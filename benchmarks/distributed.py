@@ -51,7 +51,7 @@ def main(
     if context.invoked_subcommand:
         return
     device = resolve_device("auto")
-    chosen = parse_cases(cases or (GPU_CASES if device.type == "cuda" else CPU_CASES))
+    chosen = parse_cases(cases, device, GPU_CASES, CPU_CASES)
     gpus = torch.cuda.device_count() if device.type == "cuda" else 2
     processes = [int(count) for count in counts.split()] or [2**power for power in range(gpus.bit_length())]
     multicast = os.environ.get("NCCL_NVLS_ENABLE", MULTICAST)

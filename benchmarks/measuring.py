@@ -72,9 +72,9 @@ def parse_case(text: str, multiple: int = COARSE) -> Case:
     return Case(found[1], int(found[2]), int(found[3]))
 
 
-def parse_cases(text: str, multiple: int = COARSE) -> list[Case]:
-    """Several, separated by spaces."""
-    return [parse_case(part, multiple) for part in text.split()]
+def parse_cases(text: str, device: torch.device, gpu: str, cpu: str, multiple: int = COARSE) -> list[Case]:
+    """Several, separated by spaces; without any, those of `gpu` on CUDA, else those of `cpu`."""
+    return [parse_case(part, multiple) for part in (text or (gpu if device.type == "cuda" else cpu)).split()]
 
 
 def shipped() -> Params:

@@ -49,7 +49,7 @@ def main(
 ) -> None:
     """Time the steps of each solver, with guidance, and tell images per second of all of its steps."""
     device = resolve_device("auto")
-    chosen = parse_cases(cases or (GPU_CASES if device.type == "cuda" else CPU_CASES), multiple=1)
+    chosen = parse_cases(cases, device, GPU_CASES, CPU_CASES, multiple=1)
     make_deterministic(torch.get_num_threads())
     peak = matmul_rate(device)
     report: Result = {"machine": machine(device), "matmul_tflops": peak, "guidance_scale": GUIDANCE_SCALE, "results": []}

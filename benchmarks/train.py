@@ -67,7 +67,7 @@ def main(
     if steps & (steps - 1) or steps < 4:
         raise typer.BadParameter(f"{steps}; accepted: a power of two, 4 or more", param_hint="--steps")
     device = resolve_device("auto")
-    chosen = parse_cases(cases or (GPU_CASES if device.type == "cuda" else CPU_CASES))
+    chosen = parse_cases(cases, device, GPU_CASES, CPU_CASES)
     peak = matmul_rate(device)
     report: Result = {"machine": machine(device), "matmul_tflops": peak, "steps": steps, "results": []}
     for case in chosen:

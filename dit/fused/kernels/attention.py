@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dit.fused.kernels.sums import add_rows, describes, divisor
+from dit.fused.kernels.sums import add_rows, has_tensor_copies, divisor
 
 
 @triton.jit
@@ -211,8 +211,8 @@ NVIDIA lists it as deterministic on Ampere, Ada and Hopper (cuDNN frontend, "Att
 choice leaves it out of deterministic runs.
 """
 
-EVEN = {"OWN": 64, "OTHER": 32, "STAGES": 4, "num_warps": 4}
-UNEVEN = {"OWN": 64, "OTHER": 32, "STAGES": 3, "num_warps": 4}
+POWER_OF_TWO_HEADS = {"OWN": 64, "OTHER": 32, "STAGES": 4, "num_warps": 4}
+OTHER_HEADS = {"OWN": 64, "OTHER": 32, "STAGES": 3, "num_warps": 4}
 """Tokens of a program, tokens of one of its steps, and how it is run, for heads whose size is or is not a power of two.
 
 Of twelve settings that were measured on an H100 for each kernel, these are the fastest or within 4 % of it.
@@ -224,10 +224,10 @@ def _settings(qkv: Tensor, num_heads: int) -> dict[str, int]:
     tokens, size = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
     wide = 1 << (size.bit_length() - 1)
     rest = max(16, triton.next_power_of_2(size - wide)) if size > wide else 0
-    settings = UNEVEN if rest else EVEN
+    settings = OTHER_HEADS if rest else POWER_OF_TWO_HEADS
     own, other = (divisor(tokens, settings[name]) for name in ("OWN", "OTHER"))
     head = {"TOKENS": tokens, "SIZE": size, "WIDE": wide, "REST": rest}
-    return {**settings, **head, "OWN": own, "OTHER": other, "DESCRIBED": describes(qkv.device)}
+    return {**settings, **head, "OWN": own, "OTHER": other, "DESCRIBED": has_tensor_copies(qkv.device)}
 
 
 def _described(x: Tensor, settings: dict[str, int]) -> tuple[Tensor, TensorDescriptor | Tensor, TensorDescriptor | Tensor]:

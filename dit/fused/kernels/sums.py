@@ -55,6 +55,6 @@ def is_hopper(device: torch.device) -> bool:
 
 
 @cache
-def describes(device: torch.device) -> bool:
-    """Whether it copies parts of a described tensor by one instruction, as Hopper and its successors do."""
+def has_tensor_copies(device: torch.device) -> bool:
+    """Whether one instruction of it copies a tile of a described tensor, as on Hopper and its successors."""
     return torch.cuda.get_device_capability(device)[0] >= 9
