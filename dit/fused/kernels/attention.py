@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dit.fused.kernels.sums import add_rows, has_tensor_copies, divisor
+from dit.fused.kernels.sums import add_rows, divisor, has_tensor_copies
 
 
 @triton.jit
