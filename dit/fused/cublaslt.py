@@ -106,12 +106,12 @@ class _Operands(NamedTuple):
     def random(self) -> _Operands:
         """Others of these shapes, but for `out`."""
         draws = torch.Generator(self.out.device).manual_seed(0)
-        left, right, bias, aux = (
-            None if tensor is None else torch.empty_like(tensor).normal_(generator=draws) for tensor in self[1:]
-        )
-        assert left is not None
-        assert right is not None
-        return _Operands(self.out, left, right, bias, aux)
+
+        def other(tensor: Tensor) -> Tensor:
+            return torch.empty_like(tensor).normal_(generator=draws)
+
+        bias, aux = (None if tensor is None else other(tensor) for tensor in (self.bias, self.aux))
+        return _Operands(self.out, other(self.left), other(self.right), bias, aux)
 
     def written(self) -> list[Tensor]:
         """What a product may have written."""
