@@ -134,7 +134,7 @@ def worker(
         run.forget()
         found: Result = {"case": case, "parallel": parallel, "processes": ranks.size, "backend": run.backend}
         if measured:
-            found |= speed(run, batch * ranks.size)
+            found |= speed(run)
         else:
             found["mse"] = [row["mse"] for row in run.records.metrics]
         if ranks.first:
@@ -153,11 +153,9 @@ def die_at(run: Timed, last: int) -> None:
     run._train = train_until_killed  # type: ignore[method-assign]
 
 
-def speed(run: Timed, batch: int) -> Result:
+def speed(run: Timed) -> Result:
     """Images a second of all ranks; the memory of this one, and its milliseconds a step of nothing but communication."""
-    _, half, end = run.ended
-    steps = run.params.steps
-    found: Result = {"images_per_second": (steps - steps // 2 - 1) * batch / (end - half)}
+    found: Result = {"images_per_second": run.steady_rate}
     if run.diffusion.device.type == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         found["exposed_communication_ms"] = exposed_communication(run)

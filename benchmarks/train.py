@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -44,10 +47,17 @@ GPU_BACKENDS, CPU_BACKENDS = "auto deterministic eager", "eager"
 FORWARD_AND_BACKWARD = 3
 """The backward pass multiplies twice where the forward pass multiplies once."""
 OUT_OF_MEMORY = "out of memory"
+SHORTEST_MEASUREMENT = 1.0
+"""Seconds: less is at the mercy of whatever else the host does, as the 31 steps of a small network would be."""
 
 
 class Timed(Trainer):
     """A trainer that notes when step 1 and each half of its steps have ended; validation falls outside of the second half."""
+
+    def run(self, description: str) -> None:
+        """As `Trainer.run`, timed."""
+        self.started = time.perf_counter()
+        super().run(description)
 
     def _train(self, step: int) -> None:
         super()._train(step)
@@ -55,11 +65,22 @@ class Timed(Trainer):
             wait(self.diffusion.device)
             self.ended = [*getattr(self, "ended", []), time.perf_counter()]
 
+    @property
+    def measured_seconds(self) -> float:
+        """What the second half took, but for its first step, which validation precedes."""
+        return self.ended[2] - self.ended[1]
+
+    @property
+    def steady_rate(self) -> float:
+        """Images per second in that time."""
+        steps = self.params.steps - self.params.steps // 2 - 1
+        return steps * self.params.batch_size / self.measured_seconds
+
 
 def main(
     cases: Annotated[str, typer.Option(help="MODEL:BATCH@LATENT, separated by spaces")] = "",
     backends: Annotated[str, typer.Option(help="of auto, deterministic, compiled, eager")] = "",
-    steps: Annotated[int, typer.Option(help="a power of two; the second half is measured")] = 64,
+    steps: Annotated[int, typer.Option(help="a power of two; the second half is measured, of more if it lasts under 1 s")] = 64,
     output: Annotated[Path | None, typer.Option(help="where to write JSON")] = None,
     profile: Annotated[bool, typer.Option(help="also tell kernel time by phase, on a GPU")] = True,
 ) -> None:
@@ -69,7 +90,7 @@ def main(
     device = resolve_device("auto")
     chosen = parse_cases(cases, device, GPU_CASES, CPU_CASES)
     peak = matmul_rate(device)
-    report: Result = {"machine": machine(device), "matmul_tflops": peak, "steps": steps, "results": []}
+    report: Result = {"machine": machine(device), "matmul_tflops": peak, "results": []}
     for case in chosen:
         for backend in (backends or (GPU_BACKENDS if device.type == "cuda" else CPU_BACKENDS)).split():
             result = measure(case, backend, steps, device, profile and device.type == "cuda")
@@ -82,7 +103,7 @@ def main(
 
 
 def measure(case: Case, backend: str, steps: int, device: torch.device, profile: bool) -> Result:
-    """One run of the training loop, checkpoints and diagnoses of later steps left out."""
+    """Runs of the training loop, checkpoints and diagnoses of later steps left out."""
     name, batch, size = case
     deterministic = backend == "deterministic"
     result: Result = {"model": name, "batch_size": batch, "latent_size": size, "backend": backend}
@@ -91,16 +112,14 @@ def measure(case: Case, backend: str, steps: int, device: torch.device, profile:
     with tempfile.TemporaryDirectory() as directory:
         try:
             store = random_latents(Path(directory) / "latents", size)
-            trainer = build(name, batch, store, backend, device, Path(directory) / "scratch", steps=steps)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            started = time.perf_counter()
-            trainer.run(f"{case} {backend}")
-            first, half, end = trainer.ended
-            rate = (steps - steps // 2 - 1) * batch / (end - half)
+            make = partial(build, name, batch, store, backend, device, Path(directory) / "scratch")
+            trainer, result["seconds_to_first_step"] = train(make, steps, f"{case} {backend}")
+            rate = trainer.steady_rate
             flops = FORWARD_AND_BACKWARD * forward_flops(name, size)
-            result |= {"images_per_second": rate, "milliseconds_per_step": 1e3 * batch / rate}
-            result |= {"seconds_to_first_step": first - started, "tflops": rate * flops / 1e12}
+            result |= {"steps": trainer.params.steps, "images_per_second": rate}
+            result |= {"milliseconds_per_step": 1e3 * batch / rate, "tflops": rate * flops / 1e12}
             if device.type == "cuda":
                 result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if profile:
@@ -110,6 +129,20 @@ def measure(case: Case, backend: str, steps: int, device: torch.device, profile:
     trainer = None  # type: ignore[assignment]
     _free()
     return result
+
+
+def train(make: Callable[..., Timed], steps: int, description: str) -> tuple[Timed, float]:
+    """A trainer after so many `steps`, or as many more as a measurement needs; and the time to the very first of them."""
+    first = None
+    while True:
+        trainer = make(steps=steps)
+        trainer.run(description)
+        first = first or trainer.ended[0] - trainer.started
+        if (seconds := trainer.measured_seconds) >= SHORTEST_MEASUREMENT:
+            return trainer, first
+        steps <<= math.ceil(math.log2(SHORTEST_MEASUREMENT / seconds))
+        del trainer
+        _free()
 
 
 def build(
