@@ -17,7 +17,7 @@ from rich.table import Table
 
 from dit import model
 
-RESULTS = Path(__file__).parent / "results" / "train-h200.json"
+RESULTS = Path(__file__).parent / "results" / "train-h100.json"
 GPUS_OF_A_HOST = 8
 IMAGENET = 1_281_167
 """Training images of ImageNet-1k; Russakovsky et al. (2015), table 2."""
