@@ -288,10 +288,16 @@ def test_every_profile_gives_valid_parameters_and_another_name_is_one_clear_erro
     profiles = [path.stem for path in (ROOT / "profiles").glob("*.yaml")]
     assert "gpu" in profiles
     for name in profiles:
-        experiments.parameters(ROOT, experiments.profile(ROOT, name))
+        experiments.parameters(ROOT, {**experiments.profile(ROOT, name), "autoencoder.device": "auto"})
     for name in ("gpu8", "../params"):
         with pytest.raises(ConfigError, match=rf"profiles/{name}\.yaml: no such profile; accepted: .*gpu"):
             experiments.profile(ROOT, name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_profile_is_refused_without_a_gpu_rather_than_run_for_days() -> None:
+    with pytest.raises(ConfigError, match=r"autoencoder\.device = 'cuda' is not on this machine; accepted here: auto"):
+        experiments.parameters(ROOT, experiments.profile(ROOT, "gpu"))
 
 
 @pytest.mark.parametrize(
