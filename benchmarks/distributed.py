@@ -21,7 +21,7 @@ import typer
 from measuring import Result, heading, machine, parse_case, parse_cases, random_latents, wait, write
 from rich.console import Console
 from rich.table import Table
-from train import Timed, build
+from train import Timed, build, check_steps
 
 from dit.devices import make_deterministic, resolve_device
 from dit.distributed import joined
@@ -50,6 +50,8 @@ def main(
     """Measure one process after another number of them, on one machine."""
     if context.invoked_subcommand:
         return
+    if steps:
+        check_steps(steps)
     device = resolve_device("auto")
     chosen = parse_cases(cases, device, GPU_CASES, CPU_CASES)
     gpus = torch.cuda.device_count() if device.type == "cuda" else 2

@@ -47,6 +47,7 @@ GPU_BACKENDS, CPU_BACKENDS = "auto deterministic eager", "eager"
 FORWARD_AND_BACKWARD = 3
 """The backward pass multiplies twice where the forward pass multiplies once."""
 OUT_OF_MEMORY = "out of memory"
+FEWEST_STEPS = 8
 SHORTEST_MEASUREMENT = 1.0
 """Seconds: less is at the mercy of whatever else the host does, as the 31 steps of a small network would be."""
 
@@ -85,8 +86,7 @@ def main(
     profile: Annotated[bool, typer.Option(help="also tell kernel time by phase, on a GPU")] = True,
 ) -> None:
     """Train each case with each backend and tell images per second, memory, arithmetic rate and where the time goes."""
-    if steps & (steps - 1) or steps < 4:
-        raise typer.BadParameter(f"{steps}; accepted: a power of two, 4 or more", param_hint="--steps")
+    check_steps(steps)
     device = resolve_device("auto")
     chosen = parse_cases(cases, device, GPU_CASES, CPU_CASES)
     peak = matmul_rate(device)
@@ -100,6 +100,12 @@ def main(
             print(json.dumps({key: value for key, value in result.items() if key != "kernels"}), flush=True)
             write(report, output)
     show(report)
+
+
+def check_steps(steps: int) -> None:
+    """Raises `typer.BadParameter` unless the second half is free of validation and of the early diagnoses."""
+    if steps & (steps - 1) or steps < FEWEST_STEPS:
+        raise typer.BadParameter(f"{steps}; accepted: a power of two, {FEWEST_STEPS} or more", param_hint="--steps")
 
 
 def measure(case: Case, backend: str, steps: int, device: torch.device, profile: bool) -> Result:
@@ -208,9 +214,10 @@ def show(report: Result) -> None:
 
 
 def _free() -> None:
-    gc.collect()
     torch._dynamo.reset()
+    gc.collect()
     if torch.cuda.is_available():
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
 
