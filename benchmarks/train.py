@@ -121,7 +121,7 @@ def measure(case: Case, backend: str, steps: int, device: torch.device, profile:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             make = partial(build, name, batch, store, backend, device, Path(directory) / "scratch")
-            trainer, result["seconds_to_first_step"] = train(make, steps, f"{case} {backend}")
+            trainer, result["seconds_to_first_step"] = run_timed(make, steps, f"{case} {backend}")
             rate = trainer.steady_rate
             flops = FORWARD_AND_BACKWARD * forward_flops(name, size)
             result |= {"steps": trainer.params.steps, "images_per_second": rate}
@@ -137,7 +137,7 @@ def measure(case: Case, backend: str, steps: int, device: torch.device, profile:
     return result
 
 
-def train(make: Callable[..., Timed], steps: int, description: str) -> tuple[Timed, float]:
+def run_timed(make: Callable[..., Timed], steps: int, description: str) -> tuple[Timed, float]:
     """A trainer after so many `steps`, or as many more as a measurement needs; and the time to the very first of them."""
     first = None
     while True:

@@ -54,18 +54,19 @@ def parameters(root: Path, overrides: Mapping[str, Any] | None = None) -> Params
     Wrong is also what this machine cannot do.
     """
     path = root / "params.yaml"
-    params = config.load(path)
+    params, where = config.load(path), "params.yaml"
     if overrides:
-        params = config.parse(YAML(typ="safe").load(override(path.read_text(), overrides)), "params.yaml with overrides")
+        where = "params.yaml with overrides"
+        params = config.parse(YAML(typ="safe").load(override(path.read_text(), overrides)), where)
     for name in DEVICES:
         section = getattr(params, name)
         try:
             device = resolve_device(section.device)
         except ConfigError as error:
-            raise ConfigError(f"params.yaml: {name}.{error}") from None
+            raise ConfigError(f"{where}: {name}.{error}") from None
         if name in BACKENDS:
             precision = resolve_precision(section.precision, device)
-            resolve_backend(section.backend, device, precision, True, f"params.yaml: {name}", BACKENDS[name])
+            resolve_backend(section.backend, device, precision, True, f"{where}: {name}", BACKENDS[name])
     return params
 
 
