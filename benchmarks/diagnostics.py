@@ -91,7 +91,7 @@ def windows(run: Trainer, window: int, repeats: int) -> tuple[list[float], list[
     return taken
 
 
-def costs(train: config.Train, plain: list[float], diagnosed: list[float], window: int) -> Result:
+def costs(train: config.TrainParams, plain: list[float], diagnosed: list[float], window: int) -> Result:
     """Milliseconds, and the shares of training time that diagnoses take."""
     step = statistics.median(plain) / window
     diagnosis = statistics.median(diagnosed) - statistics.median(plain)

@@ -41,7 +41,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Study(Section):
+class StudyParams(Section):
     """Which strategies are compared, over which seeds."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -50,7 +50,7 @@ class Study(Section):
     seeds: Annotated[list[Seed], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _consistent(self) -> Study:
+    def _consistent(self) -> StudyParams:
         for key, values in (("strategies", self.strategies), ("seeds", self.seeds)):
             if len(set(values)) != len(values):
                 raise ValueError(f"{key} = {values}; accepted: each entry once")
@@ -91,7 +91,7 @@ class HuggingFaceSource(Section):
     validation_fraction: OpenFraction
 
 
-class Images(Section):
+class ImagesParams(Section):
     """Stage `images`."""
 
     size: Annotated[int, Field(ge=8)]
@@ -138,7 +138,7 @@ class PretrainedAutoencoder(Section):
     device: Device
 
 
-class Latents(Section):
+class LatentsParams(Section):
     """Stage `latents`."""
 
     flip: bool
@@ -152,14 +152,14 @@ class Latents(Section):
     device: Device
 
 
-class Model(Section):
+class ModelParams(Section):
     """The network."""
 
     name: str
     label_dropout: Annotated[float, Field(ge=0, lt=1)]
 
 
-class Diffusion(Section):
+class DiffusionParams(Section):
     """What the network predicts, and the noise it sees."""
 
     objective: Literal["eps", "x0", "v", "flow"]
@@ -169,7 +169,7 @@ class Diffusion(Section):
     beta_end: OpenFraction
 
     @model_validator(mode="after")
-    def _consistent(self) -> Diffusion:
+    def _consistent(self) -> DiffusionParams:
         if self.learn_sigma and self.objective != "eps":
             raise ValueError(f"learn_sigma = true with objective '{self.objective}'; accepted: false, or objective 'eps'")
         if self.beta_start > self.beta_end:
@@ -177,7 +177,7 @@ class Diffusion(Section):
         return self
 
 
-class Validation(Section):
+class ValidationParams(Section):
     """Fixed noise and timesteps on held-out latents."""
 
     samples: PositiveInt
@@ -186,13 +186,13 @@ class Validation(Section):
     batch_size: PositiveInt
 
     @model_validator(mode="after")
-    def _consistent(self) -> Validation:
+    def _consistent(self) -> ValidationParams:
         if self.buckets > self.samples:
             raise ValueError(f"buckets = {self.buckets}; accepted: at most samples = {self.samples}")
         return self
 
 
-class Analyse(Section):
+class AnalyseParams(Section):
     """Stage `analyse@<strategy>`."""
 
     steps: Annotated[int, Field(ge=3)]
@@ -203,7 +203,7 @@ class Analyse(Section):
     device: Device
 
 
-class Train(Section):
+class TrainParams(Section):
     """Stage `train@<strategy>-<seed>`."""
 
     steps: PositiveInt
@@ -217,7 +217,7 @@ class Train(Section):
     log_every: PositiveInt
     diagnose_every: PositiveInt
     validate_every: PositiveInt
-    validation: Validation
+    validation: ValidationParams
     checkpoint_every: PositiveInt
     precision: Precision
     backend: Backend
@@ -228,7 +228,7 @@ class Train(Section):
     device: Device
 
     @model_validator(mode="after")
-    def _consistent(self) -> Train:
+    def _consistent(self) -> TrainParams:
         if self.batch_size % self.processes:
             raise ValueError(f"batch_size = {self.batch_size}; accepted: a multiple of processes = {self.processes}")
         if self.parallel == "fsdp" and self.backend == "fused":
@@ -236,7 +236,7 @@ class Train(Section):
         return self
 
 
-class Evaluate(Section):
+class EvaluateParams(Section):
     """Stage `evaluate@<strategy>-<seed>`."""
 
     num_samples: Annotated[int, Field(ge=2)]
@@ -256,7 +256,7 @@ class Evaluate(Section):
     device: Device
 
 
-class Features(Section):
+class FeaturesParams(Section):
     """The feature space of the distances, and stage `features`, which measures the real images in it."""
 
     extractor: Literal["efficientnet_lite0", "inception"]
@@ -267,7 +267,7 @@ class Features(Section):
     device: Device
 
     @model_validator(mode="after")
-    def _consistent(self) -> Features:
+    def _consistent(self) -> FeaturesParams:
         if self.extractor == "inception" and self.size != 299:
             raise ValueError(
                 f"size = {self.size} with extractor 'inception'; accepted: 299, which its network resizes to by itself"
@@ -280,16 +280,16 @@ class Features(Section):
 class Params(Section):
     """A whole `params.yaml`."""
 
-    study: Study
-    images: Images
+    study: StudyParams
+    images: ImagesParams
     autoencoder: Annotated[TrainedAutoencoder | PretrainedAutoencoder, Field(discriminator="kind")]
-    latents: Latents
-    model: Model
-    diffusion: Diffusion
-    analyse: Analyse
-    train: Train
-    evaluate: Evaluate
-    features: Features
+    latents: LatentsParams
+    model: ModelParams
+    diffusion: DiffusionParams
+    analyse: AnalyseParams
+    train: TrainParams
+    evaluate: EvaluateParams
+    features: FeaturesParams
     strategies: dict[Name, Strategy]
 
     @property

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from dit.config import Diffusion as DiffusionParams
+from dit.config import DiffusionParams
 
 
 @dataclass(frozen=True)

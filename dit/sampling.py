@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from dit.config import Diffusion
+from dit.config import DiffusionParams
 from dit.devices import autocast, send
 from dit.distributed import Ranks
 from dit.fused import captured_forward
@@ -61,7 +61,7 @@ def balanced_labels(count: int, num_classes: int) -> Tensor:
 @torch.inference_mode()
 def sample(
     model: Denoiser,
-    diffusion: Diffusion,
+    diffusion: DiffusionParams,
     labels: Tensor,
     *,
     scheduler: str,
@@ -154,7 +154,7 @@ def ancestral_step(solver: DDPMScheduler, output: Tensor, t: Tensor, x: Tensor, 
     return mean + (0.5 * log_variance).exp() * noise
 
 
-def build_scheduler(diffusion: Diffusion, name: str, steps: int) -> Any:
+def build_scheduler(diffusion: DiffusionParams, name: str, steps: int) -> Any:
     """The diffusers scheduler called `name`, for the noise of `diffusion`, with its `steps` timesteps set.
 
     Every one starts at the highest noise level. Spacings: `ddpm` linspace, whole timesteps from num_timesteps - 1 to 0

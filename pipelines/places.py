@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dit.config import Evaluate, Latents, Params, Train
+from dit.config import EvaluateParams, LatentsParams, Params, TrainParams
 
 NOWHERE = ""
 """The place of a stage that is given no GPU."""
@@ -46,7 +46,7 @@ class Places:
 
 def places_for(params: Params, workers: int | None) -> Places:
     """Those of this machine for a study with `params`; `workers` stages at once, or one for each GPU, or what cores allow."""
-    sections: dict[str, Latents | Train | Evaluate] = {
+    sections: dict[str, LatentsParams | TrainParams | EvaluateParams] = {
         "latents": params.latents,
         "train": params.train,
         "evaluate": params.evaluate,

@@ -79,7 +79,7 @@ def test_only_8_bit_colour_images_have_features(extractor: FeatureExtractor) -> 
         extractor(np.zeros((2, 8, 8, 3), np.float32))
 
 
-def inception(weights: Path | None) -> config.Features:
+def inception(weights: Path | None) -> config.FeaturesParams:
     return changed(features={"extractor": "inception", "size": 299, "weights": weights and str(weights)}).features
 
 

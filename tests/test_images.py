@@ -19,7 +19,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from dit import config
-from dit.config import Images
+from dit.config import ImagesParams
 from dit.data.decoding import CHUNK, Encoded, Rejected, center_crop, decode_all
 from dit.data.images import ImageStore, load_images, write_images
 from dit.data.photos import Box, crop_box, split_regions
@@ -49,7 +49,7 @@ def read(tmp_path: Path) -> Read:
 
     def run(source: dict[str, Any], name: str = "store", **settings: Any) -> ImageStore:
         values = {"size": 16, "seed": 0, "workers": 0, "max_rejected": 0.0, **settings}
-        images = TypeAdapter(Images).validate_python({**values, "source": source})
+        images = TypeAdapter(ImagesParams).validate_python({**values, "source": source})
         write_images(images, tmp_path / name)
         return load_images(tmp_path / name)
 

@@ -14,16 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dit.autoencoder import Encoder, build
-from dit.config import Latents as Settings
-from dit.config import TrainedAutoencoder
+from dit.config import LatentsParams, TrainedAutoencoder
 from dit.data.images import ImageStore
 from dit.data.latents import LatentStore, Moments, one_ahead, write_latents
 from dit.errors import DataError
 
 
-def settings(**changes: Any) -> Settings:
+def settings(**changes: Any) -> LatentsParams:
     values = {"flip": True, "normalize": "per_channel", "dtype": "float32", "batch_size": 5}
-    return Settings.model_validate(
+    return LatentsParams.model_validate(
         values | {"precision": "fp32", "backend": "eager", "processes": 1, "threads": 1, "device": "cpu"} | changes
     )
 

@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dit import config, init
-from dit.config import SCHEDULERS, Diffusion
+from dit.config import SCHEDULERS, DiffusionParams
 from dit.errors import ConfigError
 from dit.model import DiT
 from dit.sampling import ancestral_step, balanced_labels, build_scheduler, guided, sample, trailing_timesteps
 
 ROOT = Path(__file__).parents[1]
 PAIRS = [(objective, scheduler) for objective, schedulers in SCHEDULERS.items() for scheduler in schedulers]
-DIFFUSION = Diffusion(objective="eps", learn_sigma=False, num_timesteps=1000, beta_start=1e-4, beta_end=0.02)
+DIFFUSION = DiffusionParams(objective="eps", learn_sigma=False, num_timesteps=1000, beta_start=1e-4, beta_end=0.02)
 
 
-def diffusion_of(objective: str, learn_sigma: bool = False) -> Diffusion:
+def diffusion_of(objective: str, learn_sigma: bool = False) -> DiffusionParams:
     return DIFFUSION.model_copy(update={"objective": objective, "learn_sigma": learn_sigma})
 
 
@@ -36,7 +36,7 @@ class IdealDenoiser(nn.Module):
 
     latent_size, latent_channels, num_classes = 4, 4, 3
 
-    def __init__(self, diffusion: Diffusion, mean: float, std: float, variance: float | None = None) -> None:
+    def __init__(self, diffusion: DiffusionParams, mean: float, std: float, variance: float | None = None) -> None:
         super().__init__()
         self.diffusion, self.mean, self.std, self.variance = diffusion, mean, std, variance
         beta = torch.linspace(diffusion.beta_start, diffusion.beta_end, diffusion.num_timesteps, dtype=torch.float64)
@@ -56,7 +56,7 @@ class IdealDenoiser(nn.Module):
         return torch.cat([prediction, torch.full_like(prediction, self.variance)], dim=1)
 
 
-def draw(model: Any, diffusion: Diffusion, count: int = 64, **changes: Any) -> Tensor:
+def draw(model: Any, diffusion: DiffusionParams, count: int = 64, **changes: Any) -> Tensor:
     options = {"scheduler": "dpmsolver++", "steps": 20, "guidance_scale": 1.0, "seed": 0, "batch_size": 64, **changes}
     return sample(
         model,

@@ -13,7 +13,7 @@ from torch import nn
 from dit import init
 from dit.analysis import wakeup
 from dit.analysis.signal import Coordinates, Signal, coordinate_check, loss, measure
-from dit.config import Analyse
+from dit.config import AnalyseParams
 from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
 from dit.init import Strategy
@@ -67,7 +67,7 @@ class Examiner:
         model: DiT,
         store: LatentStore,
         diffusion: Diffusion,
-        params: Analyse,
+        params: AnalyseParams,
         *,
         label_dropout: float,
         learning_rate: float,

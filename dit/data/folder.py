@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 
-from dit.config import FolderSource, Images
+from dit.config import FolderSource, ImagesParams
 from dit.data.decoding import Encoded, Rejected, decode_all
 from dit.data.source import Source, Split, hold_out
 from dit.errors import DataError
@@ -17,7 +17,7 @@ Listing = dict[str, list[str]]
 """Class name -> names of its image files, both sorted."""
 
 
-def open_source(images: Images, source: FolderSource) -> Source:
+def open_source(images: ImagesParams, source: FolderSource) -> Source:
     """List the files; pixels are read later, as a stream.
 
     Names that begin with a dot, and what stands next to the class folders, are not looked at. Any other entry of a class

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit.config import HuggingFaceSource, Images
+from dit.config import HuggingFaceSource, ImagesParams
 from dit.data.decoding import Encoded, Rejected, decode_all
 from dit.data.source import Source, Split, hold_out
 from dit.errors import ConfigError, DataError
@@ -29,7 +29,7 @@ class Rows:
     labels: list[Any]
 
 
-def open_source(images: Images, source: HuggingFaceSource) -> Source:
+def open_source(images: ImagesParams, source: HuggingFaceSource) -> Source:
     """Open the data set; images stay encoded in memory-mapped files until they are read, as a stream.
 
     Classes are the labels that occur in the training split, in the order of their values. Raises `ConfigError` for an unknown

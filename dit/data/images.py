@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dit.config import FolderSource, Images, PhotosSource
+from dit.config import FolderSource, ImagesParams, PhotosSource
 from dit.data import SPLITS, folder, huggingface, photos
 from dit.data.decoding import Rejected
 from dit.data.source import Source, Split
@@ -35,7 +35,7 @@ def load_images(directory: str | Path = "data/images") -> ImageStore:
     return ImageStore(**store.arrays, class_names=store.meta["class_names"], manifest=store.meta)
 
 
-def open_source(images: Images) -> Source:
+def open_source(images: ImagesParams) -> Source:
     """The source that `images.source.kind` names. Raises `ConfigError` or `DataError` where it cannot be opened."""
     source = images.source
     if isinstance(source, PhotosSource):
@@ -45,7 +45,7 @@ def open_source(images: Images) -> Source:
     return huggingface.open_source(images, source)
 
 
-def write_images(images: Images, directory: Path) -> dict[str, int]:
+def write_images(images: ImagesParams, directory: Path) -> dict[str, int]:
     """Read a source from beginning to end into a store at `directory`; returns the counts.
 
     Raises `DataError`, with all rejected items by name, where they are more than `images.max_rejected` of the whole, and for a

@@ -19,7 +19,7 @@ from dit.errors import DataError
 from dit.progress import progress
 
 if TYPE_CHECKING:
-    from dit.config import Latents as Settings
+    from dit.config import LatentsParams
     from dit.data.images import ImageStore
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ class LatentStore:
 
 
 def write_latents(
-    images: ImageStore, encode: Encode, settings: Settings, directory: Path | None, ranks: Ranks | None = None
+    images: ImageStore, encode: Encode, settings: LatentsParams, directory: Path | None, ranks: Ranks | None = None
 ) -> dict[str, list[float]]:
     """Encode every image, in order, into a store at `directory`; returns the factors of `normalize`.
 
@@ -177,7 +177,7 @@ def _encode(encode: Encode, batch: np.ndarray, flip: bool, own: slice) -> tuple[
     return torch.stack(means, dim=1), torch.stack(stds, dim=1)
 
 
-def _stored(parts: tuple[Tensor, ...], settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+def _stored(parts: tuple[Tensor, ...], settings: LatentsParams) -> tuple[np.ndarray, np.ndarray]:
     """Mean and std as they are stored."""
     mean, std = (part.cpu().numpy() for part in parts)
     with np.errstate(over="ignore"):

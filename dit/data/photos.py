@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dit.config import Images, PhotosSource
+from dit.config import ImagesParams, PhotosSource
 from dit.data import SPLITS
 from dit.data.decoding import Rejected, Sample
 from dit.data.source import Source, Split
@@ -62,7 +62,7 @@ class Box:
         return min(self.right - self.left, self.bottom - self.top)
 
 
-def open_source(images: Images, source: PhotosSource) -> Source:
+def open_source(images: ImagesParams, source: PhotosSource) -> Source:
     """The pictures as a source. Raises `ConfigError` for a region too small to cut from, `DataError` for a missing picture."""
     pictures = {name: _read(file).crop(FRAMES.get(name)) for name, file in PICTURES.items()}
     regions = {name: split_regions(picture.size, source.validation_region) for name, picture in pictures.items()}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.hub import load_state_dict_from_url
 
-from dit.config import Features
+from dit.config import FeaturesParams
 from dit.errors import ConfigError, DataError
 from dit.progress import progress
 
@@ -54,7 +54,7 @@ class FeatureExtractor:
         return torch.cat(features)
 
 
-def load_extractor(params: Features, device: torch.device) -> FeatureExtractor:
+def load_extractor(params: FeaturesParams, device: torch.device) -> FeatureExtractor:
     """The extractor that `params` names, in eval mode. Raises `ConfigError` where its package or weights are missing."""
     network, dimension = NETWORKS[params.extractor](params)
     return FeatureExtractor(params.extractor, params.size, dimension, network.to(device).eval(), device)
@@ -86,11 +86,11 @@ class EfficientNetLite0(nn.Module):
         return self.network.extract_features(normalised).mean(dim=(2, 3))
 
 
-def _efficientnet_lite0(params: Features) -> tuple[nn.Module, int]:
+def _efficientnet_lite0(params: FeaturesParams) -> tuple[nn.Module, int]:
     return EfficientNetLite0(params.size), EfficientNetLite0.dimension
 
 
-def _inception(params: Features) -> tuple[nn.Module, int]:
+def _inception(params: FeaturesParams) -> tuple[nn.Module, int]:
     """Inception-v3 with the weights and the resizing of Heusel et al. (2017), by torch-fidelity; pool3 features.
 
     Its images are resized as TensorFlow 1 did, without antialiasing, so that distances compare with the literature. As
@@ -117,7 +117,7 @@ def _inception(params: Features) -> tuple[nn.Module, int]:
         raise ConfigError(f"features.weights = '{path}': {found}; accepted: weights of torch-fidelity, or null") from None
 
 
-NETWORKS: dict[str, Callable[[Features], tuple[nn.Module, int]]] = {
+NETWORKS: dict[str, Callable[[FeaturesParams], tuple[nn.Module, int]]] = {
     "efficientnet_lite0": _efficientnet_lite0,
     "inception": _inception,
 }

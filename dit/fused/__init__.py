@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from torch import Tensor
 
-    from dit.config import Train
+    from dit.config import TrainParams
     from dit.distributed import Ranks
     from dit.fused.network import FusedDiT
     from dit.fused.optimiser import FusedOptimiser
@@ -31,7 +31,7 @@ def supports(model: DiT) -> bool:
     return model.pos_embed.shape[1] % TOKENS == 0
 
 
-def fuse(model: DiT, params: Train, ranks: Ranks) -> tuple[FusedDiT, FusedOptimiser]:
+def fuse(model: DiT, params: TrainParams, ranks: Ranks) -> tuple[FusedDiT, FusedOptimiser]:
     """The fast network and the optimiser that keeps its weights those of `model`.
 
     Needs Triton, which torch for CUDA brings along, and a network that the kernels support.

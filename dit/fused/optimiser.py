@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit.config import Train
+from dit.config import TrainParams
 from dit.distributed import Ranks, restore
 from dit.fused.kernels import AdamWEMA
 from dit.fused.network import FusedDiT
@@ -24,7 +24,7 @@ EPS = 1e-8
 class FusedOptimiser:
     """As `dit.training.optimiser.Optimiser`, for a float32 model; it keeps the copies in `network` equal up to rounding."""
 
-    def __init__(self, model: DiT, network: FusedDiT, params: Train, ranks: Ranks) -> None:
+    def __init__(self, model: DiT, network: FusedDiT, params: TrainParams, ranks: Ranks) -> None:
         self.params = params
         self.ranks = ranks
         self.ema = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dit.analysis.diagnostics import GradientNoise, RoleState, diagnose, gradient_noise
-from dit.config import Train
+from dit.config import TrainParams
 from dit.data.latents import LatentStore
 from dit.devices import autocast, resolve_backend, resolve_precision
 from dit.diffusion import Diffusion, Loss
@@ -87,7 +87,7 @@ class Trainer:
         model: DiT,
         store: LatentStore,
         diffusion: Diffusion,
-        params: Train,
+        params: TrainParams,
         *,
         label_dropout: float,
         seed: int,

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit.config import Train
+from dit.config import TrainParams
 from dit.distributed import Ranks, local, restore, whole
 
 
-def learning_rate(params: Train, step: int) -> float:
+def learning_rate(params: TrainParams, step: int) -> float:
     """Linear from 1 / warmup_steps to one times the learning rate, then constant."""
     return params.learning_rate * min(1.0, (step + 1) / max(1, params.warmup_steps))
 
@@ -21,7 +21,7 @@ def learning_rate(params: Train, step: int) -> float:
 class Optimiser:
     """One `step` per batch: unscale, clip, AdamW, EMA."""
 
-    def __init__(self, model: nn.Module, params: Train, precision: torch.dtype, ranks: Ranks | None = None) -> None:
+    def __init__(self, model: nn.Module, params: TrainParams, precision: torch.dtype, ranks: Ranks | None = None) -> None:
         self.params = params
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.weights: list[Tensor] = list(trained.values())

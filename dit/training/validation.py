@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit.config import Validation as ValidationParams
+from dit.config import ValidationParams
 from dit.data.latents import LatentStore
 from dit.devices import autocast
 from dit.diffusion import Diffusion

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from dit.autoencoder import Encoder, load_autoencoder
-from dit.config import Latents, Params
+from dit.config import LatentsParams, Params
 from dit.data.images import load_images
 from dit.data.latents import write_latents
 from dit.devices import make_deterministic, resolve_backend, resolve_device, resolve_precision
@@ -27,7 +27,7 @@ def latents(params: Params) -> None:
             print(f"latents: {factors}")
 
 
-def encode_on(ranks: Ranks, settings: Latents) -> dict[str, list[float]]:
+def encode_on(ranks: Ranks, settings: LatentsParams) -> dict[str, list[float]]:
     """This rank's part of it; the first one writes."""
     device = ranks.device
     autoencoder = load_autoencoder("data/autoencoder", device)

@@ -22,7 +22,7 @@ from dit.errors import ConfigError
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-    from dit.config import Evaluate, Latents, Train
+    from dit.config import EvaluateParams, LatentsParams, TrainParams
 
 WRONG_INPUT = 2
 """The exit code of a stage whose input is wrong."""
@@ -39,7 +39,7 @@ def in_group() -> bool:
     return "RANK" in os.environ
 
 
-def join_group(section: str, settings: Train | Evaluate | Latents | None) -> None:
+def join_group(section: str, settings: TrainParams | EvaluateParams | LatentsParams | None) -> None:
     """Check that the group of this process has as many as `settings` want, and end with the launcher, where that was ours.
 
     `section` is their name in `params.yaml`; a stage of one process has none. Raises `ConfigError`.
@@ -53,7 +53,7 @@ def join_group(section: str, settings: Train | Evaluate | Latents | None) -> Non
         end_with(int(os.environ[LAUNCHER]))
 
 
-def check_devices(section: str, settings: Train | Evaluate | Latents) -> None:
+def check_devices(section: str, settings: TrainParams | EvaluateParams | LatentsParams) -> None:
     """Raises `ConfigError` where there is no GPU for each process."""
     if resolve_device(settings.device).type == "cuda" and settings.processes > (count := torch.cuda.device_count()):
         raise ConfigError(f"{section}.processes = {settings.processes}; accepted here: at most {count}, one for each GPU")
