@@ -19,7 +19,7 @@ from dit import config
 from dit.data.latents import LatentStore
 from dit.devices import make_deterministic, resolve_device
 from dit.distributed import Ranks
-from dit.evaluation.distances import measure
+from dit.evaluation.distances import sample_distances
 from dit.evaluation.features import load_extractor, load_features
 from pipelines import experiments
 from pipelines.stages.evaluate import draw, look
@@ -50,7 +50,7 @@ def main(
             latents = draw(chosen, store, f"{strategy}-{seed}", Ranks(device), "solvers")
             seconds = time.monotonic() - started
             features, _ = look(chosen, store.denormalize(latents), extractor, 0, Ranks(device))
-            distances = vars(measure(real, features, chosen.evaluate))
+            distances = vars(sample_distances(real, features, chosen.evaluate))
             report["results"].append({"solver": scheduler, "steps": int(steps), "seed": seed, "seconds": seconds, **distances})
             write(report, output)
     Console(width=120).print(table(report))

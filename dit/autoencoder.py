@@ -249,7 +249,7 @@ def decode(autoencoder: AutoencoderKL, latents: Tensor) -> np.ndarray:
     return to_pixels(autoencoder.decode(latents.to(autoencoder.device, torch.float32)).sample)
 
 
-def measure(autoencoder: AutoencoderKL, images: np.ndarray) -> dict[str, float]:
+def reconstruction_quality(autoencoder: AutoencoderKL, images: np.ndarray) -> dict[str, float]:
     """Quality of the reconstructions of validation images (N, H, W, 3) uint8 from their posterior means.
 
     Means over images, both by scikit-image on 8-bit pixels: `psnr` in dB; `ssim`, Wang et al. (2004), at most 1.

@@ -34,7 +34,7 @@ def explain(error: ValidationError, where: str, data: Any) -> str:
     locations: dict[str, Location] = {}
     for problem in error.errors(include_url=False):
         location = _written(problem, data)
-        head, accepted = _told(problem, _key(location))
+        head, accepted = _sentence(problem, _key(location))
         choices.setdefault(head, []).append(accepted)
         locations[head] = location
     alike: dict[tuple[Location, str], list[str]] = {}
@@ -68,7 +68,7 @@ def _written(problem: Any, data: Any) -> Location:
     return tuple(keys) if of_value else (*keys, *problem["loc"][-1:])
 
 
-def _told(problem: Any, key: str) -> tuple[str, str]:
+def _sentence(problem: Any, key: str) -> tuple[str, str]:
     if problem["type"] == "missing":
         return f"{key} is missing", ""
     if problem["type"] == "extra_forbidden":

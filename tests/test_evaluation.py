@@ -157,7 +157,7 @@ def test_features_that_are_not_finite_are_refused(cloud: torch.Tensor, params: c
     broken = cloud.clone()
     broken[[7, 9], 2] = torch.tensor([float("nan"), float("inf")])
     with pytest.raises(DataError, match="the features of 2 generated images are not finite, the first of them image 7"):
-        distances.measure(cloud, broken, params.evaluate)
+        distances.sample_distances(cloud, broken, params.evaluate)
 
 
 def test_grid_has_a_column_for_each_class() -> None:

@@ -21,7 +21,7 @@ from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
 from dit.distributed import Ranks
 from dit.fused import captured_forward, cublaslt, group_norm, kernels
-from dit.fused.encoder import Reference as EncoderReference
+from dit.fused.encoder import EncoderReference
 from dit.fused.network import FusedDiT
 from dit.fused.operations import EPS, Reference
 from dit.fused.optimiser import FusedOptimiser

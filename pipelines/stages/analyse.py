@@ -18,7 +18,7 @@ from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.devices import float64_device, make_deterministic, resolve_device
 from dit.diffusion import Diffusion
-from pipelines.stages.entry import complete_directory, run_key, run_stage, strategy_of, write_json
+from pipelines.stages.entry import complete_directory, run_dvc_stage, run_key, strategy_of, write_json
 
 
 def analyse(params: Params, strategy: str) -> None:
@@ -76,7 +76,7 @@ def finite(value: Any) -> Any:
 
 def main(strategy: str) -> None:
     """Examine STRATEGY of params.yaml at its start."""
-    run_stage(lambda params: analyse(params, strategy))
+    run_dvc_stage(lambda params: analyse(params, strategy))
 
 
 if __name__ == "__main__":

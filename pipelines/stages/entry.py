@@ -27,7 +27,7 @@ from pipelines.stages.launch import WRONG_INPUT, check_devices, in_group, join_g
 TRANSIENT = os.EX_TEMPFAIL
 
 
-def run_stage(stage: Callable[[Params], None], section: str = "") -> None:
+def run_dvc_stage(stage: Callable[[Params], None], section: str = "") -> None:
     """Check the whole `params.yaml`, run `stage`, and exit with a code that says what went wrong, if anything did.
 
     A stage whose `section` of the parameters wants several processes runs as a group, in which each process comes here again.

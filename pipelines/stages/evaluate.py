@@ -22,13 +22,13 @@ from dit.data.latents import LatentStore
 from dit.devices import make_deterministic, resolve_backend, resolve_device, resolve_precision
 from dit.distributed import Ranks, joined
 from dit.errors import ConfigError, DataError
-from dit.evaluation.distances import Distances, check_counts, measure
+from dit.evaluation.distances import Distances, check_counts, sample_distances
 from dit.evaluation.features import FeatureExtractor, load_extractor, load_features
 from dit.evaluation.grids import grid_shape, image_grid
 from dit.fused import NETWORK_NEEDS, supports
 from dit.progress import progress
 from dit.sampling import Network, balanced_labels, sample
-from pipelines.stages.entry import complete_directory, run_key, run_stage, scratch, write_json
+from pipelines.stages.entry import complete_directory, run_dvc_stage, run_key, scratch, write_json
 
 
 def evaluate(params: Params, strategy: str, seed: int) -> None:
@@ -60,7 +60,7 @@ def evaluate(params: Params, strategy: str, seed: int) -> None:
     if looked:
         features, shown = looked
         grid = image_grid(shown, rows, columns, store.num_classes)
-        distances |= vars(measure(real, features, params.evaluate))
+        distances |= vars(sample_distances(real, features, params.evaluate))
     final = trained["final"] or {"ema_validation_mse": None}
     result = {
         "strategy": strategy,
@@ -172,7 +172,7 @@ def ending(trained: dict[str, Any], distances: dict[str, float | None]) -> str:
 
 def main(strategy: str, seed: Annotated[int, typer.Argument(min=0)]) -> None:
     """Evaluate the DiT that was trained from STRATEGY of params.yaml with SEED."""
-    run_stage(lambda params: evaluate(params, strategy, seed), "evaluate")
+    run_dvc_stage(lambda params: evaluate(params, strategy, seed), "evaluate")
 
 
 if __name__ == "__main__":

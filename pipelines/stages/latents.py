@@ -11,7 +11,7 @@ from dit.data.latents import write_latents
 from dit.devices import make_deterministic, resolve_backend, resolve_device, resolve_precision
 from dit.distributed import Ranks, joined
 from dit.fused import ENCODER_NEEDS, supports_encoder
-from pipelines.stages.entry import complete_directory, run_stage
+from pipelines.stages.entry import complete_directory, run_dvc_stage
 
 
 def latents(params: Params) -> None:
@@ -39,4 +39,4 @@ def encode_on(ranks: Ranks, settings: LatentsParams) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    run_stage(latents, "latents")
+    run_dvc_stage(latents, "latents")

@@ -18,7 +18,7 @@ from dit.devices import make_deterministic, resolve_device
 from dit.diffusion import Diffusion
 from dit.distributed import Ranks, joined
 from dit.training.loop import Trainer
-from pipelines.stages.entry import complete_directory, run_key, run_stage, scratch, strategy_of, write_json
+from pipelines.stages.entry import complete_directory, run_dvc_stage, run_key, scratch, strategy_of, write_json
 
 
 def train(params: Params, strategy: str, seed: int) -> None:
@@ -99,7 +99,7 @@ def outcome(trainer: Trainer) -> dict[str, Any]:
 
 def main(strategy: str, seed: Annotated[int, typer.Argument(min=0)]) -> None:
     """Train one DiT from STRATEGY of params.yaml with SEED."""
-    run_stage(lambda params: train(params, strategy, seed), "train")
+    run_dvc_stage(lambda params: train(params, strategy, seed), "train")
 
 
 if __name__ == "__main__":

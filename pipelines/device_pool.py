@@ -1,0 +1,80 @@
+"""Which stages run at the same time: each on GPUs of its own, where GPUs are used, else as many at once as the cores allow."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from dit.config import EvaluateParams, LatentsParams, Params, TrainParams
+
+NO_GPU = ""
+"""What a stage holds in a pool without GPUs."""
+
+
+class DevicePool:
+    """GPUs that stages acquire and release; a GPU that is listed several times is used by as many stages at once."""
+
+    def __init__(self, gpus: Sequence[str], max_parallel: int, processes: Mapping[str, int]) -> None:
+        """At most `max_parallel` stages run at once.
+
+        `processes` gives, by a stage's name before the @, how many processes it has; each of them needs a GPU.
+        """
+        self.max_parallel = max_parallel
+        self._free = Counter(gpus)
+        self._different = len(self._free)
+        self._processes = processes
+        self._running = 0
+
+    def acquire(self, stage: str) -> list[str] | None:
+        """The GPUs for `stage`, those that the fewest stages use first; None where it must wait.
+
+        A stage that needs more GPUs than there are gets all of them, and then reports the error itself.
+        """
+        count = min(self._processes.get(stage.partition("@")[0], 1), self._different)
+        chosen = [gpu for gpu, free in self._free.most_common(count) if free]
+        if self._running == self.max_parallel or len(chosen) < count:
+            return None
+        self._free.subtract(chosen)
+        self._running += 1
+        return chosen
+
+    def release(self, gpus: list[str]) -> None:
+        """Give back what `acquire` returned."""
+        self._free.update(gpus)
+        self._running -= 1
+
+
+def device_pool(params: Params, workers: int | None) -> DevicePool:
+    """The devices of this machine for a study with `params`.
+
+    `workers` stages run at once; without it, one for each GPU, or as many as the CPU's cores allow.
+    """
+    sections: dict[str, LatentsParams | TrainParams | EvaluateParams] = {
+        "latents": params.latents,
+        "train": params.train,
+        "evaluate": params.evaluate,
+    }
+    devices = {params.analyse.device, *(section.device for section in sections.values())}
+    if torch.cuda.is_available() and devices & {"auto", "cuda"}:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        gpus = visible.split(",")
+        parallel = workers or len(gpus)
+        processes = {name: section.processes for name, section in sections.items()}
+        return DevicePool(gpus * -(-parallel // len(gpus)), parallel, processes)
+    if torch.backends.mps.is_available() and devices & {"auto", "mps"}:
+        return _without_gpus(workers or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    busy = max(section.threads * section.processes for section in (params.train, params.evaluate))
+    return _without_gpus(workers or max(1, cores // busy))
+
+
+def _without_gpus(max_parallel: int) -> DevicePool:
+    return DevicePool([NO_GPU] * max_parallel, max_parallel, {})
+
+
+def environment(gpus: list[str]) -> dict[str, str]:
+    """The environment variables that show a stage its GPUs, and no others."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if any(gpus) else {}
