@@ -48,7 +48,7 @@ class Signal:
     blocks: list[BlockSignal]
 
 
-def measure(model: DiT, batch: Batch, diffusion: Diffusion) -> Signal:
+def network_signal(model: DiT, batch: Batch, diffusion: Diffusion) -> Signal:
     """Describe `model` on `batch`. Its gradients are cleared afterwards."""
     x_t = diffusion.add_noise(batch.x0, batch.eps, batch.timesteps)
     with _streams(model) as streams:
