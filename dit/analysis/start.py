@@ -100,7 +100,7 @@ class Examiner:
 
     def _wake_up(self, strategy: Strategy) -> list[wakeup.RoleGradient]:
         network = self._network(strategy).double()
-        return wakeup.measure(
+        return wakeup.role_gradients(
             network,
             lambda model, step: loss(model, self.batches(step), self.diffusion),
             self._optimiser(network),

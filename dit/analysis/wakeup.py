@@ -60,7 +60,9 @@ class RoleGradient:
     update_ratio: float | None
 
 
-def measure(model: DiT, loss: Callable[[DiT, int], Tensor], optimiser: torch.optim.Optimizer, steps: int) -> list[RoleGradient]:
+def role_gradients(
+    model: DiT, loss: Callable[[DiT, int], Tensor], optimiser: torch.optim.Optimizer, steps: int
+) -> list[RoleGradient]:
     """Take `steps` optimiser steps on `loss(model, step)` and describe every role's gradient at each.
 
     `model` is in float64, and gradients that are mere rounding are set to zero before the step, as in exact arithmetic.
