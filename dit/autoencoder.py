@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dit.config import PretrainedAutoencoder, TrainedAutoencoder
 from dit.devices import autocast, resolve_device, send
-from dit.errors import ConfigError, DataError
+from dit.errors import ConfigError, DataError, InputError
 from dit.fused import fused_encoder
 from dit.progress import progress
 from dit.seeding import derive_seed, generator
@@ -181,11 +181,11 @@ def _unreachable(error: BaseException | None) -> bool:
 def load_autoencoder(directory: str | Path, device: torch.device | str) -> AutoencoderKL:
     """What stage `autoencoder` left in `directory`: float32, in eval mode, without gradients, on `device`.
 
-    Raises `DataError` where the directory holds no complete autoencoder.
+    Raises `InputError` where the directory holds no autoencoder, `DataError` where its weights do not fit.
     """
     model = Path(directory) / MODEL
     if not (model / "config.json").is_file():
-        raise DataError(f"{model}: no autoencoder there; `dvc repro autoencoder` makes it")
+        raise InputError(model / "config.json")
     return _from_pretrained(str(model)).to(device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,6 +24,17 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """Input data is unusable: the message names the file or item, and what is wrong with it."""
+
+
+class InputError(DataError):
+    """A file or folder that an earlier step makes is not there, or was made with other parameters; `path` is where it lies.
+
+    The message says what is wrong with it. Whoever knows the earlier steps can say from `path` which one makes it.
+    """
+
+    def __init__(self, path: str | Path, problem: str = "not found") -> None:
+        super().__init__(f"{path} {problem}")
+        self.path = Path(path)
 
 
 def explain(error: ValidationError, where: str, data: Any) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from dit.analysis.diagnostics import GradientNoise, RoleState, diagnose, gradient_noise
+from dit.analysis.diagnostics import diagnose, gradient_noise
 from dit.config import TrainParams
 from dit.data.latents import LatentStore
 from dit.devices import autocast, resolve_backend, resolve_precision
@@ -27,6 +25,7 @@ from dit.progress import progress
 from dit.training import checkpoint
 from dit.training.batches import Batch, Batches
 from dit.training.optimiser import Optimiser
+from dit.training.records import Divergence, Records
 from dit.training.validation import Validation
 
 if TYPE_CHECKING:
@@ -38,41 +37,7 @@ EARLY_DIAGNOSES = 5
 NOISE_PART = 4
 """A diagnosed step compares its gradient with that of every so many-th sample of its batch, to tell how noisy it is."""
 
-COLUMNS = {
-    name: ["step", *(column.name for column in fields(kind))]
-    for name, kind in (("diagnostics", RoleState), ("gradient_noise", GradientNoise))
-}
-"""Those of what is not measured where weights are sharded: the files say so by having no rows."""
-
-Row = dict[str, Any]
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """The first step at which `quantity` was not finite, and what it was. The weights are those that the loop stopped with."""
-
-    step: int
-    quantity: str
-    value: str
-
-
-@dataclass
-class Records:
-    """Rows measured so far: part of a checkpoint, so that a resumed run ends with all of them."""
-
-    metrics: list[Row] = field(default_factory=list)
-    validation: list[Row] = field(default_factory=list)
-    diagnostics: list[Row] = field(default_factory=list)
-    gradient_noise: list[Row] = field(default_factory=list)
-
-    def write(self, directory: Path) -> None:
-        """Write `metrics.csv`, `validation.csv`, `diagnostics.csv` and `gradient_noise.csv`."""
-        for name, rows in vars(self).items():
-            with (directory / f"{name}.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0] if rows else COLUMNS.get(name, ()), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
 
 
 class Trainer:

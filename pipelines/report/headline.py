@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from scipy import stats
 
-from dit.analysis.comparison import CONFIDENCE, METRICS, Difference
-from pipelines.report.summary import INITIAL, difference, error_at, steps_to
+from dit.analysis.comparison import CONFIDENCE, INITIAL, METRICS, Difference, error_at, steps_to
+from pipelines.report.summary import difference
 from pipelines.report.words import counted, decimals_for, fixed, listed, percent
 
 ZERO_HEAD, RANDOM_HEAD, CONTROL = "adaln_zero", "head_xavier", "symmetric"
