@@ -6,15 +6,18 @@ is one error that names the file, the key, the value and what is accepted.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from dit import models
 from dit.errors import ConfigError, explain
 from dit.init.strategy import Strategy, claims
-from dit.model import parse_name
+from dit.models import Denoiser
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -153,10 +156,17 @@ class LatentsParams(Section):
 
 
 class ModelParams(Section):
-    """The network."""
+    """The network: its name, and any options of its backbone, such as `depth`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str
     label_dropout: Annotated[float, Field(ge=0, lt=1)]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What stands beside the name; `dit.models.options_of` checks it."""
+        return dict(self.model_extra or {})
 
 
 class DiffusionParams(Section):
@@ -304,31 +314,42 @@ class Params(Section):
         self._check_evaluation()
         return self
 
+    def network(self, sizes: Mapping[str, int], name: str | None = None) -> Denoiser:
+        """The network of the study, or one called `name` in its place.
+
+        `sizes` are the number of classes, and the size and channels of latents where they are not those of the study.
+        """
+        study = {"latent_size": self.latent_size, "latent_channels": self.autoencoder.latent_channels}
+        options = {} if name else self.model.options
+        return models.build(name or self.model.name, learn_sigma=self.diffusion.learn_sigma, **{**study, **sizes}, **options)
+
+    def skeleton(self, name: str | None = None, num_classes: int = 1) -> Denoiser:
+        """As `network`, without memory for its weights: to check parameters against."""
+        with torch.device("meta"):
+            return self.network({"num_classes": num_classes}, name)
+
     def _check_shapes(self) -> None:
-        try:
-            _, patch_size = parse_name(self.model.name)
-        except ConfigError as error:
-            raise ValueError(f"model.name: {error}") from None
         if self.images.size % self.autoencoder.downsample:
             raise ValueError(
-                f"images.size = {self.images.size}; "
-                f"accepted: a multiple of autoencoder.downsample = {self.autoencoder.downsample}"
+                f"images.size = {self.images.size}: "
+                f"expected a multiple of autoencoder.downsample = {self.autoencoder.downsample}"
             )
-        if self.latent_size % patch_size:
+        try:
+            self.skeleton()
+        except ConfigError as error:
             raise ValueError(
-                f"model.name = '{self.model.name}': patch size {patch_size} does not divide the latent size {self.latent_size} "
-                f"(images.size {self.images.size} / autoencoder.downsample {self.autoencoder.downsample}); "
-                f"accepted: a patch size that does"
-            )
+                f"model.name = '{self.model.name}', on latents of {self.latent_size} x {self.latent_size} "
+                f"(images.size {self.images.size} / autoencoder.downsample {self.autoencoder.downsample}): {error}"
+            ) from None
 
     def _check_strategies(self) -> None:
-        depth = parse_name(self.model.name)[0].depth
         for name in self.study.strategies:
             if name not in self.strategies:
-                raise ValueError(f"study.strategies: unknown strategy '{name}'; accepted: {', '.join(self.strategies)}")
+                raise ValueError(f"study.strategies: unknown strategy '{name}'; expected one of {', '.join(self.strategies)}")
+        every_role = models.roles(self.skeleton())
         for name, strategy in self.strategies.items():
             try:
-                claims(strategy, depth)
+                claims(strategy, every_role)
             except ConfigError as error:
                 if name in self.study.strategies:
                     raise ValueError(f"strategies.{name}.{error}") from None

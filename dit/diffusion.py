@@ -8,12 +8,34 @@ Timesteps are whole numbers in [0, num_timesteps), or s * num_timesteps for flow
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
 from dit.config import DiffusionParams
+
+Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A network as it is called: `model(x, t, y)`."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Normalised latents `x0` and noise `eps` (B, C, H, W), timesteps (B,), labels (B,) with the null class where dropped."""
+
+    x0: Tensor
+    eps: Tensor
+    timesteps: Tensor
+    labels: Tensor
+
+    def first(self, count: int) -> Batch:
+        """Its first `count` samples."""
+        return self.rows(slice(count))
+
+    def rows(self, chosen: slice) -> Batch:
+        """Some of its samples."""
+        return Batch(*(tensor[chosen] for tensor in (self.x0, self.eps, self.timesteps, self.labels)))
 
 
 @dataclass(frozen=True)
@@ -94,6 +116,12 @@ class Diffusion:
         1 for eps and x0; for v, signal^2 + noise^2 = 1 at every timestep; 2 for flow, whose target is a difference of two.
         """
         return 2.0 if self.objective == "flow" else 1.0
+
+    def training_loss(self, model: Denoise, batch: Batch, loss: Callable[..., Loss] | None = None) -> Loss:
+        """Noise a batch, ask the network, and charge it. `loss` may be a compiled version of this object's own."""
+        x_t = self.add_noise(batch.x0, batch.eps, batch.timesteps)
+        output = model(x_t, batch.timesteps, batch.labels)
+        return (loss or self.loss)(output, batch.x0, batch.eps, batch.timesteps, x_t)
 
     def loss(self, output: Tensor, x0: Tensor, eps: Tensor, t: Tensor, x_t: Tensor) -> Loss:
         """Charge the network's output (B, C or 2C, H, W) for its prediction and, where learned, for its sigma."""

@@ -7,7 +7,7 @@ network, the batch size or the device. So the samples of two strategies differ o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dit.config import DiffusionParams
 from dit.devices import autocast, send
+from dit.diffusion import Denoise
 from dit.distributed import Ranks
-from dit.fused import captured_forward
-from dit.model import DiT
+from dit.fused.capture import Captured
+from dit.models import Denoiser, fast_path_of
 from dit.progress import progress
 from dit.seeding import generator
 
@@ -25,24 +26,13 @@ PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 """This project's objectives in the words of diffusers; their signs are those of `dit.diffusion.Diffusion.target`."""
 
 
-class Denoiser(Protocol):
-    """What can be sampled: a `dit.model.DiT`, or anything with its shape."""
-
-    latent_size: int
-    latent_channels: int
-    num_classes: int
-
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Noisy latents (B, C, H, W), timesteps (B,), labels (B,) -> (B, C or 2C, H, W)."""
-
-
 class Network:
-    """`model` as a `Denoiser` that runs by `backend`: one of those that `dit.devices.resolve_backend` returns."""
+    """`model`, run by `backend`: one of those that `dit.devices.resolve_backend` returns."""
 
-    def __init__(self, model: DiT, backend: str) -> None:
+    def __init__(self, model: Denoiser, backend: str) -> None:
         self.latent_size, self.latent_channels, self.num_classes = model.latent_size, model.latent_channels, model.num_classes
-        ways: dict[str, Callable[[DiT], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
-            "fused": captured_forward,
+        ways: dict[str, Callable[[Denoiser], Denoise]] = {
+            "fused": _captured,
             "compiled": torch.compile,
             "eager": lambda plain: plain,
         }
@@ -53,6 +43,13 @@ class Network:
         return self.forward(x, t, y)
 
 
+def _captured(model: Denoiser) -> Denoise:
+    """The fast network, called through one CUDA graph for each batch size."""
+    path = fast_path_of(model)
+    assert path is not None, "the caller resolves the backend first"
+    return Captured(path.make(model))
+
+
 def balanced_labels(count: int, num_classes: int) -> Tensor:
     """Labels (count,) that go round the classes in order, so that class counts differ by one at most."""
     return torch.arange(count) % num_classes
@@ -60,7 +57,7 @@ def balanced_labels(count: int, num_classes: int) -> Tensor:
 
 @torch.inference_mode()
 def sample(
-    model: Denoiser,
+    model: Denoiser | Network,
     diffusion: DiffusionParams,
     labels: Tensor,
     *,
@@ -96,18 +93,18 @@ def sample(
             bar.update()
         return (x,)
 
-    with progress(len(batches) * steps, description, "step", shown=ranks.first) as bar:
+    with progress(len(batches) * steps, description, "step", shown=ranks.is_main) as bar:
         drawn = [ranks.split(lambda own, batch=batch: solve(batch[own]), len(batch))[0] for batch in batches]  # type: ignore[misc]
     return torch.cat([x.cpu() for x in drawn])
 
 
-def _noise(model: Denoiser, draws: list[torch.Generator], device: torch.device) -> Tensor:
+def _noise(model: Denoiser | Network, draws: list[torch.Generator], device: torch.device) -> Tensor:
     """The next normal numbers of each of `draws`, (len(draws), C, H, W), sent without the host waiting for the device."""
     shape = 1, model.latent_channels, model.latent_size, model.latent_size
     return send(torch.cat([torch.randn(shape, generator=draw) for draw in draws]), device)
 
 
-def guided(model: Denoiser, x: Tensor, t: Tensor, y: Tensor, guidance_scale: float) -> Tensor:
+def guided(model: Denoiser | Network, x: Tensor, t: Tensor, y: Tensor, guidance_scale: float) -> Tensor:
     """The network's output (B, C or 2C, H, W), moved away from what it predicts without a label.
 
     prediction = null + guidance_scale * (conditional - null): Ho & Salimans (2022), eq. 6, with w = guidance_scale - 1. For x0,

@@ -23,7 +23,7 @@ from dit.data.latents import LatentStore, write_latents
 from dit.diffusion import Diffusion
 from dit.distributed import Ranks
 from dit.errors import ConfigError
-from dit.model import build
+from dit.models import build
 from dit.sampling import sample
 from dit.training.loop import Trainer
 from pipelines.experiments import override
@@ -237,8 +237,8 @@ def sample_and_encode(rank: int, size: int, directory: Path) -> None:
     settings = params.latents.model_copy(update={"batch_size": 2})
     pixels = np.random.default_rng(0).integers(0, 256, (19, 8, 8, 3), np.uint8)
     images = ImageStore(pixels[:12], np.arange(12) % 3, pixels[12:], np.arange(7) % 3, ["a", "b", "c"], {})
-    write_latents(images, shades, settings, out / "latents" if ranks.first else None, ranks)
-    if ranks.first:
+    write_latents(images, shades, settings, out / "latents" if ranks.is_main else None, ranks)
+    if ranks.is_main:
         torch.save(samples, out / "samples.pt")
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage.transform import resize
 
-from dit import autoencoder, config, init, model
+from dit import autoencoder, config, init, models
 from dit.data.store import StoreWriter
 from dit.errors import ConfigError, DataError
 from dit.evaluation import distances
@@ -207,7 +207,7 @@ def write_run(params: config.Params, seed: int, status: str) -> None:
     """What a training of strategy `head_xavier` leaves, as far as an evaluation reads it."""
     directory = Path(f"runs/train/head_xavier-{seed}")
     directory.mkdir(parents=True)
-    network = model.build(params.model.name, latent_size=8, latent_channels=4, num_classes=3, learn_sigma=True)
+    network = models.build(params.model.name, latent_size=8, latent_channels=4, num_classes=3, learn_sigma=True)
     save_file(init.apply(network, params.strategies["head_xavier"], seed).state_dict(), directory / "ema.safetensors")
     final = {"mse": 1.25, "validation_mse": 1.25, "ema_validation_mse": 1.5} if status == "finished" else None
     settings = {"diffusion": params.diffusion.model_dump(mode="json")}

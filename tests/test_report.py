@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from networks import dit_roles
 from PIL import Image
 
 from dit.analysis import wakeup
 from dit.config import Params, parse
 from dit.data.store import StoreWriter
 from dit.errors import DataError
-from dit.init.roles import roles
-from dit.model import build
+from dit.models import build
 from pipelines.report.mechanism import by_step
 from pipelines.report.runs import read_run, read_study
 from pipelines.stages.compare import compare
@@ -214,7 +214,7 @@ class Curve:
 
     def _diagnostics(self) -> Iterator[dict[str, Any]]:
         for step in [0, 1, 2, 3, 4, *range(50, self.until, 50)] if self.until else []:
-            for role in roles(depth=4):
+            for role in dit_roles(4):
                 delay = 0 if "final.projection" in role.path else 1 if "gate" in role.path or "final" in role.path else 2
                 asleep = step < max(0, delay - (self.strategy == "head_xavier"))
                 hidden = 1 if self.strategy == "symmetric" else 512

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dit import config, init
 from dit.config import SCHEDULERS, DiffusionParams
 from dit.errors import ConfigError
-from dit.model import DiT
+from dit.models.dit.network import DiT
 from dit.sampling import ancestral_step, balanced_labels, build_scheduler, guided, sample, trailing_timesteps
 
 ROOT = Path(__file__).parents[1]

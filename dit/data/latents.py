@@ -106,7 +106,7 @@ def write_latents(
         batches = (pixels[start : start + size] for start in range(0, len(pixels), size))
         encoded = (ranks.split(partial(_encode, encode, batch, settings.flip), len(batch)) for batch in batches)
         done = 0
-        with progress(len(pixels), f"{split} latents", "image", shown=ranks.first) as bar:
+        with progress(len(pixels), f"{split} latents", "image", shown=ranks.is_main) as bar:
             for parts in one_ahead(encoded):
                 mean, std = _stored(parts, settings)
                 _check_finite(mean, std, split, done)

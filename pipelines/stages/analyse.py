@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 import typer
 
-from dit import model
 from dit.analysis.signal import width_exponent
 from dit.analysis.start import Examiner
 from dit.analysis.wakeup import awake
@@ -34,7 +33,7 @@ def analyse(params: Params, strategy: str) -> None:
         "rules": rules.model_dump(mode="json", exclude_defaults=True)["rules"],
     }
     store = LatentStore(Path("data/latents"))
-    network = model.build(params.model.name, **store.sizes, learn_sigma=params.diffusion.learn_sigma)
+    network = params.network(store.sizes)
     examine = Examiner(
         network,
         store,

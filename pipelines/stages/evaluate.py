@@ -15,17 +15,16 @@ import typer
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dit import model
 from dit.autoencoder import decode, load_autoencoder
 from dit.config import Params
 from dit.data.latents import LatentStore
-from dit.devices import make_deterministic, resolve_backend, resolve_device, resolve_precision
+from dit.devices import make_deterministic, resolve_device, resolve_precision
 from dit.distributed import Ranks, joined
 from dit.errors import ConfigError, DataError
 from dit.evaluation.distances import Distances, check_counts, measure
 from dit.evaluation.features import FeatureExtractor, load_extractor, load_features
 from dit.evaluation.grids import grid_shape, image_grid
-from dit.fused import NETWORK_NEEDS, supports
+from dit.models import Denoiser, backend_for
 from dit.progress import progress
 from dit.sampling import Network, balanced_labels, sample
 from pipelines.stages.entry import complete_directory, run_key, run_stage, scratch, write_json
@@ -53,7 +52,7 @@ def evaluate(params: Params, strategy: str, seed: int) -> None:
         latents = None if trained["status"] == "diverged" else draw(params, store, name, ranks, key)
         if latents is not None and latents.isfinite().all():
             looked = look(params, store.denormalize(latents), extractor, rows * store.num_classes, ranks)
-    if not ranks.first:
+    if not ranks.is_main:
         return
     distances: dict[str, float | None] = dict.fromkeys(field.name for field in fields(Distances))
     grid = None
@@ -108,7 +107,7 @@ def draw(params: Params, store: LatentStore, name: str, ranks: Ranks, key: str) 
     network = load_network(params, store, Path("runs/train") / name / "ema.safetensors").to(ranks.device)
     settings = params.evaluate
     precision = resolve_precision(settings.precision, ranks.device)
-    backend = resolve_backend(settings.backend, ranks.device, precision, supports(network), "evaluate", NETWORK_NEEDS)
+    backend = backend_for(network, settings.backend, ranks.device, precision, "evaluate")
     started = time.monotonic()
     latents = sample(
         Network(network, backend),
@@ -126,15 +125,15 @@ def draw(params: Params, store: LatentStore, name: str, ranks: Ranks, key: str) 
     )
     seconds = time.monotonic() - started
     speed = {"seconds": seconds, "images_per_second": len(latents) / seconds, "hostname": socket.gethostname()}
-    if ranks.first:
+    if ranks.is_main:
         scratch(key).mkdir(parents=True, exist_ok=True)
         write_json(scratch(key) / "timing.json", speed)
     return latents
 
 
-def load_network(params: Params, store: LatentStore, weights: Path) -> model.DiT:
+def load_network(params: Params, store: LatentStore, weights: Path) -> Denoiser:
     """The network of the study with `weights`, in eval mode. Raises `DataError` for weights of another network."""
-    network = model.build(params.model.name, **store.sizes, learn_sigma=params.diffusion.learn_sigma)
+    network = params.network(store.sizes)
     try:
         network.load_state_dict(load_file(weights))
     except RuntimeError as error:
@@ -152,7 +151,7 @@ def look(params: Params, latents: Tensor, extractor: FeatureExtractor, keep: int
         images = decode(autoencoder, batch)
         return extractor(images), torch.from_numpy(images)
 
-    with progress(len(latents), "decode", "image", shown=ranks.first) as bar:
+    with progress(len(latents), "decode", "image", shown=ranks.is_main) as bar:
         for start, batch in zip(range(0, len(latents), size), latents.split(size), strict=True):
             found, images = ranks.split(lambda own, batch=batch: decoded(batch[own]), len(batch))  # type: ignore[misc]
             features.append(found.cpu())
