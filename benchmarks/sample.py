@@ -73,6 +73,7 @@ def measure(case: Case, backend: str, measured: int, device: torch.device) -> li
     precision = resolve_precision("auto", device)
     chosen = models.backend_for(network, backend, device, precision, "evaluate")
     denoiser = Network(network, chosen)
+    sampler = params.evaluate.model_copy(update={"guidance_scale": GUIDANCE_SCALE, "seed": 0, "batch_size": batch})
     results = []
     for scheduler, steps in SOLVERS.items():
 
@@ -83,11 +84,7 @@ def measure(case: Case, backend: str, measured: int, device: torch.device) -> li
                 denoiser,
                 params.diffusion,
                 balanced_labels(batch, CLASSES),
-                scheduler=scheduler,
-                steps=count,
-                guidance_scale=GUIDANCE_SCALE,
-                seed=0,
-                batch_size=batch,
+                sampler.model_copy(update={"scheduler": scheduler, "steps": count}),
                 device=device,
                 precision=precision,
                 description=f"{case} {backend} {scheduler}",

@@ -51,7 +51,8 @@ def main(
             seconds = time.monotonic() - started
             features, _ = look(chosen, store.denormalize(latents), extractor, 0, Ranks(device))
             distances = vars(measure(real, features, chosen.evaluate))
-            report["results"].append({"solver": scheduler, "steps": int(steps), "seed": seed, "seconds": seconds, **distances})
+            row = {"solver": scheduler, "steps": int(steps), "timestep_spacing": chosen.evaluate.timestep_spacing, "seed": seed}
+            report["results"].append({**row, "seconds": seconds, **distances})
             write(report, output)
     Console(width=120).print(table(report))
 

@@ -18,6 +18,7 @@ from dit import models
 from dit.errors import ConfigError, explain
 from dit.init.strategy import Strategy, claims
 from dit.models import Denoiser
+from dit.timesteps import check_sampler, scale_betas
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -33,7 +34,7 @@ SCHEDULERS = {
     "eps": ("ddpm", "ddim", "dpmsolver++"),
     "x0": ("ddpm", "ddim", "dpmsolver++"),
     "v": ("ddpm", "ddim", "dpmsolver++"),
-    "flow": ("flow_euler",),
+    "flow": ("flow_euler", "flow_heun"),
 }
 """Which samplers fit which training objective."""
 
@@ -177,6 +178,9 @@ class DiffusionParams(Section):
     num_timesteps: Annotated[int, Field(ge=2)]
     beta_start: OpenFraction
     beta_end: OpenFraction
+    timestep_sampling: Literal["uniform", "logit_normal"]
+    logit_normal_mean: Annotated[float, Field(allow_inf_nan=False)]
+    logit_normal_std: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
     @model_validator(mode="after")
     def _consistent(self) -> DiffusionParams:
@@ -184,6 +188,8 @@ class DiffusionParams(Section):
             raise ValueError(f"learn_sigma = true with objective '{self.objective}'; accepted: false, or objective 'eps'")
         if self.beta_start > self.beta_end:
             raise ValueError(f"beta_start = {self.beta_start}; accepted: at most beta_end = {self.beta_end}")
+        if self.objective != "flow":
+            scale_betas(self.beta_start, self.beta_end, self.num_timesteps)
         return self
 
 
@@ -250,9 +256,12 @@ class EvaluateParams(Section):
     """Stage `evaluate@<strategy>-<seed>`."""
 
     num_samples: Annotated[int, Field(ge=2)]
-    scheduler: Literal["ddpm", "ddim", "dpmsolver++", "flow_euler"]
+    scheduler: Literal["ddpm", "ddim", "dpmsolver++", "flow_euler", "flow_heun"]
     steps: PositiveInt
+    timestep_spacing: Literal["auto", "published", "leading", "linspace", "trailing"]
+    ddpm_variance: Literal["fixed_large", "fixed_small"]
     guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    guidance_channels: Literal["all"] | PositiveInt
     seed: Seed
     batch_size: PositiveInt
     kernel_subset_size: Annotated[int, Field(ge=2)]
@@ -366,7 +375,8 @@ class Params(Section):
                 f"evaluate.steps = {self.evaluate.steps}; "
                 f"accepted: at most diffusion.num_timesteps = {self.diffusion.num_timesteps}"
             )
-        self._check_sampling()
+        self._check_timesteps()
+        self._check_guidance()
         if self.evaluate.kernel_subset_size > self.evaluate.num_samples:
             raise ValueError(
                 f"evaluate.kernel_subset_size = {self.evaluate.kernel_subset_size}; "
@@ -378,16 +388,24 @@ class Params(Section):
                 f"accepted: at most evaluate.num_samples - 2 = {self.evaluate.num_samples - 2}"
             )
 
-    def _check_sampling(self) -> None:
-        steps, num_timesteps = self.evaluate.steps, self.diffusion.num_timesteps
-        if self.evaluate.scheduler == "ddim" and num_timesteps % steps:
-            nearest = max(divisor for divisor in range(1, steps) if num_timesteps % divisor == 0)
+    def _check_timesteps(self) -> None:
+        evaluate, diffusion = self.evaluate, self.diffusion
+        check_sampler(
+            evaluate.scheduler,
+            evaluate.timestep_spacing,
+            evaluate.steps,
+            num_timesteps=diffusion.num_timesteps,
+            beta_start=diffusion.beta_start,
+            beta_end=diffusion.beta_end,
+        )
+
+    def _check_guidance(self) -> None:
+        channels = self.evaluate.guidance_channels
+        if channels != "all" and channels > self.autoencoder.latent_channels:
             raise ValueError(
-                f"evaluate.steps = {steps} with evaluate.scheduler = 'ddim', whose steps are all of one size; "
-                f"accepted: a divisor of diffusion.num_timesteps = {num_timesteps}, such as {nearest}"
+                f"evaluate.guidance_channels = {channels}; "
+                f"expected 'all' or at most autoencoder.latent_channels = {self.autoencoder.latent_channels}"
             )
-        if self.evaluate.scheduler == "ddpm" and steps == 1:
-            raise ValueError("evaluate.steps = 1 with evaluate.scheduler = 'ddpm'; accepted: 2 or more")
         if self.evaluate.guidance_scale > 1 and not self.model.label_dropout:
             raise ValueError(
                 f"evaluate.guidance_scale = {self.evaluate.guidance_scale} with model.label_dropout = 0, which never trains "

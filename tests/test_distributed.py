@@ -229,10 +229,17 @@ def sample_and_encode(rank: int, size: int, directory: Path) -> None:
     params = config.load(ROOT / "params.yaml")
     network = build("DiT-Micro/2", latent_size=4, latent_channels=3, num_classes=3, learn_sigma=True)
     init.apply(network, "torch_default", 0)
-    options = {"scheduler": "ddpm", "steps": 3, "guidance_scale": 1.5, "seed": 0, "precision": torch.float32}
+    sampler = params.evaluate.model_copy(update={"scheduler": "ddpm", "steps": 3, "batch_size": 4 // size + 1})
     labels = torch.arange(8) % 3
     samples = sample(
-        network, params.diffusion, labels, device=device, batch_size=4 // size + 1, description="sample", ranks=ranks, **options
+        network,
+        params.diffusion,
+        labels,
+        sampler,
+        device=device,
+        precision=torch.float32,
+        description="sample",
+        ranks=ranks,
     )
     settings = params.latents.model_copy(update={"batch_size": 2})
     pixels = np.random.default_rng(0).integers(0, 256, (19, 8, 8, 3), np.uint8)
