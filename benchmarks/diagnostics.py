@@ -18,7 +18,7 @@ from measuring import Result, heading, machine, random_latents, shipped, wait, w
 from rich.console import Console
 from rich.table import Table
 
-from dit import config, init, models
+from dit import config, init, models, sections
 from dit.data.latents import LatentStore
 from dit.devices import make_deterministic, resolve_device
 from dit.diffusion import Diffusion
@@ -91,7 +91,7 @@ def windows(run: Trainer, window: int, repeats: int) -> tuple[list[float], list[
     return taken
 
 
-def costs(train: config.TrainParams, plain: list[float], diagnosed: list[float], window: int) -> Result:
+def costs(train: sections.TrainParams, plain: list[float], diagnosed: list[float], window: int) -> Result:
     """Milliseconds, and the shares of training time that diagnoses take."""
     step = statistics.median(plain) / window
     diagnosis = statistics.median(diagnosed) - statistics.median(plain)

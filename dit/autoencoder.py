@@ -22,11 +22,11 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from dit import checkpoint
-from dit.config import PretrainedAutoencoder, TrainedAutoencoder
 from dit.devices import autocast, resolve_device, send
 from dit.errors import ConfigError, DataError
 from dit.fused.encoder import FusedEncoder
 from dit.progress import progress
+from dit.sections import PretrainedAutoencoder, TrainedAutoencoder
 from dit.seeding import derive_seed, generator
 
 MODEL = "model"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from dit.config import DiffusionParams
+from dit.sections import DiffusionParams
 from dit.timesteps import scale_betas
 
 BELOW_ONE = 1 - 2.0**-24

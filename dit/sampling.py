@@ -18,13 +18,13 @@ from diffusers import (
 )
 from torch import Tensor
 
-from dit.config import DiffusionParams, EvaluateParams
 from dit.devices import autocast, send
 from dit.diffusion import Denoise
 from dit.distributed import Ranks
 from dit.fused.capture import Captured
 from dit.models import Denoiser, fast_path_of
 from dit.progress import progress
+from dit.sections import DiffusionParams, EvaluateParams
 from dit.seeding import generator
 from dit.timesteps import sampled_timesteps, scale_betas
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dit.config import EvaluateParams, LatentsParams, Params, TrainParams
+from dit.config import Params
+from dit.sections import EvaluateParams, LatentsParams, TrainParams
 
 NOWHERE = ""
 """The place of a stage that is given no GPU."""

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dit import config, init
-from dit.config import SCHEDULERS, DiffusionParams, EvaluateParams
 from dit.errors import ConfigError
 from dit.models.dit.network import DiT
 from dit.sampling import PREDICTION_TYPES, ancestral_step, balanced_labels, build_scheduler, guided, sample
+from dit.sections import SCHEDULERS, DiffusionParams, EvaluateParams
 from dit.seeding import generator
 from dit.timesteps import SPACINGS, sampled_timesteps, scale_betas, trailing_down
 

@@ -13,12 +13,12 @@ from torch import nn
 from dit import init
 from dit.analysis import wakeup
 from dit.analysis.signal import Coordinates, Signal, coordinate_check, loss, measure
-from dit.config import AnalyseParams
 from dit.data.batches import Batches
 from dit.data.latents import LatentStore
 from dit.diffusion import Batch, Diffusion
 from dit.init import Strategy
 from dit.models import Denoiser, backbone_of
+from dit.sections import AnalyseParams
 
 HEAD_SIZE = 64
 """Width of an attention head in the coordinate check, that of DiT-S, B and L."""

@@ -19,8 +19,8 @@ from dit.errors import DataError
 from dit.progress import progress
 
 if TYPE_CHECKING:
-    from dit.config import LatentsParams
     from dit.data.images import ImageStore
+    from dit.sections import LatentsParams
 
 T = TypeVar("T")
 Encode = Callable[[np.ndarray], tuple[Tensor, Tensor]]

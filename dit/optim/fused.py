@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit.config import TrainParams
 from dit.models.contract import FastNetwork
 from dit.optim.ema import EMA
+from dit.sections import TrainParams
 
 EPS = 1e-8
 """Kingma & Ba (2015), algorithm 1; also the default of `torch.optim.AdamW`."""

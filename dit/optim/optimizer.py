@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit.config import TrainParams
 from dit.distributed import distributed_like
+from dit.sections import TrainParams
 
 
 class Optimizer:

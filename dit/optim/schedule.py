@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dit.config import TrainParams
+from dit.sections import TrainParams
 
 
 def learning_rate(params: TrainParams, step: int) -> float:

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dit.config import TrainParams
 from dit.devices import autocast
 from dit.diffusion import Batch, Denoise, Diffusion
 from dit.distributed import Ranks, whole
@@ -17,6 +16,7 @@ from dit.models import fast_path_of
 from dit.optim.ema import EMA
 from dit.optim.fused import FusedAdamW
 from dit.optim.optimizer import Optimizer
+from dit.sections import TrainParams
 
 
 class Engine(Protocol):

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from dit import checkpoint
 from dit.analysis.diagnostics import GradientNoise, RoleState, diagnose, gradient_noise
-from dit.config import TrainParams
 from dit.data.batches import Batches
 from dit.data.latents import LatentStore
 from dit.devices import resolve_precision
@@ -25,6 +24,7 @@ from dit.models import backbone_of, backend_for
 from dit.optim.ema import EMA
 from dit.optim.schedule import learning_rate
 from dit.progress import progress
+from dit.sections import TrainParams
 from dit.training.engines import ENGINES, plain_forward
 from dit.training.validation import Validation
 

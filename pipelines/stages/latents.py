@@ -5,12 +5,13 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from dit.autoencoder import Encoder, load_autoencoder
-from dit.config import LatentsParams, Params
+from dit.config import Params
 from dit.data.images import load_images
 from dit.data.latents import write_latents
 from dit.devices import make_deterministic, resolve_backend, resolve_device, resolve_precision
 from dit.distributed import Ranks, joined
 from dit.fused.encoder import NEEDS, supports
+from dit.sections import LatentsParams
 from pipelines.stages.entry import complete_directory, run_stage
 
 
