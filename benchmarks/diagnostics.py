@@ -18,7 +18,7 @@ from measuring import Result, heading, machine, random_latents, shipped, wait, w
 from rich.console import Console
 from rich.table import Table
 
-from dit import config, init, model
+from dit import config, init, models, sections
 from dit.data.latents import LatentStore
 from dit.devices import make_deterministic, resolve_device
 from dit.diffusion import Diffusion
@@ -69,7 +69,7 @@ def trainer(
 ) -> Trainer:
     """A run that diagnoses the first step of every second window."""
     size = {"latent_size": store.latent_size, "latent_channels": store.latent_channels}
-    network = model.build(name, **size, num_classes=store.num_classes, learn_sigma=params.diffusion.learn_sigma)
+    network = models.build(name, **size, num_classes=store.num_classes, learn_sigma=params.diffusion.learn_sigma)
     init.apply(network, params.study.baseline, 0)
     settings = params.train.model_copy(update={"batch_size": batch_size, "diagnose_every": 2 * window})
     diffusion = Diffusion(params.diffusion, device)
@@ -91,7 +91,7 @@ def windows(run: Trainer, window: int, repeats: int) -> tuple[list[float], list[
     return taken
 
 
-def costs(train: config.TrainParams, plain: list[float], diagnosed: list[float], window: int) -> Result:
+def costs(train: sections.TrainParams, plain: list[float], diagnosed: list[float], window: int) -> Result:
     """Milliseconds, and the shares of training time that diagnoses take."""
     step = statistics.median(plain) / window
     diagnosis = statistics.median(diagnosed) - statistics.median(plain)

@@ -139,7 +139,7 @@ def worker(
             found |= speed(run)
         else:
             found["mse"] = [row["mse"] for row in run.records.metrics]
-        if ranks.first:
+        if ranks.is_main:
             result.write_text(json.dumps(found))
 
 

@@ -24,7 +24,7 @@ from dit.autoencoder import Encoder, decode
 from dit.data.images import ImageStore
 from dit.data.latents import write_latents
 from dit.devices import DTYPES, make_deterministic, resolve_backend, resolve_device, resolve_precision
-from dit.fused import ENCODER_NEEDS, supports_encoder
+from dit.fused.encoder import NEEDS, supports
 
 WIDTHS = (128, 256, 512, 512)
 PLAIN = torch.float32
@@ -52,7 +52,7 @@ def main(
     autoencoder = published_shape([width // narrow for width in WIDTHS], pixels).to(device)
     images = np.random.default_rng(0).integers(0, 256, (batch_size * batches, pixels, pixels, 3), np.uint8)
     chosen = resolve_precision("auto", device)
-    fastest = resolve_backend("auto", device, chosen, supports_encoder(autoencoder), "latents", ENCODER_NEEDS)
+    fastest = resolve_backend("auto", device, chosen, supports(autoencoder), "latents", NEEDS)
     for precision, backend in dict.fromkeys([(PLAIN, "eager"), (chosen, "eager"), (chosen, fastest)]):
         encoder = Encoder(autoencoder, precision, backend)
         for work, seconds, flops in measure(

@@ -20,7 +20,8 @@ from dit.config import Params, load
 from dit.data.latents import LatentStore
 from dit.data.store import StoreWriter
 from dit.errors import ConfigError
-from dit.model import parse_name
+from dit.models.dit import PATCH_SIZES
+from dit.models.sizes import parse_name
 
 Result = dict[str, Any]
 
@@ -64,7 +65,7 @@ def parse_case(text: str, multiple: int = COARSE) -> Case:
     try:
         if not found:
             raise ConfigError(f"'{text}'; accepted: MODEL:BATCH@LATENT, such as DiT-XL/2:128@32")
-        _, patch = parse_name(found[1])
+        _, patch = parse_name(found[1], "DiT", PATCH_SIZES)
         if int(found[3]) % (whole := max(patch, multiple)):
             raise ConfigError(f"'{text}': latents of {found[3]}; accepted: multiples of {whole}")
     except ConfigError as error:

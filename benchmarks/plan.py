@@ -15,7 +15,7 @@ from measuring import CHANNELS, CLASSES, Result, write
 from rich.console import Console
 from rich.table import Table
 
-from dit import model
+from dit import models
 
 RESULTS = Path(__file__).parent / "results" / "train-h100.json"
 GPUS_OF_A_HOST = 8
@@ -55,7 +55,7 @@ def main(
 def parameters(name: str, size: int) -> int:
     """How many weights a network has."""
     with torch.device("meta"):
-        network = model.build(name, latent_size=size, latent_channels=CHANNELS, num_classes=CLASSES, learn_sigma=True)
+        network = models.build(name, latent_size=size, latent_channels=CHANNELS, num_classes=CLASSES, learn_sigma=True)
     return sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
 
 

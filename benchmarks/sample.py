@@ -29,9 +29,8 @@ from rich.console import Console
 from rich.table import Table
 from train import forward_flops
 
-from dit import init, model
-from dit.devices import make_deterministic, resolve_backend, resolve_device, resolve_precision
-from dit.fused import NETWORK_NEEDS, supports
+from dit import init, models
+from dit.devices import make_deterministic, resolve_device, resolve_precision
 from dit.sampling import Network, balanced_labels, sample
 
 GPU_CASES = "DiT-XL/2:128@32 DiT-B/2:128@32 DiT-S/2:256@32 DiT-Tiny/2:64@8"
@@ -69,11 +68,12 @@ def measure(case: Case, backend: str, measured: int, device: torch.device) -> li
     """One network, with each solver. A step takes the difference of a run and one of twice its steps: the median of three."""
     name, batch, size = case
     params = shipped()
-    network = model.build(name, latent_size=size, latent_channels=CHANNELS, num_classes=CLASSES, learn_sigma=True)
+    network = models.build(name, latent_size=size, latent_channels=CHANNELS, num_classes=CLASSES, learn_sigma=True)
     init.apply(network, params.strategies["head_xavier"], 0).to(device).eval()
     precision = resolve_precision("auto", device)
-    chosen = resolve_backend(backend, device, precision, supports(network), "evaluate", NETWORK_NEEDS)
+    chosen = models.backend_for(network, backend, device, precision, "evaluate")
     denoiser = Network(network, chosen)
+    sampler = params.evaluate.model_copy(update={"guidance_scale": GUIDANCE_SCALE, "seed": 0, "batch_size": batch})
     results = []
     for scheduler, steps in SOLVERS.items():
 
@@ -84,11 +84,7 @@ def measure(case: Case, backend: str, measured: int, device: torch.device) -> li
                 denoiser,
                 params.diffusion,
                 balanced_labels(batch, CLASSES),
-                scheduler=scheduler,
-                steps=count,
-                guidance_scale=GUIDANCE_SCALE,
-                seed=0,
-                batch_size=batch,
+                sampler.model_copy(update={"scheduler": scheduler, "steps": count}),
                 device=device,
                 precision=precision,
                 description=f"{case} {backend} {scheduler}",

@@ -57,7 +57,8 @@ def main(
             if seen is None:
                 raise SystemExit(f"error: samples of {strategy}-{seed} by {solver} are not finite, so they have no distances")
             distances = vars(sample_distances(real, seen.features, chosen.evaluate))
-            report["results"].append({"solver": scheduler, "steps": int(steps), "seed": seed, "seconds": seconds, **distances})
+            row = {"solver": scheduler, "steps": int(steps), "timestep_spacing": chosen.evaluate.timestep_spacing, "seed": seed}
+            report["results"].append({**row, "seconds": seconds, **distances})
             write(report, output)
     Console(width=120).print(table(report))
 

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from dit import init, model
+from dit import init, models
 from dit.data.latents import LatentStore
 from dit.devices import make_deterministic, resolve_device
 from dit.diffusion import Diffusion
@@ -170,7 +170,7 @@ def build(
     usual = {"batch_size": batch, "log_every": 50, "learning_rate": 1e-4, "ema_decay": 0.9999, "backend": chosen}
     train = params.train.model_copy(update={**never, "validation": validation, **usual, **changes})
     shape = {"latent_size": store.latent_size, "latent_channels": CHANNELS, "num_classes": CLASSES}
-    network = init.apply(model.build(name, **shape, learn_sigma=True), params.strategies["adaln_zero"], seed)
+    network = init.apply(models.build(name, **shape, learn_sigma=True), params.strategies["adaln_zero"], seed)
     diffusion = Diffusion(params.diffusion, device)
     return Timed(network, store, diffusion, train, label_dropout=0.1, seed=seed, scratch=scratch, ranks=ranks)
 
@@ -178,7 +178,7 @@ def build(
 def forward_flops(name: str, size: int) -> int:
     """Floating-point operations of one image's forward pass: matrix products and attention, counted by torch."""
     with torch.device("meta"):
-        network = model.build(name, latent_size=size, latent_channels=CHANNELS, num_classes=CLASSES, learn_sigma=True)
+        network = models.build(name, latent_size=size, latent_channels=CHANNELS, num_classes=CLASSES, learn_sigma=True)
         with FlopCounterMode(display=False) as counter:
             network(torch.empty(1, CHANNELS, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.long))
     return counter.get_total_flops()
@@ -188,7 +188,7 @@ def train_three(trainer: Trainer) -> None:
     """Three steps of training and nothing else."""
     for step in range(3):
         trainer.gradients(trainer.batches(step))
-        trainer.optimiser.step(step)
+        trainer._update(step)
 
 
 def show(report: Result) -> None:

@@ -21,13 +21,13 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from dit.config import PretrainedAutoencoder, TrainedAutoencoder
+from dit import checkpoint
 from dit.devices import autocast, resolve_device, send
 from dit.errors import ConfigError, DataError, InputError
-from dit.fused import fused_encoder
+from dit.fused.encoder import FusedEncoder
 from dit.progress import progress
+from dit.sections import PretrainedAutoencoder, TrainedAutoencoder
 from dit.seeding import derive_seed, generator
-from dit.training import checkpoint
 
 MODEL = "model"
 LAYERS_PER_BLOCK = 1
@@ -226,7 +226,7 @@ class Encoder:
             return autoencoder.encode(images).latent_dist
 
         def fused() -> Callable[[Tensor], DiagonalGaussianDistribution]:
-            moments = fused_encoder(autoencoder)
+            moments = FusedEncoder(autoencoder)
             return lambda images: DiagonalGaussianDistribution(moments(images))
 
         ways = {"fused": fused, "compiled": lambda: torch.compile(posterior), "eager": lambda: posterior}

@@ -9,20 +9,18 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from dit import config, init, model
+from dit import config, init, models
 from dit.analysis import tables
 from dit.analysis.wakeup import by_kind, predict
 from dit.config import Params
 from dit.errors import ConfigError, UserError
 from dit.init import Strategy
 from dit.init.strategy import claims
-from dit.model import DiT
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -47,11 +45,15 @@ def check(params: ParamsFile = Path("params.yaml")) -> None:
     with _user_errors_shown():
         loaded = config.load(params)
         study = loaded.study
-        depth = model.parse_name(loaded.model.name)[0].depth
+        every_role = models.roles(loaded.skeleton())
         for name, strategy in loaded.strategies.items():
             try:
-                claims(strategy, depth)
+                claims(strategy, every_role)
+                if name in study.strategies:
+                    strategy.verify()
             except ConfigError as error:
+                if name in study.strategies:
+                    raise ConfigError(f"{params}: strategies.{name}.{error}") from None
                 print(f"not in the study, and does not fit {loaded.model.name}: strategies.{name}.{error}", file=sys.stderr)
         print(
             f"{params} is valid: study '{study.name}', {len(study.strategies)} strategies x {len(study.seeds)} seeds, "
@@ -101,21 +103,12 @@ def _strategy(loaded: Params, name: str, params: Path, network: str | None) -> S
         near = get_close_matches(name, loaded.strategies, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(f"{params}: unknown strategy '{name}'{hint}; accepted: {', '.join(loaded.strategies)}")
+    every_role = models.roles(loaded.skeleton(network))
     try:
-        claims(loaded.strategies[name], model.parse_name(network or loaded.model.name)[0].depth)
+        claims(loaded.strategies[name], every_role)
     except ConfigError as error:
         raise ConfigError(f"{params}: strategies.{name}.{error}") from None
     return loaded.strategies[name]
-
-
-def _network(loaded: Params, name: str | None) -> DiT:
-    return model.build(
-        name or loaded.model.name,
-        latent_size=loaded.latent_size,
-        latent_channels=loaded.autoencoder.latent_channels,
-        num_classes=CLASSES_SHOWN,
-        learn_sigma=loaded.diffusion.learn_sigma,
-    )
 
 
 def _library(loaded: Params) -> Table:
@@ -127,7 +120,7 @@ def _library(loaded: Params) -> Table:
 
 
 def _strategy_table(loaded: Params, strategy: Strategy, name: str | None, seed: int, every: bool) -> Table:
-    network = init.apply(_network(loaded, name), strategy, seed)
+    network = init.apply(loaded.network({"num_classes": CLASSES_SHOWN}, name), strategy, seed)
     table = Table(title=strategy.description, caption=strategy.source, title_justify="left", caption_justify="left")
     table.add_column("role", no_wrap=True)
     for column in ("shape", "rule"):
@@ -141,8 +134,7 @@ def _strategy_table(loaded: Params, strategy: Strategy, name: str | None, seed: 
 
 
 def _diff_table(loaded: Params, strategies: Sequence[Strategy], names: Sequence[str], name: str | None, every: bool) -> Table:
-    with torch.device("meta"):
-        network = _network(loaded, name)
+    network = loaded.skeleton(name, CLASSES_SHOWN)
     before, after = strategies
     changes = tables.changes(network, before, after, every)
     changed = sum(change.parameters for change in changes)
@@ -178,9 +170,11 @@ def wakeup(
     with _user_errors_shown():
         loaded = config.load(params)
         chosen = {each: _strategy(loaded, each, params, name) for each in strategies or loaded.strategies}
-        with torch.device("meta"):
-            network = _network(loaded, name)
-        schedules = {each: by_kind(predict(strategy, network, steps)) for each, strategy in chosen.items()}
+        network = loaded.skeleton(name)
+        predicted = {each: predict(strategy, network, steps) for each, strategy in chosen.items()}
+        schedules = {each: by_kind(schedule) for each, schedule in predicted.items() if schedule is not None}
+        if not schedules:
+            raise ConfigError(f"{name or loaded.model.name} has no predicted schedule; stage `analyse` measures it")
     kinds = list(next(iter(schedules.values())))
     few = len(schedules) <= FEW
     table = Table(title="First optimiser step with a gradient, counted from 0", title_justify="left", box=SIMPLE)

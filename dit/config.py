@@ -1,280 +1,39 @@
-"""The parameters of a study as typed, validated objects: the only reader of `params.yaml`.
+"""A whole `params.yaml`: its only reader.
 
-Nothing here has a default. Each value stands once, in `params.yaml`, and a value that is missing, unknown or out of range
-is one error that names the file, the key, the value and what is accepted.
+A value that is missing, unknown or out of range is one error that names the file, the key, the value and what is expected.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
+import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from dit import models
 from dit.errors import ConfigError, explain
 from dit.init.strategy import Strategy, claims
-from dit.model import parse_name
-
-Device = Literal["auto", "cpu", "cuda", "mps"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Backend = Literal["auto", "fused", "compiled", "eager"]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-OpenFraction = Annotated[float, Field(gt=0, lt=1)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")]
-
-SCHEDULERS = {
-    "eps": ("ddpm", "ddim", "dpmsolver++"),
-    "x0": ("ddpm", "ddim", "dpmsolver++"),
-    "v": ("ddpm", "ddim", "dpmsolver++"),
-    "flow": ("flow_euler",),
-}
-"""Which samplers fit which training objective."""
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, and nothing changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class StudyParams(Section):
-    """Which strategies are compared, over which seeds."""
-
-    name: Annotated[str, Field(min_length=1)]
-    baseline: Name
-    strategies: Annotated[list[Name], Field(min_length=1)]
-    seeds: Annotated[list[Seed], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _consistent(self) -> StudyParams:
-        for key, values in (("strategies", self.strategies), ("seeds", self.seeds)):
-            if len(set(values)) != len(values):
-                raise ValueError(f"{key} = {values}; accepted: each entry once")
-        if self.baseline not in self.strategies:
-            raise ValueError(f"baseline = '{self.baseline}'; accepted: one of study.strategies, {self.strategies}")
-        return self
-
-
-class PhotosSource(Section):
-    """Class-conditional crops of the pictures that scikit-image ships; `dit.data.photos`."""
-
-    kind: Literal["photos"]
-    train_per_class: PositiveInt
-    validation_per_class: PositiveInt
-    validation_region: OpenFraction
-    max_zoom: Annotated[float, Field(ge=1, allow_inf_nan=False)]
-
-
-class FolderSource(Section):
-    """Image files as `root/class/*.{jpg,png,webp}`; `dit.data.folder`."""
-
-    kind: Literal["folder"]
-    root: Path
-    validation_root: Path | None
-    validation_fraction: OpenFraction
-
-
-class HuggingFaceSource(Section):
-    """A data set of the `datasets` library; `dit.data.huggingface`."""
-
-    kind: Literal["huggingface"]
-    path: str
-    config: str | None
-    image_column: str
-    label_column: str
-    train_split: str
-    validation_split: str | None
-    validation_fraction: OpenFraction
-
-
-class ImagesParams(Section):
-    """Stage `images`."""
-
-    size: Annotated[int, Field(ge=8)]
-    seed: Seed
-    workers: Count
-    max_rejected: Fraction
-    source: Annotated[PhotosSource | FolderSource | HuggingFaceSource, Field(discriminator="kind")]
-
-
-class TrainedAutoencoder(Section):
-    """Stage `autoencoder`, trained on the images of the study."""
-
-    kind: Literal["train"]
-    latent_channels: PositiveInt
-    downsample: PositiveInt
-    channels: Annotated[list[PositiveInt], Field(min_length=1)]
-    steps: PositiveInt
-    batch_size: PositiveInt
-    learning_rate: PositiveFloat
-    kl_weight: NonNegativeFloat
-    seed: Seed
-    threads: PositiveInt
-    device: Device
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TrainedAutoencoder:
-        if self.downsample != 2 ** (len(self.channels) - 1):
-            accepted = 2 ** (len(self.channels) - 1)
-            raise ValueError(
-                f"downsample = {self.downsample}; accepted: {accepted}, as channels has {len(self.channels)} entries"
-            )
-        return self
-
-
-class PretrainedAutoencoder(Section):
-    """Stage `autoencoder`, loaded from a hub id or a local directory in diffusers format."""
-
-    kind: Literal["pretrained"]
-    path: str
-    revision: str | None
-    latent_channels: PositiveInt
-    downsample: PositiveInt
-    threads: PositiveInt
-    device: Device
-
-
-class LatentsParams(Section):
-    """Stage `latents`."""
-
-    flip: bool
-    normalize: Literal["per_channel", "global"] | PositiveFloat
-    dtype: Literal["float32", "float16"]
-    batch_size: PositiveInt
-    precision: Precision
-    backend: Backend
-    processes: PositiveInt
-    threads: PositiveInt
-    device: Device
-
-
-class ModelParams(Section):
-    """The network."""
-
-    name: str
-    label_dropout: Annotated[float, Field(ge=0, lt=1)]
-
-
-class DiffusionParams(Section):
-    """What the network predicts, and the noise it sees."""
-
-    objective: Literal["eps", "x0", "v", "flow"]
-    learn_sigma: bool
-    num_timesteps: Annotated[int, Field(ge=2)]
-    beta_start: OpenFraction
-    beta_end: OpenFraction
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DiffusionParams:
-        if self.learn_sigma and self.objective != "eps":
-            raise ValueError(f"learn_sigma = true with objective '{self.objective}'; accepted: false, or objective 'eps'")
-        if self.beta_start > self.beta_end:
-            raise ValueError(f"beta_start = {self.beta_start}; accepted: at most beta_end = {self.beta_end}")
-        return self
-
-
-class ValidationParams(Section):
-    """Fixed noise and timesteps on held-out latents."""
-
-    samples: PositiveInt
-    seed: Seed
-    buckets: PositiveInt
-    batch_size: PositiveInt
-
-    @model_validator(mode="after")
-    def _consistent(self) -> ValidationParams:
-        if self.buckets > self.samples:
-            raise ValueError(f"buckets = {self.buckets}; accepted: at most samples = {self.samples}")
-        return self
-
-
-class AnalyseParams(Section):
-    """Stage `analyse@<strategy>`."""
-
-    steps: Annotated[int, Field(ge=3)]
-    batch_size: Annotated[int, Field(ge=2)]
-    seed: Seed
-    widths: Annotated[list[Annotated[int, Field(gt=0, multiple_of=64)]], Field(min_length=2)]
-    threads: PositiveInt
-    device: Device
-
-
-class TrainParams(Section):
-    """Stage `train@<strategy>-<seed>`."""
-
-    steps: PositiveInt
-    batch_size: PositiveInt
-    learning_rate: PositiveFloat
-    warmup_steps: Count
-    weight_decay: NonNegativeFloat
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
-    gradient_clip: PositiveFloat | None
-    ema_decay: Annotated[float, Field(ge=0, lt=1)]
-    log_every: PositiveInt
-    diagnose_every: PositiveInt
-    validate_every: PositiveInt
-    validation: ValidationParams
-    checkpoint_every: PositiveInt
-    precision: Precision
-    backend: Backend
-    deterministic: bool
-    processes: PositiveInt
-    parallel: Literal["ddp", "fsdp"]
-    threads: PositiveInt
-    device: Device
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TrainParams:
-        if self.batch_size % self.processes:
-            raise ValueError(f"batch_size = {self.batch_size}; accepted: a multiple of processes = {self.processes}")
-        if self.parallel == "fsdp" and self.backend == "fused":
-            raise ValueError("backend = 'fused' with parallel = 'fsdp'; accepted: auto, compiled, eager, or parallel 'ddp'")
-        return self
-
-
-class EvaluateParams(Section):
-    """Stage `evaluate@<strategy>-<seed>`."""
-
-    num_samples: Annotated[int, Field(ge=2)]
-    scheduler: Literal["ddpm", "ddim", "dpmsolver++", "flow_euler"]
-    steps: PositiveInt
-    guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)]
-    seed: Seed
-    batch_size: PositiveInt
-    kernel_subset_size: Annotated[int, Field(ge=2)]
-    kernel_subsets: PositiveInt
-    nearest_k: PositiveInt
-    grid_rows: PositiveInt
-    precision: Precision
-    backend: Backend
-    processes: PositiveInt
-    threads: PositiveInt
-    device: Device
-
-
-class FeaturesParams(Section):
-    """The feature space of the distances, and stage `features`, which measures the real images in it."""
-
-    extractor: Literal["efficientnet_lite0", "inception"]
-    size: Annotated[int, Field(ge=32)]
-    weights: Path | None
-    batch_size: PositiveInt
-    threads: PositiveInt
-    device: Device
-
-    @model_validator(mode="after")
-    def _consistent(self) -> FeaturesParams:
-        if self.extractor == "inception" and self.size != 299:
-            raise ValueError(
-                f"size = {self.size} with extractor 'inception'; accepted: 299, which its network resizes to by itself"
-            )
-        if self.extractor != "inception" and self.weights is not None:
-            raise ValueError(f"weights = '{self.weights}' with extractor '{self.extractor}'; accepted: null")
-        return self
+from dit.models import Denoiser
+from dit.sections import (
+    SCHEDULERS,
+    AnalyseParams,
+    DiffusionParams,
+    EvaluateParams,
+    FeaturesParams,
+    ImagesParams,
+    LatentsParams,
+    ModelParams,
+    Name,
+    PretrainedAutoencoder,
+    Section,
+    StudyParams,
+    TrainedAutoencoder,
+    TrainParams,
+)
+from dit.timesteps import check_sampler
 
 
 class Params(Section):
@@ -304,31 +63,42 @@ class Params(Section):
         self._check_evaluation()
         return self
 
+    def network(self, sizes: Mapping[str, int], name: str | None = None) -> Denoiser:
+        """The network of the study, or one called `name` in its place.
+
+        `sizes` are the number of classes, and the size and channels of latents where they are not those of the study.
+        """
+        study = {"latent_size": self.latent_size, "latent_channels": self.autoencoder.latent_channels}
+        options = {} if name else self.model.options
+        return models.build(name or self.model.name, learn_sigma=self.diffusion.learn_sigma, **{**study, **sizes}, **options)
+
+    def skeleton(self, name: str | None = None, num_classes: int = 1) -> Denoiser:
+        """As `network`, without memory for its weights: to check parameters against."""
+        with torch.device("meta"):
+            return self.network({"num_classes": num_classes}, name)
+
     def _check_shapes(self) -> None:
-        try:
-            _, patch_size = parse_name(self.model.name)
-        except ConfigError as error:
-            raise ValueError(f"model.name: {error}") from None
         if self.images.size % self.autoencoder.downsample:
             raise ValueError(
-                f"images.size = {self.images.size}; "
-                f"accepted: a multiple of autoencoder.downsample = {self.autoencoder.downsample}"
+                f"images.size = {self.images.size}: "
+                f"expected a multiple of autoencoder.downsample = {self.autoencoder.downsample}"
             )
-        if self.latent_size % patch_size:
+        try:
+            self.skeleton()
+        except ConfigError as error:
             raise ValueError(
-                f"model.name = '{self.model.name}': patch size {patch_size} does not divide the latent size {self.latent_size} "
-                f"(images.size {self.images.size} / autoencoder.downsample {self.autoencoder.downsample}); "
-                f"accepted: a patch size that does"
-            )
+                f"model.name = '{self.model.name}', on latents of {self.latent_size} x {self.latent_size} "
+                f"(images.size {self.images.size} / autoencoder.downsample {self.autoencoder.downsample}): {error}"
+            ) from None
 
     def _check_strategies(self) -> None:
-        depth = parse_name(self.model.name)[0].depth
         for name in self.study.strategies:
             if name not in self.strategies:
-                raise ValueError(f"study.strategies: unknown strategy '{name}'; accepted: {', '.join(self.strategies)}")
+                raise ValueError(f"study.strategies: unknown strategy '{name}'; expected one of {', '.join(self.strategies)}")
+        every_role = models.roles(self.skeleton())
         for name, strategy in self.strategies.items():
             try:
-                claims(strategy, depth)
+                claims(strategy, every_role)
             except ConfigError as error:
                 if name in self.study.strategies:
                     raise ValueError(f"strategies.{name}.{error}") from None
@@ -345,7 +115,8 @@ class Params(Section):
                 f"evaluate.steps = {self.evaluate.steps}; "
                 f"accepted: at most diffusion.num_timesteps = {self.diffusion.num_timesteps}"
             )
-        self._check_sampling()
+        self._check_timesteps()
+        self._check_guidance()
         if self.evaluate.kernel_subset_size > self.evaluate.num_samples:
             raise ValueError(
                 f"evaluate.kernel_subset_size = {self.evaluate.kernel_subset_size}; "
@@ -357,16 +128,24 @@ class Params(Section):
                 f"accepted: at most evaluate.num_samples - 2 = {self.evaluate.num_samples - 2}"
             )
 
-    def _check_sampling(self) -> None:
-        steps, num_timesteps = self.evaluate.steps, self.diffusion.num_timesteps
-        if self.evaluate.scheduler == "ddim" and num_timesteps % steps:
-            nearest = max(divisor for divisor in range(1, steps) if num_timesteps % divisor == 0)
+    def _check_timesteps(self) -> None:
+        evaluate, diffusion = self.evaluate, self.diffusion
+        check_sampler(
+            evaluate.scheduler,
+            evaluate.timestep_spacing,
+            evaluate.steps,
+            num_timesteps=diffusion.num_timesteps,
+            beta_start=diffusion.beta_start,
+            beta_end=diffusion.beta_end,
+        )
+
+    def _check_guidance(self) -> None:
+        channels = self.evaluate.guidance_channels
+        if channels != "all" and channels > self.autoencoder.latent_channels:
             raise ValueError(
-                f"evaluate.steps = {steps} with evaluate.scheduler = 'ddim', whose steps are all of one size; "
-                f"accepted: a divisor of diffusion.num_timesteps = {num_timesteps}, such as {nearest}"
+                f"evaluate.guidance_channels = {channels}; "
+                f"expected 'all' or at most autoencoder.latent_channels = {self.autoencoder.latent_channels}"
             )
-        if self.evaluate.scheduler == "ddpm" and steps == 1:
-            raise ValueError("evaluate.steps = 1 with evaluate.scheduler = 'ddpm'; accepted: 2 or more")
         if self.evaluate.guidance_scale > 1 and not self.model.label_dropout:
             raise ValueError(
                 f"evaluate.guidance_scale = {self.evaluate.guidance_scale} with model.label_dropout = 0, which never trains "

@@ -1,19 +1,46 @@
 """What the network predicts and what it is charged for: eps (with learned sigma), x0, v, and flow matching.
 
 Notation of Ho et al. (2020): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with abar_t the running product of 1 - beta_t and
-beta linear in t. Flow matching (Lipman et al. 2023; Ma et al. 2024, SiT, linear path): x_s = (1 - s) x_0 + s eps, s in [0, 1).
-Timesteps are whole numbers in [0, num_timesteps), or s * num_timesteps for flow matching.
+beta linear in t, given for 1000 timesteps and scaled for others. Flow matching (Lipman et al. 2023; Ma et al. 2024, SiT, linear
+path): x_s = (1 - s) x_0 + s eps, s in [0, 1). Timesteps are whole numbers in [0, num_timesteps), or
+s * num_timesteps for flow matching.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
-from dit.config import DiffusionParams
+from dit.sections import DiffusionParams
+from dit.timesteps import scale_betas
+
+BELOW_ONE = 1 - 2.0**-24
+"""The largest float32 below one, which is also the largest number that `torch.rand` draws."""
+
+Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A network as it is called: `model(x, t, y)`."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Normalised latents `x0` and noise `eps` (B, C, H, W), timesteps (B,), labels (B,) with the null class where dropped."""
+
+    x0: Tensor
+    eps: Tensor
+    timesteps: Tensor
+    labels: Tensor
+
+    def first(self, count: int) -> Batch:
+        """Its first `count` samples."""
+        return self.rows(slice(count))
+
+    def rows(self, chosen: slice) -> Batch:
+        """Some of its samples."""
+        return Batch(*(tensor[chosen] for tensor in (self.x0, self.eps, self.timesteps, self.labels)))
 
 
 @dataclass(frozen=True)
@@ -37,7 +64,15 @@ class Diffusion:
         self.learn_sigma = params.learn_sigma
         self.num_timesteps = params.num_timesteps
         self.device = torch.device(device)
-        beta = torch.linspace(params.beta_start, params.beta_end, params.num_timesteps, dtype=torch.float64)
+        self.timestep_sampling = params.timestep_sampling
+        self.logit_normal_mean, self.logit_normal_std = params.logit_normal_mean, params.logit_normal_std
+        if params.objective != "flow":
+            self._fill_tables(params)
+
+    def _fill_tables(self, params: DiffusionParams) -> None:
+        """What the betas determine, by timestep; a flow has none."""
+        first, last = scale_betas(params.beta_start, params.beta_end, params.num_timesteps)
+        beta = torch.linspace(first, last, params.num_timesteps, dtype=torch.float64)
         abar = (1 - beta).cumprod(0)
         abar_before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
         posterior_variance = beta * (1 - abar_before) / (1 - abar)
@@ -53,8 +88,16 @@ class Diffusion:
         return values.float().to(self.device)
 
     def draw_timesteps(self, count: int, generator: Generator) -> Tensor:
-        """Uniform timesteps (count,): int64, or float32 for flow matching."""
-        return self.timesteps_at(torch.rand(count, generator=generator, device=self.device))
+        """Timesteps (count,) of a training batch, from `generator` alone: int64, or float32 for flow matching.
+
+        `uniform`, or `logit_normal`: the sigmoid of normal numbers, as fractions of the noising time, so that a mean above zero
+        prefers noise; Esser et al. (2024), section 3.1, where it is proposed for flow matching.
+        """
+        if self.timestep_sampling == "uniform":
+            return self.timesteps_at(torch.rand(count, generator=generator, device=self.device))
+        normal = torch.randn(count, generator=generator, device=self.device)
+        fraction = torch.sigmoid(self.logit_normal_mean + self.logit_normal_std * normal)
+        return self.timesteps_at(fraction.clamp(max=BELOW_ONE))
 
     def timesteps_at(self, fraction: Tensor) -> Tensor:
         """Fractions (B,) of the noising time, in [0, 1) -> timesteps (B,)."""
@@ -94,6 +137,12 @@ class Diffusion:
         1 for eps and x0; for v, signal^2 + noise^2 = 1 at every timestep; 2 for flow, whose target is a difference of two.
         """
         return 2.0 if self.objective == "flow" else 1.0
+
+    def training_loss(self, model: Denoise, batch: Batch, loss: Callable[..., Loss] | None = None) -> Loss:
+        """Noise a batch, ask the network, and charge it. `loss` may be a compiled version of this object's own."""
+        x_t = self.add_noise(batch.x0, batch.eps, batch.timesteps)
+        output = model(x_t, batch.timesteps, batch.labels)
+        return (loss or self.loss)(output, batch.x0, batch.eps, batch.timesteps, x_t)
 
     def loss(self, output: Tensor, x0: Tensor, eps: Tensor, t: Tensor, x_t: Tensor) -> Loss:
         """Charge the network's output (B, C or 2C, H, W) for its prediction and, where learned, for its sigma."""

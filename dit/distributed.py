@@ -7,7 +7,7 @@ gradients and optimiser state are sharded by FSDP2 (`fully_shard`). The first ra
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -21,9 +21,6 @@ from dit.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-
-    from dit.model import DiT
-
 
 MEETING = "DIT_MEETING"
 """The environment variable with a file through which the ranks of one host meet; without it, where `torchrun` says."""
@@ -39,18 +36,18 @@ class Ranks:
     grouped: bool = False
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this rank is the one that reports and writes."""
         return self.rank == 0
 
-    def own(self, count: int) -> slice:
+    def local_slice(self, count: int) -> slice:
         """This rank's rows of `count`: contiguous, in the order of ranks, as equal as can be."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
-    def share(self, count: int, key: str) -> int:
+    def per_rank(self, count: int, key: str) -> int:
         """`count / size`. Raises `ConfigError` that names `key` where that is not whole."""
         if count % self.size:
-            raise ConfigError(f"{key} = {count} over {self.size} processes; accepted: a multiple of {self.size}")
+            raise ConfigError(f"{key} = {count} over {self.size} processes: expected a multiple of {self.size}")
         return count // self.size
 
     def mean(self, values: Tensor) -> Tensor:
@@ -78,10 +75,10 @@ class Ranks:
                 tensor.copy_(sent)
 
     def gather(self, rows: Tensor, count: int) -> Tensor:
-        """All `count` rows, on every rank, from what each has of them: its `own`."""
+        """All `count` rows, on every rank, from what each has of them: its `local_slice`."""
         if self.size == 1:
             return rows
-        every = [Ranks(self.device, rank, self.size).own(count) for rank in range(self.size)]
+        every = [Ranks(self.device, rank, self.size).local_slice(count) for rank in range(self.size)]
         lengths = [part.stop - part.start for part in every]
         padded = torch.zeros(max(lengths), *rows.shape[1:], dtype=rows.dtype, device=self.device)
         padded[: len(rows)] = rows
@@ -94,19 +91,19 @@ class Ranks:
 
         `compute` gets a slice that is never empty, and returns tensors with as many rows.
         """
-        own = self.own(count)
+        own = self.local_slice(count)
         mine = own.stop - own.start
         parts = compute(own if mine else slice(0, 1))
         return tuple(self.gather(part[:mine], count) for part in parts)
 
-    def keep(self, state: Any) -> Any:
+    def gather_state(self, state: Any) -> Any:
         """A tree of dicts as the first rank may save it: its tensors whole, in the memory of the host; None on other ranks."""
         if isinstance(state, dict):
-            return {name: self.keep(part) for name, part in state.items()}
+            return {name: self.gather_state(part) for name, part in state.items()}
         if not isinstance(state, Tensor):
             return state
         tensor = whole(state)
-        return tensor.cpu() if self.first else None
+        return tensor.cpu() if self.is_main else None
 
     def replicate(self, network: nn.Module) -> nn.Module:
         """The network, whose gradients are then averaged over ranks during the backward pass (DDP)."""
@@ -115,8 +112,8 @@ class Ranks:
         device_ids = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids, gradient_as_bucket_view=True)
 
-    def shard(self, model: DiT, precision: torch.dtype, compiled: bool = False) -> None:
-        """Shard every block, `compiled` or not, and the rest, over all ranks (FSDP2).
+    def shard(self, model: nn.Module, blocks: Sequence[nn.Module], precision: torch.dtype, compiled: bool = False) -> None:
+        """Shard every one of the `blocks` of `model`, `compiled` or not, and the rest, over all ranks (FSDP2).
 
         Weights travel in `precision`, gradients in float32. A model on the host comes to the device block by block, so that no
         device ever holds all of it.
@@ -130,9 +127,9 @@ class Ranks:
         reduced = None if precision == torch.float32 else precision
         policy = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32, cast_forward_inputs=False)
         if compiled:
-            for block in model.blocks:
+            for block in blocks:
                 block.compile()
-        for part in (*model.blocks, model):
+        for part in (*blocks, model):
             fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
@@ -145,7 +142,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
-            raise ConfigError(f"process {local} has no GPU; accepted: at most {torch.cuda.device_count()} processes here")
+            raise ConfigError(f"process {local} has no GPU: at most {torch.cuda.device_count()} processes can run here")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
@@ -169,10 +166,11 @@ def local(tensor: Tensor) -> Tensor:
 def restore(tensors: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
     """Set every tensor to the whole one of its name, on any device, sharded as the tensor is."""
     for name, tensor in tensors.items():
-        tensor.copy_(_like(saved[name], tensor))
+        tensor.copy_(distributed_like(saved[name], tensor))
 
 
-def _like(tensor: Tensor, other: Tensor) -> Tensor:
+def distributed_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor sharded as `other` is; as it is, where `other` is whole."""
     if not _sharded(other):
         return tensor
     from torch.distributed.tensor import distribute_tensor

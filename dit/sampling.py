@@ -7,42 +7,38 @@ network, the batch size or the device. So the samples of two strategies differ o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 from torch import Tensor
 
-from dit.config import DiffusionParams
 from dit.devices import autocast, send
+from dit.diffusion import Denoise
 from dit.distributed import Ranks
-from dit.fused import captured_forward
-from dit.model import DiT
+from dit.fused.capture import Captured
+from dit.models import Denoiser, fast_path_of
 from dit.progress import progress
+from dit.sections import DiffusionParams, EvaluateParams
 from dit.seeding import generator
+from dit.timesteps import sampled_timesteps, scale_betas
 
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 """This project's objectives in the words of diffusers; their signs are those of `dit.diffusion.Diffusion.target`."""
 
 
-class Denoiser(Protocol):
-    """What can be sampled: a `dit.model.DiT`, or anything with its shape."""
-
-    latent_size: int
-    latent_channels: int
-    num_classes: int
-
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Noisy latents (B, C, H, W), timesteps (B,), labels (B,) -> (B, C or 2C, H, W)."""
-
-
 class Network:
-    """`model` as a `Denoiser` that runs by `backend`: one of those that `dit.devices.resolve_backend` returns."""
+    """`model`, run by `backend`: one of those that `dit.devices.resolve_backend` returns."""
 
-    def __init__(self, model: DiT, backend: str) -> None:
+    def __init__(self, model: Denoiser, backend: str) -> None:
         self.latent_size, self.latent_channels, self.num_classes = model.latent_size, model.latent_channels, model.num_classes
-        ways: dict[str, Callable[[DiT], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
-            "fused": captured_forward,
+        ways: dict[str, Callable[[Denoiser], Denoise]] = {
+            "fused": _captured,
             "compiled": torch.compile,
             "eager": lambda plain: plain,
         }
@@ -53,6 +49,13 @@ class Network:
         return self.forward(x, t, y)
 
 
+def _captured(model: Denoiser) -> Denoise:
+    """The fast network, called through one CUDA graph for each batch size."""
+    path = fast_path_of(model)
+    assert path is not None, "the caller resolves the backend first"
+    return Captured(path.make(model))
+
+
 def balanced_labels(count: int, num_classes: int) -> Tensor:
     """Labels (count,) that go round the classes in order, so that class counts differ by one at most."""
     return torch.arange(count) % num_classes
@@ -60,15 +63,11 @@ def balanced_labels(count: int, num_classes: int) -> Tensor:
 
 @torch.inference_mode()
 def sample(
-    model: Denoiser,
+    model: Denoiser | Network,
     diffusion: DiffusionParams,
     labels: Tensor,
+    settings: EvaluateParams,
     *,
-    scheduler: str,
-    steps: int,
-    guidance_scale: float,
-    seed: int,
-    batch_size: int,
     device: torch.device,
     precision: torch.dtype,
     description: str,
@@ -76,56 +75,63 @@ def sample(
 ) -> Tensor:
     """Draw one normalised latent for each of `labels` (N,) -> (N, C, H, W), float32, on the CPU.
 
-    `precision` is that of the network alone; the scheduler computes in float32. `batch_size` is that of each rank.
+    `settings` names the sampler, its guidance and its seed; its `batch_size` is that of each rank. `precision` is that of the
+    network alone; the scheduler computes in float32.
     """
     ranks = ranks or Ranks(device)
-    batches = torch.arange(len(labels)).split(batch_size * ranks.size)
+    batches = torch.arange(len(labels)).split(settings.batch_size * ranks.size)
+    evaluations = len(build_scheduler(diffusion, settings).timesteps)
 
     def solve(batch: Tensor) -> tuple[Tensor]:
-        solver = build_scheduler(diffusion, scheduler, steps)
-        draws = [generator(seed, "sample", index) for index in batch.tolist()]
+        solver = build_scheduler(diffusion, settings)
+        draws = [generator(settings.seed, "sample", index) for index in batch.tolist()]
         x = _noise(model, draws, device)
         y, on_device = send(labels[batch], device), send(solver.timesteps, device)
-        for t, sent in zip(solver.timesteps, on_device, strict=True):
+        for index, (t, sent) in enumerate(zip(solver.timesteps, on_device, strict=True)):
             with autocast(device, precision):
-                output = guided(model, x, sent.expand(len(batch)), y, guidance_scale).float()
+                output = guided(
+                    model, x, sent.expand(len(batch)), y, settings.guidance_scale, settings.guidance_channels
+                ).float()
             if isinstance(solver, DDPMScheduler):
-                x = ancestral_step(solver, output, t, x, _noise(model, draws, device) if t > 0 else None)
+                last = index + 1 == evaluations
+                x = ancestral_step(solver, output, t, x, None if last else _noise(model, draws, device))
             else:
                 x = solver.step(output[:, : x.shape[1]], t, x).prev_sample  # which has no use for a variance
             bar.update()
         return (x,)
 
-    with progress(len(batches) * steps, description, "step", shown=ranks.first) as bar:
+    with progress(len(batches) * evaluations, description, "step", shown=ranks.is_main) as bar:
         drawn = [ranks.split(lambda own, batch=batch: solve(batch[own]), len(batch))[0] for batch in batches]  # type: ignore[misc]
     return torch.cat([x.cpu() for x in drawn])
 
 
-def _noise(model: Denoiser, draws: list[torch.Generator], device: torch.device) -> Tensor:
+def _noise(model: Denoiser | Network, draws: list[torch.Generator], device: torch.device) -> Tensor:
     """The next normal numbers of each of `draws`, (len(draws), C, H, W), sent without the host waiting for the device."""
     shape = 1, model.latent_channels, model.latent_size, model.latent_size
     return send(torch.cat([torch.randn(shape, generator=draw) for draw in draws]), device)
 
 
-def guided(model: Denoiser, x: Tensor, t: Tensor, y: Tensor, guidance_scale: float) -> Tensor:
+def guided(
+    model: Denoiser | Network, x: Tensor, t: Tensor, y: Tensor, guidance_scale: float, guidance_channels: Literal["all"] | int
+) -> Tensor:
     """The network's output (B, C or 2C, H, W), moved away from what it predicts without a label.
 
     prediction = null + guidance_scale * (conditional - null): Ho & Salimans (2022), eq. 6, with w = guidance_scale - 1. For x0,
-    v and flow it is the same guidance as for eps, as each is affine in eps. A learned variance is that of the conditional
-    output. All latent channels are guided; the published DiT guides the first three only, "for exact reproducibility"
-    (facebookresearch/DiT `forward_with_cfg`), a remainder of RGB code. A scale of 1 costs one forward pass, else two.
+    v and flow it is the same guidance as for eps, as each is affine in eps. What is not guided, such as a learned variance, is
+    that of the conditional output. Either all latent channels are guided or the first `guidance_channels`; the published DiT
+    guides three of four (facebookresearch/DiT `forward_with_cfg`). A scale of 1 costs one forward pass, else two.
     """
     if guidance_scale == 1:
         return model(x, t, y)
     null = torch.full_like(y, model.num_classes)
     output, unconditional = model(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, null])).chunk(2)
-    channels = x.shape[1]
+    channels = x.shape[1] if guidance_channels == "all" else guidance_channels
     prediction = torch.lerp(unconditional[:, :channels], output[:, :channels], guidance_scale)
     return torch.cat([prediction, output[:, channels:]], dim=1)
 
 
 def ancestral_step(solver: DDPMScheduler, output: Tensor, t: Tensor, x: Tensor, noise: Tensor | None) -> Tensor:
-    """`solver.step` with `noise` (B, C, H, W) of the caller, or None at t = 0, where there is none.
+    """`solver.step` with `noise` (B, C, H, W) of the caller, or None in the last step, which has none.
 
     diffusers draws it on the host, and sends it at every step, for which the host waits for the device. From its tables, the
     network's `output` (B, C or 2C, H, W) and `x` (B, C, H, W): the posterior of Ho et al. (2020), eq. 6 and 7. A learned log
@@ -149,48 +155,51 @@ def ancestral_step(solver: DDPMScheduler, output: Tensor, t: Tensor, x: Tensor, 
     variance = ((1 - abar_before) / (1 - abar) * beta).clamp(min=1e-20)  # as diffusers has it: its logarithm is finite
     if solver.config.variance_type == "fixed_small":
         return mean + variance.sqrt() * noise
+    if solver.config.variance_type == "fixed_large":
+        return mean + beta.sqrt() * noise
     fraction = (sigma + 1) / 2
     log_variance = fraction * beta.log() + (1 - fraction) * variance.log()
     return mean + (0.5 * log_variance).exp() * noise
 
 
-def build_scheduler(diffusion: DiffusionParams, name: str, steps: int) -> Any:
-    """The diffusers scheduler called `name`, for the noise of `diffusion`, with its `steps` timesteps set.
+def build_scheduler(diffusion: DiffusionParams, settings: EvaluateParams) -> Any:
+    """The diffusers scheduler that `settings` name, for the noise of `diffusion`, with its timesteps set.
 
-    Every one starts at the highest noise level. Spacings: `ddpm` linspace, whole timesteps from num_timesteps - 1 to 0
-    inclusive, as published (facebookresearch/DiT `space_timesteps`); `ddim` and `dpmsolver++` trailing, which ends one stride
-    above zero and steps from there to the clean latent (Lin et al. 2024, table 2); `flow_euler` equal steps of s from 1 to 0.
-    Clean latents are never clipped, since latents are not bounded. `ddim` needs `steps` to divide `num_timesteps`, and `ddpm`
-    at least two steps: `dit.config` refuses anything else.
+    `ddim` is DPM-Solver++ of first order (Lu et al. 2022, "DPM-Solver++", section 4), which steps from each timestep of its
+    list to the next. diffusers' DDIMScheduler subtracts num_timesteps // steps instead, which misses the next in some lists.
+    Clean latents are never clipped, since latents are not bounded.
     """
-    if name == "flow_euler":
-        flow = FlowMatchEulerDiscreteScheduler(num_train_timesteps=diffusion.num_timesteps)
-        flow.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist())
-        return flow
+    if diffusion.objective == "flow":
+        return _flow_scheduler(settings.scheduler, diffusion.num_timesteps, settings.steps)
+    beta_start, beta_end = scale_betas(diffusion.beta_start, diffusion.beta_end, diffusion.num_timesteps)
     noise: dict[str, Any] = {
         "num_train_timesteps": diffusion.num_timesteps,
         "beta_schedule": "linear",
-        "beta_start": diffusion.beta_start,
-        "beta_end": diffusion.beta_end,
+        "beta_start": beta_start,
+        "beta_end": beta_end,
         "prediction_type": PREDICTION_TYPES[diffusion.objective],
     }
-    if name == "ddpm":
-        variance = "learned_range" if diffusion.learn_sigma else "fixed_small"
-        ddpm = DDPMScheduler(**noise, clip_sample=False, variance_type=variance, timestep_spacing="linspace")
-        ddpm.set_timesteps(steps)
-        return ddpm
-    if name == "ddim":
-        ddim = DDIMScheduler(**noise, clip_sample=False, timestep_spacing="trailing")
-        ddim.set_timesteps(steps)
-        return ddim
-    solver = DPMSolverMultistepScheduler(**noise, algorithm_type="dpmsolver++")
-    solver.set_timesteps(timesteps=trailing_timesteps(diffusion.num_timesteps, steps))
+    if settings.scheduler == "ddpm":
+        variance = "learned_range" if diffusion.learn_sigma else settings.ddpm_variance
+        solver = DDPMScheduler(**noise, clip_sample=False, variance_type=variance)
+    else:
+        order = 1 if settings.scheduler == "ddim" else 2
+        solver = DPMSolverMultistepScheduler(**noise, algorithm_type="dpmsolver++", solver_order=order)
+    spacing = settings.timestep_spacing
+    solver.set_timesteps(timesteps=sampled_timesteps(settings.scheduler, spacing, diffusion.num_timesteps, settings.steps))
     return solver
 
 
-def trailing_timesteps(num_timesteps: int, steps: int) -> list[int]:
-    """`steps` evenly spaced timesteps, from `num_timesteps - 1` down; exact, where diffusers' own are rounded floats.
+def _flow_scheduler(name: str, num_timesteps: int, steps: int) -> Any:
+    """Euler's or Heun's method in `steps` equal steps of s from 1 to 0.
 
-    diffusers 0.42 yields an extra timestep of -1 for some counts, such as 61 of 1000.
+    Heun's evaluates the network twice in each step but the last, which is Euler's: 2 * steps - 1 times.
     """
-    return [(steps - i) * num_timesteps // steps - 1 for i in range(steps)]
+    if name == "flow_heun":
+        heun = FlowMatchHeunDiscreteScheduler(num_train_timesteps=num_timesteps)
+        heun.sigma_min = 1 / steps  # its last s above 0, which diffusers puts at 1 / num_timesteps whatever the steps
+        heun.set_timesteps(steps)
+        return heun
+    euler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=num_timesteps)
+    euler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist())
+    return euler

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dit.config import EvaluateParams, LatentsParams, Params, TrainParams
+from dit.config import Params
+from dit.sections import EvaluateParams, LatentsParams, TrainParams
 
 NO_GPU = ""
 """What a stage holds in a pool without GPUs."""

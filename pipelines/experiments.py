@@ -29,7 +29,8 @@ from dit import config
 from dit.config import Params
 from dit.devices import resolve_backend, resolve_device, resolve_precision
 from dit.errors import ConfigError, UserError
-from dit.fused import ENCODER_NEEDS, NETWORK_NEEDS
+from dit.fused.encoder import NEEDS
+from dit.models import backend_for
 from pipelines import dag
 
 EXPERIMENTS = Path(".scratch/experiments")
@@ -38,8 +39,6 @@ WORD = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
 """Most of these need no quotes; `yes` and `off` do."""
 DEVICES = ("autoencoder", "latents", "analyse", "train", "evaluate", "features")
 """Sections of the parameters that choose a device."""
-BACKENDS = {"latents": ENCODER_NEEDS, "train": NETWORK_NEEDS, "evaluate": NETWORK_NEEDS}
-"""Those that choose a backend, and what a fused one needs."""
 IDENTITY = {
     f"GIT_{who}_{what}": value
     for who in ("AUTHOR", "COMMITTER")
@@ -64,9 +63,12 @@ def parameters(root: Path, overrides: Mapping[str, Any] | None = None) -> Params
             device = resolve_device(section.device)
         except ConfigError as error:
             raise ConfigError(f"{where}: {name}.{error}") from None
-        if name in BACKENDS:
+        if name in ("train", "evaluate"):
             precision = resolve_precision(section.precision, device)
-            resolve_backend(section.backend, device, precision, True, f"{where}: {name}", BACKENDS[name])
+            backend_for(params.skeleton(), section.backend, device, precision, f"{where}: {name}")
+        elif name == "latents":
+            precision = resolve_precision(section.precision, device)
+            resolve_backend(section.backend, device, precision, True, f"{where}: {name}", NEEDS)
     return params
 
 

@@ -158,11 +158,12 @@ def _start(start: StartRecord) -> Iterator[Measured]:
     """The strategy before and in its first steps, and by block: there, the step of a metric is the block."""
     yield "start/awake_step", 0, start.awake_step
     yield "start/width_exponent", 0, start.width_exponent
-    yield "start/predicted_equals_measured", 0, float(start.predicted_equals_measured)
+    if start.predicted_equals_measured is not None:
+        yield "start/predicted_equals_measured", 0, float(start.predicted_equals_measured)
     for name in ("output_rms", "output_variance", "zero_output_mse", "expected_zero_output_mse"):
         yield f"start/{name}", 0, getattr(start.signal, name)
-    for which in ("measured", "predicted"):
-        for kind, step in by_kind(getattr(start, which)).items():
+    for which, schedule in (("measured", start.measured), ("predicted", start.predicted or {})):
+        for kind, step in by_kind(schedule).items():
             yield f"wake_up_{which}/{kind}", 0, step
     for early in start.early:
         for name in ("mse", "timestep_sensitivity", "label_sensitivity"):

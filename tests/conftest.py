@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from dit import config, model
+from dit import config, models
 from dit.data.latents import LatentStore
 from dit.data.store import StoreWriter
+from dit.models.dit.network import DiT
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,10 +58,10 @@ def latents_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def micro() -> Callable[..., model.DiT]:
+def micro() -> Callable[..., DiT]:
     """Builds the smallest named network for latents of 4 x 8 x 8 and 3 classes."""
 
-    def build(learn_sigma: bool = True) -> model.DiT:
-        return model.build("DiT-Micro/2", latent_size=8, latent_channels=4, num_classes=3, learn_sigma=learn_sigma)
+    def build(learn_sigma: bool = True) -> DiT:
+        return models.build("DiT-Micro/2", latent_size=8, latent_channels=4, num_classes=3, learn_sigma=learn_sigma)
 
     return build

@@ -13,16 +13,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from networks import dit_roles
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from dit import init, model
+from dit import init
 from dit.audit import AuditReport, audit, targets
 from dit.cli import app
 from dit.errors import UserError
-from dit.init.roles import roles
+from dit.models.dit.network import DiT
 
 BATCH = (
     torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
@@ -63,7 +64,7 @@ def first_steps(report: AuditReport, fragment: str) -> set[int | None]:
         ("symmetric", {"distinct-units"}),
     ],
 )
-def test_each_strategy_is_told_apart_by_what_it_does(micro: Callable[..., model.DiT], strategy: str, unlike: set[str]) -> None:
+def test_each_strategy_is_told_apart_by_what_it_does(micro: Callable[..., DiT], strategy: str, unlike: set[str]) -> None:
     report = audit(init.apply(micro(), strategy, seed=0), BATCH)
     expectations = ("zero-output", "identity-blocks", "all-awake", "distinct-units")
     assert {expectation for expectation in expectations if report.failures(expectation)} == unlike
@@ -75,7 +76,7 @@ OPEN_GATES = [{"role": "modulation.gate.bias", "init": "constant", "value": 1e-6
 
 
 @pytest.mark.parametrize("strategy", ["zero_residual_outputs", "fixup_like", "small gates", "all zero"])
-def test_blocks_that_are_the_identity_by_other_means_are_not_adaln_zero(micro: Callable[..., model.DiT], strategy: str) -> None:
+def test_blocks_that_are_the_identity_by_other_means_are_not_adaln_zero(micro: Callable[..., DiT], strategy: str) -> None:
     rules = {
         "small gates": [*init.named("adaln_zero").model_dump()["rules"], *OPEN_GATES],
         "all zero": [{"role": "all", "init": "zeros"}],
@@ -91,17 +92,17 @@ def test_blocks_that_are_the_identity_by_other_means_are_not_adaln_zero(micro: C
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_the_verdict_does_not_depend_on_the_number_of_steps(micro: Callable[..., model.DiT], steps: int) -> None:
+def test_the_verdict_does_not_depend_on_the_number_of_steps(micro: Callable[..., DiT], steps: int) -> None:
     audit(init.apply(micro(), "adaln_zero", seed=0), BATCH, steps=steps).expect("adaln-zero")
     assert audit(init.apply(micro(), "adaln", seed=0), BATCH, steps=steps).failures("adaln-zero")
 
 
-def test_one_sample_is_too_few_to_tell_modulation(micro: Callable[..., model.DiT]) -> None:
+def test_one_sample_is_too_few_to_tell_modulation(micro: Callable[..., DiT]) -> None:
     report = audit(init.apply(micro(), "adaln_zero", seed=0), tuple(part[:1] for part in BATCH))
     assert report.failures("adaln-zero") == ["modulation cannot be told from a batch of one sample; give two or more"]
 
 
-def test_a_compiled_network_is_the_network_inside(micro: Callable[..., model.DiT]) -> None:
+def test_a_compiled_network_is_the_network_inside(micro: Callable[..., DiT]) -> None:
     network = init.apply(micro(), "adaln_zero", seed=0)
     compiled = torch.compile(network, backend="eager")
     assert audit(compiled, BATCH) == audit(network, BATCH)  # type: ignore[arg-type]
@@ -110,7 +111,7 @@ def test_a_compiled_network_is_the_network_inside(micro: Callable[..., model.DiT
 class Renamed(nn.Module):
     """The published network with its blocks in a dictionary."""
 
-    def __init__(self, inner: model.DiT) -> None:
+    def __init__(self, inner: DiT) -> None:
         super().__init__()
         self.stages = nn.ModuleDict({f"stage_{index}": block for index, block in enumerate(inner.blocks)})
         inner.blocks = nn.ModuleList()
@@ -124,7 +125,7 @@ class Renamed(nn.Module):
         return self.inner.unpatchify(self.inner.final_layer(tokens, c))
 
 
-def test_blocks_may_be_held_in_a_dictionary(micro: Callable[..., model.DiT]) -> None:
+def test_blocks_may_be_held_in_a_dictionary(micro: Callable[..., DiT]) -> None:
     report = audit(Renamed(init.apply(micro(), "adaln_zero", seed=0)), BATCH)
     assert [block.path for block in report.blocks] == ["stages.stage_0", "stages.stage_1"]
     report.expect("adaln-zero")
@@ -154,7 +155,7 @@ def test_symmetry_is_seen_in_attention_of_torch_and_in_bare_matrices() -> None:
     assert {item.layer: item.still_equal for item in report.units} == {"attn.in_proj": 12, "inward": 11}
 
 
-def test_the_schedule_of_the_published_initialisation_is_measured_by_rows(micro: Callable[..., model.DiT]) -> None:
+def test_the_schedule_of_the_published_initialisation_is_measured_by_rows(micro: Callable[..., DiT]) -> None:
     report = audit(init.apply(micro(), "adaln_zero", seed=0), BATCH)
     newly = {step: {f"{wake.tensor}{wake.rows}" for wake in report.wakes if wake.step == step} for step in range(4)}
     gates = {f"blocks.{block}.adaLN_modulation.1.{kind}[128:192, 320:384]" for block in range(2) for kind in ("weight", "bias")}
@@ -167,24 +168,24 @@ def test_the_schedule_of_the_published_initialisation_is_measured_by_rows(micro:
     assert never == {(f"blocks.{block}.attn.qkv.bias[64:128]", "rounding") for block in range(2)}  # softmax does not see it
 
 
-def test_partly_zero_modulation_is_named_with_its_rows(micro: Callable[..., model.DiT]) -> None:
+def test_partly_zero_modulation_is_named_with_its_rows(micro: Callable[..., DiT]) -> None:
     report = audit(init.apply(micro(), "gates_only_zero", seed=0), BATCH)
     assert "Block modulation is partly zero [128:192, 320:384] at start (blocks.*.adaLN_modulation.1)" in report.verdict
 
 
-GATES_AND_HEAD = [role for role in roles(2) if "gate" in role.path or "final.projection" in role.path]
+GATES_AND_HEAD = [role for role in dit_roles(2) if "gate" in role.path or "final.projection" in role.path]
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(role=st.sampled_from(GATES_AND_HEAD), std=st.sampled_from([1e-4, 1.0]))
-def test_any_gate_or_head_that_is_not_zero_is_noticed(micro: Callable[..., model.DiT], role: Any, std: float) -> None:
+def test_any_gate_or_head_that_is_not_zero_is_noticed(micro: Callable[..., DiT], role: Any, std: float) -> None:
     rules = init.named("adaln_zero").model_dump()["rules"]
     network = init.apply(micro(), {"rules": [*rules, {"role": role.path, "init": "normal", "std": std}]}, seed=0)
     expected = "identity-blocks" if "gate" in role.path else "zero-output"
     assert audit(network, BATCH, steps=1).failures(expected)
 
 
-def test_equal_attention_heads_are_a_symmetry_and_their_size_is_named(micro: Callable[..., model.DiT]) -> None:
+def test_equal_attention_heads_are_a_symmetry_and_their_size_is_named(micro: Callable[..., DiT]) -> None:
     network = init.apply(micro(), "head_xavier", seed=0)
     init.apply(
         network, {"rules": [*init.named("head_xavier").rules, {"role": "modulation", "init": "normal", "std": 0.1}]}, seed=0
@@ -199,7 +200,7 @@ def test_equal_attention_heads_are_a_symmetry_and_their_size_is_named(micro: Cal
     assert (found.layer, found.units, found.distinct, found.still_equal, found.period) == ("blocks.0.attn.qkv", 192, 96, 96, 32)
 
 
-def test_units_that_start_equal_but_part_at_once_are_no_symmetry(micro: Callable[..., model.DiT]) -> None:
+def test_units_that_start_equal_but_part_at_once_are_no_symmetry(micro: Callable[..., DiT]) -> None:
     network = init.apply(micro(), "head_xavier", seed=0)
     with torch.no_grad():
         network.blocks[1].mlp.fc1.weight[1:] = network.blocks[1].mlp.fc1.weight[:1]  # its fc2 has distinct columns
@@ -389,13 +390,13 @@ def test_a_network_without_anything_to_train_is_still_described() -> None:
 # Checkpoints
 
 
-def published(micro: Callable[..., model.DiT], strategy: str = "adaln_zero") -> dict[str, Tensor]:
+def published(micro: Callable[..., DiT], strategy: str = "adaln_zero") -> dict[str, Tensor]:
     return init.apply(micro(), strategy, seed=0).state_dict()
 
 
 @pytest.mark.parametrize("kind", ["plain.pt", "ema.pt", "model.pt", "train.pt", "wrapped.pt", "ema.safetensors"])
 def test_a_checkpoint_of_the_published_layout_is_audited_with_its_own_values(
-    micro: Callable[..., model.DiT], tmp_path: Path, kind: str
+    micro: Callable[..., DiT], tmp_path: Path, kind: str
 ) -> None:
     path, weights = tmp_path / kind, published(micro)
     if path.suffix == ".safetensors":
@@ -476,7 +477,7 @@ def test_json_holds_the_verdict_and_reads_back_as_the_report() -> None:
     assert json.loads(report.model_dump_json()) == json.loads(printed)
 
 
-def test_the_report_is_readable_at_100_columns(micro: Callable[..., model.DiT]) -> None:
+def test_the_report_is_readable_at_100_columns(micro: Callable[..., DiT]) -> None:
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(audit(init.apply(micro(), "symmetric", seed=0), BATCH))
     lines = console.export_text().splitlines()
@@ -560,10 +561,10 @@ def test_wrong_input_is_told_in_one_message(arguments: list[str], message: str) 
     ],
 )
 def test_another_checkpoint_is_refused_with_what_it_lacks(
-    micro: Callable[..., model.DiT], tmp_path: Path, content: Any, message: str
+    micro: Callable[..., DiT], tmp_path: Path, content: Any, message: str
 ) -> None:
     if content == "other width":
-        content = model.DiT(
+        content = DiT(
             latent_size=8,
             patch_size=2,
             latent_channels=4,
@@ -581,6 +582,6 @@ def test_another_checkpoint_is_refused_with_what_it_lacks(
         assert run(str(tmp_path / "other.pt"), "--config", '{"num_heads": 3}')[0] == 0
 
 
-def test_a_batch_that_does_not_fit_is_the_users_error(micro: Callable[..., model.DiT]) -> None:
+def test_a_batch_that_does_not_fit_is_the_users_error(micro: Callable[..., DiT]) -> None:
     with pytest.raises(UserError, match="DiT cannot be called with this batch: TypeError"):
         audit(micro(), BATCH[:1])

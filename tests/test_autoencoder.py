@@ -30,8 +30,8 @@ from dit.autoencoder import (
     to_tensor,
     train,
 )
-from dit.config import PretrainedAutoencoder, TrainedAutoencoder
 from dit.errors import ConfigError, DataError
+from dit.sections import PretrainedAutoencoder, TrainedAutoencoder
 
 SIZE = 16
 

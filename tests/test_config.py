@@ -14,7 +14,6 @@ from conftest import ROOT
 from dit import config
 from dit.devices import resolve_backend
 from dit.errors import ConfigError
-from dit.fused import NETWORK_NEEDS
 
 SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())
 
@@ -36,7 +35,7 @@ def test_the_shipped_parameters_are_valid() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("study.strategies", ["adaln_zero", "nope"], r"unknown strategy 'nope'; accepted: adaln_zero, head_xavier"),
+        ("study.strategies", ["adaln_zero", "nope"], r"unknown strategy 'nope'; expected one of adaln_zero, head_xavier"),
         ("study.baseline", "nope", r"study: baseline = 'nope'; accepted: one of study.strategies"),
         ("study.seeds", [0, 0], r"seeds = \[0, 0\]; accepted: each entry once"),
         (
@@ -44,9 +43,9 @@ def test_the_shipped_parameters_are_valid() -> None:
             {**SHIPPED["strategies"], "a.b": SHIPPED["strategies"]["adaln"]},
             r"strategies.a.b.*accepted: .*pattern",
         ),
-        ("model.name", "DiT-Q/2", r"unknown model 'DiT-Q/2'; accepted: one of DiT-Micro"),
+        ("model.name", "DiT-Q/2", r"unknown model 'DiT-Q/2'; expected DiT-SIZE/PATCH with a SIZE of Micro"),
         ("images.size", 36, r"patch size 2 does not divide the latent size 9"),
-        ("images.size", 34, r"images.size = 34; accepted: a multiple of autoencoder.downsample = 4"),
+        ("images.size", 34, r"images.size = 34: expected a multiple of autoencoder.downsample = 4"),
         ("images.source.kind", "folders", r"images.source.kind = 'folders'; accepted: 'photos', 'folder', 'huggingface'"),
         ("autoencoder.downsample", 8, r"downsample = 8; accepted: 4, as channels has 3 entries"),
         ("latents.normalize", "no", r"latents.normalize = 'no'; accepted: 'per_channel' or 'global' or a valid number"),
@@ -55,6 +54,9 @@ def test_the_shipped_parameters_are_valid() -> None:
         ("train.processes", 3, r"train: batch_size = 64; accepted: a multiple of processes = 3"),
         ("train.validation.buckets", 999, r"train.validation: buckets = 999; accepted: at most samples = 256"),
         ("train.precision", "fp8", r"train.precision = 'fp8'; accepted: 'auto', 'fp32', 'bf16' or 'fp16'"),
+        ("diffusion.timestep_sampling", "logitnormal", r"timestep_sampling = 'logitnormal'; .*'uniform' or 'logit_normal'"),
+        ("diffusion.logit_normal_std", 0, r"diffusion.logit_normal_std = 0; .*greater than 0"),
+        ("evaluate.guidance_channels", 0, r"evaluate.guidance_channels = 0; .*'all' or greater than 0"),
         ("diffusion.objective", "v", r"learn_sigma = true with objective 'v'; accepted: false, or objective 'eps'"),
         ("evaluate.scheduler", "euler", r"evaluate.scheduler = 'euler'; accepted: 'ddpm', 'ddim'"),
         ("evaluate.scheduler", "flow_euler", r"'flow_euler' does not fit diffusion.objective = 'eps'; accepted: ddpm, ddim"),
@@ -125,8 +127,8 @@ def test_a_missing_or_broken_file_is_one_clear_message(tmp_path: Path) -> None:
     ],
 )
 def test_auto_is_the_fastest_backend_that_can_run(device: str, precision: torch.dtype, fusible: bool, chosen: str) -> None:
-    assert resolve_backend("auto", torch.device(device), precision, fusible, "train", NETWORK_NEEDS) == chosen
-    assert resolve_backend("eager", torch.device(device), precision, fusible, "train", NETWORK_NEEDS) == "eager"
+    assert resolve_backend("auto", torch.device(device), precision, fusible, "train", "a multiple of 16 tokens") == chosen
+    assert resolve_backend("eager", torch.device(device), precision, fusible, "train", "a multiple of 16 tokens") == "eager"
     if chosen != "fused":
         with pytest.raises(ConfigError, match=r"evaluate\.backend = 'fused'; accepted here: auto, compiled, eager"):
-            resolve_backend("fused", torch.device(device), precision, fusible, "evaluate", NETWORK_NEEDS)
+            resolve_backend("fused", torch.device(device), precision, fusible, "evaluate", "a multiple of 16 tokens")

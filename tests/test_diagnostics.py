@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dit import init, model
+from dit import init
 from dit.analysis.diagnostics import GradientNoise, effective_rank, gradient_noise, noise_scale
 from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
+from dit.models.dit.network import DiT
+from dit.training.engines import plain_forward
 from dit.training.loop import Trainer
 from pipelines.records.training import DIAGNOSTICS, GRADIENT_NOISE, write_tables
 
@@ -25,7 +27,7 @@ FINITE = st.floats(-10, 10)
 
 
 @pytest.fixture
-def trainer(params: Params, latents: LatentStore, micro: Callable[..., model.DiT], tmp_path: Path) -> Build:
+def trainer(params: Params, latents: LatentStore, micro: Callable[..., DiT], tmp_path: Path) -> Build:
     """Builds a run of 8 steps, diagnosed at steps 0 to 4 and 6."""
     validation = params.train.validation.model_copy(update={"samples": 8})
     short = {"steps": 8, "batch_size": 8, "validate_every": 8, "diagnose_every": 6}
@@ -56,7 +58,7 @@ def test_a_diagnosed_run_ends_bit_identical_to_one_that_is_not(
     assert not plain.records.diagnostics
     weights = dict(plain.model.named_parameters())
     assert all(torch.equal(weight, weights[name]) for name, weight in diagnosed.model.named_parameters())
-    assert all(torch.equal(diagnosed.ema[name], plain.ema[name]) for name in plain.ema)
+    assert all(torch.equal(diagnosed.ema.tensors[name], plain.ema.tensors[name]) for name in plain.ema.tensors)
     assert diagnosed.records.metrics == plain.records.metrics
 
 
@@ -136,7 +138,8 @@ def test_the_part_is_a_quarter_of_the_batch_whatever_the_precision(trainer: Buil
     for precision in ("fp32", "fp16"):
         run = trainer(scratch=precision, steps=1, precision=precision)
         quarter = run.batches(0).rows(slice(None, None, 4))
-        loss = run._loss(run.model, quarter).total.mean()
+        forward = plain_forward(run.model, run.diffusion.device, run.precision)
+        loss = run.diffusion.training_loss(forward, quarter).total.mean()
         gradients = torch.autograd.grad(loss, [weight for weight in run.model.parameters() if weight.requires_grad])
         run.run(precision)
         norms[precision] = run.records.gradient_noise[0]["part_norm"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
 from dit.config import Params
-from dit.diffusion import Diffusion
+from dit.diffusion import BELOW_ONE, Diffusion
 
 
 def diffusion(params: Params, objective: str, learn_sigma: bool = False) -> Diffusion:
@@ -100,3 +101,48 @@ def test_timesteps_cover_the_range_evenly(params: Params, objective: str, kind: 
     assert drawn.max() < 1000
     counts = torch.histc(drawn.float(), bins=10, min=0, max=1000)
     assert (counts - 2000).abs().max() < 200
+
+
+@pytest.mark.parametrize("num_timesteps", [25, 250, 1000, 4000])
+def test_betas_are_scaled_so_that_the_last_timestep_is_almost_pure_noise(params: Params, num_timesteps: int) -> None:
+    """As the published code scales them, by 1000 / num_timesteps; at 1000 the tables are those of the betas as given."""
+    ours = Diffusion(params.diffusion.model_copy(update={"num_timesteps": num_timesteps}))
+    beta = np.linspace(0.1 / num_timesteps, 20 / num_timesteps, num_timesteps)
+    expected = torch.from_numpy(np.sqrt(np.cumprod(1 - beta))).float()
+    torch.testing.assert_close(ours.signal, expected, rtol=1e-5, atol=0)
+    assert ours.signal[-1] < 0.01
+
+
+def test_at_1000_timesteps_the_betas_are_those_of_the_parameters_bit_for_bit(params: Params) -> None:
+    abar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    assert torch.equal(Diffusion(params.diffusion).signal, abar.sqrt().float())
+
+
+def test_uniform_timesteps_take_one_uniform_number_each_from_the_generator(params: Params) -> None:
+    draws, same = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    drawn = diffusion(params, "eps").draw_timesteps(500, draws)
+    assert torch.equal(drawn, (torch.rand(500, generator=same) * 1000).long())
+    assert torch.equal(draws.get_state(), same.get_state())
+
+
+@pytest.mark.parametrize("objective", ["eps", "flow"])
+def test_logits_of_logit_normal_timesteps_are_normal(params: Params, objective: str) -> None:
+    changes = {"objective": objective, "learn_sigma": False, "num_timesteps": 100_000}
+    changes |= {"timestep_sampling": "logit_normal", "logit_normal_mean": 0.5, "logit_normal_std": 0.8}
+    ours = Diffusion(params.diffusion.model_copy(update=changes))
+    drawn, again = (ours.draw_timesteps(20_000, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(drawn, again)
+    logits = torch.logit((drawn.double() + (objective == "eps") / 2) / 100_000)
+    assert logits.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert logits.std().item() == pytest.approx(0.8, abs=0.02)
+    assert (logits < 0.5 + 0.8).double().mean().item() == pytest.approx(0.841, abs=0.01)
+
+
+@pytest.mark.parametrize("objective", ["eps", "flow"])
+@pytest.mark.parametrize("mean", [-300.0, 300.0])
+def test_extreme_logit_normal_timesteps_stay_in_range(params: Params, objective: str, mean: float) -> None:
+    changes = {"objective": objective, "learn_sigma": False, "timestep_sampling": "logit_normal", "logit_normal_mean": mean}
+    drawn = Diffusion(params.diffusion.model_copy(update=changes)).draw_timesteps(100, torch.Generator().manual_seed(0))
+    assert drawn.min() >= 0
+    assert drawn.max() < 1000
+    assert torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).item() == BELOW_ONE

@@ -23,7 +23,7 @@ from dit.data.latents import LatentStore, write_latents
 from dit.diffusion import Diffusion
 from dit.distributed import Ranks
 from dit.errors import ConfigError
-from dit.model import build
+from dit.models import build
 from dit.sampling import sample
 from dit.training.loop import Trainer
 from pipelines.experiments import override
@@ -229,16 +229,23 @@ def sample_and_encode(rank: int, size: int, directory: Path) -> None:
     params = config.load(ROOT / "params.yaml")
     network = build("DiT-Micro/2", latent_size=4, latent_channels=3, num_classes=3, learn_sigma=True)
     init.apply(network, "torch_default", 0)
-    options = {"scheduler": "ddpm", "steps": 3, "guidance_scale": 1.5, "seed": 0, "precision": torch.float32}
+    sampler = params.evaluate.model_copy(update={"scheduler": "ddpm", "steps": 3, "batch_size": 4 // size + 1})
     labels = torch.arange(8) % 3
     samples = sample(
-        network, params.diffusion, labels, device=device, batch_size=4 // size + 1, description="sample", ranks=ranks, **options
+        network,
+        params.diffusion,
+        labels,
+        sampler,
+        device=device,
+        precision=torch.float32,
+        description="sample",
+        ranks=ranks,
     )
     settings = params.latents.model_copy(update={"batch_size": 2})
     pixels = np.random.default_rng(0).integers(0, 256, (19, 8, 8, 3), np.uint8)
     images = ImageStore(pixels[:12], np.arange(12) % 3, pixels[12:], np.arange(7) % 3, ["a", "b", "c"], {})
-    write_latents(images, shades, settings, out / "latents" if ranks.first else None, ranks)
-    if ranks.first:
+    write_latents(images, shades, settings, out / "latents" if ranks.is_main else None, ranks)
+    if ranks.is_main:
         torch.save(samples, out / "samples.pt")
 
 

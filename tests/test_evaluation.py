@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage.transform import resize
 
-from dit import autoencoder, config, init, model
+from dit import autoencoder, config, init, models, sections
 from dit.data.store import StoreWriter
 from dit.errors import ConfigError, DataError, InputError
 from dit.evaluation import distances
@@ -82,7 +82,7 @@ def test_only_8_bit_colour_images_have_features(extractor: FeatureExtractor) -> 
         extractor(np.zeros((2, 8, 8, 3), np.float32))
 
 
-def inception(weights: Path | None) -> config.FeaturesParams:
+def inception(weights: Path | None) -> sections.FeaturesParams:
     return changed(features={"extractor": "inception", "size": 299, "weights": weights and str(weights)}).features
 
 
@@ -195,7 +195,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Params:
         with_images.append(f"{split}_images", images)
         with_images.append(f"{split}_labels", labels)
     with_images.close(class_names=CLASSES)
-    assert isinstance(params.autoencoder, config.TrainedAutoencoder)
+    assert isinstance(params.autoencoder, sections.TrainedAutoencoder)
     autoencoder.save(autoencoder.build(params.autoencoder, 16).eval(), Path("data/autoencoder"))
     with_latents = StoreWriter("data/latents", train_mean=(np.float32, (1, 4, 8, 8)))
     normalize = {"shift": [0.1] * 4, "scale": [2.0] * 4}
@@ -210,7 +210,7 @@ def write_run(params: config.Params, seed: int, status: Status) -> None:
     """What a training of strategy `head_xavier` leaves, as far as an evaluation reads it."""
     directory = Path(f"runs/train/head_xavier-{seed}")
     directory.mkdir(parents=True)
-    network = model.build(params.model.name, latent_size=8, latent_channels=4, num_classes=3, learn_sigma=True)
+    network = models.build(params.model.name, latent_size=8, latent_channels=4, num_classes=3, learn_sigma=True)
     save_file(init.apply(network, params.strategies["head_xavier"], seed).state_dict(), directory / "ema.safetensors")
     TrainRecord(
         strategy="head_xavier",

@@ -7,15 +7,16 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from dit import init, model
+from dit import init
 from dit.fused.encoder import FusedEncoder, supports
-from dit.fused.network import ALIGNMENT, FusedDiT
+from dit.models.dit.fast import ALIGNMENT, FusedDiT
+from dit.models.dit.network import DiT
 
 
-def random_network(width: int, heads: int, **changes: object) -> model.DiT:
+def random_network(width: int, heads: int, **changes: object) -> DiT:
     """A network of two blocks in which nothing is zero, in float64."""
     arguments = {"latent_size": 8, "patch_size": 2, "latent_channels": 4, "num_classes": 5, "learn_sigma": True} | changes
-    network = model.DiT(hidden_size=width, depth=2, num_heads=heads, **arguments)  # type: ignore[arg-type]
+    network = DiT(hidden_size=width, depth=2, num_heads=heads, **arguments)  # type: ignore[arg-type]
     return init.apply(network, {"rules": [{"role": "all", "init": "normal", "std": 0.1}]}, seed=1).double()
 
 

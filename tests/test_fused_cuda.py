@@ -14,21 +14,24 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from dit import init, model
+from dit import init
 from dit.autoencoder import Encoder
 from dit.config import Params
+from dit.data import batches
+from dit.data.batches import Batches
 from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
 from dit.distributed import Ranks
-from dit.fused import captured_forward, cublaslt, group_norm, kernels
+from dit.fused import cublaslt, group_norm, kernels
+from dit.fused.capture import Captured
 from dit.fused.encoder import EncoderReference
-from dit.fused.network import FusedDiT
 from dit.fused.operations import EPS, Reference
-from dit.fused.optimiser import FusedOptimiser
-from dit.training import batches
-from dit.training.batches import Batches
+from dit.models.dit.fast import FusedDiT
+from dit.models.dit.network import DiT
+from dit.optim.ema import EMA
+from dit.optim.schedule import learning_rate
+from dit.training.engines import Eager, Fused
 from dit.training.loop import Trainer
-from dit.training.optimiser import Optimiser
 
 ROUNDING = 4e-3
 """Relative error of one operation whose inputs and outputs are bf16: one rounding is at most 2^-9 = 2e-3."""
@@ -162,7 +165,7 @@ def test_choosing_the_fastest_product_changes_no_bit_of_a_deterministic_run(monk
 
 @pytest.mark.parametrize("head_size", [32, 64, 72])
 def test_network_and_every_gradient_in_bf16_against_float64(head_size: int) -> None:
-    network = model.DiT(
+    network = DiT(
         latent_size=32, patch_size=2, latent_channels=4, hidden_size=4 * head_size, depth=4, num_heads=4, num_classes=5,
         learn_sigma=True,
     )  # fmt: skip
@@ -186,7 +189,7 @@ def test_network_and_every_gradient_in_bf16_against_float64(head_size: int) -> N
     ("objective", "learn_sigma"), [("eps", True), ("eps", False), ("x0", False), ("v", False), ("flow", False)]
 )
 def test_loss_and_gradients_for_every_target_against_float64(
-    params: Params, micro: Callable[..., model.DiT], objective: str, learn_sigma: bool
+    params: Params, micro: Callable[..., DiT], objective: str, learn_sigma: bool
 ) -> None:
     diffusion = Diffusion(params.diffusion.model_copy(update={"objective": objective, "learn_sigma": learn_sigma}), "cuda")
     rules = [{"role": "all", "init": "xavier_uniform"}, {"role": "bias", "init": "normal", "std": 0.02}]
@@ -208,9 +211,9 @@ def test_loss_and_gradients_for_every_target_against_float64(
 
 
 @torch.inference_mode()
-def test_a_captured_network_takes_batches_of_any_size(micro: Callable[..., model.DiT]) -> None:
+def test_a_captured_network_takes_batches_of_any_size(micro: Callable[..., DiT]) -> None:
     network = init.apply(micro(), "torch_default", 0).cuda()
-    captured = captured_forward(network)
+    captured = Captured(FusedDiT(network))
     for size in (4, 3, 4, 1):
         x, t, y = (
             torch.randn(size, 4, 8, 8, device="cuda"),
@@ -220,24 +223,25 @@ def test_a_captured_network_takes_batches_of_any_size(micro: Callable[..., model
         assert error(captured(x, t, y), network(x, t, y)) < 2e-2
 
 
-def test_optimiser_is_torchs_adamw_and_average(params: Params, micro: Callable[..., model.DiT]) -> None:
+def test_optimiser_is_torchs_adamw_and_average(params: Params, micro: Callable[..., DiT]) -> None:
     settings = {"weight_decay": 0.1, "gradient_clip": 0.5, "warmup_steps": 3, "ema_decay": 0.9}
     settings = params.train.model_copy(update=settings)
     plain, ours = (init.apply(micro(), "head_xavier", 0).cuda() for _ in range(2))
-    network = FusedDiT(ours)
+    device = torch.device("cuda")
+    averages = [EMA(network, settings.ema_decay) for network in (plain, ours)]
     expected, found = (
-        Optimiser(plain, settings, torch.float32),
-        FusedOptimiser(ours, network, settings, Ranks(torch.device("cuda"))),
+        kind(network, Diffusion(params.diffusion, device), settings, ema, Ranks(device), torch.float32)
+        for kind, network, ema in zip((Eager, Fused), (plain, ours), averages, strict=True)
     )
     for step in range(5):
-        for weight, gradient in zip(expected.weights, network.gradients(), strict=True):
+        for weight, gradient in zip(expected.optimizer.weights.values(), found.network.gradients(), strict=True):
             weight.grad = gradient.normal_().float()
         assert found.gradient_norm().item() == pytest.approx(expected.gradient_norm().item(), rel=1e-5)
-        expected.step(step)
-        found.step(step)
-    for one, other in ((plain.state_dict(), ours.state_dict()), (expected.ema, found.ema)):
+        for engine in (expected, found):
+            engine.step(learning_rate(settings, step))
+    for one, other in ((plain.state_dict(), ours.state_dict()), (averages[0].tensors, averages[1].tensors)):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
-    for weight, copy in zip(found.weights, network.copies, strict=True):
+    for weight, copy in zip(found.optimizer.weights.values(), found.network.copies, strict=True):
         assert torch.equal(copy, weight.bfloat16())
 
 
@@ -249,11 +253,13 @@ def test_either_optimiser_goes_on_from_the_state_of_the_other(trainer: Build) ->
             begun.steps_done += 1
         begun._save()
         other._resume("other")
-        for name, part in begun.optimiser.state_dict().items():
-            torch.testing.assert_close(other.optimiser.state_dict()[name], part, rtol=0, atol=0)
+        saved, restored = (run.engine.state_dict()["weights"] for run in (begun, other))
+        for name, parts in saved.items():
+            for key, part in parts.items():
+                torch.testing.assert_close(restored[name][key].cpu(), part.cpu(), rtol=0, atol=0)
         for run in (begun, other):
             run._train(3)
-        torch.testing.assert_close(other.ema, begun.ema, rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(other.ema.tensors, begun.ema.tensors, rtol=1e-2, atol=1e-4)
 
 
 @pytest.fixture
@@ -265,7 +271,7 @@ def repeatable() -> Iterator[None]:
 
 
 @pytest.fixture
-def trainer(params: Params, latents: LatentStore, micro: Callable[..., model.DiT], tmp_path: Path) -> Build:
+def trainer(params: Params, latents: LatentStore, micro: Callable[..., DiT], tmp_path: Path) -> Build:
     """Builds a run of 12 steps on the small latents."""
     validation = params.train.validation.model_copy(update={"samples": 20})
     short = {"steps": 12, "batch_size": 8, "log_every": 3, "validate_every": 6, "checkpoint_every": 5, "diagnose_every": 6}
@@ -302,7 +308,7 @@ def test_a_run_repeats_and_resumes_bit_for_bit(trainer: Build, monkeypatch: pyte
     resumed.run("resumed")
     for other in (second, resumed):
         assert other.records == first.records
-        assert all(torch.equal(first.ema[name], other.ema[name]) for name in first.ema)
+        assert all(torch.equal(first.ema.tensors[name], other.ema.tensors[name]) for name in first.ema.tensors)
 
 
 def test_the_fast_path_follows_the_plain_one(trainer: Build) -> None:

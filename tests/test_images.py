@@ -19,13 +19,13 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from dit import config
-from dit.config import ImagesParams
 from dit.data.decoding import CHUNK, Encoded, Rejected, center_crop, decode_all
 from dit.data.images import ImageStore, load_images, write_images
 from dit.data.photos import Box, crop_box, split_regions
 from dit.data.source import hold_out
 from dit.data.store import Store, StoreWriter
 from dit.errors import ConfigError, DataError
+from dit.sections import ImagesParams
 from dit.seeding import generator
 
 Read = Callable[..., ImageStore]

@@ -16,21 +16,26 @@ from conftest import ROOT
 from diffusers import DiTTransformer2DModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from networks import dit_roles
 from safetensors.torch import save_file
 from scipy.stats import ks_2samp
 from typer.testing import CliRunner
 
-from dit import init, model
+from dit import init, models
+from dit.analysis.wakeup import patterns
 from dit.cli import app
 from dit.errors import ConfigError
-from dit.init.roles import Role, roles, select
-from dit.init.rules import pattern_of
+from dit.init.selectors import select
+from dit.models import Role, roles
+from dit.models.dit.network import DiT
+from dit.models.gradient_flow import pattern_of
+from dit.models.sizes import SIZES
 
 BASE = [
     {"role": "all", "init": "xavier_uniform"},
     {"role": "bias", "init": "zeros"},
 ]
-DEPTH = model.SIZES["DiT-Micro"].depth
+DEPTH = SIZES["Micro"].depth
 INITIALISERS: list[dict[str, Any]] = [
     {"init": "zeros"},
     {"init": "constant", "value": 0.5},
@@ -57,7 +62,7 @@ UNMODIFIABLE = ("zeros", "from_checkpoint")
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A rule that reads the micro network with random, zero and constant tensors from a file."""
-    network = model.build("DiT-Micro/2", latent_size=8, latent_channels=4, num_classes=3, learn_sigma=True)
+    network = models.build("DiT-Micro/2", latent_size=8, latent_channels=4, num_classes=3, learn_sigma=True)
     rules = [
         {"role": "all", "init": "fan_in_normal"},
         {"role": "block[0].modulation.gate", "init": "zeros"},
@@ -75,30 +80,30 @@ def digest(path: Path) -> str:
 @st.composite
 def some_rule(draw: st.DrawFn) -> tuple[Role, dict[str, Any]]:
     """A role, and any initialiser with any modifiers that suit it; `from_checkpoint` still lacks its file."""
-    role = draw(st.sampled_from(roles(DEPTH)))
-    suitable = [rule for rule in INITIALISERS if not (role.is_bias and rule["init"] in NEED_MATRICES)]
+    role = draw(st.sampled_from(dit_roles(DEPTH)))
+    suitable = [rule for rule in INITIALISERS if not (role.is_vector and rule["init"] in NEED_MATRICES)]
     rule = {"role": role.path, **draw(st.sampled_from(suitable))}
     if rule["init"] in UNMODIFIABLE:
         return role, rule
-    equal = ["rows", *([] if role.is_bias else ["columns"]), *(["heads"] if role.per_head else [])]
+    equal = ["rows", *([] if role.is_vector else ["columns"]), *(["heads"] if role.heads else [])]
     scaled_by = ["depth", *([] if role.block is None else ["block_index"])]
     modifiers = {"equal": draw(st.sampled_from([None, *equal])), "scaled_by": draw(st.sampled_from([None, *scaled_by]))}
     return role, rule | modifiers
 
 
-def tensors(network: model.DiT) -> dict[str, torch.Tensor]:
+def tensors(network: DiT) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in network.named_parameters()}
 
 
-def test_every_trainable_row_has_exactly_one_role(micro: Callable[..., model.DiT]) -> None:
+def test_every_trainable_row_has_exactly_one_role(micro: Callable[..., DiT]) -> None:
     network = micro()
     covered = {name: torch.zeros(len(weight)) for name, weight in network.named_parameters() if weight.requires_grad}
-    for role in roles(network.depth):
-        covered[role.parameter][role.rows(len(covered[role.parameter]))] += 1
+    for role in roles(network):
+        covered[role.parameter][role.rows] += 1
     assert all((count == 1).all() for count in covered.values())
 
 
-def test_adaln_zero_is_the_published_initialisation(micro: Callable[..., model.DiT]) -> None:
+def test_adaln_zero_is_the_published_initialisation(micro: Callable[..., DiT]) -> None:
     network = init.apply(micro(), "adaln_zero", seed=0)
     weights = tensors(network)
     zero = {name for name, weight in weights.items() if not weight.any()}
@@ -113,7 +118,7 @@ def test_adaln_zero_is_the_published_initialisation(micro: Callable[..., model.D
         assert bound * 0.97 < weights[f"{name}.weight"].abs().max().item() <= bound
 
 
-def test_the_strategies_differ_where_they_say_and_nowhere_else(micro: Callable[..., model.DiT]) -> None:
+def test_the_strategies_differ_where_they_say_and_nowhere_else(micro: Callable[..., DiT]) -> None:
     def changed(name: str) -> set[str]:
         published, other = (tensors(init.apply(micro(), strategy, seed=3)) for strategy in ("adaln_zero", name))
         return {key for key in published if not torch.equal(published[key], other[key])}
@@ -138,13 +143,13 @@ def test_the_strategies_differ_where_they_say_and_nowhere_else(micro: Callable[.
     assert changed("symmetric_heads") == {name for name in inputs | outputs if "attn" in name}
 
 
-def test_gates_only_zero_leaves_exactly_the_gate_rows_zero(micro: Callable[..., model.DiT]) -> None:
+def test_gates_only_zero_leaves_exactly_the_gate_rows_zero(micro: Callable[..., DiT]) -> None:
     weight = tensors(init.apply(micro(), "gates_only_zero", seed=0))["blocks.0.adaLN_modulation.1.weight"]
     zero = [not part.any() for part in weight.chunk(6)]
     assert zero == [False, False, True, False, False, True]  # shift, scale, gate of attention, then of the MLP
 
 
-def test_symmetric_makes_all_hidden_units_of_an_mlp_equal(micro: Callable[..., model.DiT]) -> None:
+def test_symmetric_makes_all_hidden_units_of_an_mlp_equal(micro: Callable[..., DiT]) -> None:
     weights = tensors(init.apply(micro(), "symmetric", seed=0))
     incoming, outgoing = weights["blocks.0.mlp.fc1.weight"], weights["blocks.0.mlp.fc2.weight"]
     assert (incoming == incoming[0]).all()
@@ -155,23 +160,24 @@ def test_symmetric_makes_all_hidden_units_of_an_mlp_equal(micro: Callable[..., m
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(chosen=some_rule(), seed=st.integers(0, 2**62))
 def test_a_rule_sets_its_own_rows_as_predicted_and_leaves_all_others_bit_identical(
-    micro: Callable[..., model.DiT], checkpoint: dict[str, Any], chosen: tuple[Role, dict[str, Any]], seed: int
+    micro: Callable[..., DiT], checkpoint: dict[str, Any], chosen: tuple[Role, dict[str, Any]], seed: int
 ) -> None:
     role, rule = chosen
     rules = [*BASE, rule | checkpoint if rule["init"] == "from_checkpoint" else rule]
     before, after = (tensors(init.apply(micro(), {"rules": each}, seed)) for each in (BASE, rules))
-    rows = role.rows(len(before[role.parameter]))
+    rows = role.rows
     own = after[role.parameter][rows].clone()
     before[role.parameter][rows] = own
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert init.patterns({"rules": rules}, micro())[role.path] == pattern_of(own if role.is_bias else own.flatten(1))
+    found = patterns(init.Strategy(rules=rules), dit_roles(DEPTH))[role.path]
+    assert found == pattern_of(own if role.is_vector else own.flatten(1))
 
 
-def test_the_initialisers_have_the_scales_of_their_sources(micro: Callable[..., model.DiT]) -> None:
+def test_the_initialisers_have_the_scales_of_their_sources(micro: Callable[..., DiT]) -> None:
     def drawn(role: str, **rule: Any) -> torch.Tensor:
         weights = tensors(init.apply(micro(), {"rules": [*BASE, {"role": role, **rule}]}, seed=0))
-        (found,) = select(role, roles(DEPTH))
-        return weights[found.parameter][found.rows(len(weights[found.parameter]))]
+        (found,) = select(role, dit_roles(DEPTH))
+        return weights[found.parameter][found.rows]
 
     uniform = {"kaiming_uniform": math.sqrt(6 / 256), "fan_in_uniform": math.sqrt(1 / 256)}
     normal = {"kaiming_normal": math.sqrt(2 / 256), "fan_in_normal": math.sqrt(1 / 256)}
@@ -190,7 +196,7 @@ def test_the_initialisers_have_the_scales_of_their_sources(micro: Callable[..., 
     assert torch.allclose(by_index, torch.full((64, 64), 1 / math.sqrt(2)))
 
 
-def test_equal_heads_compute_the_same(micro: Callable[..., model.DiT]) -> None:
+def test_equal_heads_compute_the_same(micro: Callable[..., DiT]) -> None:
     weights = tensors(init.apply(micro(), "symmetric_heads", seed=0))
     heads = weights["blocks.0.attn.qkv.weight"].unflatten(0, (3, 2, 32))
     columns = weights["blocks.0.attn.proj.weight"].unflatten(1, (2, 32))
@@ -199,7 +205,7 @@ def test_equal_heads_compute_the_same(micro: Callable[..., model.DiT]) -> None:
     assert heads[:, 0].unique().numel() == heads[:, 0].numel()
 
 
-def test_weights_depend_on_seed_and_tensor_not_on_global_randomness(micro: Callable[..., model.DiT]) -> None:
+def test_weights_depend_on_seed_and_tensor_not_on_global_randomness(micro: Callable[..., DiT]) -> None:
     torch.manual_seed(1)
     first = tensors(init.apply(micro(), "adaln", seed=5))
     torch.manual_seed(2)
@@ -212,7 +218,7 @@ def test_weights_depend_on_seed_and_tensor_not_on_global_randomness(micro: Calla
 @pytest.mark.parametrize(
     ("selector", "count"),
     [
-        ("all", len(roles(6))),
+        ("all", len(dit_roles(6))),
         ("modulation.gate", 6 * 2 * 2),
         ("modulation.gate.weight", 6 * 2),
         ("modulation.attn.gate", 6 * 2),
@@ -227,7 +233,7 @@ def test_weights_depend_on_seed_and_tensor_not_on_global_randomness(micro: Calla
     ],
 )
 def test_roles_are_addressed_singly_by_group_and_by_slice_of_blocks(selector: str, count: int) -> None:
-    assert len(select(selector, roles(6))) == count
+    assert len(select(selector, dit_roles(6))) == count
 
 
 @pytest.mark.parametrize(
@@ -235,7 +241,7 @@ def test_roles_are_addressed_singly_by_group_and_by_slice_of_blocks(selector: st
     [
         ([{"role": "modulatoin", "init": "zeros"}], r"rules\[0\].*'modulatoin' names no weight.*did you mean modulation"),
         ([*BASE, {"role": "block[9].qkv", "init": "zeros"}], r"rules\[2\].*blocks 0 to 1"),
-        ([*BASE, {"role": "block[0:9].qkv", "init": "zeros"}], r"rules\[2\].*beyond the last block; accepted: .*j up to 2"),
+        ([*BASE, {"role": "block[0:9].qkv", "init": "zeros"}], r"rules\[2\].*beyond the last block; expected .*j of at most 2"),
         ([*BASE, {"role": [], "init": "zeros"}], r"rules\[2\].*role.*accepted"),
         (
             [*BASE, {"role": "bias", "init": "constant", "value": 1e39}],
@@ -259,18 +265,18 @@ def test_roles_are_addressed_singly_by_group_and_by_slice_of_blocks(selector: st
     ],
 )
 def test_a_wrong_rule_is_refused_by_number_and_with_what_is_accepted(
-    micro: Callable[..., model.DiT], rules: list[dict[str, Any]], message: str
+    micro: Callable[..., DiT], rules: list[dict[str, Any]], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         init.apply(micro(), {"rules": rules}, seed=0)
 
 
-def test_an_unknown_strategy_is_refused_with_the_known_ones(micro: Callable[..., model.DiT]) -> None:
+def test_an_unknown_strategy_is_refused_with_the_known_ones(micro: Callable[..., DiT]) -> None:
     with pytest.raises(ConfigError, match=r"unknown strategy 'adaln_0'; accepted: adaln_zero, head_xavier"):
         init.apply(micro(), "adaln_0", seed=0)
 
 
-def test_lists_of_rules_within_rules_are_joined(micro: Callable[..., model.DiT]) -> None:
+def test_lists_of_rules_within_rules_are_joined(micro: Callable[..., DiT]) -> None:
     own = {"role": "final", "init": "zeros"}
     nested, flat = (tensors(init.apply(micro(), {"rules": each}, 0)) for each in ([[BASE], own], [*BASE, own]))
     assert all(torch.equal(nested[name], flat[name]) for name in flat)
@@ -280,7 +286,7 @@ def test_lists_of_rules_within_rules_are_joined(micro: Callable[..., model.DiT])
 def test_a_shipped_strategy_fits_every_depth_and_says_what_it_is(name: str) -> None:
     strategy = init.named(name)
     for depth in (1, 2, 28):
-        init.claims(strategy, depth)
+        init.claims(strategy, dit_roles(depth))
     assert strategy.description
     assert strategy.source
     assert f"`{name}`" in (ROOT / "docs" / "strategies.md").read_text()
@@ -297,7 +303,7 @@ def test_diffusers_default_is_what_the_constructor_of_diffusers_leaves() -> None
         sample_size=8,
         num_embeds_ada_norm=100,
     ).state_dict()
-    network = model.DiT(
+    network = DiT(
         latent_size=8,
         patch_size=2,
         latent_channels=4,
@@ -322,8 +328,8 @@ def test_diffusers_default_is_what_the_constructor_of_diffusers_leaves() -> None
         "final.modulation": "proj_out_1",
         "final.projection": "proj_out_2",
     }
-    for role in roles(1):
-        own = ours[role.parameter][role.rows(len(ours[role.parameter]))]
+    for role in roles(network):
+        own = ours[role.parameter][role.rows]
         layer, _, kind = role.path.removeprefix("block[0].").rpartition(".")
         if layer.startswith("qkv."):
             reference = theirs[f"{fused[layer.removeprefix('qkv.')]}.{kind}"]
@@ -336,7 +342,7 @@ def test_diffusers_default_is_what_the_constructor_of_diffusers_leaves() -> None
 
 @pytest.mark.parametrize("holder", [None, "model", "ema"])
 def test_from_checkpoint_takes_the_values_of_published_and_training_files(
-    micro: Callable[..., model.DiT], tmp_path: Path, holder: str | None
+    micro: Callable[..., DiT], tmp_path: Path, holder: str | None
 ) -> None:
     source = tensors(init.apply(micro(), "torch_default", seed=4))
     content = {f"module.{name}": weight for name, weight in source.items()}
@@ -348,21 +354,21 @@ def test_from_checkpoint_takes_the_values_of_published_and_training_files(
     assert all(torch.equal(weight, (source if name.startswith("blocks.") else plain)[name]) for name, weight in read.items())
 
 
-def test_a_wrong_checkpoint_is_refused(micro: Callable[..., model.DiT], checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    def told(network: model.DiT, **changes: Any) -> str:
+def test_a_wrong_checkpoint_is_refused(micro: Callable[..., DiT], checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    def told(network: DiT, **changes: Any) -> str:
         with pytest.raises(ConfigError) as error:
             init.apply(network, {"rules": [*BASE, {"role": "block", **checkpoint, **changes}]}, seed=0)
         return str(error.value)
 
-    wider = model.build("DiT-Tiny/2", latent_size=8, latent_channels=4, num_classes=3, learn_sigma=True)
+    wider = models.build("DiT-Tiny/2", latent_size=8, latent_channels=4, num_classes=3, learn_sigma=True)
     code = tmp_path / "code.pt"
     torch.save({"blocks.0.attn.qkv.weight": Path("/")}, code)
     text = tmp_path / "text.pt"
     text.write_text("hello world")
     assert re.search(r"rules\[2\]: path = '/no/file.pt': No such file", told(micro(), path="/no/file.pt"))
-    assert f"is {checkpoint['sha256']}; accepted: the digest of the file" in told(micro(), sha256="0" * 64)
+    assert f"is {checkpoint['sha256']}; expected the digest of the file" in told(micro(), sha256="0" * 64)
     assert "no tensor is called 'ema.blocks.0.attn.qkv.weight'; it has blocks.0." in told(micro(), prefix="ema.")
-    assert "'blocks.0.attn.qkv.weight' has shape (192, 64); accepted: (384, 128)" in told(wider)
+    assert "'blocks.0.attn.qkv.weight' has shape (192, 64); this network expects (384, 128)" in told(wider)
     assert "code.pt: refused: it names pathlib" in told(micro(), path=code, sha256=digest(code))
     assert "text.pt: refused: it is no such file" in told(micro(), path=text, sha256=digest(text))
 
@@ -394,7 +400,10 @@ def test_the_command_shows_the_library_one_strategy_and_what_two_change() -> Non
         ),
         (["--diff", "adaln", "x"], r"unknown strategy 'x'; accepted: adaln_zero, "),
         (["--diff", "adaln", "symmetric", "--strategy", "adaln"], r"--strategy and --diff are two questions"),
-        (["--strategy", "adaln", "--model", "DiT-H/2"], r"unknown model 'DiT-H/2'; accepted: one of DiT-Micro"),
+        (
+            ["--strategy", "adaln", "--model", "DiT-H/2"],
+            r"unknown model 'DiT-H/2'; expected DiT-SIZE/PATCH with a SIZE of Micro",
+        ),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments: list[str], message: str) -> None:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dit.autoencoder import Encoder, build
-from dit.config import LatentsParams, TrainedAutoencoder
 from dit.data.images import ImageStore
 from dit.data.latents import LatentStore, Moments, one_ahead, write_latents
 from dit.errors import DataError
+from dit.sections import LatentsParams, TrainedAutoencoder
 
 
 def settings(**changes: Any) -> LatentsParams:

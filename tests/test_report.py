@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from networks import dit_roles
 from PIL import Image
 
 from dit.analysis import wakeup
@@ -28,8 +29,7 @@ from dit.analysis.series import diagnosed
 from dit.config import Params, parse
 from dit.data.store import StoreWriter
 from dit.errors import DataError
-from dit.init.roles import roles
-from dit.model import build
+from dit.models import build
 from pipelines.report.runs import read_run, read_study
 from pipelines.stages.compare import compare
 
@@ -215,7 +215,7 @@ class Curve:
 
     def _diagnostics(self) -> Iterator[dict[str, Any]]:
         for step in [0, 1, 2, 3, 4, *range(50, self.until, 50)] if self.until else []:
-            for role in roles(depth=4):
+            for role in dit_roles(4):
                 delay = 0 if "final.projection" in role.path else 1 if "gate" in role.path or "final" in role.path else 2
                 asleep = step < max(0, delay - (self.strategy == "head_xavier"))
                 hidden = 1 if self.strategy == "symmetric" else 512
@@ -392,6 +392,16 @@ def test_runs_that_left_the_study_leave_the_workspace_too(workspace: Workspace, 
     assert {path.name for path in Path("runs/evaluate").iterdir()} == kept
     assert {path.name for path in Path("runs/train").iterdir()} == kept | {"notes"}
     assert "removed runs/train/symmetric-0" in capsys.readouterr().out
+
+
+def test_a_network_without_a_prediction_is_measured_all_the_same(workspace: Workspace) -> None:
+    params = workspace(["adaln_zero", "adaln"], [0])
+    for strategy in params.study.strategies:
+        unpredicted = {"predicted": None, "predicted_equals_measured": None}
+        change(f"runs/analyse/{strategy}/start.json", lambda record, new=unpredicted: record.update(new))
+    compare(params)
+    assert any("This is measured, not predicted" in text for text in summary()["headline"])
+    assert "measured, not predicted</small>" in Path("reports/index.html").read_text()
 
 
 def test_a_missing_run_is_named(workspace: Workspace) -> None:

@@ -6,11 +6,11 @@ import math
 
 import pandas as pd
 import pytest
+from networks import dit_roles
 
 from dit.analysis.comparison import compared_steps, on_the_way, relative_differences, thresholds
 from dit.analysis.series import by_block, conditioned_from, diagnosed, gradient_grid, gradient_rms, group, mean_over_weights
 from dit.analysis.wakeup import kind
-from dit.init.roles import roles
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_gradients_are_pooled_over_the_weights_of_a_group(table: pd.DataFrame) -
 
 
 def test_every_weight_of_the_network_belongs_to_a_group() -> None:
-    groups = {role.path: group(role.path) for role in roles(2)}
+    groups = {role.path: group(role.path) for role in dit_roles(2)}
     assert "other" not in groups.values()
     assert groups["final.modulation.scale.weight"] == "final_modulation"
     assert groups["block[1].modulation.attn.gate.weight"] == "gates"

@@ -12,11 +12,11 @@ from dit import init
 from dit.analysis import signal
 from dit.analysis.start import Examiner
 from dit.config import Params
+from dit.data.batches import Batches
 from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
 from dit.init import Strategy, named
-from dit.model import DiT
-from dit.training.batches import Batches
+from dit.models.dit.network import DiT
 
 
 @pytest.fixture

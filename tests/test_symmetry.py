@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dit import init, model
-from dit.analysis.symmetry import attention_heads, distinct_units, factors, mlp_units, output_units
+from dit import init
+from dit.analysis.symmetry import distinct_units, factors
 from dit.config import Params
 from dit.diffusion import Diffusion
+from dit.models.dit.network import DiT
+from dit.models.dit.probes import attention_heads, mlp_units, output_units
 
 Optimiser = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 OPTIMISERS: dict[str, Optimiser] = {
@@ -24,7 +26,7 @@ optimisers = pytest.mark.parametrize("optimiser", OPTIMISERS.values(), ids=list(
 
 
 @pytest.fixture
-def loss(params: Params) -> Callable[[model.DiT], Tensor]:
+def loss(params: Params) -> Callable[[DiT], Tensor]:
     """The training loss on one batch of random latents, drawn once."""
     diffusion, draws = Diffusion(params.diffusion), torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 16, 4, 8, 8, generator=draws)
@@ -33,12 +35,12 @@ def loss(params: Params) -> Callable[[model.DiT], Tensor]:
     return lambda network: diffusion.loss(network(x_t, t, y), x0, eps, t, x_t).total.mean()
 
 
-def four_heads(strategy: str) -> model.DiT:
+def four_heads(strategy: str) -> DiT:
     sizes = {"latent_size": 8, "patch_size": 2, "latent_channels": 4, "hidden_size": 64, "depth": 2, "num_heads": 4}
-    return init.apply(model.DiT(**sizes, num_classes=3, learn_sigma=True), strategy, 0)
+    return init.apply(DiT(**sizes, num_classes=3, learn_sigma=True), strategy, 0)
 
 
-def steps(network: model.DiT, loss: Callable[[model.DiT], Tensor], optimiser: Optimiser, count: int) -> None:
+def steps(network: DiT, loss: Callable[[DiT], Tensor], optimiser: Optimiser, count: int) -> None:
     stepping = optimiser(list(network.parameters()))
     for _ in range(count):
         stepping.zero_grad()
@@ -82,7 +84,7 @@ def test_a_network_that_is_drawn_at_random_has_no_equal_units() -> None:
     assert distinct_units(output_units(network.final_layer.linear)) == 32
 
 
-def test_the_factors_multiply_to_the_gradient(loss: Callable[[model.DiT], Tensor]) -> None:
+def test_the_factors_multiply_to_the_gradient(loss: Callable[[DiT], Tensor]) -> None:
     network = four_heads("adaln").double()
     layers = [network.final_layer.linear, network.blocks[0].mlp.fc1, network.blocks[1].attn.qkv, network.t_embedder.mlp[0]]
 
@@ -105,7 +107,7 @@ def test_a_layer_that_takes_no_part_has_no_factors() -> None:
 
 @optimisers
 def test_a_zero_head_has_distinct_output_gradients_and_so_distinct_rows_after_one_step(
-    loss: Callable[[model.DiT], Tensor], optimiser: Optimiser
+    loss: Callable[[DiT], Tensor], optimiser: Optimiser
 ) -> None:
     network = four_heads("adaln_zero")
     head = network.final_layer.linear
@@ -120,7 +122,7 @@ def test_a_zero_head_has_distinct_output_gradients_and_so_distinct_rows_after_on
 
 @optimisers
 def test_hidden_units_that_start_equal_have_equal_gradients_and_stay_one(
-    loss: Callable[[model.DiT], Tensor], optimiser: Optimiser
+    loss: Callable[[DiT], Tensor], optimiser: Optimiser
 ) -> None:
     network = four_heads("symmetric")
     mlp = network.blocks[0].mlp
@@ -135,7 +137,7 @@ def test_hidden_units_that_start_equal_have_equal_gradients_and_stay_one(
 
 @optimisers
 def test_attention_heads_that_start_equal_have_equal_gradients_and_stay_one(
-    loss: Callable[[model.DiT], Tensor], optimiser: Optimiser
+    loss: Callable[[DiT], Tensor], optimiser: Optimiser
 ) -> None:
     network = four_heads("adaln_zero")
     attention = network.blocks[0].attn
@@ -155,7 +157,7 @@ def test_attention_heads_that_start_equal_have_equal_gradients_and_stay_one(
     assert not torch.allclose(attention.qkv.weight, before)
 
 
-def test_symmetric_units_part_as_soon_as_one_weight_differs(loss: Callable[[model.DiT], Tensor]) -> None:
+def test_symmetric_units_part_as_soon_as_one_weight_differs(loss: Callable[[DiT], Tensor]) -> None:
     network = four_heads("symmetric")
     mlp = network.blocks[0].mlp
     with torch.no_grad():

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit import init, model
+from dit import checkpoint, init
 from dit.config import Params
+from dit.data.batches import Batches, epoch_order
 from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
-from dit.training import checkpoint
-from dit.training.batches import Batches, epoch_order
+from dit.models.dit.network import DiT
 from dit.training.loop import Trainer
 from pipelines.stages.entry import complete_directory
 
@@ -23,7 +23,7 @@ Build = Callable[..., Trainer]
 
 
 @pytest.fixture
-def trainer(params: Params, latents: LatentStore, micro: Callable[..., model.DiT], tmp_path: Path) -> Build:
+def trainer(params: Params, latents: LatentStore, micro: Callable[..., DiT], tmp_path: Path) -> Build:
     """Builds a run of 12 steps on the small latents."""
     validation = params.train.validation.model_copy(update={"samples": 20})
     short = {"steps": 12, "batch_size": 8, "log_every": 3, "validate_every": 6, "checkpoint_every": 5, "diagnose_every": 6}
@@ -42,7 +42,7 @@ def test_a_run_repeats_bit_for_bit(trainer: Build) -> None:
     first.run("first")
     second.run("second")
     assert first.records == second.records
-    assert all(torch.equal(first.ema[name], second.ema[name]) for name in first.ema)
+    assert all(torch.equal(first.ema.tensors[name], second.ema.tensors[name]) for name in first.ema.tensors)
 
 
 class KilledError(Exception):
@@ -67,7 +67,7 @@ def test_a_killed_run_resumes_and_ends_bit_identical(trainer: Build, monkeypatch
     resumed = trainer()
     resumed.run("resumed")
     assert resumed.records == whole.records
-    assert all(torch.equal(whole.ema[name], resumed.ema[name]) for name in whole.ema)
+    assert all(torch.equal(whole.ema.tensors[name], resumed.ema.tensors[name]) for name in whole.ema.tensors)
 
 
 def test_an_ended_run_leaves_no_checkpoint_so_that_a_forced_rerun_computes(trainer: Build) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import dit_roles
 from typer.testing import CliRunner
 
 from dit import init
@@ -18,8 +19,7 @@ from dit.cli import app
 from dit.config import Params
 from dit.diffusion import Diffusion
 from dit.init import Strategy, named, named_strategies
-from dit.init.roles import roles
-from dit.model import DiT
+from dit.models.dit.network import DiT
 
 SHAPES: list[dict[str, Any]] = [
     {"latent_size": 4, "latent_channels": 3, "patch_size": 2, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 3},
@@ -77,7 +77,7 @@ ODD_RULES: list[dict[str, Any]] = [
 @given(data=st.data())
 def test_the_prediction_holds_whatever_is_zero_constant_or_equal(params: Params, data: st.DataObject) -> None:
     shape = data.draw(st.sampled_from(SHAPES))
-    paths = [role.path for role in roles(shape["depth"])]
+    paths = [role.path for role in dit_roles(shape["depth"])]
     groups = ["modulation.weight", "modulation.gate", "qkv.value.weight", "mlp_in.weight", "mlp_out.weight", "final", *paths]
     rules: list[dict[str, Any]] = [{"role": "all", "init": "xavier_uniform"}, {"role": "bias", "init": "normal", "std": 0.1}]
     for role in data.draw(st.lists(st.sampled_from(groups), max_size=6)):

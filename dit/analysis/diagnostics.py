@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from dit.analysis.symmetry import attention_heads, count_distinct, mlp_units, output_units
-from dit.init.roles import Role, roles
-from dit.model import DiT, DiTBlock
+from dit.analysis.symmetry import count_distinct
+from dit.models import Role, backbone_of
 
 HEAD = "final.projection.weight"
 GATE = ".gate.weight"
@@ -41,18 +38,21 @@ class RoleState:
 
 
 @torch.no_grad()
-def diagnose(model: DiT, update: Callable[[], None], timesteps: Tensor, labels: Tensor) -> list[RoleState]:
+def diagnose(model: nn.Module, update: Callable[[], None], timesteps: Tensor, labels: Tensor) -> list[RoleState]:
     """Describe every role at this step, from the gradients that `model` holds, and call `update` to see what it changes.
 
     `timesteps` (B,) and `labels` (B,) are those of the step's batch. The host waits for the device once, at the end.
     """
-    found = roles(model.depth)
+    backbone = backbone_of(model)
+    found = backbone.roles(model)
     parameters = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
     held = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     weights, gradients = _by_role(found, parameters), _by_role(found, held)
     measured = [torch._foreach_norm(gradients), torch._foreach_norm(gradients, 0), torch._foreach_norm(weights)]
     by_path = {role.path: weight for role, weight in zip(found, weights, strict=True)}
-    special = [_distinct(model), _effective_ranks(by_path), _gates(model, by_path, timesteps, labels)]
+    distinct = {path: count_distinct(units) for path, units in backbone.units(model).items()}
+    gates = {path: _rms(gate) for path, gate in backbone.gates(model, timesteps, labels).items()}
+    special = [distinct, _effective_ranks(by_path), gates]
     changes = {name: weight.clone() for name, weight in parameters.items()}
     update()
     torch._foreach_sub_(list(changes.values()), list(parameters.values()))
@@ -60,7 +60,7 @@ def diagnose(model: DiT, update: Callable[[], None], timesteps: Tensor, labels: 
     scalars = [value.float() for values in (*measured, *(values.values() for values in special)) for value in values]
     read = iter(torch.stack(scalars).tolist())
     columns = [[next(read) for _ in found] for _ in measured]
-    units, ranks, gates = ({path: next(read) for path in values} for values in special)
+    units, ranks, openness = ({path: next(read) for path in values} for values in special)
     states = []
     for role, size, *norms in zip(found, (weight.numel() for weight in weights), *columns, strict=True):
         gradient, nonzero, weight, change = norms
@@ -73,27 +73,18 @@ def diagnose(model: DiT, update: Callable[[], None], timesteps: Tensor, labels: 
                 zero_gradient_fraction=1 - nonzero / size,
                 distinct_units=None if (count := _finite(units.get(role.path))) is None else int(count),
                 effective_rank=_finite(ranks.get(role.path)),
-                gate_rms=gates.get(role.path),
+                gate_rms=openness.get(role.path),
             )
         )
     return states
 
 
 def _by_role(found: list[Role], tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    return [tensors[role.parameter][role.rows(len(tensors[role.parameter]))] for role in found]
+    return [tensors[role.parameter][role.rows] for role in found]
 
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def _distinct(model: DiT) -> dict[str, Tensor]:
-    counts = {HEAD: count_distinct(output_units(model.final_layer.linear))}
-    for index, module in enumerate(model.blocks):
-        block = cast(DiTBlock, module)
-        counts[f"block[{index}].mlp_in.weight"] = count_distinct(mlp_units(block.mlp))
-        counts[f"block[{index}].attn_out.weight"] = count_distinct(attention_heads(block.attn))
-    return counts
 
 
 def _effective_ranks(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -110,15 +101,8 @@ def effective_rank(weight: Tensor) -> Tensor:
     return 1 / (scaled @ scaled.T).square().sum()
 
 
-def _gates(model: DiT, weights: Mapping[str, Tensor], timesteps: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """RMS of every gate (B, D) of a batch: alpha of Peebles & Xie (2023), figure 3."""
-    conditioning = F.silu(model.t_embedder(timesteps) + model.y_embedder(labels))  # (B, D)
-    found = {}
-    for path, weight in weights.items():
-        if path.endswith(GATE):
-            gate = F.linear(conditioning, weight, weights[path.removesuffix("weight") + "bias"])
-            found[path] = gate.float().norm() / math.sqrt(gate.numel())
-    return found
+def _rms(gate: Tensor) -> Tensor:
+    return gate.float().norm() / math.sqrt(gate.numel())
 
 
 @dataclass(frozen=True)

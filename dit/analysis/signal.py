@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dit.diffusion import Diffusion
-from dit.model import DiT, DiTBlock
-from dit.training.batches import Batch
+from dit.diffusion import Batch, Denoise, Diffusion
+from dit.models import Denoiser, backbone_of
 
 
 @dataclass(frozen=True)
@@ -21,12 +20,13 @@ class BlockSignal:
     """One block on one batch. Root mean squares are over samples, tokens and features of the residual stream.
 
     `attn_contribution` and `mlp_contribution` are the RMS of what a branch adds over that of the stream that it adds to;
-    `gradient_rms` is that of the loss with respect to the stream after the block.
+    they are None where the backbone does not say where the first branch ends. `gradient_rms` is the RMS of the gradient of the
+    loss with respect to the stream after the block.
     """
 
     block: int
-    attn_contribution: float
-    mlp_contribution: float
+    attn_contribution: float | None
+    mlp_contribution: float | None
     stream_rms: float
     gradient_rms: float
 
@@ -48,15 +48,14 @@ class Signal:
     blocks: list[BlockSignal]
 
 
-def network_signal(model: DiT, batch: Batch, diffusion: Diffusion) -> Signal:
+def network_signal(model: Denoiser, batch: Batch, diffusion: Diffusion) -> Signal:
     """Describe `model` on `batch`. Its gradients are cleared afterwards."""
-    x_t = diffusion.add_noise(batch.x0, batch.eps, batch.timesteps)
+    outputs: list[Tensor] = []
     with _streams(model) as streams:
-        output = _call(model, x_t, batch.timesteps, batch.labels)
-        loss = diffusion.loss(output, batch.x0, batch.eps, batch.timesteps, x_t)
+        loss = diffusion.training_loss(_in_precision_of(model, outputs), batch)
         loss.total.mean().backward()
     model.zero_grad()
-    prediction = output.detach()[:, : batch.x0.shape[1]]
+    prediction = outputs[0].detach()[:, : batch.x0.shape[1]]
     timestep, label = sensitivity(model, batch, diffusion)
     return Signal(
         output_rms=_rms(prediction),
@@ -71,16 +70,17 @@ def network_signal(model: DiT, batch: Batch, diffusion: Diffusion) -> Signal:
 
 
 @torch.no_grad()
-def sensitivity(model: DiT, batch: Batch, diffusion: Diffusion) -> tuple[float, float]:
+def sensitivity(model: Denoiser, batch: Batch, diffusion: Diffusion) -> tuple[float, float]:
     """How much the prediction changes when every sample gets another timestep, and another label: RMS of the change over
     RMS of the prediction; 0 where nothing changes, as in a network whose conditioning has no effect yet.
     """
     channels = batch.x0.shape[1]
     x_t = diffusion.add_noise(batch.x0, batch.eps, batch.timesteps)
     other_labels = (batch.labels + 1) % (model.num_classes + 1)
-    plain = _call(model, x_t, batch.timesteps, batch.labels)[:, :channels]
+    call = _in_precision_of(model)
+    plain = call(x_t, batch.timesteps, batch.labels)[:, :channels]
     changed = [(batch.timesteps.roll(1), batch.labels), (batch.timesteps, other_labels)]
-    changes = [_rms(_call(model, x_t, t, y)[:, :channels] - plain) for t, y in changed]
+    changes = [_rms(call(x_t, t, y)[:, :channels] - plain) for t, y in changed]
     timestep, label = (change / _rms(plain) if change else 0.0 for change in changes)
     return timestep, label
 
@@ -97,10 +97,10 @@ class Coordinates:
 
 
 def coordinate_check(
-    networks: dict[int, DiT],
+    networks: Mapping[int, nn.Module],
     batch: Callable[[int], Batch],
     diffusion: Diffusion,
-    optimiser: Callable[[DiT], torch.optim.Optimizer],
+    optimiser: Callable[[nn.Module], torch.optim.Optimizer],
     steps: int,
 ) -> list[Coordinates]:
     """Train networks that differ in width alone, and watch their activations on the first batch.
@@ -117,7 +117,7 @@ def coordinate_check(
 
 def _coordinates(
     width: int,
-    model: DiT,
+    model: nn.Module,
     batch: Callable[[int], Batch],
     diffusion: Diffusion,
     optimiser: torch.optim.Optimizer,
@@ -144,25 +144,30 @@ def width_exponent(found: Iterable[Coordinates]) -> float | None:
     return statistics.linear_regression([math.log(row.width) for row in last], [math.log(row.change_rms) for row in last]).slope
 
 
-def loss(model: DiT, batch: Batch, diffusion: Diffusion) -> Tensor:
+def loss(model: nn.Module, batch: Batch, diffusion: Diffusion) -> Tensor:
     """The training loss of `batch`, a scalar."""
-    x_t = diffusion.add_noise(batch.x0, batch.eps, batch.timesteps)
-    output = _call(model, x_t, batch.timesteps, batch.labels)
-    return diffusion.loss(output, batch.x0, batch.eps, batch.timesteps, x_t).total.mean()
+    return diffusion.training_loss(_in_precision_of(model), batch).total.mean()
 
 
 @torch.no_grad()
-def _activations(model: DiT, batch: Batch, diffusion: Diffusion) -> dict[str, Tensor]:
+def _activations(model: nn.Module, batch: Batch, diffusion: Diffusion) -> dict[str, Tensor]:
     with _streams(model) as streams:
         x_t = diffusion.add_noise(batch.x0, batch.eps, batch.timesteps)
-        output = _call(model, x_t, batch.timesteps, batch.labels)
+        output = _in_precision_of(model)(x_t, batch.timesteps, batch.labels)
     after = {f"block[{index}]": stream.after for index, stream in enumerate(streams)}
     return {**after, "prediction": output[:, : batch.x0.shape[1]]}
 
 
-def _call(model: DiT, x_t: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-    """The output in the precision of the weights, whatever that of the data."""
-    return model(x_t.to(next(model.parameters()).dtype), timesteps, labels)
+def _in_precision_of(model: nn.Module, outputs: list[Tensor] | None = None) -> Denoise:
+    """`model`, called in the precision of its weights, not of the data. `outputs` receives what it returns."""
+
+    def forward(x_t: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        output = model(x_t.to(next(model.parameters()).dtype), timesteps, labels)
+        if outputs is not None:
+            outputs.append(output)
+        return output
+
+    return forward
 
 
 @dataclass
@@ -170,26 +175,26 @@ class _Stream:
     """The residual stream (B, T, D) before a block, between its branches, and after it."""
 
     before: Tensor = field(init=False)
-    between: Tensor = field(init=False)
+    between: Tensor | None = field(default=None, init=False)
     after: Tensor = field(init=False)
 
     def describe(self, index: int) -> BlockSignal:
         gradient = self.after.grad
         return BlockSignal(
             index,
-            attn_contribution=_rms(self.between - self.before) / _rms(self.before),
-            mlp_contribution=_rms(self.after - self.between) / _rms(self.between),
+            attn_contribution=_contribution(self.before, self.between),
+            mlp_contribution=_contribution(self.between, self.after),
             stream_rms=_rms(self.after),
             gradient_rms=_rms(gradient) if gradient is not None else 0.0,
         )
 
 
 @contextmanager
-def _streams(model: DiT) -> Iterator[list[_Stream]]:
+def _streams(model: nn.Module) -> Iterator[list[_Stream]]:
     """Watch the residual stream of every block during a forward pass."""
-    streams = [_Stream() for _ in range(model.depth)]
+    blocks = backbone_of(model).blocks(model)
+    streams = [_Stream() for _ in blocks]
     hooks = []
-    blocks: list[DiTBlock] = list(model.blocks)  # type: ignore[arg-type]
     for stream, block in zip(streams, blocks, strict=True):
 
         def see_before(_: object, inputs: tuple[Tensor, ...], stream: _Stream = stream) -> None:
@@ -203,16 +208,18 @@ def _streams(model: DiT) -> Iterator[list[_Stream]]:
             if output.requires_grad:
                 output.retain_grad()
 
-        hooks += [
-            block.register_forward_pre_hook(see_before),
-            block.norm2.register_forward_pre_hook(see_between),
-            block.register_forward_hook(see_after),
-        ]
+        hooks += [block.module.register_forward_pre_hook(see_before), block.module.register_forward_hook(see_after)]
+        if block.between is not None:
+            hooks.append(block.between.register_forward_pre_hook(see_between))
     try:
         yield streams
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _contribution(before: Tensor | None, after: Tensor | None) -> float | None:
+    return None if before is None or after is None else _rms(after - before) / _rms(before)
 
 
 def _rms(x: Tensor) -> float:

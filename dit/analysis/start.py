@@ -13,12 +13,12 @@ from torch import nn
 from dit import init
 from dit.analysis import wakeup
 from dit.analysis.signal import Coordinates, Signal, coordinate_check, loss, network_signal
-from dit.config import AnalyseParams
+from dit.data.batches import Batches
 from dit.data.latents import LatentStore
-from dit.diffusion import Diffusion
+from dit.diffusion import Batch, Diffusion
 from dit.init import Strategy
-from dit.model import DiT
-from dit.training.batches import Batch, Batches
+from dit.models import Denoiser, backbone_of
+from dit.sections import AnalyseParams
 
 HEAD_SIZE = 64
 """Width of an attention head in the coordinate check, that of DiT-S, B and L."""
@@ -42,9 +42,13 @@ class EarlyStep:
 
 @dataclass(frozen=True)
 class Start:
-    """What `examine` found. `coordinates` is empty for a strategy that is tied to one width by a checkpoint."""
+    """What an `Examiner` found.
 
-    predicted: wakeup.Schedule
+    `predicted` is None for a backbone without a prediction. `coordinates` is empty for a strategy that a checkpoint ties to one
+    width, and for a backbone that cannot be made in other sizes.
+    """
+
+    predicted: wakeup.Schedule | None
     gradients: list[wakeup.RoleGradient]
     signal: Signal
     early: list[EarlyStep]
@@ -64,7 +68,7 @@ class Examiner:
 
     def __init__(
         self,
-        model: DiT,
+        model: Denoiser,
         store: LatentStore,
         diffusion: Diffusion,
         params: AnalyseParams,
@@ -92,7 +96,7 @@ class Examiner:
             coordinates=[] if tied else self._coordinates(strategy),
         )
 
-    def _network(self, strategy: Strategy, model: DiT | None = None) -> DiT:
+    def _network(self, strategy: Strategy, model: Denoiser | None = None) -> Denoiser:
         return init.apply(deepcopy(model or self.model), strategy, self.params.seed).to(self.diffusion.device)
 
     def _optimiser(self, network: nn.Module) -> torch.optim.Optimizer:
@@ -126,21 +130,14 @@ class Examiner:
             optimiser.step()
 
     def _coordinates(self, strategy: Strategy) -> list[Coordinates]:
-        networks = {width: self._network(strategy, self._of_width(width)) for width in self.params.widths}
+        resized = backbone_of(self.model).resized
+        if resized is None:
+            return []
+        sizes = {width: {"hidden_size": width, "num_heads": width // HEAD_SIZE} for width in self.params.widths}
+        networks = {
+            width: self._network(strategy, resized(self.model, depth=COORDINATE_DEPTH, **size)) for width, size in sizes.items()
+        }
         return coordinate_check(networks, self._few, self.diffusion, self._optimiser, self.params.steps)
 
     def _few(self, step: int) -> Batch:
         return self.batches(step).first(COORDINATE_SAMPLES)
-
-    def _of_width(self, width: int) -> DiT:
-        model = self.model
-        return DiT(
-            latent_size=model.latent_size,
-            patch_size=model.patch_size,
-            latent_channels=model.latent_channels,
-            hidden_size=width,
-            depth=COORDINATE_DEPTH,
-            num_heads=width // HEAD_SIZE,
-            num_classes=model.num_classes,
-            learn_sigma=model.learn_sigma,
-        )

@@ -18,7 +18,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dit.model import MLP, Attention
 from dit.seeding import generator
 
 UNIT_TOLERANCE = 1e-3
@@ -31,7 +30,7 @@ SKETCH_SIZE = 16
 def distinct_units(units: Tensor) -> int | None:
     """Number of different rows of `units` (H, K), up to `UNIT_TOLERANCE`. None where a weight is not finite.
 
-    Rows: `mlp_units`, `attention_heads` or `output_units` of a layer.
+    Rows: all weights of one unit each, as the `units` of a backbone have them.
     """
     count = count_distinct(units).item()
     return int(count) if math.isfinite(count) else None
@@ -52,29 +51,6 @@ def count_distinct(units: Tensor) -> Tensor:
     close = distances <= UNIT_TOLERANCE * units.norm(dim=1).median()
     repeats = close.tril(-1).any(1)
     return torch.where(units.isfinite().all(), (~repeats).sum().float(), torch.nan)
-
-
-def mlp_units(mlp: MLP) -> Tensor:
-    """The hidden units of an MLP (H, 2D + 1): incoming weights, bias and outgoing weights of each."""
-    return torch.cat([mlp.fc1.weight, mlp.fc1.bias[:, None], mlp.fc2.weight.T], dim=1)
-
-
-def attention_heads(attention: Attention) -> Tensor:
-    """The heads of an attention layer (heads, K): all weights of each, with its columns of the output projection.
-
-    A key's bias is left out: it shifts all logits of a query alike, which softmax does not see. Its gradient is rounding, which
-    AdamW enlarges to steps of full size, so that heads which do the same would not look it.
-    """
-    heads = attention.num_heads
-    rows = attention.qkv.weight.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(1)  # (heads, 3 * D / heads * D)
-    query, _, value = attention.qkv.bias.unflatten(0, (3, heads, -1))  # each (heads, D / heads)
-    columns = attention.proj.weight.T.unflatten(0, (heads, -1)).flatten(1)  # (heads, D / heads * D)
-    return torch.cat([rows, query, value, columns], dim=1)
-
-
-def output_units(linear: nn.Linear) -> Tensor:
-    """The units of an output layer (out, in + 1): its rows, each with its bias."""
-    return torch.cat([linear.weight, linear.bias[:, None]], dim=1)
 
 
 def factors(linear: nn.Linear, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:

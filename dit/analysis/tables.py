@@ -9,12 +9,11 @@ from itertools import groupby
 from math import prod, sqrt
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dit.init.roles import Site, sites
-from dit.init.rules import BaseRule, ModifiableRule
+from dit.init.rules import BaseRule
 from dit.init.strategy import Strategy, claims
-from dit.model import DiT
+from dit.models import Role, roles
 
 
 @dataclass(frozen=True)
@@ -40,36 +39,37 @@ class Change:
     parameters: int
 
 
-def rows(model: DiT, strategy: Strategy, every_block: bool = False) -> list[Row]:
+def rows(model: nn.Module, strategy: Strategy, every_block: bool = False) -> list[Row]:
     """The roles of `model`, whose weights `strategy` has set. Blocks of one rule share a row, unless `every_block`."""
-    claimed = claims(strategy, model.depth)
+    claimed = claims(strategy, roles(model))
     weights = dict(model.named_parameters())
 
-    def drawn_by(site: Site) -> Hashable:
-        return _key(claimed[site.role], site), every_block and site.role.path
+    def drawn_by(role: Role) -> Hashable:
+        return claimed[role].distribution(role), every_block and role.path
 
     return [
-        Row(_path(alike), _shape(alike[0]), describe(claimed[alike[0].role]), *_moments(weights, alike))
-        for alike in _grouped(sites(model), drawn_by)
+        Row(_path(alike), _shape(alike[0]), describe(claimed[alike[0]]), *_moments(weights, alike))
+        for alike in _grouped(roles(model), drawn_by)
     ]
 
 
-def changes(model: DiT, before: Strategy, after: Strategy, every_block: bool = False) -> list[Change]:
+def changes(model: nn.Module, before: Strategy, after: Strategy, every_block: bool = False) -> list[Change]:
     """The roles of `model` whose rules differ, as `rows` groups them; its weights are not looked at."""
-    old, new = claims(before, model.depth), claims(after, model.depth)
+    found = roles(model)
+    old, new = claims(before, found), claims(after, found)
 
-    def drawn_by(site: Site) -> Hashable:
-        return _key(old[site.role], site), _key(new[site.role], site), every_block and site.role.path
+    def drawn_by(role: Role) -> Hashable:
+        return old[role].distribution(role), new[role].distribution(role), every_block and role.path
 
     return [
         Change(
             _path(alike),
-            describe(old[alike[0].role]),
-            describe(new[alike[0].role]),
-            sum(prod(_shape(site)) for site in alike),
+            describe(old[alike[0]]),
+            describe(new[alike[0]]),
+            sum(prod(_shape(role)) for role in alike),
         )
-        for alike in _grouped(sites(model), drawn_by)
-        if _key(old[alike[0].role], alike[0]) != _key(new[alike[0].role], alike[0])
+        for alike in _grouped(found, drawn_by)
+        if old[alike[0]].distribution(alike[0]) != new[alike[0]].distribution(alike[0])
     ]
 
 
@@ -79,33 +79,28 @@ def describe(rule: BaseRule) -> str:
     return " ".join([rule.init, *(f"{key}={value}" for key, value in arguments.items())])
 
 
-def _key(rule: BaseRule, site: Site) -> tuple[Hashable, ...]:
-    """Two sites with equal keys and shapes have weights of one distribution."""
-    return rule.model_copy(update={"role": ""}), rule.scale(site) if isinstance(rule, ModifiableRule) else 1.0
-
-
-def _grouped(found: Iterable[Site], key: Callable[[Site], Hashable]) -> Iterator[list[Site]]:
+def _grouped(found: Iterable[Role], key: Callable[[Role], Hashable]) -> Iterator[list[Role]]:
     """Each role apart, and of the same role in several blocks those together that follow each other with equal keys."""
-    kin: dict[str, list[Site]] = {}
-    for site in found:
-        kin.setdefault(re.sub(r"^block\[\d+\]", "block", site.role.path), []).append(site)
+    kin: dict[str, list[Role]] = {}
+    for role in found:
+        kin.setdefault(re.sub(r"^block\[\d+\]", "block", role.path), []).append(role)
     for relatives in kin.values():
         yield from (list(alike) for _, alike in groupby(relatives, key))
 
 
-def _path(alike: list[Site]) -> str:
-    first, last = alike[0].role, alike[-1].role
+def _path(alike: list[Role]) -> str:
+    first, last = alike[0], alike[-1]
     if first.block is None or last.block is None or len(alike) == 1:
         return first.path
     return first.path.replace(f"[{first.block}]", f"[{first.block}:{last.block + 1}]", 1)
 
 
-def _shape(site: Site) -> tuple[int, ...]:
-    return (site.shape[0] // site.role.chunks, *site.shape[1:])
+def _shape(role: Role) -> tuple[int, ...]:
+    return (role.shape[0] // role.chunks, *role.shape[1:])
 
 
-def _moments(weights: Mapping[str, Tensor], alike: list[Site]) -> tuple[float, float, float]:
-    parts = [weights[site.role.parameter].detach()[site.rows] for site in alike]
+def _moments(weights: Mapping[str, Tensor], alike: list[Role]) -> tuple[float, float, float]:
+    parts = [weights[role.parameter].detach()[role.rows] for role in alike]
     count = sum(part.numel() for part in parts)
     mean = sum(part.sum(dtype=torch.float64).item() for part in parts) / count
     square = sum(part.square().sum(dtype=torch.float64).item() for part in parts) / count

@@ -1,20 +1,20 @@
 """The wake-up schedule: from which optimiser step on each role receives a gradient. Predicted without running, and measured.
 
-The prediction knows the architecture and the strategy, and no numbers; see `dit.analysis.gradient_flow`.
+The prediction knows the architecture, and which weights are zero or equal at the start; see `dit.models.gradient_flow`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dit.analysis.gradient_flow import Flow, updated
-from dit.init.roles import Role, roles
-from dit.init.strategy import Strategy, patterns
-from dit.model import DiT
+from dit.init.strategy import Strategy, claims
+from dit.models import Role, backbone_of, roles
+from dit.models.gradient_flow import Pattern, pattern_of, updated
+from dit.seeding import generator
 
 SCALING = 1e-3
 """The gradient of three times the loss is three times the gradient, to this relative difference, unless it is mere rounding."""
@@ -26,21 +26,39 @@ Schedule = dict[str, int | None]
 """By role, the first optimiser step with a gradient, counted from 0; None where there is none within the steps looked at."""
 
 
-def predict(strategy: Strategy, model: DiT, steps: int) -> Schedule:
-    """The schedule that follows from `strategy` and the architecture of `model`, whose weights are not looked at.
+def predict(strategy: Strategy, model: nn.Module, steps: int) -> Schedule | None:
+    """The schedule that follows from the architecture of `model` and from what `strategy` makes of its weights.
 
-    The optimiser moves weights along their gradients alone: weight decay would move a scale of -1, if not a zero.
+    The weights of `model` are not looked at, so it may be on the meta device. None for a backbone without a prediction. The
+    optimiser moves weights along their gradients alone: weight decay would move a scale of -1, if not a zero.
     """
-    state = patterns(strategy, model)
-    tokens = (model.latent_size // model.patch_size) ** 2
+    gradient_flow = backbone_of(model).gradient_flow
+    if gradient_flow is None:
+        return None
+    state = patterns(strategy, roles(model))
     schedule: Schedule = dict.fromkeys(state)
     for step in range(steps):
-        gradients = Flow(state, model.depth, tokens).gradients
+        gradients = gradient_flow(model, state)
         for role, gradient in gradients.items():
             if gradient != "zero" and schedule[role] is None:
                 schedule[role] = step
         state = {role: updated(weight, gradients[role]) for role, weight in state.items()}
     return schedule
+
+
+def patterns(strategy: Strategy, every_role: Sequence[Role]) -> dict[str, Pattern]:
+    """What `strategy` makes of each role, by role path, read off weights that are drawn for it.
+
+    Blocks differ by their random numbers alone, in which no pattern lies, so that weights of one rule and shape are drawn once.
+    """
+    known: dict[Hashable, Pattern] = {}
+    found: dict[str, Pattern] = {}
+    for role, rule in claims(strategy, every_role).items():
+        alike = (rule.distribution(role), role.shape, role.rows.start)
+        if alike not in known:
+            known[alike] = pattern_of(rule.part(rule.draw(role, generator(0, role.parameter)), role))
+        found[role.path] = known[alike]
+    return found
 
 
 @dataclass(frozen=True)
@@ -61,7 +79,7 @@ class RoleGradient:
 
 
 def role_gradients(
-    model: DiT, loss: Callable[[DiT, int], Tensor], optimiser: torch.optim.Optimizer, steps: int
+    model: nn.Module, loss: Callable[[nn.Module, int], Tensor], optimiser: torch.optim.Optimizer, steps: int
 ) -> list[RoleGradient]:
     """Take `steps` optimiser steps on `loss(model, step)` and describe every role's gradient at each.
 
@@ -74,7 +92,7 @@ def role_gradients(
         raise ValueError("the wake-up schedule is measured in float64; call model.double() first")
     found: list[RoleGradient] = []
     for step in range(steps):
-        parts = _set_gradients(loss(model, step), weights, roles(model.depth))
+        parts = _set_gradients(loss(model, step), weights, roles(model))
         if not all(gradient.isfinite().all() for _, gradient in parts):
             break
         before = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -132,7 +150,7 @@ def _set_gradients(loss: Tensor, weights: Mapping[str, Tensor], parts: list[Role
     floor = FLOOR * torch.stack([gradient.abs().max() for gradient in once]).max()
     found = []
     for role in parts:
-        gradient, three_times = (whole[role.parameter][role.rows(len(whole[role.parameter]))] for whole in (plain, scaled))
+        gradient, three_times = (whole[role.parameter][role.rows] for whole in (plain, scaled))
         if gradient.abs().max() <= floor or (three_times / 3 - gradient).norm() > SCALING * gradient.norm():
             gradient.zero_()
         found.append((role, gradient))
@@ -150,6 +168,5 @@ def _ranks(gradient: Tensor) -> tuple[float | None, int | None]:
 
 
 def _update_ratio(role: Role, before: Tensor, after: Tensor) -> float | None:
-    rows = role.rows(len(before))
-    weight = before[rows].norm()
-    return ((after[rows] - before[rows]).norm() / weight).item() if weight else None
+    weight = before[role.rows].norm()
+    return ((after[role.rows] - before[role.rows]).norm() / weight).item() if weight else None

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from dit import config as settings
-from dit import init, model
+from dit import init
 from dit.audit.measure import Batch, LossFunction
 from dit.errors import ConfigError, DataError, UserError
-from dit.init import checkpoint
+from dit.init import weights as files
+from dit.models import Denoiser
+from dit.models.dit.network import DiT
+from dit.models.sizes import SIZES
 from dit.seeding import generator
 
 ACCEPTED = (
@@ -120,17 +123,11 @@ def _strategy(name: str, model_name: str | None, seed: int, params: Path) -> Aud
     loaded = settings.load(params)
     if name not in loaded.strategies:
         raise ConfigError(f"{params}: unknown strategy '{name}'; accepted: {', '.join(loaded.strategies)}")
-    network = model.build(
-        model_name or loaded.model.name,
-        latent_size=loaded.latent_size,
-        latent_channels=loaded.autoencoder.latent_channels,
-        num_classes=CLASSES,
-        learn_sigma=loaded.diffusion.learn_sigma,
-    )
-    return AuditTarget(init.apply(network, loaded.strategies[name], seed), _dit_batch(network))
+    network = init.apply(loaded.network({"num_classes": CLASSES}, model_name), loaded.strategies[name], seed)
+    return AuditTarget(network, _dit_batch(network))
 
 
-def _dit_batch(network: model.DiT) -> Batch:
+def _dit_batch(network: Denoiser) -> Batch:
     draws = generator("audit", "batch")
     x = torch.randn(BATCH, network.latent_channels, network.latent_size, network.latent_size, generator=draws)
     labels = torch.randint(network.num_classes, (BATCH,), generator=draws)
@@ -155,7 +152,7 @@ def _checkpoint(path: Path, config: Mapping[str, Any]) -> AuditTarget:
             "write a function that returns (model, batch) and audit it as package.module:function"
         ) from None
     heads = _heads(path, depth, width, config)
-    network = model.DiT(
+    network = DiT(
         latent_size=round(tokens**0.5) * patch,
         patch_size=patch,
         latent_channels=channels,
@@ -178,11 +175,11 @@ def _heads(path: Path, depth: int, width: int, config: Mapping[str, Any]) -> int
         if not isinstance(given, int) or given < 1 or width % given:
             raise ConfigError(f"--config: num_heads = {given!r}; accepted: a divisor of the width, {width}")
         return given
-    for size in model.SIZES.values():
+    for size in SIZES.values():
         if (size.depth, size.hidden_size) == (depth, width):
             return size.num_heads
     raise ConfigError(
-        f"{path}: a DiT of {depth} blocks and width {width} is none of {', '.join(model.SIZES)}, and a checkpoint does not "
+        f"{path}: a DiT of {depth} blocks and width {width} is none of {', '.join(SIZES)}, and a checkpoint does not "
         """tell the number of heads; give it with --config '{"num_heads": 6}'"""
     )
 
@@ -198,7 +195,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors by name from a checkpoint, without executing anything that it holds. Raises `ConfigError` or `DataError`."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    return _without_prefix(checkpoint.read(path))
+    return _without_prefix(files.read(path))
 
 
 def _without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 
-from dit.config import FolderSource, ImagesParams
 from dit.data.decoding import Encoded, Rejected, decode_all
 from dit.data.source import Source, Split, hold_out
 from dit.errors import DataError
+from dit.sections import FolderSource, ImagesParams
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit.config import HuggingFaceSource, ImagesParams
 from dit.data.decoding import Encoded, Rejected, decode_all
 from dit.data.source import Source, Split, hold_out
 from dit.errors import ConfigError, DataError
+from dit.sections import HuggingFaceSource, ImagesParams
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from dit.config import FolderSource, ImagesParams, PhotosSource
 from dit.data import SPLITS, folder, huggingface, photos
 from dit.data.decoding import Rejected
 from dit.data.source import Source, Split
 from dit.data.store import Store, StoreWriter
 from dit.errors import DataError
 from dit.progress import progress
+from dit.sections import FolderSource, ImagesParams, PhotosSource
 
 
 @dataclass(frozen=True)

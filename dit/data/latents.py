@@ -19,8 +19,8 @@ from dit.errors import DataError
 from dit.progress import progress
 
 if TYPE_CHECKING:
-    from dit.config import LatentsParams
     from dit.data.images import ImageStore
+    from dit.sections import LatentsParams
 
 T = TypeVar("T")
 Encode = Callable[[np.ndarray], tuple[Tensor, Tensor]]
@@ -106,7 +106,7 @@ def write_latents(
         batches = (pixels[start : start + size] for start in range(0, len(pixels), size))
         encoded = (ranks.split(partial(_encode, encode, batch, settings.flip), len(batch)) for batch in batches)
         done = 0
-        with progress(len(pixels), f"{split} latents", "image", shown=ranks.first) as bar:
+        with progress(len(pixels), f"{split} latents", "image", shown=ranks.is_main) as bar:
             for parts in one_ahead(encoded):
                 mean, std = _stored(parts, settings)
                 _check_finite(mean, std, split, done)

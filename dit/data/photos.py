@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dit.config import ImagesParams, PhotosSource
 from dit.data import SPLITS
 from dit.data.decoding import Rejected, Sample
 from dit.data.source import Source, Split
 from dit.errors import ConfigError, DataError
+from dit.sections import ImagesParams, PhotosSource
 from dit.seeding import generator
 
 PICTURES = {

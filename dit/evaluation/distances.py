@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from dit.config import EvaluateParams
 from dit.errors import ConfigError, DataError
+from dit.sections import EvaluateParams
 from dit.seeding import derive_seed
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.hub import load_state_dict_from_url
 
-from dit.config import FeaturesParams
 from dit.errors import ConfigError, DataError, InputError
 from dit.progress import progress
+from dit.sections import FeaturesParams
 
 PIXEL_MEAN, PIXEL_SCALE = 127.0, 128.0
 """What EfficientNet-Lite was trained with: MEAN_RGB and STDDEV_RGB of tensorflow/tpu `efficientnet_lite_builder.py`."""

@@ -12,23 +12,23 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dit import model
 from dit.autoencoder import decode
-from dit.config import EvaluateParams, Params
+from dit.config import Params
 from dit.data.latents import LatentStore
-from dit.devices import resolve_backend, resolve_precision
+from dit.devices import resolve_precision
 from dit.distributed import Ranks
 from dit.errors import DataError
 from dit.evaluation.features import FeatureExtractor
 from dit.evaluation.grids import grid_shape, image_grid
-from dit.fused import NETWORK_NEEDS, supports
+from dit.models import Denoiser, backend_for
 from dit.progress import progress
 from dit.sampling import Network, balanced_labels, sample
+from dit.sections import EvaluateParams
 
 
-def load_network(params: Params, store: LatentStore, weights: Path) -> model.DiT:
+def load_network(params: Params, store: LatentStore, weights: Path) -> Denoiser:
     """The network of the study with `weights`, in eval mode. Raises `DataError` for weights of another network."""
-    network = model.build(params.model.name, **store.sizes, learn_sigma=params.diffusion.learn_sigma)
+    network = params.network(store.sizes)
     try:
         network.load_state_dict(load_file(weights))
     except RuntimeError as error:
@@ -36,20 +36,16 @@ def load_network(params: Params, store: LatentStore, weights: Path) -> model.DiT
     return network.eval()
 
 
-def draw(network: model.DiT, params: Params, num_classes: int, ranks: Ranks, description: str) -> Tensor:
+def draw(network: Denoiser, params: Params, num_classes: int, ranks: Ranks, description: str) -> Tensor:
     """Normalised latents (N, C, h, w) of `params.evaluate`, with all classes equally often."""
     settings = params.evaluate
     precision = resolve_precision(settings.precision, ranks.device)
-    backend = resolve_backend(settings.backend, ranks.device, precision, supports(network), "evaluate", NETWORK_NEEDS)
+    backend = backend_for(network, settings.backend, ranks.device, precision, "evaluate")
     return sample(
         Network(network, backend),
         params.diffusion,
         balanced_labels(settings.num_samples, num_classes),
-        scheduler=settings.scheduler,
-        steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
+        settings,
         device=ranks.device,
         precision=precision,
         description=description,
@@ -86,7 +82,7 @@ def look(
         images = decode(autoencoder, batch)
         return extractor(images), torch.from_numpy(images)
 
-    with progress(len(latents), "decode", "image", shown=ranks.first) as bar:
+    with progress(len(latents), "decode", "image", shown=ranks.is_main) as bar:
         for start, batch in zip(range(0, len(latents), size), latents.split(size), strict=True):
             found, images = ranks.split(lambda own, batch=batch: decoded(batch[own]), len(batch))  # type: ignore[misc]
             features.append(found.cpu())

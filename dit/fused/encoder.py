@@ -21,6 +21,10 @@ Module = Any
 """A part of the network, whose attributes are those that diffusers gives it."""
 
 
+NEEDS = "an AutoencoderKL of the usual blocks, with powers of two as its widths and groups"
+"""What `supports` asks for, in words."""
+
+
 @dataclass(frozen=True)
 class Sum:
     """`x + added + bias`, with x and added (B, C, H, W) and bias (C,), to be computed by whoever reads it."""

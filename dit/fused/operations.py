@@ -14,14 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from dit.fused.gelu import CUBE, ROOT
+
 EPS = 1e-6
 """That of the model's layer norms."""
 
 PLACE = "_gradient_place"
-
-ROOT = math.sqrt(2 / math.pi)
-CUBE = 0.044715
-"""The constants of the tanh-approximated GELU; Hendrycks & Gimpel (2016), section 2."""
 
 
 def write_gradient(weight: Tensor, place: Tensor) -> None:

@@ -1,5 +1,5 @@
 """Initialisation: every weight of the network is set here, by rules that are data."""
 
-from dit.init.strategy import Strategy, apply, claims, named, named_strategies, patterns
+from dit.init.strategy import Strategy, apply, claims, named, named_strategies
 
-__all__ = ["Strategy", "apply", "claims", "named", "named_strategies", "patterns"]
+__all__ = ["Strategy", "apply", "claims", "named", "named_strategies"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -17,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Generator, Tensor, nn
 
 from dit.errors import ConfigError
-from dit.init import checkpoint
-from dit.init.roles import Role, Site
+from dit.init import weights
+from dit.models.roles import Role
 
 LARGEST = 1e38
 """Weights are float32, whose largest number is 3.4e38."""
@@ -27,25 +28,6 @@ Finite = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 NonNegative = Annotated[float, Field(ge=0, le=LARGEST)]
 Positive = Annotated[float, Field(gt=0, le=LARGEST)]
 Selectors = Annotated[tuple[str, ...], Field(min_length=1)]
-
-Pattern = Literal["zero", "constant", "minus_one", "equal_rows", "equal_columns", "generic"]
-"""What is known of a role's weights before they are drawn.
-
-All entries are zero, or one other number (`constant`; `minus_one` for that number, in a bias), or all rows, or all columns, of
-a matrix are equal; `generic`: none of these.
-"""
-
-
-def pattern_of(weights: Tensor) -> Pattern:
-    """The pattern of a matrix or vector that is there."""
-    first = weights.flatten()[0]
-    if (weights == first).all():
-        return "zero" if first == 0 else "minus_one" if weights.dim() == 1 and first == -1 else "constant"
-    if weights.dim() == 1:
-        return "generic"
-    if (weights == weights[:1]).all():
-        return "equal_rows"
-    return "equal_columns" if (weights == weights[:, :1]).all() else "generic"
 
 
 class BaseRule(BaseModel, ABC):
@@ -58,31 +40,34 @@ class BaseRule(BaseModel, ABC):
 
     @property
     def selectors(self) -> tuple[str, ...]:
-        """The role selectors of this rule; see `dit.init.roles`."""
+        """The role selectors of this rule; see `dit.init.selectors`."""
         return (self.role,) if isinstance(self.role, str) else self.role
 
     def check(self, role: Role) -> None:
-        """Raise `ConfigError` where this rule cannot draw `role` in any network."""
+        """Raise `ConfigError` where this rule cannot draw `role`."""
 
-    @abstractmethod
-    def pattern(self, site: Site) -> Pattern:
-        """What this rule makes of a role, whatever the seed."""
+    def verify(self) -> None:
+        """Raise `ConfigError` where a file that this rule reads is missing, or is not the one it names."""
 
-    def draw(self, site: Site, generator: Generator) -> Tensor:
-        """The whole parameter, of which `site` is some rows, as a float32 CPU matrix or vector drawn from `generator` alone."""
-        shape = site.shape if site.role.is_bias else (site.shape[0], math.prod(site.shape[1:]))
+    def draw(self, role: Role, generator: Generator) -> Tensor:
+        """The whole parameter, of which `role` is some rows, as a float32 CPU matrix or vector drawn from `generator` alone."""
+        shape = role.shape if role.is_vector else (role.shape[0], math.prod(role.shape[1:]))
         matrix = torch.empty(shape)
         with torch.no_grad():
-            self.fill(matrix, site, generator)
+            self.fill(matrix, role, generator)
         return matrix
 
     @abstractmethod
-    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
+    def fill(self, matrix: Tensor, role: Role, generator: Generator) -> None:
         """Fill a matrix (out, in), or a vector, in place."""
 
-    def part(self, matrix: Tensor, site: Site) -> Tensor:
-        """The rows of the role `site`, from what `draw` returned."""
-        return matrix[site.rows]
+    def part(self, matrix: Tensor, role: Role) -> Tensor:
+        """The rows of the role `role`, from what `draw` returned."""
+        return matrix[role.rows]
+
+    def distribution(self, role: Role) -> Hashable:
+        """Two roles of one shape with equal values have weights of one distribution."""
+        return self.model_copy(update={"role": ""})
 
 
 class Zeros(BaseRule):
@@ -90,10 +75,7 @@ class Zeros(BaseRule):
 
     init: Literal["zeros"]
 
-    def pattern(self, site: Site) -> Pattern:
-        return "zero"
-
-    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
+    def fill(self, matrix: Tensor, role: Role, generator: Generator) -> None:
         matrix.zero_()
 
 
@@ -110,21 +92,24 @@ class ModifiableRule(BaseRule, ABC):
     `block_index`: times 1 / sqrt(2 * l) in block l = 1, 2, ...; Bao et al. (2022), "BEiT", section 2.5.
     """
 
-    def scale(self, site: Site) -> float:
+    def scale(self, role: Role) -> float:
         """The factor of `scaled_by`."""
         if self.scaled_by == "depth":
-            return (2 * site.depth) ** -0.5
-        if self.scaled_by == "block_index" and site.role.block is not None:
-            return (2 * (site.role.block + 1)) ** -0.5
+            return (2 * role.depth) ** -0.5
+        if self.scaled_by == "block_index" and role.block is not None:
+            return (2 * (role.block + 1)) ** -0.5
         return 1.0
 
+    def distribution(self, role: Role) -> Hashable:
+        return super().distribution(role), self.scale(role)
+
     def check(self, role: Role) -> None:
-        if role.is_bias and (self.needs_matrix or self.equal == "columns"):
+        if role.is_vector and (self.needs_matrix or self.equal == "columns"):
             raise ConfigError(
                 f"'{role.path}' is a vector, which a rule with a fan or columns cannot draw; "
                 f"add a later rule for it, such as {{role: bias, init: zeros}}"
             )
-        if self.equal == "heads" and role.per_head is None:
+        if self.equal == "heads" and role.heads is None:
             raise ConfigError(
                 f"'{role.path}' belongs to no attention head, as equal: heads needs; accepted: roles of qkv, or attn_out.weight"
             )
@@ -134,29 +119,17 @@ class ModifiableRule(BaseRule, ABC):
                 f"accepted: roles of block, or scaled_by: depth"
             )
 
-    def pattern(self, site: Site) -> Pattern:
-        if self.is_zero:
-            return "zero"
-        if self.equal == "rows":
-            return "constant" if site.role.is_bias else "equal_rows"
-        return "equal_columns" if self.equal == "columns" else "generic"
-
-    @property
-    def is_zero(self) -> bool:
-        """Whether its one argument of size is zero, and so are all weights."""
-        return 0 in (getattr(self, size, None) for size in ("value", "std", "bound", "gain"))
-
-    def part(self, matrix: Tensor, site: Site) -> Tensor:
-        rows = super().part(matrix, site)
+    def part(self, matrix: Tensor, role: Role) -> Tensor:
+        rows = super().part(matrix, role)
         if self.equal == "rows":
             rows = rows[:1].expand_as(rows)
         elif self.equal == "columns":
             rows = rows[:, :1].expand_as(rows)
-        elif self.equal == "heads" and site.role.per_head == "columns":
-            rows = rows[:, : rows.shape[1] // site.num_heads].repeat(1, site.num_heads)
+        elif self.equal == "heads" and role.heads == "columns":
+            rows = rows[:, : rows.shape[1] // role.num_heads].repeat(1, role.num_heads)
         elif self.equal == "heads":
-            rows = torch.cat([rows[: len(rows) // site.num_heads]] * site.num_heads)
-        return rows if self.scaled_by is None else rows * self.scale(site)
+            rows = torch.cat([rows[: len(rows) // role.num_heads]] * role.num_heads)
+        return rows if self.scaled_by is None else rows * self.scale(role)
 
 
 class Constant(ModifiableRule):
@@ -165,12 +138,7 @@ class Constant(ModifiableRule):
     init: Literal["constant"]
     value: Finite
 
-    def pattern(self, site: Site) -> Pattern:
-        if self.is_zero:
-            return "zero"
-        return "minus_one" if site.role.is_bias and self.value * self.scale(site) == -1 else "constant"
-
-    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
+    def fill(self, matrix: Tensor, role: Role, generator: Generator) -> None:
         matrix.fill_(self.value)
 
 
@@ -181,8 +149,8 @@ class Identity(ModifiableRule):
     needs_matrix: ClassVar[bool] = True
     gain: NonNegative = 1.0
 
-    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
-        for part in matrix.chunk(site.role.chunks):
+    def fill(self, matrix: Tensor, role: Role, generator: Generator) -> None:
+        for part in matrix.chunk(role.chunks):
             nn.init.eye_(part).mul_(self.gain)
 
 
@@ -192,7 +160,7 @@ class Normal(ModifiableRule):
     init: Literal["normal"]
     std: NonNegative
 
-    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
+    def fill(self, matrix: Tensor, role: Role, generator: Generator) -> None:
         matrix.normal_(0.0, self.std, generator=generator)
 
 
@@ -202,7 +170,7 @@ class TruncatedNormal(ModifiableRule):
     init: Literal["truncated_normal"]
     std: Positive
 
-    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
+    def fill(self, matrix: Tensor, role: Role, generator: Generator) -> None:
         nn.init.trunc_normal_(matrix, 0.0, self.std, -2 * self.std, 2 * self.std, generator=generator)
 
 
@@ -212,7 +180,7 @@ class Uniform(ModifiableRule):
     init: Literal["uniform"]
     bound: NonNegative
 
-    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
+    def fill(self, matrix: Tensor, role: Role, generator: Generator) -> None:
         matrix.uniform_(-self.bound, self.bound, generator=generator)
 
 
@@ -223,7 +191,7 @@ class XavierUniform(ModifiableRule):
     needs_matrix: ClassVar[bool] = True
     gain: NonNegative = 1.0
 
-    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
+    def fill(self, matrix: Tensor, role: Role, generator: Generator) -> None:
         nn.init.xavier_uniform_(matrix, self.gain, generator=generator)
 
 
@@ -234,7 +202,7 @@ class XavierNormal(ModifiableRule):
     needs_matrix: ClassVar[bool] = True
     gain: NonNegative = 1.0
 
-    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
+    def fill(self, matrix: Tensor, role: Role, generator: Generator) -> None:
         nn.init.xavier_normal_(matrix, self.gain, generator=generator)
 
 
@@ -244,7 +212,7 @@ class KaimingUniform(ModifiableRule):
     init: Literal["kaiming_uniform"]
     needs_matrix: ClassVar[bool] = True
 
-    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
+    def fill(self, matrix: Tensor, role: Role, generator: Generator) -> None:
         nn.init.kaiming_uniform_(matrix, nonlinearity="relu", generator=generator)
 
 
@@ -254,7 +222,7 @@ class KaimingNormal(ModifiableRule):
     init: Literal["kaiming_normal"]
     needs_matrix: ClassVar[bool] = True
 
-    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
+    def fill(self, matrix: Tensor, role: Role, generator: Generator) -> None:
         nn.init.kaiming_normal_(matrix, nonlinearity="relu", generator=generator)
 
 
@@ -267,8 +235,8 @@ class FanInUniform(ModifiableRule):
     init: Literal["fan_in_uniform"]
     gain: NonNegative = 1.0
 
-    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
-        bound = self.gain * site.fan_in**-0.5
+    def fill(self, matrix: Tensor, role: Role, generator: Generator) -> None:
+        bound = self.gain * role.fan_in**-0.5
         matrix.uniform_(-bound, bound, generator=generator)
 
 
@@ -278,8 +246,8 @@ class FanInNormal(ModifiableRule):
     init: Literal["fan_in_normal"]
     gain: NonNegative = 1.0
 
-    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
-        matrix.normal_(0.0, self.gain * site.fan_in**-0.5, generator=generator)
+    def fill(self, matrix: Tensor, role: Role, generator: Generator) -> None:
+        matrix.normal_(0.0, self.gain * role.fan_in**-0.5, generator=generator)
 
 
 class Orthogonal(ModifiableRule):
@@ -289,12 +257,12 @@ class Orthogonal(ModifiableRule):
     needs_matrix: ClassVar[bool] = True
     gain: NonNegative = 1.0
 
-    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
+    def fill(self, matrix: Tensor, role: Role, generator: Generator) -> None:
         nn.init.orthogonal_(matrix, self.gain, generator=generator)
 
 
 class FromCheckpoint(BaseRule):
-    """The values of a checkpoint in the names and shapes of facebookresearch/DiT; see `dit.init.checkpoint`.
+    """The values of a checkpoint in the names and shapes of facebookresearch/DiT; see `dit.init.weights`.
 
     `sha256` is that of the file, so that the parameters alone say which weights these are. `prefix` stands before each name in
     the file, such as `module.`.
@@ -305,18 +273,18 @@ class FromCheckpoint(BaseRule):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     prefix: str = ""
 
-    def check(self, role: Role) -> None:
-        checkpoint.verify(self.path, self.sha256)
+    def distribution(self, role: Role) -> Hashable:
+        return super().distribution(role), role.path
 
-    def pattern(self, site: Site) -> Pattern:
-        return pattern_of(self._values(site)[site.rows])
+    def verify(self) -> None:
+        weights.verify(self.path, self.sha256)
 
-    def fill(self, matrix: Tensor, site: Site, generator: Generator) -> None:
-        matrix.copy_(self._values(site))
+    def fill(self, matrix: Tensor, role: Role, generator: Generator) -> None:
+        matrix.copy_(self._values(role))
 
-    def _values(self, site: Site) -> Tensor:
-        values = checkpoint.tensor(self.path, self.sha256, self.prefix + site.role.parameter, site.shape)
-        return values if site.role.is_bias else values.flatten(1)
+    def _values(self, role: Role) -> Tensor:
+        values = weights.tensor(self.path, self.sha256, self.prefix + role.parameter, role.shape)
+        return values if role.is_vector else values.flatten(1)
 
 
 Rule = Annotated[

@@ -1,23 +1,26 @@
-"""Strategies: ordered rules that together claim every weight of a DiT, and their application to a network."""
+"""Strategies: ordered rules that together claim every weight of a network, and their application to a network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
+from torch import nn
 
 from dit.errors import ConfigError, explain
-from dit.init import checkpoint
-from dit.init.roles import Role, roles, select, sites
-from dit.init.rules import BaseRule, Pattern, Rule
-from dit.model import DiT
+from dit.init import weights
+from dit.init.rules import BaseRule, Rule
+from dit.init.selectors import select
+from dit.models import Role, roles
 from dit.seeding import generator
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Strategy(BaseModel):
@@ -38,6 +41,14 @@ class Strategy(BaseModel):
     def _join(cls, rules: Any) -> Any:
         return tuple(_flattened(rules)) if isinstance(rules, (list, tuple)) else rules
 
+    def verify(self) -> None:
+        """Raise `ConfigError` where a file that a rule reads is missing, or is not the one it names. It reads whole files."""
+        for index, rule in enumerate(self.rules):
+            try:
+                rule.verify()
+            except ConfigError as error:
+                raise ConfigError(f"rules[{index}]: {error}") from None
+
 
 def _flattened(rules: list | tuple) -> Iterator[Any]:
     for entry in rules:
@@ -47,13 +58,12 @@ def _flattened(rules: list | tuple) -> Iterator[Any]:
             yield entry
 
 
-def claims(strategy: Strategy, depth: int) -> dict[Role, BaseRule]:
-    """Which rule sets each role of a DiT of `depth` blocks.
+def claims(strategy: Strategy, every_role: Sequence[Role]) -> dict[Role, BaseRule]:
+    """Which rule sets each of a network's roles.
 
     Raises `ConfigError`, naming the rule, where a selector names nothing, no rule claims a role, or one claims a role that it
     cannot draw.
     """
-    every_role = roles(depth)
     claimed: dict[Role, BaseRule] = {}
     rule: BaseRule
     for index, rule in enumerate(strategy.rules):
@@ -77,36 +87,27 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def apply(model: DiT, strategy: str | Mapping | Strategy, seed: int) -> DiT:
+def apply(model: Network, strategy: str | Mapping | Strategy, seed: int) -> Network:
     """Set every weight of `model` in place, by a strategy given by name or as data, and return the model.
 
     Each tensor draws from a generator of its own, derived from (seed, tensor name): a change of one rule leaves every other
     tensor, and the other rows of a fused one, bit-identical. Raises `ConfigError` for an unknown name or a wrong rule.
     """
-    claimed = claims(resolve(strategy), model.depth)
+    chosen = resolve(strategy)
+    chosen.verify()
+    claimed = claims(chosen, roles(model))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, parts in groupby(sites(model), key=lambda site: site.role.parameter):
+        for name, parts in groupby(claimed, key=lambda role: role.parameter):
             drawn: dict[BaseRule, torch.Tensor] = {}
-            for site in parts:
-                rule = claimed[site.role]
+            for role in parts:
+                rule = claimed[role]
                 if rule not in drawn:
-                    drawn[rule] = rule.draw(site, generator(seed, name))
-                rows = parameters[name][site.rows]
-                rows.copy_(rule.part(drawn[rule], site).reshape(rows.shape))
-    checkpoint.forget()
+                    drawn[rule] = rule.draw(role, generator(seed, name))
+                rows = parameters[name][role.rows]
+                rows.copy_(rule.part(drawn[rule], role).reshape(rows.shape))
+    weights.forget()
     return model
-
-
-def patterns(strategy: str | Mapping | Strategy, model: DiT) -> dict[str, Pattern]:
-    """What `strategy` makes of each role of `model`, by role path, whatever the seed: from the rules, not from weights.
-
-    Only for `from_checkpoint` the values of the file decide.
-    """
-    claimed = claims(resolve(strategy), model.depth)
-    found = {site.role.path: claimed[site.role].pattern(site) for site in sites(model)}
-    checkpoint.forget()
-    return found
 
 
 def resolve(strategy: str | Mapping | Strategy) -> Strategy:

@@ -4,52 +4,46 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dit import checkpoint
 from dit.analysis.diagnostics import diagnose, gradient_noise
-from dit.config import TrainParams
+from dit.data.batches import Batches
 from dit.data.latents import LatentStore
-from dit.devices import autocast, resolve_backend, resolve_precision
-from dit.diffusion import Diffusion, Loss
+from dit.devices import resolve_precision
+from dit.diffusion import Batch, Diffusion
 from dit.distributed import Ranks, restore
 from dit.errors import ConfigError
-from dit.fused import NETWORK_NEEDS, fuse, supports
-from dit.fused.capture import Captured
-from dit.model import DiT
+from dit.models import backbone_of, backend_for
+from dit.optim.ema import EMA
+from dit.optim.schedule import learning_rate
 from dit.progress import progress
-from dit.training import checkpoint
-from dit.training.batches import Batch, Batches
-from dit.training.optimiser import Optimiser
+from dit.sections import TrainParams
+from dit.training.engines import ENGINES, plain_forward
 from dit.training.records import Divergence, Records
 from dit.training.validation import Validation
-
-if TYPE_CHECKING:
-    from dit.fused.optimiser import FusedOptimiser
 
 EARLY_DIAGNOSES = 5
 """The first optimiser steps, at which roles wake up, are all diagnosed."""
 
 NOISE_PART = 4
-"""A diagnosed step compares its gradient with that of every so many-th sample of its batch, to tell how noisy it is."""
-
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A diagnosed step compares its gradient with the gradient of every fourth sample of its batch, to tell how noisy it is."""
 
 
 class Trainer:
     """One run: a network with its weights set, its data, and all state that a checkpoint holds.
 
-    `scratch` holds the checkpoint and belongs to this run alone. Afterwards `ema` holds the averaged weights by name,
+    `scratch` holds the checkpoint and belongs to this run alone. Afterwards `ema` holds the averaged weights,
     `records` what was measured, and `divergence` is None unless the run was stopped by a value that is not finite.
     """
 
     def __init__(
         self,
-        model: DiT,
+        model: nn.Module,
         store: LatentStore,
         diffusion: Diffusion,
         params: TrainParams,
@@ -60,7 +54,7 @@ class Trainer:
         ranks: Ranks | None = None,
     ) -> None:
         self.ranks = ranks or Ranks(diffusion.device)
-        self.ranks.share(params.batch_size, "train.batch_size")
+        self.ranks.per_rank(params.batch_size, "train.batch_size")
         self.sharded = self.ranks.grouped and params.parallel == "fsdp"
         self.model = model if self.sharded else model.to(diffusion.device)
         self.ranks.broadcast(self.model.state_dict().values())
@@ -72,41 +66,28 @@ class Trainer:
             store, diffusion, batch_size=params.batch_size, label_dropout=label_dropout, seed=seed, ranks=self.ranks
         )
         self.validation = Validation(store, diffusion, params.validation, self.ranks)
-        fusible = supports(model) and not self.sharded  # the fast path holds whole weights
-        self.backend = resolve_backend(params.backend, diffusion.device, self.precision, fusible, "train", NETWORK_NEEDS)
-        self.forward: Forward = self.model
-        self.loss: Callable[..., Loss] = diffusion.loss
-        self.gradients: Callable[[Batch], Tensor] = self._gradients
-        self.optimiser: Optimiser | FusedOptimiser
-        if self.backend == "fused":
-            self.forward, self.optimiser = fuse(self.model, params, self.ranks)
-            self.loss = torch.compile(diffusion.loss)
-            captured = Captured(lambda *parts: self._gradients(Batch(*parts)))
-            self.gradients = lambda batch: captured(*vars(batch).values())
-        else:
-            if self.sharded:
-                self.ranks.shard(self.model, self.precision, compiled=self.backend == "compiled")
-            else:
-                self.forward = self.ranks.replicate(self.model)
-                if self.backend == "compiled":
-                    self.forward = torch.compile(self.forward)
-            self.optimiser = Optimiser(self.model, params, self.precision, self.ranks)
+        self.backend = backend_for(model, params.backend, diffusion.device, self.precision, "train", self.sharded)
+        if self.sharded:
+            blocks = [block.module for block in backbone_of(model).blocks(model)]
+            self.ranks.shard(self.model, blocks, self.precision, compiled=self.backend == "compiled")
+        self.ema = EMA(self.model, params.ema_decay)
+        engine = ENGINES[self.backend]
+        self.engine = engine(self.model, diffusion, params, self.ema, self.ranks, self.precision)
         self.records = Records()
         self.divergence: Divergence | None = None
         self.steps_done = 0
         self.images_per_second = math.nan
         self._pending: list[Tensor] = []
 
-    @property
-    def ema(self) -> dict[str, Tensor]:
-        """The averaged weights on the host, by their names in the model: all ranks must ask, and the first one gets them."""
-        return cast("dict[str, Tensor]", self.ranks.keep(self.optimiser.ema))
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The averaged weights on the host, by their names in the model: all ranks must ask, and the main one gets them."""
+        return cast("dict[str, Tensor]", self.ranks.gather_state(self.ema.tensors))
 
     def run(self, description: str) -> None:
         """Train from the last checkpoint, or from the start, to the end or to divergence."""
         self._resume(description)
         first, started = self.steps_done, time.monotonic()
-        with progress(self.params.steps, description, "step", done=first, shown=self.ranks.first) as bar:
+        with progress(self.params.steps, description, "step", done=first, shown=self.ranks.is_main) as bar:
             while self.steps_done < self.params.steps and not self.divergence:
                 step = self.steps_done
                 if step > first and step % self.params.checkpoint_every == 0:
@@ -126,33 +107,22 @@ class Trainer:
 
     def forget(self) -> None:
         """Remove the checkpoint: for a run that has ended, once all that is wanted of it is on disk."""
-        if self.ranks.first:
+        if self.ranks.is_main:
             checkpoint.remove(self.scratch)
 
     def _train(self, step: int) -> None:
         batch = self.batches(step)
-        losses = self.gradients(batch)
-        self.optimiser.average_gradients()
+        losses = self.engine.gradients(batch)
         logged = step % self.params.log_every == 0
-        gradient_norm = self.optimiser.gradient_norm() if logged else losses.new_zeros(())
+        gradient_norm = self.engine.gradient_norm() if logged else losses.new_zeros(())
         self._pending.append(torch.cat([losses, gradient_norm[None]]))
         if self._diagnosis_due(step):
             self._diagnosed_update(step, batch)
         else:
-            self.optimiser.step(step)
+            self._update(step)
 
-    def _gradients(self, batch: Batch) -> Tensor:
-        """Set the gradients of `batch`; returns its loss and its squared error, (2,)."""
-        loss = self._loss(self.forward, batch)
-        total = loss.total.mean()
-        self.optimiser.backward(total)
-        return torch.stack([total.detach(), loss.mse.mean().detach()])
-
-    def _loss(self, forward: Forward, batch: Batch) -> Loss:
-        x_t = self.diffusion.add_noise(batch.x0, batch.eps, batch.timesteps)
-        with autocast(self.diffusion.device, self.precision):
-            output = forward(x_t, batch.timesteps, batch.labels)
-        return self.loss(output, batch.x0, batch.eps, batch.timesteps, x_t)
+    def _update(self, step: int) -> None:
+        self.engine.step(learning_rate(self.params, step))
 
     def _diagnosis_due(self, step: int) -> bool:
         return not self.sharded and (step < EARLY_DIAGNOSES or step % self.params.diagnose_every == 0)
@@ -162,9 +132,9 @@ class Trainer:
         whole = self.params.batch_size
         part = len(range(0, whole, NOISE_PART))
         norms = self._gradient_norms(batch, part) if part < whole else None
-        self.optimiser.publish_gradients()
+        self.engine.publish_gradients()
         timesteps, labels = (self.ranks.gather(rows, whole) for rows in (batch.timesteps, batch.labels))
-        states = diagnose(self.model, lambda: self.optimiser.step(step), timesteps, labels)
+        states = diagnose(self.model, lambda: self._update(step), timesteps, labels)
         self.records.diagnostics += [{"step": step, **vars(state)} for state in states]
         if norms is not None:
             whole_norm, part_norm = norms.tolist()
@@ -176,10 +146,11 @@ class Trainer:
 
         The second is the work of the plain network: a compiled or captured one would be made again for this size.
         """
-        own = batch.rows(slice(-self.ranks.own(self.params.batch_size).start % NOISE_PART, None, NOISE_PART))
+        own = batch.rows(slice(-self.ranks.local_slice(self.params.batch_size).start % NOISE_PART, None, NOISE_PART))
         share = len(own.labels) * self.ranks.size / part  # 0 where all of the part is on other ranks
-        loss = self._loss(self.model, own if share else batch.first(1)).total.mean() * share
-        return torch.stack([self.optimiser.gradient_norm(), self.optimiser.gradient_norm_of(loss)])
+        plain = plain_forward(self.model, self.diffusion.device, self.precision)
+        loss = self.diffusion.training_loss(plain, own if share else batch.first(1)).total.mean() * share
+        return torch.stack([self.engine.gradient_norm(), self.engine.gradient_norm_of(loss)])
 
     def _reading_due(self, step: int) -> bool:
         """Losses stay on the device between these steps, so that it never waits for the host."""
@@ -201,7 +172,7 @@ class Trainer:
                 self.divergence = Divergence(step, "loss", repr(total))
                 break
             if step % self.params.log_every == 0:
-                rate = self.optimiser.learning_rate(step)
+                rate = learning_rate(self.params, step)
                 row = {"step": step, "loss": total, "mse": mse, "gradient_norm": gradient_norm, "learning_rate": rate}
                 self.records.metrics.append(row)
         self._pending = []
@@ -215,7 +186,7 @@ class Trainer:
     def _validate(self, step: int) -> None:
         self.model.eval()
         score = self.validation(self.model, self.precision)
-        with self.optimiser.averaged_weights():
+        with self.ema.applied():
             averaged = self.validation(self.model, self.precision)
         self.model.train()
         for weights, measured in (("model", score), ("ema", averaged)):
@@ -226,15 +197,16 @@ class Trainer:
 
     def _save(self) -> None:
         """All ranks give their part; one checkpoint is right for any number of them, and however they share the network."""
-        state = self.ranks.keep(
+        state = self.ranks.gather_state(
             {
                 "steps_done": self.steps_done,
                 "model": self.model.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
+                "ema": self.ema.tensors,
+                "optimizer": self.engine.state_dict(),
                 "records": vars(self.records),
             }
         )
-        if self.ranks.first:
+        if self.ranks.is_main:
             checkpoint.save(self.scratch, state)
 
     def _resume(self, description: str) -> None:
@@ -242,13 +214,14 @@ class Trainer:
         seen = torch.tensor([state["steps_done"] if state else 0], device=self.diffusion.device)
         if len(steps := self.ranks.gather(seen, self.ranks.size).unique()) > 1:
             raise ConfigError(
-                f"{self.scratch}: processes see checkpoints of different steps, {steps.tolist()}; accepted: one folder of all "
-                "hosts, as DIT_SCRATCH names it"
+                f"{self.scratch}: processes see checkpoints of different steps, {steps.tolist()}; "
+                "all hosts must share the folder of checkpoints"
             )
         if state is not None:
             self.steps_done = state["steps_done"]
             restore(self.model.state_dict(), state["model"])
-            self.optimiser.load_state_dict(state["optimiser"])
+            restore(self.ema.tensors, state["ema"])
+            self.engine.load_state_dict(state["optimizer"])
             self.records = Records(**state["records"])
-            if self.ranks.first:
+            if self.ranks.is_main:
                 print(f"{description}: resumed at step {self.steps_done}")

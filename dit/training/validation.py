@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit.config import ValidationParams
+from dit.data.batches import gather
 from dit.data.latents import LatentStore
 from dit.devices import autocast
 from dit.diffusion import Diffusion
 from dit.distributed import Ranks
+from dit.sections import ValidationParams
 from dit.seeding import generator
-from dit.training.batches import gather
 
 
 @dataclass(frozen=True)

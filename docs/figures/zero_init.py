@@ -14,16 +14,18 @@ import pandas as pd
 import torch
 from matplotlib.colors import ListedColormap
 
-from dit import config, init, model
+from dit import config, init
 from dit.analysis import wakeup
 from dit.analysis.signal import loss, network_signal
-from dit.analysis.symmetry import distinct_units, factors, output_units
+from dit.analysis.symmetry import distinct_units, factors
 from dit.config import Params
+from dit.data.batches import Batches
 from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
 from dit.init import Strategy
-from dit.model import DiT
-from dit.training.batches import Batches
+from dit.models.dit import resized
+from dit.models.dit.network import DiT
+from dit.models.dit.probes import output_units
 
 HERE = Path(__file__).parent
 STEPS = 5
@@ -47,19 +49,10 @@ def main() -> None:
 
 def network(params: Params, store: LatentStore, width: int | None = None) -> DiT:
     """The study's network, or one of its depth and another width."""
-    plain = model.build(params.model.name, **store.sizes, learn_sigma=params.diffusion.learn_sigma)
+    plain = params.network(store.sizes)
     if width is None:
         return plain
-    return DiT(
-        latent_size=plain.latent_size,
-        patch_size=plain.patch_size,
-        latent_channels=plain.latent_channels,
-        hidden_size=width,
-        depth=plain.depth,
-        num_heads=width // 32,
-        num_classes=plain.num_classes,
-        learn_sigma=plain.learn_sigma,
-    )
+    return resized(plain, hidden_size=width, depth=plain.depth, num_heads=width // 32)
 
 
 def wake_up(params: Params, plain: DiT) -> plt.Figure:

@@ -48,15 +48,18 @@ class EarlyEntry(Entry):
 
 
 class StartRecord(Record):
-    """What stage `analyse` found. Schedules hold, by role, the first optimiser step with a gradient."""
+    """What stage `analyse` found. Schedules hold, by role, the first optimiser step with a gradient.
+
+    `predicted` is None for a backbone without a prediction, and then so is `predicted_equals_measured`.
+    """
 
     FILE = "start.json"
 
     strategy: str
     run_key: str
     awake_step: int | None
-    predicted_equals_measured: bool
-    predicted: dict[str, int | None]
+    predicted_equals_measured: bool | None
+    predicted: dict[str, int | None] | None
     measured: dict[str, int | None]
     signal: SignalEntry
     early: list[EarlyEntry]

@@ -213,9 +213,11 @@ def _awake(summary: dict[str, Any]) -> Finding:
     parts = [f"from step {step} on in {listed(names)}" for step, names in sorted(steps.items())]
     sentences = [f"Every part of the network receives a gradient {listed(parts)}."] if parts else []
     sentences += [f"In {listed(never)} some part of it receives none in the steps looked at."] if never else []
-    wrong = [name for name, entry in summary["strategies"].items() if not entry["start"]["predicted_equals_measured"]]
-    if wrong:
+    agrees = {name: entry["start"]["predicted_equals_measured"] for name, entry in summary["strategies"].items()}
+    if wrong := [name for name, agreed in agrees.items() if agreed is False]:
         return Finding("warning", " ".join([*sentences, f"That is not what the architecture predicts for {listed(wrong)}."]))
+    if None in agrees.values():
+        return Finding("note", " ".join([*sentences, "This is measured, not predicted: this network has no prediction."]))
     return Finding("note", " ".join([*sentences, "The architecture alone predicts the same."]))
 
 

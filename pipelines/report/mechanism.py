@@ -37,10 +37,8 @@ StartPanel = tuple[str, Callable[[Analysis], pd.Series]]
 def wake_up(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
     """The first step at which each kind of weight receives a gradient, in every strategy."""
     starts = [study.analyses[name] for name in [study.baseline, *study.others]]
-    measured, predicted = (
-        pd.DataFrame({start.strategy: by_kind(getattr(start.record, which)) for start in starts}, dtype=float)
-        for which in ("measured", "predicted")
-    )
+    measured = pd.DataFrame({start.strategy: by_kind(start.record.measured) for start in starts}, dtype=float)
+    predicted = pd.DataFrame({start.strategy: _predicted(start) for start in starts})
     shown = measured.map(lambda step: "never" if math.isnan(step) else f"{step:.0f}")
     plot = go.Figure(
         go.Heatmap(
@@ -48,7 +46,7 @@ def wake_up(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> F
             y=list(measured.index),
             z=[[None if math.isnan(step) else step for step in row] for row in measured.to_numpy()],
             text=shown.to_numpy().tolist(),
-            customdata=predicted.map(lambda step: "never" if math.isnan(step) else f"step {step:.0f}").to_numpy().tolist(),
+            customdata=predicted.to_numpy().tolist(),
             texttemplate="%{text}",
             colorscale=[[0, "#2f9e6e"], [0.5, "#e0b02b"], [1, "#d9534f"]],
             showscale=False,
@@ -61,14 +59,30 @@ def wake_up(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> F
     plot.update_xaxes(side="top", showgrid=False, ticks="")
     plot.update_yaxes(autorange="reversed", showgrid=False, ticks="")
     finish(plot, height=80 + 24 * len(measured), hovermode="closest", margin={"t": 60, "l": 150})
-    agree = all(start.record.predicted_equals_measured for start in starts)
-    verdict = "agrees for every role" if agree else "does not agree for every role (see the cells)"
     caption = (
         "The optimiser step, counted from 0, at which all weights of a kind first receive a gradient, other than rounding; "
-        "never: not within the steps looked at. Measured in float64 with AdamW, without weight decay. The prediction from the "
-        f"strategy and the architecture alone, where a product with a zero factor passes nothing back, {verdict}."
+        "never: not within the steps looked at. Measured in float64 with AdamW, without weight decay. "
+        + _prediction([start.record.predicted_equals_measured for start in starts])
     )
     return Figure("wake-up", "Wake-up schedule: the first step with a gradient", caption, plot)
+
+
+def _predicted(start: Analysis) -> dict[str, str]:
+    """The predicted step of each kind of weight, in words."""
+    if start.record.predicted is None:
+        return dict.fromkeys(by_kind(start.record.measured), "none for this network")
+    return {kind: "never" if step is None else f"step {step}" for kind, step in by_kind(start.record.predicted).items()}
+
+
+def _prediction(agrees: list[bool | None]) -> str:
+    """Whether the measured schedules are the predicted ones, in a sentence."""
+    if None in agrees:
+        return "Measured, not predicted: there is no prediction for this network."
+    verdict = "agrees for every role" if all(agrees) else "does not agree for every role (see the cells)"
+    return (
+        "The prediction from the strategy and the architecture alone, where a product with a zero factor passes nothing back, "
+        f"{verdict}."
+    )
 
 
 def _grid(count: int) -> tuple[int, int]:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pandas as pd
 import typer
 
-from dit import model
 from dit.analysis.signal import width_exponent
 from dit.analysis.start import Examiner
 from dit.analysis.wakeup import awake
@@ -32,7 +31,7 @@ def analyse(params: Params, strategy: str) -> None:
         "rules": rules.model_dump(mode="json", exclude_defaults=True)["rules"],
     }
     store = LatentStore(Path("data/latents"))
-    network = model.build(params.model.name, **store.sizes, learn_sigma=params.diffusion.learn_sigma)
+    network = params.network(store.sizes)
     examine = Examiner(
         network,
         store,
@@ -43,7 +42,7 @@ def analyse(params: Params, strategy: str) -> None:
         betas=params.train.betas,
     )
     found = examine(rules)
-    agrees = found.predicted == found.measured
+    agrees = None if found.predicted is None else found.predicted == found.measured
     record = StartRecord(
         strategy=strategy,
         run_key=run_key("analyse", [identity, device.type], strategy),
@@ -59,7 +58,7 @@ def analyse(params: Params, strategy: str) -> None:
         record.write(out)
         GRADIENTS.write_frame(out, pd.DataFrame(found.gradients))
         COORDINATES.write_frame(out, pd.DataFrame(found.coordinates))
-    schedule = "as predicted" if agrees else "NOT as predicted"
+    schedule = {True: "as predicted", False: "NOT as predicted", None: "measured, not predicted"}[agrees]
     print(f"analyse {strategy}: every role receives a gradient from step {awake(found.measured)} on, {schedule}")
 
 

@@ -46,7 +46,7 @@ def evaluate(params: Params, strategy: str, seed: int) -> None:
             latents = store.denormalize(drawn(params, store, name, ranks, key))
             autoencoder = load_autoencoder("data/autoencoder", ranks.device)
             seen = look(latents, autoencoder, extractor, params.evaluate, store.num_classes, ranks)
-    if not ranks.first:
+    if not ranks.is_main:
         return
     distances = sample_distances(real, seen.features, params.evaluate) if seen else None
     measured = vars(distances) if distances else dict.fromkeys(field.name for field in fields(Distances))
@@ -90,7 +90,7 @@ def drawn(params: Params, store: LatentStore, name: str, ranks: Ranks, key: str)
     started = time.monotonic()
     latents = draw(network, params, store.num_classes, ranks, f"sample {name}")
     seconds = time.monotonic() - started
-    if ranks.first:
+    if ranks.is_main:
         timing = Timing(seconds=seconds, images_per_second=len(latents) / seconds, hostname=socket.gethostname())
         timing.write(scratch(key))
     return latents

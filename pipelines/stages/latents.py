@@ -5,12 +5,13 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from dit.autoencoder import Encoder, load_autoencoder
-from dit.config import LatentsParams, Params
+from dit.config import Params
 from dit.data.images import load_images
 from dit.data.latents import write_latents
 from dit.devices import make_deterministic, resolve_backend, resolve_device, resolve_precision
 from dit.distributed import Ranks, joined
-from dit.fused import ENCODER_NEEDS, supports_encoder
+from dit.fused.encoder import NEEDS, supports
+from dit.sections import LatentsParams
 from pipelines.stages.entry import complete_directory, run_dvc_stage
 
 
@@ -20,7 +21,7 @@ def latents(params: Params) -> None:
     make_deterministic(settings.threads)
     with joined(resolve_device(settings.device)) as ranks:
         normalize = encode_on(ranks, settings)
-        if ranks.first:
+        if ranks.is_main:
             factors = ", ".join(
                 f"{name} [{' '.join(f'{value:.4g}' for value in values)}]" for name, values in normalize.items()
             )
@@ -32,9 +33,9 @@ def encode_on(ranks: Ranks, settings: LatentsParams) -> dict[str, list[float]]:
     device = ranks.device
     autoencoder = load_autoencoder("data/autoencoder", device)
     precision = resolve_precision(settings.precision, device)
-    backend = resolve_backend(settings.backend, device, precision, supports_encoder(autoencoder), "latents", ENCODER_NEEDS)
+    backend = resolve_backend(settings.backend, device, precision, supports(autoencoder), "latents", NEEDS)
     encoder = Encoder(autoencoder, precision, backend)
-    with complete_directory("data/latents") if ranks.first else nullcontext() as out:
+    with complete_directory("data/latents") if ranks.is_main else nullcontext() as out:
         return write_latents(load_images(), encoder, settings, out, ranks)
 
 

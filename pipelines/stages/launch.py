@@ -22,7 +22,7 @@ from dit.errors import ConfigError
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-    from dit.config import EvaluateParams, LatentsParams, TrainParams
+    from dit.sections import EvaluateParams, LatentsParams, TrainParams
 
 WRONG_INPUT = 2
 """The exit code of a stage whose input is wrong."""

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from safetensors.torch import save_file
 
-from dit import init, model
+from dit import init
 from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.devices import make_deterministic, resolve_device
@@ -44,7 +44,7 @@ def train_on(ranks: Ranks, params: Params, strategy: str, seed: int) -> None:
     anyhow = {**settings, "train": params.train.model_dump(mode="json", exclude={"processes", "parallel"})}
     resumable = run_key("train", [anyhow, device.type], strategy, seed)  # by any number of processes
     store = LatentStore(Path("data/latents"))
-    network = model.build(params.model.name, **store.sizes, learn_sigma=params.diffusion.learn_sigma)
+    network = params.network(store.sizes)
     init.apply(network, rules, seed)
     trainer = Trainer(
         network,
@@ -59,8 +59,8 @@ def train_on(ranks: Ranks, params: Params, strategy: str, seed: int) -> None:
     started = time.monotonic()
     trainer.run(f"train {strategy}-{seed}")
     seconds = time.monotonic() - started
-    ema = trainer.ema
-    if not ranks.first:
+    ema = trainer.averaged_weights()
+    if not ranks.is_main:
         return
     ended = outcome(
         trainer.records,

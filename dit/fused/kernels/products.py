@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dit.fused import cublaslt, operations
+from dit.fused import cublaslt, gelu
 from dit.fused.kernels.sums import add_rows, is_hopper, sum_rows
 
-ROOT, CUBE = tl.constexpr(operations.ROOT), tl.constexpr(operations.CUBE)
+ROOT, CUBE = tl.constexpr(gelu.ROOT), tl.constexpr(gelu.CUBE)
 
 NARROW = 768
 """Up to this width, on Hopper, the product here that ends in the GELU's derivative beats cuBLASLt's with a sum after it.

@@ -7,68 +7,17 @@ null class of classifier-free guidance.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit.errors import ConfigError
+from dit.models.contract import Denoiser
+from dit.models.layers import LabelEmbedder, PatchEmbedder, TimestepEmbedder, modulate, sincos_positions, unpatchify
 
-
-@dataclass(frozen=True)
-class Size:
-    """Depth in blocks, width of the residual stream, and attention heads."""
-
-    depth: int
-    hidden_size: int
-    num_heads: int
-
-
-SIZES = {
-    "DiT-Micro": Size(2, 64, 2),
-    "DiT-Tiny": Size(4, 128, 4),
-    "DiT-S": Size(12, 384, 6),
-    "DiT-B": Size(12, 768, 12),
-    "DiT-L": Size(24, 1024, 16),
-    "DiT-XL": Size(28, 1152, 16),
-}
-"""S to XL: Peebles & Xie (2023), table 1, and `DiT_models` of facebookresearch/DiT. Micro and Tiny are for CPUs."""
-
-PATCH_SIZES = (2, 4, 8)
-FREQUENCY_SIZE = 256
 MLP_RATIO = 4
 
 
-def parse_name(name: str) -> tuple[Size, int]:
-    """`"DiT-XL/2"` -> (size, patch size). Raises `ConfigError` where there is no such network."""
-    stem, _, patch = name.partition("/")
-    if stem not in SIZES or patch not in map(str, PATCH_SIZES):
-        sizes, patches = ", ".join(SIZES), ", ".join(map(str, PATCH_SIZES))
-        raise ConfigError(f"unknown model '{name}'; accepted: one of {sizes}, then '/' and a patch size of {patches}")
-    return SIZES[stem], int(patch)
-
-
-def build(name: str, *, latent_size: int, latent_channels: int, num_classes: int, learn_sigma: bool) -> DiT:
-    """The network called `name`, such as `"DiT-S/2"`, holding torch's default weights until `dit.init.apply` sets them.
-
-    Called as `model(x, t, y)`. Raises `ConfigError` for an unknown name or a patch that does not divide the latent.
-    """
-    size, patch_size = parse_name(name)
-    return DiT(
-        latent_size=latent_size,
-        patch_size=patch_size,
-        latent_channels=latent_channels,
-        hidden_size=size.hidden_size,
-        depth=size.depth,
-        num_heads=size.num_heads,
-        num_classes=num_classes,
-        learn_sigma=learn_sigma,
-    )
-
-
-class DiT(nn.Module):
+class DiT(Denoiser):
     """A transformer over patches of a latent, conditioned on timestep and class by adaptive layer norm."""
 
     def __init__(
@@ -109,13 +58,7 @@ class DiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         for block in self.blocks:
             x = block(x, c)
-        return self.unpatchify(self.final_layer(x, c))
-
-    def unpatchify(self, x: Tensor) -> Tensor:
-        """Patches (B, T, P * P * C) -> image (B, C, H, W)."""
-        side, p = self.latent_size // self.patch_size, self.patch_size
-        x = x.reshape(-1, side, side, p, p, self.out_channels)
-        return torch.einsum("nhwpqc->nchpwq", x).reshape(-1, self.out_channels, side * p, side * p)
+        return unpatchify(self.final_layer(x, c), self.patch_size, self.out_channels)
 
 
 class DiTBlock(nn.Module):
@@ -179,71 +122,3 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-class PatchEmbedder(nn.Module):
-    """Non-overlapping patches of the latent, each projected to one token."""
-
-    def __init__(self, channels: int, hidden_size: int, patch_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, T, D)."""
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoidal features of the timestep, then a two-layer MLP."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(FREQUENCY_SIZE, hidden_size),
-            nn.SiLU(),
-            nn.Linear(hidden_size, hidden_size),
-        )
-
-    def forward(self, t: Tensor) -> Tensor:
-        """Timesteps (B,), whole or fractional, in [0, num_timesteps) -> (B, D)."""
-        return self.mlp(timestep_features(t).to(next(self.mlp.parameters()).dtype))
-
-
-class LabelEmbedder(nn.Module):
-    """A table of class embeddings; its last row belongs to the null class."""
-
-    def __init__(self, num_classes: int, hidden_size: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
-
-    def forward(self, y: Tensor) -> Tensor:
-        """Labels (B,) in [0, num_classes] -> (B, D)."""
-        return self.embedding_table(y)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer norm: tokens `x` (B, T, D) scaled and shifted per sample by (B, D)."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-
-
-def timestep_features(t: Tensor, max_period: float = 10000.0) -> Tensor:
-    """Timesteps (B,) -> (B, 256): cosines, then sines; facebookresearch/DiT `TimestepEmbedder.timestep_embedding`."""
-    half = FREQUENCY_SIZE // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    angles = t.float()[:, None] * torch.exp(-math.log(max_period) * exponents)[None]
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def sincos_positions(hidden_size: int, side: int) -> Tensor:
-    """Frozen 2-D sine-cosine positions (side * side, D): columns in the first half of D, rows in the second.
-
-    facebookresearch/DiT `get_2d_sincos_pos_embed`, computed in float64 as there.
-    """
-    quarter = hidden_size // 4
-    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    halves = []
-    for coordinate in (columns, rows):
-        angles = coordinate.reshape(-1, 1).double() * omega  # (T, D / 4)
-        halves += [angles.sin(), angles.cos()]
-    return torch.cat(halves, dim=1).float()

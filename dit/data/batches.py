@@ -14,29 +14,11 @@ from torch import Tensor
 
 from dit.data.latents import Latents, LatentStore
 from dit.devices import send
-from dit.diffusion import Diffusion
+from dit.diffusion import Batch, Diffusion
 from dit.distributed import Ranks
 from dit.seeding import generator
 
 RESIDENT_SHARE = 0.2
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Normalised latents `x0` and noise `eps` (B, C, H, W), timesteps (B,), labels (B,) with the null class where dropped."""
-
-    x0: Tensor
-    eps: Tensor
-    timesteps: Tensor
-    labels: Tensor
-
-    def first(self, count: int) -> Batch:
-        """Its first `count` samples."""
-        return self.rows(slice(count))
-
-    def rows(self, chosen: slice) -> Batch:
-        """Some of its samples."""
-        return Batch(*(tensor[chosen] for tensor in (self.x0, self.eps, self.timesteps, self.labels)))
 
 
 @dataclass(frozen=True)
@@ -78,7 +60,7 @@ class Batches:
         self.batch_size = batch_size
         self.label_dropout = label_dropout
         self.seed = seed
-        self.own = (ranks or Ranks(diffusion.device)).own(batch_size)
+        self.own = (ranks or Ranks(diffusion.device)).local_slice(batch_size)
         self.stream = torch.cuda.Stream() if diffusion.device.type == "cuda" else None
 
     def __call__(self, step: int) -> Batch:

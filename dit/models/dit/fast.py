@@ -1,4 +1,4 @@
-"""The network of `dit.model` on a bf16 copy of its weights, with `dit.fused.operations` between the matrix products.
+"""A DiT on a bf16 copy of its weights, with `dit.fused.operations` between the matrix products.
 
 The residual stream, the weights in use and their gradients are bf16, as matrix products under autocast have them; sums,
 statistics and everything inside an operation are float32. The float32 weights stay in the model, and the optimiser owns the way
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit.fused.operations import attention, linear, mlp, residual_norm, write_gradient
-from dit.model import MLP, Attention, DiT, DiTBlock
+from dit.models.dit.network import MLP, Attention, DiT, DiTBlock
+from dit.models.layers import unpatchify
 
 ALIGNMENT = 64
 """Elements, 128 bytes in bf16: where the gradient of a weight may begin."""
@@ -76,7 +77,7 @@ class FusedDiT:
             owner.grad = None
 
     def gradients(self) -> list[Tensor]:
-        """Those of `copies`, as parts of `flat`."""
+        """The gradients of `copies`, as parts of `flat`."""
         parts = dict(zip(self._owners, self._parts, strict=True))
         split = {kind: parts[whole].split(self._rows) for kind, whole in self.modulation.items()}
         joined = {weight: split[kind][index] for weight, (kind, index) in self._joined.items()}
@@ -99,7 +100,7 @@ class FusedDiT:
             _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
             x, h = residual_norm(x, _attend(block.attn, h), block.attn.proj.bias, gate_attn, shift_mlp, scale_mlp)
             x, h = residual_norm(x, _mlp(block.mlp, h), block.mlp.fc2.bias, gate_mlp, *following[:2])
-        return network.unpatchify(final.linear(h))
+        return unpatchify(final.linear(h), network.patch_size, network.out_channels)
 
     def _patches(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, T, D): patches cut out and projected by one matrix product, without its bias."""

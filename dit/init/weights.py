@@ -26,9 +26,9 @@ def verify(path: Path, sha256: str) -> None:
         found = path.stat()
         actual = _digest(path, found.st_size, found.st_mtime_ns)
     except OSError as error:
-        raise ConfigError(f"path = '{path}': {error.strerror}; accepted: a .safetensors or .pt file") from None
+        raise ConfigError(f"path = '{path}': {error.strerror}; expected a .safetensors or .pt file") from None
     if actual != sha256:
-        raise ConfigError(f"sha256 = '{sha256}', but that of {path} is {actual}; accepted: the digest of the file")
+        raise ConfigError(f"sha256 = '{sha256}', but that of {path} is {actual}; expected the digest of the file")
 
 
 @cache
@@ -45,7 +45,7 @@ def tensor(path: Path, sha256: str, name: str, shape: tuple[int, ...]) -> Tensor
         near = [key for key in weights if key.endswith(ending)][:3] or list(weights)[:3]
         raise ConfigError(f"{path}: no tensor is called '{name}'; it has {', '.join(near)}, ...; `prefix` stands before a name")
     if tuple(weights[name].shape) != shape:
-        raise ConfigError(f"{path}: '{name}' has shape {tuple(weights[name].shape)}; accepted: {shape}, as in this network")
+        raise ConfigError(f"{path}: '{name}' has shape {tuple(weights[name].shape)}; this network expects {shape}")
     return weights[name].float()
 
 
@@ -76,12 +76,12 @@ def read(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a broken pickle may raise anything
         named = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it names {named[1]}, which is code" if named else "it is no such file"
-        raise ConfigError(f"{path}: refused: {reason}; accepted: a file of tensors and plain values alone") from None
+        raise ConfigError(f"{path}: refused: {reason}; expected a file of tensors and plain values alone") from None
     for holder in HOLDERS:
         if isinstance(found, dict) and isinstance(found.get(holder), dict):
             found = found[holder]
             break
     weights = {name: value for name, value in found.items() if isinstance(value, Tensor)} if isinstance(found, dict) else {}
     if not weights:
-        raise ConfigError(f"{path}: holds no tensors by name; accepted: a state_dict, or one under {', '.join(HOLDERS)}")
+        raise ConfigError(f"{path}: holds no tensors by name; expected a state_dict, or one under {', '.join(HOLDERS)}")
     return weights

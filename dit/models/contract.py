@@ -1,0 +1,102 @@
+"""The contract of a backbone: what the laboratory must know of a network, and what it may know.
+
+All parts but the first four are optional. Where one is missing, the rest works: wake-up is measured and not predicted, a
+diagnosis has no gates or units, training has no fused path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from dit.models.gradient_flow import Pattern
+from dit.models.roles import Role
+
+
+class Denoiser(nn.Module):
+    """Base of every network: class-conditional, on square latents (B, latent_channels, latent_size, latent_size).
+
+    It is called as `model(x, t, y)`: noisy latents (B, C, H, W), timesteps (B,), labels (B,) -> (B, C, H, W), or (B, 2C, H, W)
+    with `learn_sigma`. Class `num_classes` is the null class of classifier-free guidance.
+    """
+
+    latent_size: int
+    latent_channels: int
+    num_classes: int
+    learn_sigma: bool
+
+
+class Options(BaseModel):
+    """What `model` in params.yaml may hold beside the name; a backbone adds its own fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One residual block: the first input and the output of `module` are the residual stream (B, T, D).
+
+    `between` is the part whose input is the stream between the block's two branches; None where there is no such part.
+    """
+
+    module: nn.Module
+    between: nn.Module | None = None
+
+
+class FastNetwork(Protocol):
+    """A copy of a network in bf16 that computes faster. `copies` follow the trained weights of the network, in their order."""
+
+    copies: list[Tensor]
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """As the network."""
+
+    @property
+    def flat(self) -> Tensor:
+        """All gradients, in one piece of memory."""
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of `copies`, as parts of `flat`."""
+
+    def collect_gradients(self) -> None:
+        """Move the gradients of a backward pass into `flat`."""
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """Fused kernels for a backbone on an NVIDIA GPU. `needs` says in words which networks are supported."""
+
+    needs: str
+    supports: Callable[[Any], bool]
+    make: Callable[[Any], FastNetwork]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One kind of network. `Any` below stands for a network of the class `network`."""
+
+    names: str
+    """Its names as messages show them, such as `DiT-{S,B}/{2,4}`."""
+    accepts: Callable[[str], bool]
+    """Whether a name in params.yaml is one of this backbone's."""
+    network: type[Denoiser]
+    build: Callable[..., Denoiser]
+    """`build(name, options, *, latent_size, latent_channels, num_classes, learn_sigma)`; raises `ConfigError`."""
+    roles: Callable[[Any], list[Role]]
+    """The roles of every trainable row, each row in exactly one."""
+    options: type[Options] = Options
+    blocks: Callable[[Any], list[Block]] = lambda _model: []
+    """The residual blocks, in order."""
+    units: Callable[[Any], dict[str, Tensor]] = lambda _model: {}
+    """Matrices (units, weights of each) whose rows are compared for symmetry, by the role that records their count."""
+    gates: Callable[[Any, Tensor, Tensor], dict[str, Tensor]] = lambda _model, _timesteps, _labels: {}
+    """The gates (B, D) of a batch's timesteps (B,) and labels (B,), by the role of their weights."""
+    resized: Callable[..., Denoiser] | None = None
+    """`resized(model, hidden_size=, depth=, num_heads=)`: the same network in another size, for the coordinate check."""
+    gradient_flow: Callable[[Any, Mapping[str, Pattern]], dict[str, Pattern]] | None = None
+    """From the pattern of every role's weights, that of its gradient; see `dit.models.gradient_flow`."""
+    fast_path: FastPath | None = None

@@ -1,0 +1,40 @@
+"""The named sizes of published networks, and names such as `DiT-XL/2`: a family, a size and a patch size."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from dit.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Size:
+    """Depth in blocks, width of the residual stream, and attention heads."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+
+
+SIZES = {
+    "Micro": Size(2, 64, 2),
+    "Tiny": Size(4, 128, 4),
+    "S": Size(12, 384, 6),
+    "B": Size(12, 768, 12),
+    "L": Size(24, 1024, 16),
+    "XL": Size(28, 1152, 16),
+}
+"""S to XL: Peebles & Xie (2023), table 1, and `DiT_models` of facebookresearch/DiT. Micro and Tiny are for CPUs."""
+
+
+def parse_name(name: str, family: str, patch_sizes: Collection[int]) -> tuple[Size, int]:
+    """`"DiT-XL/2"` of family `DiT` -> (size, patch size). Raises `ConfigError` where there is no such network."""
+    stem, _, patch = name.partition("/")
+    size = SIZES.get(stem.removeprefix(f"{family}-"))
+    if not stem.startswith(f"{family}-") or size is None or patch not in map(str, patch_sizes):
+        sizes, patches = ", ".join(SIZES), ", ".join(map(str, patch_sizes))
+        raise ConfigError(
+            f"unknown model '{name}'; expected {family}-SIZE/PATCH with a SIZE of {sizes}, and a PATCH of {patches}"
+        )
+    return size, int(patch)

@@ -1,0 +1,1 @@
+"""How weights change: the learning rate by step, optimisers by name, and the moving average of the weights."""

@@ -1,0 +1,67 @@
+"""AdamW and the moving average of the weights in one kernel, from the bf16 gradients of a fast network."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit.models.contract import FastNetwork
+from dit.optim.ema import EMA
+from dit.sections import TrainParams
+
+EPS = 1e-8
+"""Kingma & Ba (2015), algorithm 1; also the default of `torch.optim.AdamW`."""
+
+
+class FusedAdamW:
+    """As `dit.optim.optimizer.Optimizer`, for a float32 model; it also updates `ema`, and the copies in `network`."""
+
+    def __init__(self, model: nn.Module, network: FastNetwork, params: TrainParams, ema: EMA) -> None:
+        from dit.fused.kernels import AdamWEMA  # needs Triton, which torch for CUDA brings along
+
+        self.params = params
+        self.network = network
+        self.weights: dict[str, Tensor] = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self.first_moment, self.second_moment = (
+            {name: torch.zeros_like(weight) for name, weight in self.weights.items()} for _ in range(2)
+        )
+        self.ema_weight = 1 - ema.decay
+        self.updates = 0
+        averages = [ema.tensors[name] for name in self.weights]
+        moments = list(self.first_moment.values()), list(self.second_moment.values())
+        self._update = AdamWEMA(list(self.weights.values()), network.copies, network.gradients(), *moments, averages)
+
+    def step(self, learning_rate: float, factor: Tensor) -> None:
+        """Update the weights, their copies and their average along the gradients times `factor`, a scalar on the device."""
+        self.updates += 1
+        beta1, beta2 = self.params.betas
+        self._update(
+            factor,
+            step_size=learning_rate / (1 - beta1**self.updates),
+            decay=1 - learning_rate * self.params.weight_decay,
+            betas=(beta1, beta2),
+            root_correction=math.sqrt(1 - beta2**self.updates),
+            eps=EPS,
+            ema_weight=self.ema_weight,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All state, by the name of its weight and under the keys of `torch.optim.AdamW`."""
+        step = torch.tensor(float(self.updates))
+        by_weight = {
+            name: {"step": step, "exp_avg": self.first_moment[name], "exp_avg_sq": self.second_moment[name]}
+            for name in self.weights
+        }
+        return {"weights": by_weight, "scaler": {}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned. The weights must have been restored: their copies are made again."""
+        for name, saved in state["weights"].items():
+            self.first_moment[name].copy_(saved["exp_avg"])
+            self.second_moment[name].copy_(saved["exp_avg_sq"])
+            self.updates = int(saved["step"])
+        torch._foreach_copy_(self.network.copies, list(self.weights.values()))

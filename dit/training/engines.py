@@ -1,0 +1,187 @@
+"""How a batch becomes gradients, and gradients a step: eager, compiled by torch, or by fused kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dit.devices import autocast
+from dit.diffusion import Batch, Denoise, Diffusion
+from dit.distributed import Ranks, whole
+from dit.fused.capture import Captured
+from dit.models import fast_path_of
+from dit.optim.ema import EMA
+from dit.optim.fused import FusedAdamW
+from dit.optim.optimizer import Optimizer
+from dit.sections import TrainParams
+
+
+class Engine(Protocol):
+    """One way to compute. All ways take the same steps, up to rounding, and go on from each other's checkpoints."""
+
+    def gradients(self, batch: Batch) -> Tensor:
+        """Set the gradients of the training loss, averaged over ranks; this rank's loss and squared error, (2,)."""
+
+    def gradient_norm(self) -> Tensor:
+        """Euclidean norm of all gradients, as a scalar tensor on the device."""
+
+    def gradient_norm_of(self, loss: Tensor) -> Tensor:
+        """The norm of the gradient of `loss`, averaged over ranks, without a change of any gradient."""
+
+    def publish_gradients(self) -> None:
+        """Have the model's own weights hold the gradients, until the next `step`."""
+
+    def step(self, learning_rate: float) -> None:
+        """Clip the gradients, update the weights, and take them into their moving average."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the optimiser, by the names of the weights."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what the `state_dict` of any engine returned, after the weights."""
+
+
+def plain_forward(model: Denoise, device: torch.device, precision: torch.dtype) -> Denoise:
+    """`model(x, t, y)` in mixed precision."""
+
+    def forward(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with autocast(device, precision):
+            return model(x, t, y)
+
+    return forward
+
+
+class Eager:
+    """PyTorch as it is, on one process or several: replicated (DDP), or sharded by the caller (FSDP)."""
+
+    def __init__(
+        self, model: nn.Module, diffusion: Diffusion, params: TrainParams, ema: EMA, ranks: Ranks, precision: torch.dtype
+    ) -> None:
+        self.diffusion = diffusion
+        self.params = params
+        self.ema = ema
+        self.ranks = ranks
+        self.forward = plain_forward(self._prepared(model), diffusion.device, precision)
+        self.optimizer = Optimizer(model, params, precision)
+
+    def _prepared(self, model: nn.Module) -> Denoise:
+        return model if self._sharded else self.ranks.replicate(model)
+
+    @property
+    def _sharded(self) -> bool:
+        return self.ranks.grouped and self.params.parallel == "fsdp"
+
+    def gradients(self, batch: Batch) -> Tensor:
+        """As `Engine`. DDP and FSDP average the gradients during the backward pass."""
+        loss = self.diffusion.training_loss(self.forward, batch)
+        total = loss.total.mean()
+        self.optimizer.backward(total)
+        return torch.stack([total.detach(), loss.mse.mean().detach()])
+
+    def gradient_norm(self) -> Tensor:
+        """As `Engine`."""
+        weights = self.optimizer.weights.values()
+        return whole(nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None]))
+
+    def gradient_norm_of(self, loss: Tensor) -> Tensor:
+        """As `Engine`."""
+        gradients = self.optimizer.gradients_of(loss)
+        self.ranks.average(gradients)
+        return nn.utils.get_total_norm(gradients)
+
+    def publish_gradients(self) -> None:
+        """Nothing to do: the gradients are those of the model's own weights."""
+
+    def step(self, learning_rate: float) -> None:
+        """As `Engine`."""
+        if self.params.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(list(self.optimizer.weights.values()), self.params.gradient_clip)
+        self.optimizer.step(learning_rate)
+        self.ema.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `Engine`."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As `Engine`."""
+        self.optimizer.load_state_dict(state)
+
+
+class Compiled(Eager):
+    """As `Eager`, with the network compiled by `torch.compile`; a sharded one is compiled block by block, by the caller."""
+
+    def _prepared(self, model: nn.Module) -> Denoise:
+        prepared = super()._prepared(model)
+        return prepared if self._sharded else torch.compile(prepared)
+
+
+class Fused:
+    """The backbone's fast path in bf16: forward, backward and loss in one CUDA graph, AdamW and the average in one kernel."""
+
+    def __init__(
+        self, model: nn.Module, diffusion: Diffusion, params: TrainParams, ema: EMA, ranks: Ranks, _precision: torch.dtype
+    ) -> None:
+        path = fast_path_of(model)
+        assert path is not None, "the caller asks `fast_path_of` first"
+        self.diffusion = diffusion
+        self.params = params
+        self.ranks = ranks
+        self.network = path.make(model)
+        self.optimizer = FusedAdamW(model, self.network, params, ema)
+        self.unclipped = torch.ones((), device=diffusion.device)
+        self._loss = torch.compile(diffusion.loss)
+        self._captured = Captured(self._own_gradients)
+
+    def _own_gradients(self, *parts: Tensor) -> Tensor:
+        """Set the gradients of this rank's rows of the batch."""
+        loss = self.diffusion.training_loss(self.network, Batch(*parts), self._loss)
+        total = loss.total.mean()
+        total.backward()
+        self.network.collect_gradients()
+        return torch.stack([total.detach(), loss.mse.mean().detach()])
+
+    def gradients(self, batch: Batch) -> Tensor:
+        """As `Engine`."""
+        losses = self._captured(*vars(batch).values())
+        self.ranks.mean(self.network.flat)
+        return losses
+
+    def gradient_norm(self) -> Tensor:
+        """As `Engine`."""
+        return torch.linalg.vector_norm(self.network.flat, dtype=torch.float32)
+
+    def gradient_norm_of(self, loss: Tensor) -> Tensor:
+        """As `Engine`, by the model's own weights."""
+        gradients = [part.contiguous() for part in torch.autograd.grad(loss, list(self.optimizer.weights.values()))]
+        self.ranks.average(gradients)
+        return nn.utils.get_total_norm(gradients)
+
+    def publish_gradients(self) -> None:
+        """As `Engine`, in float32."""
+        for weight, gradient in zip(self.optimizer.weights.values(), self.network.gradients(), strict=True):
+            weight.grad = gradient.float()
+
+    def step(self, learning_rate: float) -> None:
+        """As `Engine`."""
+        factor, limit = self.unclipped, self.params.gradient_clip
+        if limit is not None:
+            factor = (limit / (self.gradient_norm() + 1e-6)).clamp(max=1)
+        self.optimizer.step(learning_rate, factor)
+        for weight in self.optimizer.weights.values():
+            weight.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `Engine`."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As `Engine`."""
+        self.optimizer.load_state_dict(state)
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {"eager": Eager, "compiled": Compiled, "fused": Fused}
+"""By the names that `dit.devices.resolve_backend` returns."""
