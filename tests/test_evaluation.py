@@ -290,7 +290,11 @@ def test_samples_that_overflow_are_a_result_too(workspace: config.Params, capsys
             r"runs/train/head_xavier-0/run\.json not found",
         ),
         (lambda: shutil.rmtree("data/features"), InputError, r"data/features/features\.json not found"),
-        (lambda: save_file({}, "runs/train/head_xavier-0/ema.safetensors"), DataError, "ema.safetensors is not of the network"),
+        (
+            lambda: save_file({}, "runs/train/head_xavier-0/ema.safetensors"),
+            InputError,
+            "ema.safetensors holds weights of another network",
+        ),
     ],
 )
 def test_missing_and_foreign_inputs_are_named(

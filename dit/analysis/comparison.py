@@ -46,6 +46,13 @@ COMPARED = (1 / 8, 1 / 4, 1 / 2, 1)
 """Fractions of training at which strategies are compared by their trained weights."""
 
 
+NEAR = 0.03
+"""Relative distance to the error of a zero output within which a network starts at it."""
+
+LAG = 0.01
+"""Relative excess of the averaged weights' error over that of the trained ones above which the average lags."""
+
+
 @dataclass(frozen=True)
 class Spread:
     """Mean and sample standard deviation (n - 1 in the denominator) of `n` runs; None where n is too small for them."""
@@ -97,6 +104,11 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         return mean, mean
     low, high = stats.t.interval(CONFIDENCE, len(values) - 1, loc=mean, scale=error)
     return float(low), float(high)
+
+
+def interval_reach(count: int) -> float:
+    """How many standard errors the interval of the mean of `count` values, two or more, reaches to each side."""
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
 
 
 def _verdict(low: float, high: float, lower_is_better: bool) -> Verdict:
@@ -164,3 +176,13 @@ def relative_differences(curves: Mapping[int, pd.Series], baseline: Mapping[int,
         return pd.DataFrame()
     scale = pd.DataFrame({seed: baseline[seed] for seed in paired}).mean(axis=1)
     return pd.DataFrame({seed: (curve - baseline[seed]) / scale for seed, curve in paired.items()}).dropna()
+
+
+def starts_at_zero_output(error: float, target_second_moment: float) -> bool:
+    """Whether an initial error is that of a network whose output is zero, up to `NEAR`."""
+    return abs(error / target_second_moment - 1) <= NEAR
+
+
+def lags(averaged: float, trained: float) -> bool:
+    """Whether averaged weights have a higher error than the trained ones, by more than `LAG`: they still hold the start."""
+    return averaged > (1 + LAG) * trained

@@ -8,6 +8,7 @@ means.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pandas as pd
 
@@ -141,3 +142,9 @@ def final_buckets(validation: pd.DataFrame) -> pd.Series:
     """The last validation error of each range of timesteps, `mse_t0` and so on."""
     last = validation.iloc[-1]
     return last[[column for column in last.index if column.startswith("mse_t")]].astype(float)
+
+
+def bucket_ranges(num_timesteps: int, buckets: int) -> list[tuple[int, int]]:
+    """The first and the last timestep of each of the ranges `mse_t0`, `mse_t1`, ..., which are equally long."""
+    edges = [round(num_timesteps * index / buckets) for index in range(buckets + 1)]
+    return [(low, high - 1) for low, high in pairwise(edges)]

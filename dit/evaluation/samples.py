@@ -17,7 +17,7 @@ from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.devices import resolve_precision
 from dit.distributed import Ranks
-from dit.errors import DataError
+from dit.errors import InputError
 from dit.evaluation.features import FeatureExtractor
 from dit.evaluation.grids import grid_shape, image_grid
 from dit.models import Denoiser, backend_for
@@ -27,12 +27,12 @@ from dit.sections import EvaluateParams
 
 
 def load_network(params: Params, store: LatentStore, weights: Path) -> Denoiser:
-    """The network of the study with `weights`, in eval mode. Raises `DataError` for weights of another network."""
+    """The network of the study with `weights`, in eval mode. Raises `InputError` for weights of another network."""
     network = params.network(store.sizes)
     try:
         network.load_state_dict(load_file(weights))
     except RuntimeError as error:
-        raise DataError(f"{weights} is not of the network that params.yaml describes, so train again: {error}") from None
+        raise InputError(weights, f"holds weights of another network than params.yaml describes: {error}") from None
     return network.eval()
 
 

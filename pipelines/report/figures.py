@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -12,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from dit.analysis.comparison import METRICS, interval, relative_differences
-from dit.analysis.series import SMOOTHING, final_buckets, smoothed
+from dit.analysis.series import SMOOTHING, bucket_ranges, final_buckets, smoothed
 from pipelines.report.drawing import ERROR_AXIS, LOG_AXIS, Figure, Look, band, curves, finish, line_of, looks, ribbon
 from pipelines.report.mechanism import MECHANISM
 from pipelines.report.runs import Run, Study
@@ -235,9 +234,8 @@ def _last_buckets(run: Run) -> pd.Series:
 
 def _bucket_labels(study: Study) -> list[str]:
     settings = study.first.train.settings
-    total, count = settings.diffusion["num_timesteps"], settings.train["validation"]["buckets"]
-    edges = [round(total * index / count) for index in range(count + 1)]
-    return [f"{low} to {high - 1}" for low, high in pairwise(edges)]
+    ranges = bucket_ranges(settings.diffusion["num_timesteps"], settings.train["validation"]["buckets"])
+    return [f"{low} to {high}" for low, high in ranges]
 
 
 def _log_position(step: float) -> float:
