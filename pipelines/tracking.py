@@ -270,7 +270,7 @@ def _log_run(client: MlflowClient, experiment: Experiment, run: Finished, tags: 
     for first in range(0, len(metrics), METRICS_PER_REQUEST):
         client.log_batch(made, metrics=metrics[first : first + METRICS_PER_REQUEST])
     if (grid := run.evaluate / "grid.png").exists():
-        with Image.open(grid) as picture:
+        with Image.open(grid, formats=["PNG"]) as picture:
             client.log_image(made, picture, key="samples", step=run.run["steps_done"])
     if run.start:
         _add_start(client, client.get_run(made), run.start)
