@@ -28,6 +28,7 @@ import psutil
 from dit.errors import UserError
 from pipelines import gate, guard
 from pipelines.gate import HOST
+from pipelines.redaction import redacted, shown
 
 PREFECT_PORT = 4200
 MLFLOW_PORT = 5000
@@ -88,8 +89,6 @@ def up(prefect_port: int, mlflow_port: int, tracking_uri: str, tell: Callable[[s
     _ensure(Service("worker", 0, 0, ""), worker, environment, lambda: _has_worker(prefect))
     tell(f"Prefect  {_sign_in_page(prefect)}  (worker in work pool '{POOL}')")
     if _is_server(tracking_uri):
-        from pipelines.tracking import shown
-
         tell(f"MLflow   {shown(tracking_uri)}  (MLFLOW_TRACKING_URI; not started here)")
     else:
         tell(f"MLflow   {_sign_in_page(known.get('mlflow') or _start_mlflow(mlflow_port, tracking_uri))}")
@@ -161,7 +160,9 @@ def wait_for(url: str) -> None:
     """Wait until the Prefect API at `url` answers. Raises `UserError` where it does not."""
     server = Service("prefect", 0, 0, url)
     if not _wait(lambda: _answers(server, "/health")):
-        raise UserError(f"Prefect's API at {url} does not answer; see {SERVICES}/*.log, or PREFECT_API_URL if you set it")
+        raise UserError(
+            f"Prefect's API at {shown(url)} does not answer; see {SERVICES}/*.log, or PREFECT_API_URL if you set it"
+        )
 
 
 def prefect_environment(api_url: str, password: str) -> dict[str, str]:
@@ -240,7 +241,9 @@ def _ensure(service: Service, command: list[str], environment: Mapping[str, str]
     if not _wait(lambda: process.poll() is not None or ready()) or process.poll() is not None:
         _stop(service)
         (SERVICES / f"{name}.json").unlink()
-        tail = "\n".join(log.read_text().splitlines()[-15:])
+        text = redacted(log.read_text(errors="replace"), environment=environment)
+        log.write_text(text)
+        tail = "\n".join(text.splitlines()[-15:])
         raise UserError(f"{name} did not start; {log} ends with:\n{tail}")
     return service
 
@@ -274,7 +277,8 @@ def _write_profile(environment: Mapping[str, str]) -> None:
 def _prefect(environment: Mapping[str, str], *arguments: str) -> None:
     done = subprocess.run([*_module("prefect"), *arguments], env=dict(environment), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"prefect {' '.join(arguments)} failed: {(done.stderr or done.stdout).strip()}")
+        said = redacted((done.stderr or done.stdout).strip(), environment=environment)
+        raise UserError(f"prefect {' '.join(arguments)} failed: {said}")
 
 
 def _deploy(environment: Mapping[str, str]) -> None:
