@@ -37,11 +37,13 @@ def folder(tmp_path: Path) -> Path:
 
 def make(folder: Path, *arguments: str, **variables: str) -> tuple[list[str], dict[str, str]]:
     """The arguments and the variables that the interpreter was given."""
+    given = ("SET", "PROFILE", "TARGETS", "WORKERS", "TESTS", "BENCH", "PREFECT_PORT", "MLFLOW_PORT", "MAKE", "MFLAGS", "DIT_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(given)}
     done = subprocess.run(
-        ["make", "--silent", *arguments], cwd=folder, env=os.environ | variables, capture_output=True, text=True, check=True
+        ["make", "--silent", *arguments], cwd=folder, env=kept | variables, capture_output=True, text=True, check=True
     )
-    given, environment = json.loads(done.stdout.splitlines()[-1])
-    return given, {name: value for name, value in environment.items() if value}
+    received, environment = json.loads(done.stdout.splitlines()[-1])
+    return received, {name: value for name, value in environment.items() if value}
 
 
 @pytest.mark.parametrize(
