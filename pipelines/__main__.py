@@ -41,12 +41,13 @@ def study(
 ) -> None:
     """Run the study: whatever is not up to date, side by side, as a Prefect flow, and fill MLflow."""
     overrides = dict(_assignment(text) for text in set_ or [])
-    os.environ.update(services.prefect_server(os.environ))
+    server = services.prefect_server(os.environ)
+    os.environ.update(server.environment)
     from pipelines import experiments, flows
 
     given = experiments.profile(Path.cwd(), profile) if profile else {}
     experiments.parameters(Path.cwd(), {**given, **overrides})
-    services.wait_for(os.environ["PREFECT_API_URL"])
+    server.wait()
     _log_for_people(flows.LOGGER)
     try:
         state = flows.study(overrides or None, workers, targets or None, profile, return_state=True)

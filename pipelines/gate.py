@@ -7,6 +7,7 @@ it works once, and holds no password.
 from __future__ import annotations
 
 import base64
+import hashlib
 import os
 import secrets
 import time
@@ -23,6 +24,7 @@ SIGN_IN = "/sign-in"
 PASSWORD = "PREFECT_SERVER_API_AUTH_STRING"
 MLFLOW_PASSWORD = "DIT_MLFLOW_PASSWORD"
 TICKET_SECONDS = 3600.0
+COOKIE = "password"
 COOKIE_SECONDS = 30 * 24 * 3600
 ADVICE = "Run `make up` in the project's folder, and open the link that it prints."
 PAGE = f"""<!doctype html>
@@ -41,6 +43,15 @@ PAGE = f"""<!doctype html>
 </script>
 """
 """What a browser signs in by. Prefect's pages look for the password under that name in the storage of their own origin."""
+
+
+def pages_host(password: str) -> str:
+    """The name under which a browser opens pages that it signs in to by a cookie.
+
+    Browsers send a cookie to all ports of a name, so also to what another user has listen on 127.0.0.1. This name nobody else
+    knows. Names under `.localhost` are this machine (RFC 6761, 6.3).
+    """
+    return f"mlflow-{hashlib.sha256(password.encode()).hexdigest()[:20]}.localhost"
 
 
 def authorization(password: str) -> str:
@@ -73,7 +84,7 @@ class Gate:
         method = scope.get("method", "")
         if not _same_origin(headers, method):
             return PlainTextResponse("Requests of pages from elsewhere are refused.", 403)
-        if method == "GET" and _hostname(headers) != HOST:  # what browsers keep for one name they do not use for another
+        if self.checks and method == "GET" and _hostname(headers) != HOST:  # browsers keep the password for one name
             return RedirectResponse(Request(scope).url.replace(hostname=HOST))
         if scope["path"] == SIGN_IN and method == "GET":
             return HTMLResponse(PAGE, headers={"Cache-Control": "no-store"})
@@ -92,18 +103,19 @@ class Gate:
             self.tickets[ticket] = now + TICKET_SECONDS
             return PlainTextResponse(ticket)
         ticket = (await request.body()).decode(errors="replace")
-        if self.tickets.pop(ticket, None) is None and not self._has_cookie(request.scope):
+        misplaced = not self.checks and _hostname(request.headers) != pages_host(self.password)
+        if misplaced or (self.tickets.pop(ticket, None) is None and not self._has_cookie(request.scope)):
             return PlainTextResponse(ADVICE, 401)
         if self.checks:
             return PlainTextResponse(authorization(self.password).removeprefix("Basic "))
         answer = PlainTextResponse("")
-        answer.set_cookie(_cookie(request.scope), self.password, COOKIE_SECONDS, httponly=True, samesite="strict")
+        answer.set_cookie(COOKIE, self.password, COOKIE_SECONDS, httponly=True, samesite="strict")
         return answer
 
     def _has_cookie(self, scope: Scope) -> bool:
         if self.checks or scope["type"] != "http":
             return False
-        return self._knows(Request(scope).cookies.get(_cookie(scope)), self.password)
+        return self._knows(Request(scope).cookies.get(COOKIE), self.password)
 
     def _knows(self, given: str | None, expected: str) -> bool:
         return given is not None and secrets.compare_digest(given.encode(), expected.encode())
@@ -124,7 +136,8 @@ def mlflow() -> ASGIApp:
 
 
 def _guarded(app: ASGIApp, password: str, *, checks: bool) -> ASGIApp:
-    return TrustedHostMiddleware(Gate(app, password, checks=checks), HOSTS, www_redirect=False)
+    hosts = HOSTS if checks else (*HOSTS, pages_host(password))
+    return TrustedHostMiddleware(Gate(app, password, checks=checks), hosts, www_redirect=False)
 
 
 def _same_origin(headers: Headers, method: str) -> bool:
@@ -142,11 +155,6 @@ def _same_origin(headers: Headers, method: str) -> bool:
 
 def _hostname(headers: Headers) -> str:
     return headers["host"].partition(":")[0].lower()
-
-
-def _cookie(scope: Scope) -> str:
-    """The name of the cookie: browsers send the cookies of one port to all others."""
-    return f"dit-{scope['server'][1]}"
 
 
 def _unframed(send: Send) -> Send:

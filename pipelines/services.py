@@ -55,6 +55,13 @@ class Service:
     password: str = field(default="", repr=False)
 
     @property
+    def pages(self) -> str:
+        """Where a browser opens it."""
+        if self.name != "mlflow":
+            return self.url
+        return self.url.replace(HOST, gate.pages_host(self.password))
+
+    @property
     def process(self) -> psutil.Process | None:
         """The process, if it still runs; another that was given its id does not count."""
         try:
@@ -104,8 +111,11 @@ def _start_prefect(port: int) -> Service:
 
 def _start_mlflow(port: int, tracking_uri: str) -> Service:
     service = Service("mlflow", 0, 0, f"http://{HOST}:{port}", _password())
+    pages = gate.pages_host(service.password)
     environment = os.environ | {
         gate.MLFLOW_PASSWORD: service.password,
+        "MLFLOW_SERVER_ALLOWED_HOSTS": f"{HOST}:*,{pages}:*",
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": f"http://{pages}:*",
         "MLFLOW_BACKEND_STORE_URI": tracking_uri,  # not an argument: those are seen by all, and it may hold a password
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # six processes that nothing here uses
     }
@@ -133,36 +143,44 @@ def mlflow_page(tracking_uri: str, path: str) -> str:
     service = running().get("mlflow")
     if _is_server(tracking_uri):
         return tracking_uri.rstrip("/") + path
-    return (service.url if service else f"http://{HOST}:{MLFLOW_PORT}") + path
+    return (service.pages if service else f"http://{HOST}:{MLFLOW_PORT}") + path
 
 
-def prefect_server(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a Prefect server: that of `PREFECT_API_URL`, or that of `up`, or one that ends with this process.
+@dataclass(frozen=True)
+class PrefectServer:
+    """A Prefect server, as this process reaches it."""
 
-    Returns at once; `wait_for` says when it answers. Call it before Prefect is imported: at exit, Prefect must be able to send
+    environment: dict[str, str]
+    process: subprocess.Popen[str] | None = None
+    """What runs it, where it ends with this process."""
+
+    def wait(self) -> None:
+        """Wait until it answers. Raises `UserError` where it does not, or where another program has taken its port."""
+        server = Service("prefect", 0, 0, self.environment["PREFECT_API_URL"], self.environment["PREFECT_API_AUTH_STRING"])
+        mine = self.process
+        if not _wait(lambda: (mine is None or _listens(mine.pid, server.url)) and _answers(server, "/health")):
+            advice = f"see {SERVICES}/*.log, or PREFECT_API_URL if you set it"
+            raise UserError(f"Prefect's API at {shown(server.url)} does not answer; {advice}")
+
+
+def prefect_server(environment: Mapping[str, str]) -> PrefectServer:
+    """The Prefect server of `PREFECT_API_URL`, or that of `up`, or one that ends with this process.
+
+    Returns at once; its `wait` says when it answers. Call it before Prefect is imported: at exit, Prefect must be able to send
     its last logs before the server ends.
     """
     service = running().get("prefect")
     if service and environment.get("PREFECT_API_URL") in (None, "", f"{service.url}/api"):
-        return prefect_environment(f"{service.url}/api", service.password)
+        return PrefectServer(prefect_environment(f"{service.url}/api", service.password))
     if url := environment.get("PREFECT_API_URL"):
-        return prefect_environment(url, environment.get("PREFECT_API_AUTH_STRING", ""))
+        return PrefectServer(prefect_environment(url, environment.get("PREFECT_API_AUTH_STRING", "")))
     port = _free_port()
     url, password = f"http://{HOST}:{port}/api", _password()
     settings = {**_server_environment(url, password), "PREFECT_UI_ENABLED": "0"}
     with _log_file("prefect-temporary").open("w") as log:
-        server = guard.start(_prefect_command(port), Path.cwd(), settings, log)
-    atexit.register(guard.stop, server)
-    return prefect_environment(url, password)
-
-
-def wait_for(url: str) -> None:
-    """Wait until the Prefect API at `url` answers. Raises `UserError` where it does not."""
-    server = Service("prefect", 0, 0, url)
-    if not _wait(lambda: _answers(server, "/health")):
-        raise UserError(
-            f"Prefect's API at {shown(url)} does not answer; see {SERVICES}/*.log, or PREFECT_API_URL if you set it"
-        )
+        process = guard.start(_prefect_command(port), Path.cwd(), settings, log)
+    atexit.register(guard.stop, process)
+    return PrefectServer(prefect_environment(url, password), process)
 
 
 def prefect_environment(api_url: str, password: str) -> dict[str, str]:
@@ -199,7 +217,7 @@ def _password() -> str:
 
 def _sign_in_page(service: Service) -> str:
     """A link by which one browser gets in, once. The ticket is a fragment, which browsers do not send nor servers log."""
-    return f"{service.url}{gate.SIGN_IN}#{_fetch(service, gate.SIGN_IN, b'')}"
+    return f"{service.pages}{gate.SIGN_IN}#{_fetch(service, gate.SIGN_IN, b'')}"
 
 
 def _private_folder(path: Path) -> Path:
@@ -238,7 +256,11 @@ def _ensure(service: Service, command: list[str], environment: Mapping[str, str]
         )
     service = replace(service, pid=process.pid, created=psutil.Process(process.pid).create_time())
     _write_private(SERVICES / f"{name}.json", json.dumps(asdict(service)))
-    if not _wait(lambda: process.poll() is not None or ready()) or process.poll() is not None:
+
+    def started() -> bool:
+        return (not service.url or _listens(service.pid, service.url)) and ready()
+
+    if not _wait(lambda: process.poll() is not None or started()) or process.poll() is not None:
         _stop(service)
         (SERVICES / f"{name}.json").unlink()
         text = redacted(log.read_text(errors="replace"), environment=environment)
@@ -323,6 +345,16 @@ def _wait(ready: Callable[[], bool]) -> bool:
     while not (done := ready()) and time.monotonic() < deadline:
         time.sleep(0.1)
     return done
+
+
+def _listens(pid: int, url: str) -> bool:
+    """Whether a process, or one that it started, has the port of `url`. Another user's program may have taken it first."""
+    try:
+        process = psutil.Process(pid)
+        open_ports = [one for each in (process, *process.children(recursive=True)) for one in each.net_connections("tcp")]
+    except psutil.Error:
+        return False
+    return any(one.status == psutil.CONN_LISTEN and one.laddr.port == urlsplit(url).port for one in open_ports)
 
 
 def _check_free(port: int, what: str, variable: str) -> None:

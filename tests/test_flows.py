@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -272,7 +273,7 @@ def services(study: Path) -> Iterator[dict[str, int]]:
     done = command(study, "pipelines", "up", **{name: str(port) for name, port in ports.items()})
     assert done.returncode == 0, done.stdout
     assert f"Prefect  http://127.0.0.1:{ports['PREFECT_PORT']}" in done.stdout
-    assert f"MLflow   http://127.0.0.1:{ports['MLFLOW_PORT']}" in done.stdout
+    assert re.search(rf"^MLflow   http://mlflow-\w+\.localhost:{ports['MLFLOW_PORT']}/sign-in#", done.stdout, re.MULTILINE)
     yield ports
     command(study, "pipelines", "down")
 

@@ -24,6 +24,9 @@ import pytest
 from test_flows import ROOT, command, environment, free_port, git
 from test_report import CHROMIUM
 
+from dit.errors import UserError
+from pipelines import guard, services
+
 ANOTHER_USER = """
 import encodings.idna, json, os, sys, urllib.request
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
@@ -94,8 +97,8 @@ def up(project: Path) -> Iterator[Up]:
     ports = {"PREFECT_PORT": str(free_port()), "MLFLOW_PORT": str(free_port())}
     done = command(project, "pipelines", "up", **ports)
     assert done.returncode == 0, done.stdout
-    services = project / ".scratch/services"
-    passwords = {name: json.loads((services / f"{name}.json").read_text())["password"] for name in ("prefect", "mlflow")}
+    folder = project / ".scratch/services"
+    passwords = {name: json.loads((folder / f"{name}.json").read_text())["password"] for name in ("prefect", "mlflow")}
     addresses = (f"http://127.0.0.1:{port}" for port in ports.values())
     yield Up(project, done.stdout, *addresses, passwords)
     command(project, "pipelines", "down")
@@ -152,26 +155,31 @@ def signed_in(up: Up, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_link_signs_one_browser_in_once(up: Up, signed_in: Path, tmp_path: Path) -> None:
     assert "study" in browse(f"{up.prefect}/v2/flows", signed_in)
-    assert "Experiments" in browse(f"{up.mlflow}/", signed_in)
+    assert "Experiments" in browse(up.link("MLflow").partition("/sign-in")[0], signed_in)
     for service in ("Prefect", "MLflow"):
         assert "open the link that it prints" in browse(up.link(service), tmp_path)
 
 
 def test_a_foreign_page_in_a_signed_in_browser_changes_and_reads_nothing(up: Up, signed_in: Path) -> None:
     before = flow_runs(up), experiments(up)
-    seen = browse_foreign_page(up, signed_in)
+    seen, cookies = browse_foreign_page(up, signed_in)
     assert seen["read"] == seen["json"] == {"TypeError"}
     assert all(answer.startswith("opaque 0") for kind in ("simple", "untyped") for answer in seen[kind])
     assert (flow_runs(up), experiments(up)) == before
+    secrets = [password.partition(":")[2] for password in up.passwords.values()]
+    assert not any(secret in cookie for secret in secrets for cookie in cookies)  # browsers send those of one port to all
 
 
-def browse_foreign_page(up: Up, profile: Path) -> dict[str, set[str]]:
-    """What a page from another port gets from the servers, by kind of attempt, in a browser that is signed in."""
+def browse_foreign_page(up: Up, profile: Path) -> tuple[dict[str, set[str]], set[str]]:
+    """What a page from another port gets in a browser that is signed in: answers by kind of attempt, and cookies."""
+    cookies: set[str] = set()
     urls = [f"{up.prefect}/api/deployments/{deployment(up)}/create_flow_run", f"{up.mlflow}/api/2.0/mlflow/experiments/create"]
+    urls.append(urls[1].replace(up.mlflow, up.link("MLflow").partition("/sign-in")[0]))
     page = FOREIGN_PAGE.replace("BODY", json.dumps({"name": "foreign"})).replace("URLS", json.dumps(urls))
 
     class Pages(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            cookies.add(self.headers.get("Cookie", ""))
             self.send_response(200)
             self.send_header("Content-Type", "text/html")
             self.end_headers()
@@ -190,7 +198,7 @@ def browse_foreign_page(up: Up, profile: Path) -> dict[str, set[str]]:
     for line in log.strip().split(";\n")[:-1]:
         kind, _, answer = line.partition(": ")
         seen.setdefault(kind, set()).add(answer)
-    return seen
+    return seen, cookies
 
 
 @pytest.mark.parametrize(
@@ -257,9 +265,9 @@ print(made == ProcessJobConfiguration())
 
 
 def test_passwords_are_on_no_command_line_and_in_no_log(up: Up) -> None:
-    services = up.root / ".scratch/services"
-    texts = [up.output, *(log.read_text() for log in services.glob("*.log"))]
-    for file in services.glob("*.json"):
+    folder = up.root / ".scratch/services"
+    texts = [up.output, *(log.read_text() for log in folder.glob("*.log"))]
+    for file in folder.glob("*.json"):
         process = psutil.Process(json.loads(file.read_text())["pid"])
         texts += [" ".join(one.cmdline()) for one in (process, *process.children(recursive=True))]
     for password in up.passwords.values():
@@ -281,12 +289,36 @@ def test_another_user_reads_no_password_and_gets_no_answer(up: Up) -> None:
     assert (up.root / ".scratch/prefect/profiles.toml").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_program_that_takes_the_port_first_is_not_taken_for_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(services, "START_SECONDS", 3.0)
+    asked: list[str] = []
+
+    class Impostor(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+    server = services.prefect_server({})
+    assert server.process
+    with ThreadingHTTPServer(("127.0.0.1", urlsplit(server.environment["PREFECT_API_URL"]).port or 0), Impostor) as impostor:
+        threading.Thread(target=impostor.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match="does not answer"):
+            server.wait()
+        impostor.shutdown()
+    guard.stop(server.process)
+    assert asked == []
+
+
 def test_the_server_of_one_study_wants_a_password_as_well(project: Path) -> None:
     script = (
         "import json; from pipelines import services\n"
-        "environment = services.prefect_server({})\n"
-        "services.wait_for(environment['PREFECT_API_URL'])\n"
-        "print(json.dumps(environment), flush=True); input()"
+        "server = services.prefect_server({})\n"
+        "server.wait()\n"
+        "print(json.dumps(server.environment), flush=True); input()"
     )
     (project / "empty").mkdir()
     process = subprocess.Popen(
