@@ -22,8 +22,8 @@ from pydantic import TypeAdapter
 from dit import config
 from dit.data.decoding import CHUNK, MOST_BYTES, Encoded, Rejected, center_crop, decode_all
 from dit.data.images import ImageStore, load_images, write_images
-from dit.data.photos import Box, crop_box, split_regions
-from dit.data.source import hold_out
+from dit.data.sources import hold_out
+from dit.data.sources.photos import Box, crop_box, split_regions
 from dit.data.store import Store, StoreWriter
 from dit.errors import ConfigError, DataError
 from dit.sections import ImagesParams

@@ -1,4 +1,4 @@
-"""What every image source offers: class names, and for each split a stream of images and of rejected items."""
+"""Sources of images, one file for each kind. What every one offers: class names, and for each split a stream of images and of rejected items."""
 
 from __future__ import annotations
 

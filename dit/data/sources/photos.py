@@ -16,7 +16,7 @@ from PIL import Image
 
 from dit.data import SPLITS
 from dit.data.decoding import FORMATS, Rejected, Sample
-from dit.data.source import Source, Split
+from dit.data.sources import Source, Split
 from dit.errors import ConfigError, DataError
 from dit.sections import ImagesParams, PhotosSource
 from dit.seeding import generator
