@@ -1,7 +1,7 @@
 """The contract of a backbone: what the laboratory must know of a network, and what it may know.
 
 All parts but the first four are optional. Where one is missing, the rest works: wake-up is measured and not predicted, a
-diagnosis has no gates or units, training has no fused path.
+diagnosis has no gates, units or attention, training has no fused path.
 """
 
 from __future__ import annotations
@@ -95,6 +95,8 @@ class Backbone:
     """Matrices (units, weights of each) whose rows are compared for symmetry, by the role that records their count."""
     gates: Callable[[Any, Tensor, Tensor], dict[str, Tensor]] = lambda _model, _timesteps, _labels: {}
     """The gates (B, D) of a batch's timesteps (B,) and labels (B,), by the role of their weights."""
+    attention: Callable[[Any, Tensor, Tensor, Tensor], list[tuple[Tensor, Tensor]]] | None = None
+    """`attention(model, x, t, y)` calls the network; of each of its `blocks`, what `attention_statistics` says of its attention."""
     resized: Callable[..., Denoiser] | None = None
     """`resized(model, hidden_size=, depth=, num_heads=)`: the same network in another size, for the coordinate check."""
     gradient_flow: Callable[[Any, Mapping[str, Pattern]], dict[str, Pattern]] | None = None

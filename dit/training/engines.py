@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from dit.devices import autocast
 from dit.diffusion import Batch, Denoise, Diffusion
-from dit.distributed import Ranks, whole
+from dit.distributed import Ranks
 from dit.fused.capture import Captured
 from dit.models import fast_path_of
 from dit.optim.ema import EMA
 from dit.optim.fused import FusedAdamW
-from dit.optim.optimizer import Optimizer
+from dit.optim.optimizer import Optimizer, SecondMoment
 from dit.sections import TrainParams
 
 
@@ -26,7 +26,7 @@ class Engine(Protocol):
         """Set the gradients of the training loss, averaged over ranks; this rank's loss and squared error, (2,)."""
 
     def gradient_norm(self) -> Tensor:
-        """Euclidean norm of all gradients, as a scalar tensor on the device."""
+        """Euclidean norm of all gradients, as a scalar tensor on the device; sharded as they are."""
 
     def gradient_norm_of(self, loss: Tensor) -> Tensor:
         """The norm of the gradient of `loss`, averaged over ranks, without a change of any gradient."""
@@ -34,14 +34,22 @@ class Engine(Protocol):
     def publish_gradients(self) -> None:
         """Have the model's own weights hold the gradients, until the next `step`."""
 
-    def step(self, learning_rate: float) -> None:
-        """Clip the gradients, update the weights, and take them into their moving average."""
+    def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
+        """Clip the gradients, whose norm this is, update the weights, and take them into their moving average."""
+
+    def second_moments(self) -> dict[str, SecondMoment]:
+        """Adam's second moments before the next step, by the names of the weights that have one."""
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimiser, by the names of the weights."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what the `state_dict` of any engine returned, after the weights."""
+
+
+def clip_factor(gradient_norm: Tensor, limit: float | None) -> Tensor:
+    """What clipping multiplies gradients of this norm by; as `torch.nn.utils.clip_grad_norm_`."""
+    return torch.ones_like(gradient_norm) if limit is None else (limit / (gradient_norm + 1e-6)).clamp(max=1)
 
 
 def plain_forward(model: Denoise, device: torch.device, precision: torch.dtype) -> Denoise:
@@ -84,7 +92,7 @@ class Eager:
     def gradient_norm(self) -> Tensor:
         """As `Engine`."""
         weights = self.optimizer.weights.values()
-        return whole(nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None]))
+        return nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
 
     def gradient_norm_of(self, loss: Tensor) -> Tensor:
         """As `Engine`."""
@@ -95,12 +103,17 @@ class Eager:
     def publish_gradients(self) -> None:
         """Nothing to do: the gradients are those of the model's own weights."""
 
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
         """As `Engine`."""
         if self.params.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(list(self.optimizer.weights.values()), self.params.gradient_clip)
+            weights = list(self.optimizer.weights.values())
+            nn.utils.clip_grads_with_norm_(weights, self.params.gradient_clip, gradient_norm)
         self.optimizer.step(learning_rate)
         self.ema.update()
+
+    def second_moments(self) -> dict[str, SecondMoment]:
+        """As `Engine`."""
+        return self.optimizer.second_moments()
 
     def state_dict(self) -> dict[str, Any]:
         """As `Engine`."""
@@ -132,7 +145,6 @@ class Fused:
         self.ranks = ranks
         self.network = path.make(model)
         self.optimizer = FusedAdamW(model, self.network, params, ema)
-        self.unclipped = torch.ones((), device=diffusion.device)
         self._loss = torch.compile(diffusion.loss)
         self._captured = Captured(self._own_gradients)
 
@@ -165,14 +177,15 @@ class Fused:
         for weight, gradient in zip(self.optimizer.weights.values(), self.network.gradients(), strict=True):
             weight.grad = gradient.float()
 
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
         """As `Engine`."""
-        factor, limit = self.unclipped, self.params.gradient_clip
-        if limit is not None:
-            factor = (limit / (self.gradient_norm() + 1e-6)).clamp(max=1)
-        self.optimizer.step(learning_rate, factor)
+        self.optimizer.step(learning_rate, clip_factor(gradient_norm, self.params.gradient_clip))
         for weight in self.optimizer.weights.values():
             weight.grad = None
+
+    def second_moments(self) -> dict[str, SecondMoment]:
+        """As `Engine`."""
+        return self.optimizer.second_moments()
 
     def state_dict(self) -> dict[str, Any]:
         """As `Engine`."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dit.models.attention import attention_statistics
 from dit.models.dit.network import MLP, Attention, DiT, DiTBlock
 from dit.models.dit.roles import roles
 
@@ -54,3 +55,25 @@ def gates(model: DiT, timesteps: Tensor, labels: Tensor) -> dict[str, Tensor]:
         for path, weight in rows.items()
         if path.endswith(".gate.weight")
     }
+
+
+@torch.no_grad()
+def attention(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The largest logit and the mean entropy of the attention of every block, when `model(x, t, y)` is called."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def read(layer: Attention, qkv: Tensor) -> None:
+        query, key, _ = qkv.unflatten(2, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
+        found.append(attention_statistics(query, key))
+
+    layers = [block.attn for block in cast("list[DiTBlock]", list(model.blocks))]
+    hooks = [
+        layer.qkv.register_forward_hook(lambda _module, _inputs, qkv, layer=layer: read(layer, qkv))  # type: ignore[misc]
+        for layer in layers
+    ]
+    try:
+        model(x, t, y)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
