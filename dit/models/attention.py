@@ -15,9 +15,9 @@ LOGITS_AT_ONCE = 2**24
 def attention_statistics(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """The largest absolute logit, and the mean entropy in nats over samples, heads and queries, as scalars on the device.
 
-    `queries` and `keys` (B, heads, T, K). A logit is q . k / sqrt(K), as softmax receives it: that it grows is the instability of
-    Dehghani et al. (2023), "Scaling vision transformers to 22 billion parameters", section 3.1; that the entropy falls to zero
-    the one of Zhai et al. (2023), "Stabilizing transformer training by preventing attention entropy collapse".
+    `queries` and `keys` (B, heads, T, K). A logit is q . k / sqrt(K), as softmax receives it. Logits grow ahead of the
+    divergence of Dehghani et al. (2023), "Scaling vision transformers to 22 billion parameters", section 3.1; entropy falls
+    ahead of that of Zhai et al. (2023), "Stabilizing transformer training by preventing attention entropy collapse".
     """
     batch, heads, tokens, width = queries.shape
     rows = max(1, LOGITS_AT_ONCE // (heads * tokens * tokens))

@@ -96,7 +96,7 @@ class Backbone:
     gates: Callable[[Any, Tensor, Tensor], dict[str, Tensor]] = lambda _model, _timesteps, _labels: {}
     """The gates (B, D) of a batch's timesteps (B,) and labels (B,), by the role of their weights."""
     attention: Callable[[Any, Tensor, Tensor, Tensor], list[tuple[Tensor, Tensor]]] | None = None
-    """`attention(model, x, t, y)` calls the network; of each of its `blocks`, what `attention_statistics` says of its attention."""
+    """`attention(model, x, t, y)` calls the network: what `attention_statistics` measures of it in each of its `blocks`."""
     resized: Callable[..., Denoiser] | None = None
     """`resized(model, hidden_size=, depth=, num_heads=)`: the same network in another size, for the coordinate check."""
     gradient_flow: Callable[[Any, Mapping[str, Pattern]], dict[str, Pattern]] | None = None

@@ -128,7 +128,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 class SecondMoment:
     """Adam's running mean of the squared gradients of one weight, without the correction of its bias; Kingma & Ba (2015).
 
-    After `updates` steps it is `decay` times what it was before the last, plus `1 - decay` times the square of the last gradient.
+    A step multiplies it by `decay` and adds `1 - decay` times the squared gradient; there have been `updates` of them.
     """
 
     value: Tensor

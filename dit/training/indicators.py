@@ -21,14 +21,15 @@ SAMPLES = 16
 
 @dataclass(frozen=True)
 class BlockState:
-    """One block at one step; `block` is None for all weights outside the blocks. What does not apply, or is not finite, is None.
+    """One block at one step; `block` is None for all weights outside of blocks. What does not apply, or is not finite, is None.
 
     - `max_attention_logit`, `attention_entropy`: of `dit.models.attention.attention_statistics`;
     - `residual_rms`: root mean square of the residual stream after the block;
-    - `second_moment_ratio`: the root mean square of g / sqrt(v) over the block's weights, with v the second moment that Adam divides
-      by; RMS_t of Wortsman et al. (2023), "Stable and low-precision training for large-scale vision-language models", section 3.3,
-      after Shazeer & Stern (2018). About 1 where gradients are as Adam expects, above 2.3 ahead of their loss spikes;
-    - `clipped_share`: the fraction of the last steps in which the gradient was clipped, in all blocks alike.
+    - `second_moment_ratio`: the root mean square of g / sqrt(v) over the block's weights, g the gradient and v the second
+      moment that Adam divides by. It is RMS_t of Wortsman et al. (2023), "Stable and low-precision training for large-scale
+      vision-language models", after Shazeer & Stern (2018), "Adafactor": about 1 where gradients are as Adam expects them.
+      Their loss spikes followed its spikes by 1 to 8 steps;
+    - `clipped_share`: the fraction of the last 64 steps in which the gradient was clipped, the same for all blocks.
     """
 
     block: int | None
@@ -50,28 +51,25 @@ def block_states(
 ) -> list[BlockState]:
     """Describe every block, and then the rest of the network, before a step that the gradients of `model` are ready for.
 
-    `inputs` are noisy latents, timesteps and labels, `moments` those of the optimiser, and `clip_factor` is what clipping is about
-    to multiply the gradients by. The host waits for the device once.
+    `inputs` are noisy latents, timesteps and labels, `moments` those of the optimiser, and `clip_factor` is what clipping will
+    multiply the gradients by. The host waits for the device once.
     """
     streams, logits, entropies = _activations(model, inputs, precision)
     ratios = _second_moment_ratios(model, moments, clip_factor)
     blocks: list[int | None] = [*range(len(backbone_of(model).blocks(model))), None]
     missing = inputs[0].new_full((), math.nan, dtype=torch.float32)
-    columns = [
-        [values.get(block, missing).float() for block in blocks]
-        for values in (logits, entropies, streams, ratios)
-    ]
+    columns = [[values.get(block, missing).float() for block in blocks] for values in (logits, entropies, streams, ratios)]
     read = torch.stack([torch.stack(column) for column in columns]).tolist()
-    return [
-        BlockState(block, *(value if math.isfinite(value) else None for value in values), clipped_share)
-        for block, *values in zip(blocks, *read, strict=True)
-    ]
+    logit, entropy, stream, ratio = ([value if math.isfinite(value) else None for value in column] for column in read)
+    return [BlockState(*values, clipped_share) for values in zip(blocks, logit, entropy, stream, ratio, strict=True)]
 
 
 ByBlock = dict[int | None, Tensor]
 
 
-def _activations(model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], precision: torch.dtype) -> tuple[ByBlock, ByBlock, ByBlock]:
+def _activations(
+    model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], precision: torch.dtype
+) -> tuple[ByBlock, ByBlock, ByBlock]:
     """The RMS of the stream after each block, the largest logit and the mean entropy of its attention, where there are any."""
     backbone = backbone_of(model)
     streams: ByBlock = {}
@@ -81,8 +79,9 @@ def _activations(model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], precis
             attention = backbone.attention(model, *inputs)
         else:
             model(*inputs)
-    logits, entropies = ({block: pair[index] for block, pair in enumerate(attention)} for index in range(2))
-    return streams, dict(logits), dict(entropies)
+    logits: ByBlock = {block: logit for block, (logit, _) in enumerate(attention)}
+    entropies: ByBlock = {block: entropy for block, (_, entropy) in enumerate(attention)}
+    return streams, logits, entropies
 
 
 @contextmanager

@@ -42,8 +42,8 @@ class Trainer:
     """One run: a network with its weights set, its data, and all state that a checkpoint holds.
 
     `scratch` holds the checkpoint and belongs to this run alone. Afterwards `ema` holds the averaged weights,
-    `records` what was measured and how stable the run was, and `divergence` is None unless it was stopped by a value that is not
-    finite.
+    `records` what was measured and how stable the run was, and `divergence` is None unless a value that is not
+    finite stopped the run.
     """
 
     def __init__(
@@ -142,15 +142,16 @@ class Trainer:
         """Take the step, and record what it does. Changes nothing that the run depends on."""
         whole_size = self.params.batch_size
         part = len(range(0, whole_size, NOISE_PART))
-        norm_of_part = self._gradient_norm_of_part(batch, part) if part < whole_size else None
+        of_part = self._gradient_norm_of_part(batch, part) if part < whole_size else None
         self.engine.publish_gradients()
         everyone = Batch(*(self.ranks.gather(rows, whole_size) for rows in vars(batch).values()))
         self._record_blocks(step, everyone.first(SAMPLES), gradient_norm)
         states = diagnose(self.model, lambda: self._update(step, gradient_norm), everyone.timesteps, everyone.labels)
         self.records.diagnostics += [{"step": step, **vars(state)} for state in states]
-        if norm_of_part is not None:
-            norms = torch.stack([gradient_norm, norm_of_part]).tolist()
-            self.records.gradient_noise.append({"step": step, **vars(gradient_noise(*norms, whole_size, part))})
+        if of_part is not None:
+            whole_norm, part_norm = torch.stack([gradient_norm, of_part]).tolist()
+            noise = gradient_noise(whole_norm, part_norm, whole_size, part)
+            self.records.gradient_noise.append({"step": step, **vars(noise)})
 
     def _record_blocks(self, step: int, batch: Batch, gradient_norm: Tensor) -> None:
         limit = self.params.gradient_clip

@@ -63,7 +63,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Collapse:
-    """From `step` on the error was above `limit`, about `mse`. `spike` is the spike that led to it, None where there was none."""
+    """From `step` on the error was above `limit`, at about `mse`. `spike` is the event before it, where that was a spike."""
 
     step: int
     mse: float

@@ -67,10 +67,7 @@ def attention(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> list[tuple[Tensor,
         found.append(attention_statistics(query, key))
 
     layers = [block.attn for block in cast("list[DiTBlock]", list(model.blocks))]
-    hooks = [
-        layer.qkv.register_forward_hook(lambda _module, _inputs, qkv, layer=layer: read(layer, qkv))  # type: ignore[misc]
-        for layer in layers
-    ]
+    hooks = [layer.qkv.register_forward_hook(lambda _module, _inputs, qkv, layer=layer: read(layer, qkv)) for layer in layers]
     try:
         model(x, t, y)
     finally:
