@@ -5,16 +5,17 @@ The prediction knows the architecture, and which weights are zero or equal at th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
+from dit.init.rules import Draws
 from dit.init.strategy import Strategy, claims
 from dit.models import Role, backbone_of, roles
 from dit.models.gradient_flow import Pattern, pattern_of, updated
-from dit.seeding import generator
 
 SCALING = 1e-3
 """The gradient of three times the loss is three times the gradient, to this relative difference, unless it is mere rounding."""
@@ -35,7 +36,7 @@ def predict(strategy: Strategy, model: nn.Module, steps: int) -> Schedule | None
     gradient_flow = backbone_of(model).gradient_flow
     if gradient_flow is None:
         return None
-    state = patterns(strategy, roles(model))
+    state = patterns(strategy, model)
     schedule: Schedule = dict.fromkeys(state)
     for step in range(steps):
         gradients = gradient_flow(model, state)
@@ -46,18 +47,21 @@ def predict(strategy: Strategy, model: nn.Module, steps: int) -> Schedule | None
     return schedule
 
 
-def patterns(strategy: Strategy, every_role: Sequence[Role]) -> dict[str, Pattern]:
-    """What `strategy` makes of each role, by role path, read off weights that are drawn for it.
+def patterns(strategy: Strategy, model: nn.Module) -> dict[str, Pattern]:
+    """What `strategy` makes of each role of `model`, by role path, read off weights that are drawn for it.
 
     Blocks differ by their random numbers alone, in which no pattern lies, so that weights of one rule and shape are drawn once.
     """
+    claimed = claims(strategy, roles(model))
+    draws = Draws(model, seed=0)
     known: dict[Hashable, Pattern] = {}
     found: dict[str, Pattern] = {}
-    for role, rule in claims(strategy, every_role).items():
-        alike = (rule.distribution(role), role.shape, role.rows.start)
+    for whole, group in groupby(claimed, key=lambda role: role.whole):
+        parts = [(role, claimed[role]) for role in group]
+        alike = tuple((rule.distribution(role), role.shape, role.start, role.count) for role, rule in parts)
         if alike not in known:
-            known[alike] = pattern_of(rule.part(rule.draw(role, generator(0, role.parameter)), role))
-        found[role.path] = known[alike]
+            known[alike] = pattern_of(torch.cat([rule.part(rule.draw(role, draws), role) for role, rule in parts]))
+        found[whole] = known[alike]
     return found
 
 
@@ -150,7 +154,7 @@ def _set_gradients(loss: Tensor, weights: Mapping[str, Tensor], parts: list[Role
     floor = FLOOR * torch.stack([gradient.abs().max() for gradient in once]).max()
     found = []
     for role in parts:
-        gradient, three_times = (whole[role.parameter][role.rows] for whole in (plain, scaled))
+        gradient, three_times = (role.of(whole[role.parameter]) for whole in (plain, scaled))
         if gradient.abs().max() <= floor or (three_times / 3 - gradient).norm() > SCALING * gradient.norm():
             gradient.zero_()
         found.append((role, gradient))
@@ -168,5 +172,5 @@ def _ranks(gradient: Tensor) -> tuple[float | None, int | None]:
 
 
 def _update_ratio(role: Role, before: Tensor, after: Tensor) -> float | None:
-    weight = before[role.rows].norm()
-    return ((after[role.rows] - before[role.rows]).norm() / weight).item() if weight else None
+    weight = role.of(before).norm()
+    return (role.of(after - before).norm() / weight).item() if weight else None
