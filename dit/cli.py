@@ -30,7 +30,7 @@ CLASSES_SHOWN = 1000
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _user_errors_shown() -> Iterator[None]:
     """Print a user's error as one message and exit with 2."""
     try:
         yield
@@ -42,7 +42,7 @@ def _told() -> Iterator[None]:
 @app.command()
 def check(params: ParamsFile = Path("params.yaml")) -> None:
     """Check a parameter file, and say what the study would do."""
-    with _told():
+    with _user_errors_shown():
         loaded = config.load(params)
         study = loaded.study
         every_role = models.roles(loaded.skeleton())
@@ -79,7 +79,7 @@ def show_init(
 
     Without an option: the strategies of the parameter file, with what they are and where they come from.
     """
-    with _told():
+    with _user_errors_shown():
         loaded = config.load(params)
         if strategy and any(diff):
             raise ConfigError("--strategy and --diff are two questions; accepted: one of them")
@@ -167,7 +167,7 @@ def wakeup(
     params: ParamsFile = Path("params.yaml"),
 ) -> None:
     """Predict, without running anything, from which optimiser step on each kind of weight receives a gradient."""
-    with _told():
+    with _user_errors_shown():
         loaded = config.load(params)
         chosen = {each: _strategy(loaded, each, params, name) for each in strategies or loaded.strategies}
         network = loaded.skeleton(name)
@@ -216,14 +216,14 @@ def audit(
     TARGET is diffusers:ClassName, strategy:NAME, a checkpoint, a diffusers directory, or package.module:function, which returns
     (model, batch) or (model, batch, loss).
     """
-    from dit.audit import audit as measure
-    from dit.audit import sources
+    from dit.audit import audit as run_audit
+    from dit.audit import targets
     from dit.audit.report import known
 
-    with _told():
+    with _user_errors_shown():
         expected = known(expect) if expect else None
-        source = sources.load(target, sources.read_config(settings), model_name=name, seed=seed, params=params)
-        report = measure(source.model, source.batch, source.loss, steps=steps)
+        found = targets.load(target, targets.read_config(settings), model_name=name, seed=seed, params=params)
+        report = run_audit(found.model, found.batch, found.loss, steps=steps)
     if as_json:
         print(report.model_dump_json(indent=2))
     else:

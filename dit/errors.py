@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -25,6 +26,17 @@ class DataError(UserError):
     """Input data is unusable: the message names the file or item, and what is wrong with it."""
 
 
+class InputError(DataError):
+    """A file or folder that an earlier step makes is not there, or was made with other parameters; `path` is where it lies.
+
+    The message says what is wrong with it. Whoever knows the earlier steps can say from `path` which one makes it.
+    """
+
+    def __init__(self, path: str | Path, problem: str = "not found") -> None:
+        super().__init__(f"{path} {problem}")
+        self.path = Path(path)
+
+
 def explain(error: ValidationError, where: str, data: Any) -> str:
     """A pydantic error about `data` as one line for each wrong key: where, the key, its value, and what is accepted.
 
@@ -34,7 +46,7 @@ def explain(error: ValidationError, where: str, data: Any) -> str:
     locations: dict[str, Location] = {}
     for problem in error.errors(include_url=False):
         location = _written(problem, data)
-        head, accepted = _told(problem, _key(location))
+        head, accepted = _sentence(problem, _key(location))
         choices.setdefault(head, []).append(accepted)
         locations[head] = location
     alike: dict[tuple[Location, str], list[str]] = {}
@@ -68,7 +80,7 @@ def _written(problem: Any, data: Any) -> Location:
     return tuple(keys) if of_value else (*keys, *problem["loc"][-1:])
 
 
-def _told(problem: Any, key: str) -> tuple[str, str]:
+def _sentence(problem: Any, key: str) -> tuple[str, str]:
     if problem["type"] == "missing":
         return f"{key} is missing", ""
     if problem["type"] == "extra_forbidden":

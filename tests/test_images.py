@@ -90,7 +90,7 @@ def test_a_store_gives_back_what_was_appended_and_describes_it(tmp_path: Path) -
 
 
 def test_a_damaged_store_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"manifest\.json: no such file"):
+    with pytest.raises(DataError, match=r"manifest\.json not found"):
         Store(tmp_path)
     writer = StoreWriter(tmp_path, a=(np.uint8, ()))
     writer.append("a", np.arange(9, dtype=np.uint8))
