@@ -20,6 +20,8 @@ OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
+FilePath = Annotated[Path, Field(strict=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")]
 
 SCHEDULERS = {
@@ -32,9 +34,9 @@ SCHEDULERS = {
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, and nothing changes after loading."""
+    """Base of all sections: unknown keys are errors, no value is turned into another kind, and nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class StudyParams(Section):
@@ -69,8 +71,8 @@ class FolderSource(Section):
     """Image files as `root/class/*.{jpg,png,webp}`; `dit.data.folder`."""
 
     kind: Literal["folder"]
-    root: Path
-    validation_root: Path | None
+    root: FilePath
+    validation_root: FilePath | None
     validation_fraction: OpenFraction
 
 
@@ -151,7 +153,7 @@ class LatentsParams(Section):
 class ModelParams(Section):
     """The network: its name, and any options of its backbone, such as `depth`."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow")
 
     name: str
     label_dropout: Annotated[float, Field(ge=0, lt=1)]
@@ -219,7 +221,7 @@ class TrainParams(Section):
     learning_rate: PositiveFloat
     warmup_steps: Count
     weight_decay: NonNegativeFloat
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)]
     gradient_clip: PositiveFloat | None
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
     log_every: PositiveInt
@@ -272,7 +274,7 @@ class FeaturesParams(Section):
 
     extractor: Literal["efficientnet_lite0", "inception"]
     size: Annotated[int, Field(ge=32)]
-    weights: Path | None
+    weights: FilePath | None
     batch_size: PositiveInt
     threads: PositiveInt
     device: Device

@@ -143,7 +143,7 @@ def write_run(params: Params, strategy: str, seed: int, *, until: int) -> None:
     curve = Curve(strategy, seed, until)
     curve.write(params, train)
     settings = {name: getattr(params, name).model_dump(mode="json") for name in ("model", "diffusion", "train")}
-    settings["rules"] = params.strategies[strategy].model_dump(mode="json", exclude_defaults=True)["rules"]
+    settings["rules"] = params.strategies[strategy].resolved
     run = {
         "strategy": strategy,
         "seed": seed,

@@ -27,9 +27,9 @@ from dit.seeding import generator
 LARGEST = 1e38
 """Weights are float32, whose largest number is 3.4e38."""
 
-Finite = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
-NonNegative = Annotated[float, Field(ge=0, le=LARGEST)]
-Positive = Annotated[float, Field(gt=0, le=LARGEST)]
+Finite = Annotated[float, Field(strict=True, ge=-LARGEST, le=LARGEST)]
+NonNegative = Annotated[float, Field(strict=True, ge=0, le=LARGEST)]
+Positive = Annotated[float, Field(strict=True, gt=0, le=LARGEST)]
 Selectors = Annotated[tuple[str, ...], Field(min_length=1)]
 
 

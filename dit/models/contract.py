@@ -47,7 +47,7 @@ class Denoiser(nn.Module):
 class Options(BaseModel):
     """What `model` in params.yaml may hold beside the name; a backbone adds its own fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def analyse(params: Params, strategy: str) -> None:
         "diffusion": params.diffusion.model_dump(mode="json"),
         "analyse": settings.model_dump(mode="json"),
         "optimiser": {"learning_rate": params.train.learning_rate, "betas": params.train.betas},
-        "rules": rules.model_dump(mode="json", exclude_defaults=True)["rules"],
+        "rules": rules.resolved,
     }
     store = LatentStore(Path("data/latents"))
     network = params.network(store.sizes)

@@ -38,7 +38,7 @@ def train_on(ranks: Ranks, params: Params, strategy: str, seed: int) -> None:
         "model": params.model.model_dump(mode="json"),
         "diffusion": params.diffusion.model_dump(mode="json"),
         "train": params.train.model_dump(mode="json"),
-        "rules": rules.model_dump(mode="json", exclude_defaults=True)["rules"],
+        "rules": rules.resolved,
     }
     key = run_key("train", [settings, device.type], strategy, seed)
     anyhow = {**settings, "train": params.train.model_dump(mode="json", exclude={"processes", "parallel"})}
