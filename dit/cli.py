@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +13,7 @@ import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from dit import config, init, models
 from dit.analysis import tables
@@ -111,6 +112,16 @@ def _strategy(loaded: Params, name: str, params: Path, network: str | None) -> S
     return loaded.strategies[name]
 
 
+def _fitting(loaded: Params, network: nn.Module) -> list[str]:
+    """The strategies whose rules fit the network; some may be written for another."""
+    found, every_role = [], models.roles(network)
+    for name, strategy in loaded.strategies.items():
+        with suppress(ConfigError):
+            claims(strategy, every_role)
+            found.append(name)
+    return found
+
+
 def _library(loaded: Params) -> Table:
     table = Table("strategy", "what it does", "source", title="Strategies", title_justify="left", show_lines=True)
     for name, strategy in loaded.strategies.items():
@@ -169,12 +180,15 @@ def wakeup(
     """Predict, without running anything, from which optimiser step on each kind of weight receives a gradient."""
     with _user_errors_shown():
         loaded = config.load(params)
-        chosen = {each: _strategy(loaded, each, params, name) for each in strategies or loaded.strategies}
         network = loaded.skeleton(name)
+        if models.backbone_of(network).gradient_flow is None:
+            raise ConfigError(
+                f"there is no prediction for {name or loaded.model.name}, of which only its tensors are known; "
+                "stage `analyse` measures when they receive a gradient"
+            )
+        chosen = {each: _strategy(loaded, each, params, name) for each in strategies or _fitting(loaded, network)}
         predicted = {each: predict(strategy, network, steps) for each, strategy in chosen.items()}
         schedules = {each: by_kind(schedule) for each, schedule in predicted.items() if schedule is not None}
-        if not schedules:
-            raise ConfigError(f"{name or loaded.model.name} has no predicted schedule; stage `analyse` measures it")
     kinds = list(next(iter(schedules.values())))
     few = len(schedules) <= FEW
     table = Table(title="First optimiser step with a gradient, counted from 0", title_justify="left", box=SIMPLE)

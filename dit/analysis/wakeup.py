@@ -5,6 +5,7 @@ The prediction knows the architecture, and which weights are zero or equal at th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,6 +23,9 @@ SCALING = 1e-3
 
 FLOOR = 1e-14
 """Below this fraction of the network's largest gradient, one is rounding of the forward pass, in float64."""
+
+KEY_BIASES = (".qkv.key.bias", ".to_k.bias")
+"""How roles of biases of keys end, here and in diffusers: they shift all logits of a query alike, which softmax does not see."""
 
 Schedule = dict[str, int | None]
 """By role, the first optimiser step with a gradient, counted from 0; None where there is none within the steps looked at."""
@@ -119,7 +123,7 @@ def schedule(gradients: list[RoleGradient]) -> Schedule:
 
 def awake(schedule: Schedule) -> int | None:
     """The first step at which every role receives a gradient, but for biases of keys, which never can; None if never."""
-    steps = [step for role, step in schedule.items() if not role.endswith(".qkv.key.bias")]
+    steps = [step for role, step in schedule.items() if not role.endswith(KEY_BIASES)]
     return None if None in steps else max(step for step in steps if step is not None)
 
 
@@ -130,7 +134,7 @@ def by_kind(schedule: Schedule) -> Schedule:
     """
     found: Schedule = {}
     for role, step in schedule.items():
-        if role.endswith(".weight"):
+        if is_weight(role):
             name = kind(role)
             known = found.get(name, 0)
             found[name] = None if step is None or known is None else max(known, step)
@@ -138,9 +142,16 @@ def by_kind(schedule: Schedule) -> Schedule:
 
 
 def kind(role: str) -> str:
-    """`block[3].modulation.attn.gate.weight` -> `modulation.gate`."""
-    parts = [part for part in role.removesuffix(".weight").split(".") if part not in ("attn", "mlp")]
-    return ".".join(parts[1:] if parts[0].startswith("block[") else parts)
+    """`block[3].modulation.attn.gate.weight` -> `modulation.gate`; `blocks.3.mlp.0.weight` -> `blocks.mlp.0`."""
+    path = role.removesuffix(".weight")
+    if not path.startswith("block["):
+        return re.sub(r"\.\d+(?=\.|$)", "", path, count=1)
+    return ".".join(part for part in path.split(".")[1:] if part not in ("attn", "mlp"))
+
+
+def is_weight(role: str) -> bool:
+    """Whether it is anything but a bias."""
+    return not role.endswith("bias")
 
 
 def _set_gradients(loss: Tensor, weights: Mapping[str, Tensor], parts: list[Role]) -> list[tuple[Role, Tensor]]:

@@ -41,11 +41,14 @@ def select(selector: str, candidates: Sequence[Role]) -> list[Role]:
     if (rows := SLICE.search(selector)) and (parents := _parents(selector, candidates)):
         wanted = {path: _rows(selector, rows, count) for path, (_, count) in parents.items()}
         inside = [(role, role.start - parents[role.whole][0]) for role in candidates if role.whole in parents]
-        return [
+        within = [
             role
             for role, first in inside
             if wanted[role.whole][0] <= first and first + role.count <= wanted[role.whole][1]
         ]
+        if not within:
+            raise ConfigError(f"role '{selector}' names some rows of {inside[0][0].path}, which is taken whole here")
+        return within
     raise ConfigError(_unknown(selector, candidates))
 
 

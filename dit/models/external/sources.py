@@ -60,7 +60,7 @@ def imported(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and f"{module}.".startswith(f"{error.name}."):
-            raise ConfigError(f"'{module}': {error}") from None
+            raise ConfigError(f"'{module}': {error}; expected a module that Python can import from here") from None
         raise
 
 
