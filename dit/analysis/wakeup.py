@@ -25,7 +25,7 @@ FLOOR = 1e-14
 """Below this fraction of the network's largest gradient, one is rounding of the forward pass, in float64."""
 
 KEY_BIASES = (".qkv.key.bias", ".to_k.bias")
-"""How roles of biases of keys end, here and in diffusers: they shift all logits of a query alike, which softmax does not see."""
+"""How roles of biases of keys end, here and in diffusers: they shift all logits of a query, which softmax does not see."""
 
 Schedule = dict[str, int | None]
 """By role, the first optimiser step with a gradient, counted from 0; None where there is none within the steps looked at."""

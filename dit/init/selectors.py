@@ -42,9 +42,7 @@ def select(selector: str, candidates: Sequence[Role]) -> list[Role]:
         wanted = {path: _rows(selector, rows, count) for path, (_, count) in parents.items()}
         inside = [(role, role.start - parents[role.whole][0]) for role in candidates if role.whole in parents]
         within = [
-            role
-            for role, first in inside
-            if wanted[role.whole][0] <= first and first + role.count <= wanted[role.whole][1]
+            role for role, first in inside if wanted[role.whole][0] <= first and first + role.count <= wanted[role.whole][1]
         ]
         if not within:
             raise ConfigError(f"role '{selector}' names some rows of {inside[0][0].path}, which is taken whole here")
@@ -88,7 +86,9 @@ def _rows(selector: str, rows: re.Match[str], count: int) -> tuple[int, int]:
         ends.append(int(end))
     start, stop = ends
     if not 0 <= start < stop <= count:
-        raise ConfigError(f"role '{selector}': the role has {count} rows; expected [i:j] with i below j, and j of at most {count}")
+        raise ConfigError(
+            f"role '{selector}': the role has {count} rows; expected [i:j] with i below j, and j of at most {count}"
+        )
     return start, stop
 
 

@@ -121,9 +121,7 @@ def parts(strategies: Iterable[Strategy], every_role: Sequence[Role]) -> list[Ro
                     ends[path] |= found
             except ConfigError as error:
                 raise ConfigError(f"rules[{index}]: {error}") from None
-    return [
-        role.part(*rows) for role in every_role for rows in pairwise(sorted({0, role.count} | ends.get(role.path, set())))
-    ]
+    return [role.part(*rows) for role in every_role for rows in pairwise(sorted({0, role.count} | ends.get(role.path, set())))]
 
 
 def _listed(names: list[str]) -> str:

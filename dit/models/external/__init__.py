@@ -1,7 +1,7 @@
 """Somebody else's network: a class of diffusers, or what a function of the user's returns, as a backbone like any other.
 
-`model: {name: "diffusers:DiTTransformer2DModel", arguments: {...}}` or `model: {name: "package.module:factory", arguments: {...}}`.
-Nothing is known of such a network but what it does, so its roles are its tensors, and its wake-up is measured and not predicted.
+`model: {name: "diffusers:DiTTransformer2DModel", arguments: {...}}`, or `{name: "package.module:factory", arguments: {...}}`. Nothing
+is known of such a network but what it does, so its roles are its tensors, and its wake-up is measured and not predicted.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from dit.models.contract import Backbone, Block, Options
@@ -26,7 +27,7 @@ NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 class ExternalOptions(Options):
     """Arguments of the class or of the function, beside those that follow from the study."""
 
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default_factory=dict)
 
 
 def _build(

@@ -91,9 +91,7 @@ def maker(module: str, name: str, arguments: Mapping[str, Any], sizes: Mapping[s
     return partial(_made, where, factory, {**follows, **arguments})
 
 
-def check_arguments(
-    where: str, factory: Callable[..., Any], arguments: Mapping[str, Any], follows: Mapping[str, Any]
-) -> None:
+def check_arguments(where: str, factory: Callable[..., Any], arguments: Mapping[str, Any], follows: Mapping[str, Any]) -> None:
     """Raise `ConfigError` unless `factory` takes `arguments` beside those that follow from the study."""
     if twice := sorted(arguments.keys() & follows.keys()):
         raise ConfigError(f"model.arguments of {where}: {twice[0]} follows from the study ({follows[twice[0]]}); leave it out")
@@ -115,5 +113,7 @@ def _made(where: str, factory: Callable[..., Any], arguments: Mapping[str, Any])
         except Exception as error:
             raise ConfigError(f"'{where}' raised {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
-        raise ConfigError(f"'{where}' returned {type(network).__name__}; expected a torch.nn.Module that is called as (x, t, y)")
+        raise ConfigError(
+            f"'{where}' returned {type(network).__name__}; expected a torch.nn.Module that is called as (x, t, y)"
+        )
     return network, None

@@ -58,8 +58,9 @@ def _check_signature(network: External, name: str) -> None:
     try:
         inspect.signature(inner.forward).bind(*(() if network.names else range(3)), **dict.fromkeys(network.names or (), 0))
     except TypeError as error:
+        signature = inspect.signature(inner.forward)
         raise ConfigError(
-            f"{name}: its network is called as (x, t, y), which its forward{inspect.signature(inner.forward)} does not take: {error}"
+            f"{name}: its network is called as (x, t, y), which its forward{signature} does not take: {error}"
         ) from None
 
 
