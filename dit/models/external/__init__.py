@@ -1,7 +1,7 @@
 """Somebody else's network: a class of diffusers, or what a function of the user's returns, as a backbone like any other.
 
-`model: {name: "diffusers:DiTTransformer2DModel", arguments: {...}}`, or `{name: "package.module:factory", arguments: {...}}`. Nothing
-is known of such a network but what it does, so its roles are its tensors, and its wake-up is measured and not predicted.
+In params.yaml `model: {name: "diffusers:DiTTransformer2DModel", arguments: {...}}`, or a name such as `package.module:factory`.
+Nothing is known of such a network but what it does, so its roles are its tensors, and its wake-up is measured, not predicted.
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ CLASSES: dict[str, Callable[[Mapping[str, Any]], int]] = {
 CALL = {"x": ("hidden_states", "sample"), "t": ("timestep",), "y": ("class_labels",)}
 """What `forward` calls the noisy latents, the timesteps and the labels."""
 
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
 DROPOUT = "dropout_prob"
 """With this probability a label embedder of diffusers replaces a label in training. Here the batch does; so it is set to 0."""
 
@@ -56,21 +58,17 @@ def maker(name: str, arguments: Mapping[str, Any], study: Mapping[str, Any]) -> 
 def _call(found: type[nn.Module], where: str) -> tuple[str, str, str]:
     """The names by which `forward` takes x, t and y. Raises `ConfigError` where it lacks one, or needs something else."""
     parameters = inspect.signature(found.forward).parameters
-    names = [next((name for name in known if name in parameters), None) for known in CALL.values()]
-    lacking = [" or ".join(known) for name, known in zip(names, CALL.values(), strict=True) if name is None]
-    others = [
-        name
-        for name, each in list(parameters.items())[1:]
-        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD) and name not in names
-    ]
+    given = {part: name for part, known in CALL.items() for name in known if name in parameters}
+    lacking = [" or ".join(known) for part, known in CALL.items() if part not in given]
+    required = [name for name, each in parameters.items() if each.default is each.empty and each.kind in NAMED]
+    others = [name for name in required[1:] if name not in given.values()]
     if lacking or others:
         reasons = [f"its forward has no {name}" for name in lacking] + [f"its forward also needs {name}" for name in others]
         raise ConfigError(
             f"{where} is not a class-conditional network of latents: {'; '.join(reasons)}; "
             "expected one such as DiTTransformer2DModel or UNet2DModel, or your own package.module:factory around it"
         )
-    x, t, y = names
-    return x or "", t or "", y or ""
+    return given["x"], given["t"], given["y"]
 
 
 def _made(found: type[nn.Module], arguments: Mapping[str, Any], names: tuple[str, str, str]) -> Made:
