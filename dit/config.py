@@ -61,7 +61,9 @@ class Params(Section):
     def _with_library(cls, own: dict[Name, Strategy]) -> dict[Name, Strategy]:
         library = named_strategies()
         for name in own.keys() & library.keys():
-            raise ValueError(f"the library has a strategy called '{name}' (dit/library.yaml); give yours another name, or edit that one")
+            raise ValueError(
+                f"the library has a strategy called '{name}' (dit/library.yaml); give yours another name, or edit that one"
+            )
         return {**library, **own}
 
     @model_validator(mode="after")

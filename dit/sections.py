@@ -34,7 +34,7 @@ SCHEDULERS = {
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, no value is turned into another kind, and nothing changes after loading."""
+    """Base of all sections: unknown keys are errors, values are of their own kind, and nothing changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 

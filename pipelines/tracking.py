@@ -25,13 +25,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
-import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, Metric, Param, Run, RunStatus
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from dit import config
+from dit import config, yamlfile
 from dit.analysis.diagnostics import GradientNoise, noise_scale
 from dit.analysis.wakeup import by_kind
 from dit.errors import UserError
@@ -431,7 +430,7 @@ def _timing(run: Finished) -> dict[str, Any]:
 def _provenance(root: Path, runs: Sequence[Finished]) -> dict[str, dict[str, str]]:
     """For each run, by name: the commit, and what `dvc.lock` says about the outputs of its two stages."""
     lock = root / "dvc.lock"
-    stages = yaml.safe_load(lock.read_text())["stages"] if runs and lock.exists() else {}
+    stages = yamlfile.read(lock)["stages"] if runs and lock.exists() else {}
     commit = _commit(root)
     found = {}
     for run in runs:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
+from dit import init, yamlfile
 from dit.errors import UserError
 from pipelines import tracking
 from pipelines.stages.entry import scratch, write_json
@@ -30,14 +30,14 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("DIT_SCRATCH", raising=False)
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = yamlfile.read(ROOT / "params.yaml")
     params["study"] |= {"strategies": STRATEGIES, "seeds": SEEDS}
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    (tmp_path / "params.yaml").write_text(json.dumps(params))
     for strategy in STRATEGIES:
         for seed in SEEDS:
             make_run(tmp_path, params, strategy, seed, diverged=(strategy, seed) == ("symmetric", 1))
     outs = {f"{stage}@adaln_zero-0": {"outs": [{"md5": f"{stage}.dir"}]} for stage in ("train", "evaluate")}
-    (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": outs}))
+    (tmp_path / "dvc.lock").write_text(json.dumps({"stages": outs}))
     return tmp_path
 
 
@@ -46,7 +46,7 @@ def make_run(root: Path, params: dict[str, Any], strategy: str, seed: int, *, di
     train.mkdir(parents=True, exist_ok=True)
     evaluate.mkdir(parents=True, exist_ok=True)
     key = f"train-{strategy}-{seed}{version}"
-    rules = params["strategies"][strategy]["rules"]
+    rules = init.named(strategy).resolved
     settings = {name: params[name] for name in ("model", "diffusion", "train")}
     status = "diverged" if diverged else "finished"
     run = {"run_key": key, "status": status, "steps_done": 20, "parameters": 7, "device": "cpu"}
@@ -111,7 +111,7 @@ def test_every_run_is_there_once_with_all_about_it(study: Path) -> None:
     assert {
         "strategy": "adaln_zero",
         "seed": "0",
-        "train.steps": str(yaml.safe_load((study / "params.yaml").read_text())["train"]["steps"]),
+        "train.steps": str(yamlfile.read(study / "params.yaml")["train"]["steps"]),
         "train.validation.seed": "0",
     }.items() <= run.data.params.items()
     assert json.loads(run.data.params["rules"])[0] == {"role": "all", "init": "xavier_uniform"}
@@ -224,7 +224,7 @@ def test_run_that_was_cut_short_is_made_again_unless_somebody_else_is_at_it(stud
 
 def test_view_shows_the_runs_of_this_study_by_strategy(study: Path) -> None:
     tracking.sync(study)
-    params = yaml.safe_load((study / "params.yaml").read_text())
+    params = yamlfile.read(study / "params.yaml")
     make_run(study, params, "adaln_zero", 0, diverged=False, version="-edited")
     synced = tracking.sync(study)
     assert synced.added == ["adaln_zero-0"]

@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import yaml
 
+from dit import yamlfile
 from dit.config import Params, load
-from dit.errors import ConfigError, UserError
+from dit.errors import ConfigError, DataError, UserError
 from dit.init import Strategy
 from pipelines.stages.launch import WRONG_INPUT, check_devices, in_group, join_group, run_group
 
@@ -74,9 +74,17 @@ def complete_directory(path: str | Path) -> Iterator[Path]:
 
 
 def strategy_of(params: Params, name: str) -> Strategy:
-    """The strategy called `name`. Raises `ConfigError` where `params.yaml` has none."""
+    """The strategy called `name`, whose rules are those that DVC has tracked.
+
+    Raises `ConfigError` where there is none, and `DataError` where stage `strategies` has not written the rules it has now.
+    """
     if name not in params.strategies:
-        raise ConfigError(f"unknown strategy '{name}'; accepted: {', '.join(params.strategies)}, as in params.yaml: strategies")
+        raise ConfigError(f"unknown strategy '{name}'; expected one of {', '.join(params.strategies)}")
+    path = Path(f"runs/strategies/{name}.json")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; run `dvc repro strategies`")
+    if json.loads(path.read_text()) != params.strategies[name].resolved:
+        raise DataError(f"{path} holds other rules than strategy '{name}' has now; run `dvc repro strategies`")
     return params.strategies[name]
 
 
@@ -98,7 +106,7 @@ def run_key(stage: str, settings: object, strategy: str = "", seed: int = 0) -> 
     """
     identity = [stage, strategy, seed, torch.__version__, settings]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
-    for declared in yaml.safe_load(Path("dvc.yaml").read_text())["stages"][stage]["deps"]:
+    for declared in yamlfile.read("dvc.yaml")["stages"][stage]["deps"]:
         path = Path(declared.replace("${item.strategy}", strategy).replace("${item.seed}", str(seed)))
         for file in _content(path):
             digest.update(f"\n{file.as_posix()}\n".encode())

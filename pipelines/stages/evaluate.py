@@ -87,9 +87,7 @@ def read_run(strategy: str, seed: int, params: Params) -> dict[str, Any]:
     Raises `ConfigError` for an unknown strategy, `DataError` where there is no such run, or it learned another diffusion.
     """
     if strategy not in params.strategies:
-        raise ConfigError(
-            f"unknown strategy '{strategy}'; accepted: {', '.join(params.strategies)}, as in params.yaml: strategies"
-        )
+        raise ConfigError(f"unknown strategy '{strategy}'; expected one of {', '.join(params.strategies)}")
     path = Path(f"runs/train/{strategy}-{seed}/run.json")
     if not path.is_file():
         raise DataError(f"{path}: no such file; `dvc repro train@{strategy}-{seed}` makes it")
