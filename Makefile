@@ -54,10 +54,11 @@ bench: $(INSTALLED) ## Measure speed on this machine, into .scratch/bench [BENCH
 	@for name in $(or $(BENCH),train sample encode diagnostics stages); do \
 		$(VENV)/bin/python benchmarks/$$name.py --output .scratch/bench/$$name.json || exit; done
 
-lint: $(INSTALLED) ## Check style and types
+lint: $(INSTALLED) ## Check style, types, and which way imports point
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
+	$(VENV)/bin/lint-imports --no-cache
 
 format: $(INSTALLED) ## Bring the code into style
 	$(RUN) ruff check --fix-only --quiet .
