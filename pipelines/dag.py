@@ -29,6 +29,7 @@ from dvc.stage import PipelineStage
 from dvc.utils.serialize import load_yaml, modify_yaml
 
 from dit.errors import ConfigError, UserError
+from dit.terminal import plain
 from pipelines import guard
 
 DVC = (sys.executable, "-m", "dvc")
@@ -91,10 +92,10 @@ def read(root: Path) -> dict[str, Stage]:
 
 @contextmanager
 def checking(root: Path) -> Iterator[Callable[[str], bool]]:
-    """Says of a stage that has not run, once those above it are done, whether `dvc repro` would find nothing to do for it.
+    """Says of a stage that has not run, once those above it are done, whether `dvc repro` has nothing to do for it.
 
-    It is DVC's own comparison, in this process and on a project that stays open: what is below a stage whose outputs came out as
-    they were need not start a process to find that.
+    It is DVC's own comparison, in this process and on a project that stays open: below outputs that came out as they were, no
+    process has to start to find that.
     """
     with Repo(str(root), _wait_for_lock=True) as repo:
         with repo.lock:
@@ -203,7 +204,7 @@ class Processes:
         process = self._start([*DVC, "--wait-for-lock", "repro", "--single-item", stage], environment or {})
         last: deque[str] = deque(maxlen=50)
         outcome = Outcome.RAN
-        for line in map(str.rstrip, process.stdout or ()):
+        for line in (plain(line.rstrip()) for line in process.stdout or ()):
             last.append(line)
             if _UP_TO_DATE.match(line):
                 outcome = Outcome.CACHED

@@ -31,7 +31,7 @@ from pydantic import Field
 
 from dit.errors import UserError
 from pipelines import dag, experiments, services, tracking
-from pipelines.places import Places, environment, places_for
+from pipelines.device_pool import DevicePool, device_pool, environment
 from pipelines.report.words import samples
 
 LOGGER = "study"
@@ -112,7 +112,7 @@ def study(
         params = experiments.parameters(root, overrides)
         with _workspace(root, overrides) as (workspace, experiment):
             stages = dag.select(dag.read(workspace), targets)
-            return _run(workspace, stages, places_for(params, workers), experiment)
+            return _run(workspace, stages, device_pool(params, workers), experiment)
     except UserError as error:
         return Failed(message=str(error))
 
@@ -129,13 +129,13 @@ def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[P
         yield path, name
 
 
-def _run(workspace: Path, stages: Mapping[str, dag.Stage], places: Places, experiment: str | None) -> State[Any]:
+def _run(workspace: Path, stages: Mapping[str, dag.Stage], pool: DevicePool, experiment: str | None) -> State[Any]:
     """Run `stages`, then show what came out: in MLflow, as artifacts, and as a DVC experiment."""
     fresh = sum(stage.up_to_date for stage in stages.values())
-    _log().info("%d of %d stages are up to date; %d at a time", fresh, len(stages), places.most)
+    _log().info("%d of %d stages are up to date; %d at a time", fresh, len(stages), pool.max_parallel)
     scratch = Path(os.environ.get("DIT_SCRATCH", ".scratch")).resolve()
     with dag.Processes(workspace, {"DIT_SCRATCH": str(scratch)}) as processes, dag.checking(workspace) as unchanged:
-        states = run_all(stages, processes, places, unchanged)
+        states = run_all(stages, processes, pool, unchanged)
     if experiment:
         experiments.forget_stale(workspace)
     dag.order_lock(workspace)
@@ -156,11 +156,11 @@ def _run(workspace: Path, stages: Mapping[str, dag.Stage], places: Places, exper
 
 
 def run_all(
-    stages: Mapping[str, dag.Stage], processes: dag.Processes, places: Places, unchanged: Callable[[str], bool]
+    stages: Mapping[str, dag.Stage], processes: dag.Processes, pool: DevicePool, unchanged: Callable[[str], bool]
 ) -> dict[str, State[Any]]:
-    """Run every stage as a task once those above it are done and there is a place for it; the state in which each ended.
+    """Run every stage as a task once those above it are done and a device is free; the state in which each ended.
 
-    A stage that is `unchanged` when those above it are done needs no place and no process. Stages take their places in order.
+    A stage that is `unchanged` when those above it are done needs no device and no process. Stages acquire devices in order.
     One below a stage that failed ends as NotReady; the others go on.
     """
     graph = TopologicalSorter({name: stage.upstream for name, stage in stages.items()})
@@ -187,7 +187,7 @@ def run_all(
             else:
                 submit(name, up_to_date=True)
         for name in sorted(waiting, key=list(stages).index):
-            gpus = places.take(name)
+            gpus = pool.acquire(name)
             if gpus is None:
                 break
             taken[name] = gpus
@@ -197,7 +197,7 @@ def run_all(
         states[name] = _final_state(futures[name])
         graph.done(name)
         if name in taken:
-            places.give_back(taken.pop(name))
+            pool.release(taken.pop(name))
     return {name: states[name] for name in stages}
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dit.data import folder, huggingface, photos
 from dit.data.decoding import Rejected
 from dit.data.images import ImageStore, load_images
-from dit.data.source import Source, Split
+from dit.data.sources import Source, Split, folder, huggingface, photos
 from dit.data.store import SPLITS, StoreWriter
 from dit.errors import DataError
 from dit.progress import progress

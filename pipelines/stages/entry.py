@@ -9,25 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dit import yamlfile
 from dit.config import Params, load
-from dit.errors import ConfigError, DataError, UserError
+from dit.errors import ConfigError, InputError, UserError
 from dit.init import Strategy
 from pipelines.stages.launch import WRONG_INPUT, check_devices, in_group, join_group, run_group
 
 TRANSIENT = os.EX_TEMPFAIL
 
 
-def run_stage(stage: Callable[[Params], None], section: str = "") -> None:
+def run_dvc_stage(stage: Callable[[Params], None], section: str = "") -> None:
     """Check the whole `params.yaml`, run `stage`, and exit with a code that says what went wrong, if anything did.
 
     A stage whose `section` of the parameters wants several processes runs as a group, in which each process comes here again.
@@ -42,6 +41,10 @@ def run_stage(stage: Callable[[Params], None], section: str = "") -> None:
             code = run_group(settings.processes)
             sys.exit(TRANSIENT if code < 0 else code)
         stage(params)
+    except InputError as error:
+        stage_name = made_by(error.path)
+        print(f"error: {error}{f'; run `dvc repro {stage_name}`' if stage_name else ''}", file=sys.stderr)
+        sys.exit(WRONG_INPUT)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_INPUT)
@@ -54,48 +57,24 @@ def run_stage(stage: Callable[[Params], None], section: str = "") -> None:
         sys.exit(TRANSIENT)
 
 
-@contextmanager
-def complete_directory(path: str | Path) -> Iterator[Path]:
-    """A new directory that appears at `path` by one rename, complete, or not at all; what was there is moved away before."""
-    path = Path(path)
-    partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
-    for left in (partial, old):
-        shutil.rmtree(left, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+def check_strategy(params: Params, name: str) -> None:
+    """Raises `ConfigError` where there is no strategy called `name`."""
+    if name not in params.strategies:
+        raise ConfigError(f"unknown strategy '{name}'; expected one of {', '.join(params.strategies)}")
 
 
 def strategy_of(params: Params, name: str) -> Strategy:
     """The strategy called `name`, whose rules are those that DVC has tracked.
 
-    Raises `ConfigError` where there is none, and `DataError` where stage `strategies` has not written the rules it has now.
+    Raises `ConfigError` where there is none, and `InputError` where stage `strategies` has not written the rules it has now.
     """
-    if name not in params.strategies:
-        raise ConfigError(f"unknown strategy '{name}'; expected one of {', '.join(params.strategies)}")
+    check_strategy(params, name)
     path = Path(f"runs/strategies/{name}.json")
     if not path.is_file():
-        raise DataError(f"{path}: no such file; run `dvc repro strategies`")
+        raise InputError(path)
     if json.loads(path.read_text()) != params.strategies[name].resolved:
-        raise DataError(f"{path} holds other rules than strategy '{name}' has now; run `dvc repro strategies`")
+        raise InputError(path, f"holds other rules than strategy '{name}' has now")
     return params.strategies[name]
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON for people and for diffs: indented, in the given order, refusing NaN."""
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def scratch(run_key: str) -> Path:
-    """The directory for checkpoints and wall-clock logs of one run; `DIT_SCRATCH` moves it."""
-    return Path(os.environ.get("DIT_SCRATCH", ".scratch")) / run_key
 
 
 def run_key(stage: str, settings: object, strategy: str = "", seed: int = 0) -> str:
@@ -106,12 +85,29 @@ def run_key(stage: str, settings: object, strategy: str = "", seed: int = 0) -> 
     """
     identity = [stage, strategy, seed, torch.__version__, settings]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
-    for declared in yamlfile.read("dvc.yaml")["stages"][stage]["deps"]:
+    for declared in _stages()[stage]["deps"]:
         path = Path(declared.replace("${item.strategy}", strategy).replace("${item.seed}", str(seed)))
         for file in _content(path):
             digest.update(f"\n{file.as_posix()}\n".encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def made_by(path: Path) -> str | None:
+    """The stage that makes the file or folder at `path`, such as `train@adaln_zero-0`; None where `dvc.yaml` has none."""
+    for name, stage in _stages().items():
+        for out in map(Path, stage["outs"]):
+            found = Path(*path.parts[: len(out.parts)])
+            if found == out:
+                return name
+            if "matrix" in stage and found.parent == out.parent:
+                return f"{name}@{found.name}"
+    return None
+
+
+def _stages() -> dict[str, Any]:
+    stages: dict[str, Any] = yamlfile.read("dvc.yaml")["stages"]
+    return stages
 
 
 def _content(path: Path) -> list[Path]:

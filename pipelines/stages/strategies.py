@@ -10,7 +10,8 @@ from pathlib import Path
 
 from dit.config import Params
 from dit.init import Strategy
-from pipelines.stages.entry import complete_directory, run_stage, write_json
+from pipelines.files import complete_directory, write_json
+from pipelines.stages.entry import run_dvc_stage
 
 
 def strategies(params: Params) -> None:
@@ -28,4 +29,4 @@ def write(strategy: Strategy, directory: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(strategies)
+    run_dvc_stage(strategies)
