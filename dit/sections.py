@@ -34,7 +34,7 @@ SCHEDULERS = {
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, no value is turned into another kind, and nothing changes after loading."""
+    """Base of all sections: unknown keys are errors, values are of their own kind, and nothing changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -58,7 +58,7 @@ class StudyParams(Section):
 
 
 class PhotosSource(Section):
-    """Class-conditional crops of the pictures that scikit-image ships; `dit.data.photos`."""
+    """Class-conditional crops of the pictures that scikit-image ships; `dit.data.sources.photos`."""
 
     kind: Literal["photos"]
     train_per_class: PositiveInt
@@ -68,7 +68,7 @@ class PhotosSource(Section):
 
 
 class FolderSource(Section):
-    """Image files as `root/class/*.{jpg,png,webp}`; `dit.data.folder`."""
+    """Image files as `root/class/*.{jpg,png,webp}`; `dit.data.sources.folder`."""
 
     kind: Literal["folder"]
     root: FilePath
@@ -77,7 +77,7 @@ class FolderSource(Section):
 
 
 class HuggingFaceSource(Section):
-    """A data set of the `datasets` library; `dit.data.huggingface`."""
+    """A data set of the `datasets` library; `dit.data.sources.huggingface`."""
 
     kind: Literal["huggingface"]
     path: str

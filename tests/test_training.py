@@ -17,7 +17,7 @@ from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
 from dit.models.dit.network import DiT
 from dit.training.loop import Trainer
-from pipelines.stages.entry import complete_directory
+from pipelines.files import complete_directory
 
 Build = Callable[..., Trainer]
 

@@ -18,9 +18,10 @@ from dit.diffusion import Diffusion
 from dit.distributed import Ranks, joined
 from dit.training.loop import Trainer
 from dit.training.records import outcome
+from pipelines.files import complete_directory, scratch
 from pipelines.records.base import Timing
 from pipelines.records.training import TRAIN, TrainRecord, TrainSettings, write_tables
-from pipelines.stages.entry import complete_directory, run_dvc_stage, run_key, scratch, strategy_of
+from pipelines.stages.entry import run_dvc_stage, run_key, strategy_of
 
 
 def train(params: Params, strategy: str, seed: int) -> None:
