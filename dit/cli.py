@@ -17,7 +17,7 @@ from torch import nn
 
 from dit import config, init, models
 from dit.analysis import tables
-from dit.analysis.wakeup import by_kind, predict
+from dit.analysis.wakeup import by_kind, not_predicted, predict
 from dit.config import Params
 from dit.errors import ConfigError, UserError
 from dit.init import Strategy
@@ -183,13 +183,10 @@ def wakeup(
     with _user_errors_shown():
         loaded = config.load(params)
         network = loaded.skeleton(name)
-        if models.backbone_of(network).gradient_flow is None:
-            raise ConfigError(
-                f"there is no prediction for {name or loaded.model.name}, of which only its tensors are known; "
-                "stage `analyse` measures when they receive a gradient"
-            )
+        if reason := not_predicted(network, loaded.train.optimizer):
+            raise ConfigError(f"{reason} Stage `analyse` measures the schedule")
         chosen = {each: _strategy(loaded, each, params, name) for each in strategies or _fitting(loaded, network)}
-        predicted = {each: predict(strategy, network, steps) for each, strategy in chosen.items()}
+        predicted = {each: predict(strategy, network, steps, loaded.train.optimizer) for each, strategy in chosen.items()}
         schedules = {each: by_kind(schedule) for each, schedule in predicted.items() if schedule is not None}
     kinds = list(next(iter(schedules.values())))
     few = len(schedules) <= FEW

@@ -16,6 +16,7 @@ from dit import models, yamlfile
 from dit.errors import ConfigError, explain
 from dit.init.strategy import Strategy, claims, named_strategies
 from dit.models import Denoiser
+from dit.optim.optimizer import check as check_optimizer
 from dit.sections import (
     SCHEDULERS,
     AnalyseParams,
@@ -70,6 +71,7 @@ class Params(Section):
     def _consistent(self) -> Params:
         self._check_shapes()
         self._check_strategies()
+        self._check_optimizer()
         self._check_evaluation()
         return self
 
@@ -112,6 +114,12 @@ class Params(Section):
             except ConfigError as error:
                 if name in self.study.strategies:
                     raise ValueError(f"strategies.{name}.{error}") from None
+
+    def _check_optimizer(self) -> None:
+        try:
+            check_optimizer(self.train, models.roles(self.skeleton()))
+        except ConfigError as error:
+            raise ValueError(f"train.{error}") from None
 
     def _check_evaluation(self) -> None:
         accepted = SCHEDULERS[self.diffusion.objective]

@@ -11,7 +11,8 @@ from dit import yamlfile
 
 STAGES = "pipelines.stages."
 WITHOUT_VALUES = {
-    *("dit.config", "dit.sections", "dit.yamlfile", "dit.errors", "dit.terminal", "dit.progress"),
+    *("dit.config", "dit.sections", "dit.optim_sections", "dit.parameter_types", "dit.yamlfile"),
+    *("dit.errors", "dit.terminal", "dit.progress"),
     *("pipelines.files", "pipelines.stages.entry", "pipelines.stages.launch"),
 }
 """Modules that are no dependencies, as the head of `dvc.yaml` says; nor is what a stage imports through them alone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from dit.config import Params
 from dit.diffusion import Diffusion
 from dit.init import Strategy, named, named_strategies
 from dit.models.dit.network import DiT
+from dit.models.gradient_flow import Pattern, orthogonalised, pattern_of
+from dit.optim.optimizer import make_optimizer
+from dit.optim_sections import AdamWParams, MuonParams, NamedOptimizerParams, OptimizerParams, SGDParams
 
 SHAPES: list[dict[str, Any]] = [
     {"latent_size": 4, "latent_channels": 3, "patch_size": 2, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 3},
@@ -29,13 +32,21 @@ SHAPES: list[dict[str, Any]] = [
 ]
 """The last has one token, for which softmax has no choice."""
 STEPS = 4
-OPTIMISERS: dict[str, Callable[[DiT], torch.optim.Optimizer]] = {
-    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
-    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0),
+GROUPS = {"groups": ()}
+MUON = {"momentum": 0.95, "nesterov": True, "adjust_lr_fn": "match_rms_adamw", "learning_rate_multiplier": 1.0}
+ADAMW = AdamWParams(name="adamw", betas=(0.9, 0.999), weight_decay=0.1, **GROUPS)
+OPTIMIZERS: dict[str, tuple[OptimizerParams, float]] = {
+    "AdamW": (ADAMW, 1e-2),
+    "SGD": (SGDParams(name="sgd", momentum=0.9, nesterov=True, weight_decay=0.1, **GROUPS), 0.1),
+    "Muon": (
+        MuonParams(name="muon", hidden="block", weight_decay=0.1, betas=(0.9, 0.999), adamw_weight_decay=0.1, **MUON, **GROUPS),
+        1e-2,
+    ),
 }
+"""Each with a learning rate. The schedule is measured without their weight decay."""
 
 
-def measured(params: Params, strategy: Strategy, shape: dict[str, Any], objective: str, optimiser: str) -> wakeup.Schedule:
+def measured(params: Params, strategy: Strategy, shape: dict[str, Any], objective: str, optimizer: str) -> wakeup.Schedule:
     sigma = objective == "eps"
     diffusion = Diffusion(params.diffusion.model_copy(update={"objective": objective, "learn_sigma": sigma}))
     model = init.apply(DiT(**shape, learn_sigma=sigma), strategy, seed=0).double()
@@ -49,20 +60,21 @@ def measured(params: Params, strategy: Strategy, shape: dict[str, Any], objectiv
         x_t = diffusion.add_noise(x0, eps, t)
         return diffusion.loss(model(x_t.double(), t, y), x0, eps, t, x_t).total.mean()
 
-    return wakeup.schedule(wakeup.role_gradients(model, loss, OPTIMISERS[optimiser](model), STEPS))
+    params_of_it, learning_rate = OPTIMIZERS[optimizer]
+    made = make_optimizer(model, params_of_it, learning_rate, decays=False)
+    return wakeup.schedule(wakeup.role_gradients(model, loss, made, STEPS))
 
 
-def predicted(strategy: Strategy, shape: dict[str, Any]) -> wakeup.Schedule:
-    return wakeup.predict(strategy, DiT(**shape, learn_sigma=True), STEPS)
+def predicted(strategy: Strategy, shape: dict[str, Any], optimizer: str = "AdamW") -> wakeup.Schedule | None:
+    return wakeup.predict(strategy, DiT(**shape, learn_sigma=True), STEPS, OPTIMIZERS[optimizer][0])
 
 
 @pytest.mark.parametrize("name", named_strategies())
 def test_every_named_strategy_wakes_up_as_predicted(params: Params, name: str) -> None:
     for shape in SHAPES:
-        expected = predicted(named(name), shape)
-        for objective in ("eps", "v"):
-            for optimiser in OPTIMISERS:
-                assert measured(params, named(name), shape, objective, optimiser) == expected, (shape, objective, optimiser)
+        for objective, optimizer in (("v", "AdamW"), *(("eps", optimizer) for optimizer in OPTIMIZERS)):
+            expected = predicted(named(name), shape, optimizer)
+            assert measured(params, named(name), shape, objective, optimizer) == expected, (shape, objective, optimizer)
 
 
 ODD_RULES: list[dict[str, Any]] = [
@@ -89,7 +101,32 @@ def test_the_prediction_holds_whatever_is_zero_constant_or_equal(params: Params,
             {"role": "scale.bias", "init": "constant", "value": -1.0},
         ]
     strategy = Strategy.model_validate({"rules": rules})
-    assert measured(params, strategy, shape, "eps", "AdamW") == predicted(strategy, shape)
+    optimizer = data.draw(st.sampled_from(list(OPTIMIZERS)))
+    assert measured(params, strategy, shape, "eps", optimizer) == predicted(strategy, shape, optimizer)
+
+
+def test_muon_makes_of_each_part_of_a_fused_weight_what_the_prediction_says() -> None:
+    width, draws = 24, torch.Generator().manual_seed(0)
+    whole = torch.randn(width, width, generator=draws)
+    parts: dict[Pattern, torch.Tensor] = {
+        "zero": torch.zeros_like(whole),
+        "constant": torch.full_like(whole, 0.3),
+        "equal_rows": whole[:1].expand_as(whole),
+        "equal_columns": whole[:, :1].expand_as(whole),
+        "generic": whole,
+    }
+    for patterns in itertools.product(parts, repeat=3):
+        weight = torch.nn.Parameter(torch.zeros(3 * width, width))
+        weight.grad = torch.cat([parts[pattern] for pattern in patterns])
+        torch.optim.Muon([weight], lr=0.1, weight_decay=0.0).step()
+        assert [pattern_of(part) for part in weight.detach().chunk(3)] == orthogonalised(patterns)
+
+
+def test_an_optimiser_that_is_not_understood_is_not_predicted_and_says_so() -> None:
+    model, strange = DiT(**SHAPES[0], learn_sigma=True), NamedOptimizerParams(name="Adafactor", arguments={}, **GROUPS)
+    assert wakeup.predict(named("adaln_zero"), model, STEPS, strange) is None
+    assert "no prediction for Adafactor" in (wakeup.not_predicted(model, strange) or "")
+    assert wakeup.not_predicted(model, NamedOptimizerParams(name="RAdam", arguments={}, **GROUPS)) is None
 
 
 def test_the_published_schedule_is_head_then_gates_then_all() -> None:
@@ -118,7 +155,7 @@ def test_a_network_that_can_never_learn_is_seen_without_running_it() -> None:
 def test_a_single_precision_network_is_refused() -> None:
     model = DiT(**SHAPES[0], learn_sigma=True)
     with pytest.raises(ValueError, match="float64"):
-        wakeup.role_gradients(model, lambda model, step: torch.zeros(()), OPTIMISERS["SGD"](model), 1)
+        wakeup.role_gradients(model, lambda model, step: torch.zeros(()), make_optimizer(model, ADAMW, 1e-2), 1)
 
 
 def test_the_command_shows_the_schedule_of_a_strategy_and_names_one_that_is_not_there() -> None:

@@ -8,6 +8,7 @@ all its logits share. All other sums are taken not to cancel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -130,6 +131,19 @@ def outer(delta: Vector, x: Vector) -> Pattern:
 def total(delta: Vector) -> Pattern:
     """The gradient of a bias: the sum over tokens of `delta`."""
     return "zero" if not delta else "constant" if delta.kind == "uniform" else "generic"
+
+
+def orthogonalised(parts: Sequence[Pattern]) -> list[Pattern]:
+    """The update of Muon from a momentum matrix X, both as the row parts that have roles of their own.
+
+    It is a polynomial X (a + b X'X + c (X'X)^2), applied several times, whose factor is positive definite for Muon's a, b, c, as
+    b^2 < 4ac. So rows that are zero stay zero, others do not become it, and equal rows stay equal, also those of one part. It is
+    as well (a + b XX' + c (XX')^2) X, so that equal columns of the whole matrix stay equal; those of one part do not.
+    """
+    if all(part == "zero" or has(part, "equal_columns") for part in parts):
+        return list(parts)
+    mixed: dict[Pattern, Pattern] = {"equal_columns": "generic", "constant": "equal_rows"}
+    return [mixed.get(part, part) for part in parts]
 
 
 def updated(weight: Pattern, gradient: Pattern) -> Pattern:

@@ -28,7 +28,8 @@ def analyse(params: Params, strategy: str) -> None:
         "model": params.model.model_dump(mode="json"),
         "diffusion": params.diffusion.model_dump(mode="json"),
         "analyse": settings.model_dump(mode="json"),
-        "optimiser": {"learning_rate": params.train.learning_rate, "betas": params.train.betas},
+        "learning_rate": params.train.learning_rate,
+        "optimizer": params.train.optimizer.model_dump(mode="json"),
         "rules": rules.resolved,
     }
     store = LatentStore(Path("data/latents"))
@@ -40,7 +41,7 @@ def analyse(params: Params, strategy: str) -> None:
         settings,
         label_dropout=params.model.label_dropout,
         learning_rate=params.train.learning_rate,
-        betas=params.train.betas,
+        optimizer=params.train.optimizer,
     )
     found = examine(rules)
     agrees = None if found.predicted is None else found.predicted == found.measured
@@ -50,6 +51,7 @@ def analyse(params: Params, strategy: str) -> None:
         awake_step=awake(found.measured),
         predicted_equals_measured=agrees,
         predicted=found.predicted,
+        not_predicted=found.not_predicted,
         measured=found.measured,
         signal=found.signal,
         early=found.early,
