@@ -89,7 +89,9 @@ def make_optimizer(
             return torch.optim.SGD(groups, learning_rate, params.momentum, nesterov=params.nesterov, **kernels)
         case MuonParams():
             hidden = hidden_weights(params, every_role)
-            matrices = grouped([name for name in weights if name in hidden], params.weight_decay, params.learning_rate_multiplier)
+            matrices = grouped(
+                [name for name in weights if name in hidden], params.weight_decay, params.learning_rate_multiplier
+            )
             rest = grouped([name for name in weights if name not in hidden], params.adamw_weight_decay)
             muon = {"momentum": params.momentum, "nesterov": params.nesterov, "adjust_lr_fn": params.adjust_lr_fn}
             return Together(
