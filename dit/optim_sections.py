@@ -52,8 +52,7 @@ class SGDParams(OptimizerSection):
 class MuonParams(OptimizerSection):
     """Muon for the matrices that `hidden` names, AdamW for all other weights; Jordan et al. (2024), `torch.optim.Muon`.
 
-    `learning_rate_multiplier` and `weight_decay` are those of the hidden matrices; `betas` and `adamw_weight_decay` those of the
-    rest.
+    `learning_rate_multiplier` and `weight_decay` belong to the hidden matrices, `betas` and `adamw_weight_decay` to the rest.
     """
 
     name: Literal["muon"]

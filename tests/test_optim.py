@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -210,7 +211,7 @@ def test_a_schedule_rises_to_the_learning_rate_stays_and_falls_without_a_jump(
     assert rates[turn - 1 :] == sorted(rates[turn - 1 :], reverse=True)
     lengths = [warmup or steps, decay or steps - warmup]
     steepest = peak * max(1.6 / length for length in lengths)  # half a cosine is pi / 2 times as steep as a line
-    assert all(abs(after - before) <= steepest for before, after in zip(rates, rates[1:], strict=False))
+    assert all(abs(after - before) <= steepest for before, after in itertools.pairwise(rates))
     final = schedule.get("final_fraction", 1.0)
     assert learning_rate(params, steps) == pytest.approx(peak * final, abs=1e-12)
     assert learning_rate(params, steps + 7) == learning_rate(params, steps)

@@ -33,8 +33,8 @@ Schedule = dict[str, int | None]
 def predict(strategy: Strategy, model: nn.Module, steps: int, optimizer: OptimizerParams | None = None) -> Schedule | None:
     """The schedule that follows from the architecture of `model` and from what `strategy` makes of its weights.
 
-    The weights of `model` are not looked at, so it may be on the meta device. Without an `optimizer`, it is an elementwise one. It
-    has no weight decay, which would move a scale of -1, if not a zero. None where `not_predicted` says why.
+    The weights of `model` are not looked at, so it may be on the meta device. Without an `optimizer`, it is an elementwise one.
+    It has no weight decay, which would move a scale of -1, if not a zero. None where `not_predicted` says why.
     """
     gradient_flow = backbone_of(model).gradient_flow
     if gradient_flow is None or not_predicted(model, optimizer):
