@@ -21,6 +21,7 @@ from dit.config import Params
 from dit.errors import ConfigError, UserError
 from dit.init import Strategy
 from dit.init.strategy import claims
+from dit.terminal import plain
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -56,9 +57,9 @@ def check(params: ParamsFile = Path("params.yaml")) -> None:
                     raise ConfigError(f"{params}: strategies.{name}.{error}") from None
                 print(f"not in the study, and does not fit {loaded.model.name}: strategies.{name}.{error}", file=sys.stderr)
         print(
-            f"{params} is valid: study '{study.name}', {len(study.strategies)} strategies x {len(study.seeds)} seeds, "
-            f"{loaded.model.name} on latents of {loaded.autoencoder.latent_channels} x {loaded.latent_size} x "
-            f"{loaded.latent_size}, {loaded.train.steps} steps of {loaded.train.batch_size}"
+            f"{plain(str(params))} is valid: study '{plain(study.name)}', {len(study.strategies)} strategies x "
+            f"{len(study.seeds)} seeds, {loaded.model.name} on latents of {loaded.autoencoder.latent_channels} x "
+            f"{loaded.latent_size} x {loaded.latent_size}, {loaded.train.steps} steps of {loaded.train.batch_size}"
         )
 
 
@@ -94,7 +95,7 @@ def show_init(
 
 
 def _show(table: Table) -> None:
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False).print(table)
 
 
 def _strategy(loaded: Params, name: str, params: Path, network: str | None) -> Strategy:
@@ -114,14 +115,15 @@ def _strategy(loaded: Params, name: str, params: Path, network: str | None) -> S
 def _library(loaded: Params) -> Table:
     table = Table("strategy", "what it does", "source", title="Strategies", title_justify="left", show_lines=True)
     for name, strategy in loaded.strategies.items():
-        table.add_row(name, strategy.description, strategy.source)
+        table.add_row(name, plain(strategy.description), plain(strategy.source))
     table.columns[0].no_wrap = True
     return table
 
 
 def _strategy_table(loaded: Params, strategy: Strategy, name: str | None, seed: int, every: bool) -> Table:
     network = init.apply(loaded.network({"num_classes": CLASSES_SHOWN}, name), strategy, seed)
-    table = Table(title=strategy.description, caption=strategy.source, title_justify="left", caption_justify="left")
+    title, caption = plain(strategy.description), plain(strategy.source)
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     table.add_column("role", no_wrap=True)
     for column in ("shape", "rule"):
         table.add_column(column)

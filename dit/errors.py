@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dit.terminal import plain
+
 NAMED = 3
 """Of the entries that a message is about, how many it names."""
 
@@ -15,7 +17,13 @@ Location = tuple[int | str, ...]
 
 
 class UserError(Exception):
-    """Something that the user gave is wrong. The message says what, where, and what would be accepted."""
+    """Something that the user gave is wrong. The message says what, where, and what would be accepted.
+
+    As text it is safe to print, whatever names or values of the user's it quotes.
+    """
+
+    def __str__(self) -> str:
+        return plain(super().__str__())
 
 
 class ConfigError(UserError):

@@ -30,8 +30,10 @@ from PIL import Image
 
 from dit import config
 from dit.errors import UserError
+from dit.terminal import plain
 from pipelines.records.analysis import StartRecord
 from pipelines.records.base import Timing
+from pipelines.redaction import redacted, shown
 from pipelines.run_metrics import Finished, finished, params, start_values, timing, values
 
 PROBE_SECONDS = 3.0
@@ -62,18 +64,12 @@ class Synced:
     def __str__(self) -> str:
         waiting = f", {len(self.missing)} not evaluated yet" if self.missing else ""
         counts = f"{len(self.added)} runs added, {len(self.present)} already there{waiting}"
-        return f"MLflow experiment '{self.experiment}' in {self.store}: {counts}"
+        return plain(f"MLflow experiment '{self.experiment}' in {self.store}: {counts}")
 
 
 def tracking_uri() -> str:
     """`MLFLOW_TRACKING_URI`, by default the file `mlflow.db` of this folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
-
-
-def shown(uri: str) -> str:
-    """A tracking URI without its password."""
-    password = urlsplit(uri).password
-    return uri.replace(f":{password}@", ":***@") if password else uri
 
 
 def sync(root: Path, tags: Mapping[str, str] | None = None) -> Synced:
@@ -116,8 +112,12 @@ def sync(root: Path, tags: Mapping[str, str] | None = None) -> Synced:
                 synced.view = _save_view(client, experiment, name, [present[run.name].info.run_id for run in found])
     except (MlflowException, requests.RequestException) as error:
         raise UnreachableError(
-            f"MLflow at {shown(uri)} does not take runs: {error}; nothing is lost, `make mlflow` catches up"
+            f"MLflow at {shown(uri)} does not take runs: {redacted(str(error), uri)}; nothing is lost, `make mlflow` catches up"
         ) from None
+    except Exception as error:
+        if (said := redacted(str(error), uri)) != str(error):
+            raise RuntimeError(f"{type(error).__name__}: {said}") from None
+        raise
     return synced
 
 
@@ -201,7 +201,7 @@ def _log_run(client: MlflowClient, experiment: Experiment, run: Finished, tags: 
     for first in range(0, len(metrics), METRICS_PER_REQUEST):
         client.log_batch(made, metrics=metrics[first : first + METRICS_PER_REQUEST])
     if (grid := run.evaluate / "grid.png").exists():
-        with Image.open(grid) as picture:
+        with Image.open(grid, formats=["PNG"]) as picture:
             client.log_image(made, picture, key="samples", step=run.run.steps_done)
     if run.analysis:
         _add_start(client, client.get_run(made), run.analysis)
@@ -258,11 +258,15 @@ def _commit(root: Path) -> dict[str, str]:
 
 def _probe(uri: str) -> None:
     """Raise `UnreachableError` within seconds, where MLflow itself would try for minutes."""
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+        port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
+    except ValueError:
+        raise UserError(f"MLFLOW_TRACKING_URI = {shown(uri)} is not an address; write it as in http://127.0.0.1:5000") from None
     try:
         if parts.scheme in ("http", "https"):
             requests.get(f"{uri.rstrip('/')}/health", timeout=PROBE_SECONDS)
-        elif parts.hostname and (port := parts.port or PORTS.get(parts.scheme.partition("+")[0])):
+        elif parts.hostname and port:
             socket.create_connection((parts.hostname, port), timeout=PROBE_SECONDS).close()
     except (requests.RequestException, OSError):
         raise UnreachableError(f"MLflow at {shown(uri)} cannot be reached; nothing is lost, `make mlflow` catches up") from None
