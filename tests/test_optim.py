@@ -20,6 +20,7 @@ from dit.config import Params
 from dit.diffusion import Batch, Diffusion
 from dit.errors import ConfigError
 from dit.models.dit.network import DiT
+from dit.optim.by_name import OUTSIDE
 from dit.optim.fused import unserved
 from dit.optim.groups import Multipliers, multipliers
 from dit.optim.optimizer import LEARNING_RATE, Together, make_optimizer, set_learning_rate
@@ -273,3 +274,18 @@ def test_an_arbitrary_optimiser_keeps_its_section_as_written() -> None:
     found = optimizer(name="RAdam", arguments={"betas": [0.9, 0.99]})
     assert isinstance(found, NamedOptimizerParams)
     assert found.model_dump(mode="json") == {"groups": [], "name": "RAdam", "arguments": {"betas": [0.9, 0.99]}}
+
+
+def test_an_optimiser_that_torch_does_not_have_is_one_function(
+    micro: Callable[..., DiT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(params: Any, lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=lr / 2, momentum=momentum, weight_decay=weight_decay)
+
+    monkeypatch.setitem(OUTSIDE, "half", half)
+    made = make_optimizer(micro(), optimizer(name="half", arguments={"momentum": 0.5}), 1.0)
+    assert made.param_groups[0]["momentum"] == 0.5
+    with pytest.raises(
+        ConfigError, match=r"arguments\.momenta is not an argument of half; expected one of momentum, weight_decay"
+    ):
+        optimizer(name="half", arguments={"momenta": 0.5})
