@@ -158,6 +158,16 @@ def test_an_optimiser_that_cannot_be_made_is_refused_before_any_work(wrong: dict
         optimizer(**section)
 
 
+def test_a_mistaken_name_is_one_message_and_a_missing_key_names_itself() -> None:
+    with pytest.raises(
+        ConfigError, match=r"train\.optimizer: name = 'adam': expected adamw, sgd or muon, or a class"
+    ) as caught:
+        optimizer(name="adam", betas=[0.9, 0.999], weight_decay=0.0)
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(ConfigError, match=r"train\.optimizer\.momentum is missing"):
+        optimizer(name="sgd", nesterov=False, weight_decay=0.0)
+
+
 def test_an_optimiser_that_cannot_be_sharded_is_refused_with_fsdp() -> None:
     adafactor = {"name": "Adafactor", "arguments": {}, "groups": []}
     assert train_params(optimizer=adafactor).optimizer.name == "Adafactor"
