@@ -38,9 +38,8 @@ Schedule = dict[str, int | None]
 def predict(strategy: Strategy, model: nn.Module, steps: int, optimizer: OptimizerParams | None = None) -> Schedule | None:
     """The schedule that follows from the architecture of `model` and from what `strategy` makes of its weights.
 
-    The weights of `model` are not looked at, so it may be on the meta device. None where `not_predicted` says why. The optimiser,
-    an elementwise one where none is given, moves weights along their gradients alone: weight decay would move a scale of -1, if
-    not a zero.
+    The weights of `model` are not looked at, so it may be on the meta device. Without an `optimizer`, it is an elementwise one.
+    It has no weight decay, which would move a scale of -1, if not a zero. None where `not_predicted` says why.
     """
     gradient_flow = backbone_of(model).gradient_flow
     if gradient_flow is None or not_predicted(model, optimizer):
@@ -48,7 +47,8 @@ def predict(strategy: Strategy, model: nn.Module, steps: int, optimizer: Optimiz
     every_role = roles(model)
     state = patterns(strategy, model)
     hidden = hidden_weights(optimizer, every_role) if isinstance(optimizer, MuonParams) else set()
-    momenta: dict[str, Pattern] = dict.fromkeys(state, "zero")
+    rule: Updates = "linear" if isinstance(optimizer, SGDParams) or (optimizer and optimizer.name == "SGD") else "elementwise"
+    momenta: dict[str, Pattern] = dict.fromkeys(state, ZERO)
     schedule: Schedule = dict.fromkeys(state)
     for step in range(steps):
         gradients = gradient_flow(model, state)

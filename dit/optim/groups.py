@@ -35,7 +35,7 @@ def multipliers(groups: Sequence[ParameterGroup], every_role: Sequence[Role]) ->
 def _multipliers(group: ParameterGroup, role: Role) -> Multipliers:
     """With `base_fan_in`, weight decay grows as the learning rate falls, so that their product stays.
 
-    Yang et al. (2022), "Tensor Programs V", table 3, Adam; microsoft/mup mup/optim.py, `MuAdam`, on matrices that grow with width.
+    Yang et al. (2022), "Tensor Programs V", table 3, Adam; microsoft/mup mup/optim.py, `MuAdam`, on matrices that grow.
     """
     width = role.fan_in / group.base_fan_in if group.base_fan_in else 1.0
     return Multipliers(group.learning_rate_multiplier / width, group.weight_decay_multiplier * width)

@@ -42,8 +42,8 @@ def _refuse_weight_decay(params: NamedOptimizerParams) -> None:
     for index, group in enumerate(params.groups):
         if group.weight_decay_multiplier != 1:
             raise ConfigError(
-                f"groups[{index}].weight_decay_multiplier = {group.weight_decay_multiplier}: {params.name} has no weight decay; "
-                "expected a group without this key"
+                f"groups[{index}].weight_decay_multiplier = {group.weight_decay_multiplier}: {params.name} has no weight "
+                "decay; expected a group without this key"
             )
 
 
@@ -89,14 +89,24 @@ def make_optimizer(
             return torch.optim.SGD(groups, learning_rate, params.momentum, nesterov=params.nesterov, **kernels)
         case MuonParams():
             hidden = hidden_weights(params, every_role)
+<<<<<<< HEAD
             matrices = grouped(
                 [name for name in weights if name in hidden], params.weight_decay, params.learning_rate_multiplier
             )
             rest = grouped([name for name in weights if name not in hidden], params.adamw_weight_decay)
             muon = {"momentum": params.momentum, "nesterov": params.nesterov, "adjust_lr_fn": params.adjust_lr_fn}
+=======
+            matrices, rest = ([name for name in weights if (name in hidden) is wanted] for wanted in (True, False))
+            muon = torch.optim.Muon(
+                grouped(matrices, params.weight_decay, params.learning_rate_multiplier),
+                learning_rate,
+                momentum=params.momentum,
+                nesterov=params.nesterov,
+                adjust_lr_fn=params.adjust_lr_fn,
+            )
+>>>>>>> optim
             return Together(
-                torch.optim.Muon(matrices, learning_rate, **muon),
-                torch.optim.AdamW(rest, learning_rate, params.betas, **kernels),
+                muon, torch.optim.AdamW(grouped(rest, params.adamw_weight_decay), learning_rate, params.betas, **kernels)
             )
         case _:
             make = maker(params)
