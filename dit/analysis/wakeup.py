@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dit.init.strategy import Strategy, claims
 from dit.models import Role, backbone_of, roles
-from dit.models.gradient_flow import Pattern, pattern_of, updated
+from dit.models.gradient_flow import Pattern, Updates, pattern_of, updated
 from dit.seeding import generator
 
 SCALING = 1e-3
@@ -26,11 +26,12 @@ Schedule = dict[str, int | None]
 """By role, the first optimiser step with a gradient, counted from 0; None where there is none within the steps looked at."""
 
 
-def predict(strategy: Strategy, model: nn.Module, steps: int) -> Schedule | None:
+def predict(strategy: Strategy, model: nn.Module, steps: int, updates: Updates = "elementwise") -> Schedule | None:
     """The schedule that follows from the architecture of `model` and from what `strategy` makes of its weights.
 
     The weights of `model` are not looked at, so it may be on the meta device. None for a backbone without a prediction. The
-    optimiser moves weights along their gradients alone: weight decay would move a scale of -1, if not a zero.
+    optimiser moves weights along their gradients alone: weight decay would move a scale of -1, if not a zero. `updates` says
+    how: `elementwise`, such as Adam, or `linear`, such as SGD with or without momentum.
     """
     gradient_flow = backbone_of(model).gradient_flow
     if gradient_flow is None:
@@ -40,9 +41,9 @@ def predict(strategy: Strategy, model: nn.Module, steps: int) -> Schedule | None
     for step in range(steps):
         gradients = gradient_flow(model, state)
         for role, gradient in gradients.items():
-            if gradient != "zero" and schedule[role] is None:
+            if not gradient.zero and schedule[role] is None:
                 schedule[role] = step
-        state = {role: updated(weight, gradients[role]) for role, weight in state.items()}
+        state = {role: updated(weight, gradients[role], updates) for role, weight in state.items()}
     return schedule
 
 
@@ -115,7 +116,7 @@ def schedule(gradients: list[RoleGradient]) -> Schedule:
 
 def awake(schedule: Schedule) -> int | None:
     """The first step at which every role receives a gradient, but for biases of keys, which never can; None if never."""
-    steps = [step for role, step in schedule.items() if not role.endswith(".qkv.key.bias")]
+    steps = [step for role, step in schedule.items() if not role.endswith(".key.bias")]
     return None if None in steps else max(step for step in steps if step is not None)
 
 
