@@ -2,7 +2,10 @@
 .DEFAULT_GOAL := help
 .PHONY: help install study mlflow report up down test browser lint format bench
 
-export CHROMIUM
+# What a person gives is passed on as text, by the environment: neither make nor a shell acts on anything in it.
+GIVEN := SET PROFILE TARGETS WORKERS TESTS BENCH CHROMIUM PREFECT_PORT MLFLOW_PORT
+$(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
+export $(GIVEN)
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 INSTALLED := $(VENV)/installed
@@ -24,7 +27,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@touch $@
 
 study: $(INSTALLED) ## Run what is not up to date [SET="train.steps=300 study.seeds=[0]"] [PROFILE=gpu] [TARGETS=train] [WORKERS=2]
-	@$(RUN) pipelines study $(foreach value,$(SET),--set '$(value)') $(if $(PROFILE),--profile $(PROFILE)) $(if $(WORKERS),--workers $(WORKERS)) $(TARGETS)
+	@DIT_SET="$$SET" DIT_PROFILE="$$PROFILE" DIT_WORKERS="$$WORKERS" DIT_TARGETS="$$TARGETS" $(RUN) pipelines study
 
 mlflow: $(INSTALLED) ## Bring runs that MLflow does not have into it [MLFLOW_TRACKING_URI=...]
 	@$(RUN) pipelines mlflow
@@ -32,26 +35,26 @@ mlflow: $(INSTALLED) ## Bring runs that MLflow does not have into it [MLFLOW_TRA
 report: $(INSTALLED) ## Open the report in a browser
 	@test -f reports/index.html || { echo "error: no reports/index.html; accepted: after 'make study'. Experiments' reports are" \
 		"in .scratch/experiments/NAME/" >&2; exit 2; }
-	@$(RUN) webbrowser -t "file://$(CURDIR)/reports/index.html"
+	@$(RUN) webbrowser -t "file://$$PWD/reports/index.html"
 
 up: $(INSTALLED) ## Start a Prefect server, a worker and the MLflow UI on 127.0.0.1 [PREFECT_PORT=4200] [MLFLOW_PORT=5000]
-	@$(if $(PREFECT_PORT),PREFECT_PORT=$(PREFECT_PORT)) $(if $(MLFLOW_PORT),MLFLOW_PORT=$(MLFLOW_PORT)) $(RUN) pipelines up
+	@$(RUN) pipelines up
 
 down: $(INSTALLED) ## Stop what `make up` started
 	@$(RUN) pipelines down
 
 test: $(INSTALLED) browser ## Run the tests [TESTS=tests/test_model.py] [CHROMIUM=/path/to/chrome]
-	$(RUN) pytest -n 2 --dist loadfile $(TESTS)
+	$(RUN) pytest -n 2 --dist loadfile $$TESTS
 
 browser: # The report's page test opens it in Chromium or Chrome.
-	@for name in "$(CHROMIUM)" chromium chromium-browser google-chrome google-chrome-stable; do \
+	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome google-chrome-stable; do \
 		command -v "$$name" >/dev/null && exit 0; done; \
 	command -v apt-get >/dev/null || { echo "error: the tests need Chromium or Chrome: install one, or make test CHROMIUM=/path/to/chrome" >&2; exit 2; }; \
 	root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	$$root apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$root apt-get install -y -qq --no-install-recommends chromium >/dev/null
 
 bench: $(INSTALLED) ## Measure speed on this machine, into .scratch/bench [BENCH="train sample encode diagnostics stages"]
-	@for name in $(or $(BENCH),train sample encode diagnostics stages); do \
+	@for name in $${BENCH:-train sample encode diagnostics stages}; do \
 		$(VENV)/bin/python benchmarks/$$name.py --output .scratch/bench/$$name.json || exit; done
 
 lint: $(INSTALLED) ## Check style and types

@@ -16,13 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from dit import config
+from dit.autoencoder import load_autoencoder
 from dit.data.latents import LatentStore
 from dit.devices import make_deterministic, resolve_device
 from dit.distributed import Ranks
-from dit.evaluation.distances import measure
+from dit.evaluation.distances import sample_distances
 from dit.evaluation.features import load_extractor, load_features
+from dit.evaluation.samples import draw, load_network, look
 from pipelines import experiments
-from pipelines.stages.evaluate import draw, look
+from pipelines.records.training import TRAIN
 
 SOLVERS = "ddpm:250 ddim:50 dpmsolver++:20 dpmsolver++:10"
 SHOWN = ("frechet_distance", "kernel_distance", "precision", "recall")
@@ -39,6 +41,7 @@ def main(
     make_deterministic(params.evaluate.threads)
     store, extractor = LatentStore("data/latents"), load_extractor(params.features, device)
     real = load_features("data/features", extractor)
+    autoencoder, ranks = load_autoencoder("data/autoencoder", device), Ranks(device)
     about = {"strategy": strategy, "model": params.model.name, "samples": params.evaluate.num_samples, "real": len(real)}
     report: Result = {"machine": machine(device), **about, "results": []}
     for solver in solvers.split():
@@ -47,10 +50,13 @@ def main(
         chosen = experiments.parameters(Path.cwd(), overrides)
         for seed in params.study.seeds:
             started = time.monotonic()
-            latents = draw(chosen, store, f"{strategy}-{seed}", Ranks(device), "solvers")
+            network = load_network(chosen, store, TRAIN / f"{strategy}-{seed}" / "ema.safetensors").to(device)
+            latents = store.denormalize(draw(network, chosen, store.num_classes, ranks, f"sample {strategy}-{seed}"))
             seconds = time.monotonic() - started
-            features, _ = look(chosen, store.denormalize(latents), extractor, 0, Ranks(device))
-            distances = vars(measure(real, features, chosen.evaluate))
+            seen = look(latents, autoencoder, extractor, chosen.evaluate, store.num_classes, ranks)
+            if seen is None:
+                raise SystemExit(f"error: samples of {strategy}-{seed} by {solver} are not finite, so they have no distances")
+            distances = vars(sample_distances(real, seen.features, chosen.evaluate))
             row = {"solver": scheduler, "steps": int(steps), "timestep_spacing": chosen.evaluate.timestep_spacing, "seed": seed}
             report["results"].append({**row, "seconds": seconds, **distances})
             write(report, output)

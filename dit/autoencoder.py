@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dit import checkpoint
 from dit.devices import autocast, resolve_device, send
-from dit.errors import ConfigError, DataError
+from dit.errors import ConfigError, DataError, InputError
 from dit.fused.encoder import FusedEncoder
 from dit.progress import progress
 from dit.sections import PretrainedAutoencoder, TrainedAutoencoder
@@ -181,11 +181,11 @@ def _unreachable(error: BaseException | None) -> bool:
 def load_autoencoder(directory: str | Path, device: torch.device | str) -> AutoencoderKL:
     """What stage `autoencoder` left in `directory`: float32, in eval mode, without gradients, on `device`.
 
-    Raises `DataError` where the directory holds no complete autoencoder.
+    Raises `InputError` where the directory holds no autoencoder, `DataError` where its weights do not fit.
     """
     model = Path(directory) / MODEL
     if not (model / "config.json").is_file():
-        raise DataError(f"{model}: no autoencoder there; `dvc repro autoencoder` makes it")
+        raise InputError(model / "config.json")
     return _from_pretrained(str(model)).to(device)
 
 
@@ -249,7 +249,7 @@ def decode(autoencoder: AutoencoderKL, latents: Tensor) -> np.ndarray:
     return to_pixels(autoencoder.decode(latents.to(autoencoder.device, torch.float32)).sample)
 
 
-def measure(autoencoder: AutoencoderKL, images: np.ndarray) -> dict[str, float]:
+def reconstruction_quality(autoencoder: AutoencoderKL, images: np.ndarray) -> dict[str, float]:
     """Quality of the reconstructions of validation images (N, H, W, 3) uint8 from their posterior means.
 
     Means over images, both by scikit-image on 8-bit pixels: `psnr` in dB; `ssim`, Wang et al. (2004), at most 1.

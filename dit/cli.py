@@ -21,6 +21,7 @@ from dit.config import Params
 from dit.errors import ConfigError, UserError
 from dit.init import Strategy
 from dit.init.strategy import claims
+from dit.terminal import plain
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -30,7 +31,7 @@ CLASSES_SHOWN = 1000
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _user_errors_shown() -> Iterator[None]:
     """Print a user's error as one message and exit with 2."""
     try:
         yield
@@ -42,7 +43,7 @@ def _told() -> Iterator[None]:
 @app.command()
 def check(params: ParamsFile = Path("params.yaml")) -> None:
     """Check a parameter file, and say what the study would do."""
-    with _told():
+    with _user_errors_shown():
         loaded = config.load(params)
         study = loaded.study
         every_role = models.roles(loaded.skeleton())
@@ -56,9 +57,9 @@ def check(params: ParamsFile = Path("params.yaml")) -> None:
                     raise ConfigError(f"{params}: strategies.{name}.{error}") from None
                 print(f"not in the study, and does not fit {loaded.model.name}: strategies.{name}.{error}", file=sys.stderr)
         print(
-            f"{params} is valid: study '{study.name}', {len(study.strategies)} strategies x {len(study.seeds)} seeds, "
-            f"{loaded.model.name} on latents of {loaded.autoencoder.latent_channels} x {loaded.latent_size} x "
-            f"{loaded.latent_size}, {loaded.train.steps} steps of {loaded.train.batch_size}"
+            f"{plain(str(params))} is valid: study '{plain(study.name)}', {len(study.strategies)} strategies x "
+            f"{len(study.seeds)} seeds, {loaded.model.name} on latents of {loaded.autoencoder.latent_channels} x "
+            f"{loaded.latent_size} x {loaded.latent_size}, {loaded.train.steps} steps of {loaded.train.batch_size}"
         )
 
 
@@ -79,7 +80,7 @@ def show_init(
 
     Without an option: the strategies of the parameter file, with what they are and where they come from.
     """
-    with _told():
+    with _user_errors_shown():
         loaded = config.load(params)
         if strategy and any(diff):
             raise ConfigError("--strategy and --diff are two questions; accepted: one of them")
@@ -94,7 +95,7 @@ def show_init(
 
 
 def _show(table: Table) -> None:
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False).print(table)
 
 
 def _strategy(loaded: Params, name: str, params: Path, network: str | None) -> Strategy:
@@ -114,14 +115,15 @@ def _strategy(loaded: Params, name: str, params: Path, network: str | None) -> S
 def _library(loaded: Params) -> Table:
     table = Table("strategy", "what it does", "source", title="Strategies", title_justify="left", show_lines=True)
     for name, strategy in loaded.strategies.items():
-        table.add_row(name, strategy.description, strategy.source)
+        table.add_row(name, plain(strategy.description), plain(strategy.source))
     table.columns[0].no_wrap = True
     return table
 
 
 def _strategy_table(loaded: Params, strategy: Strategy, name: str | None, seed: int, every: bool) -> Table:
     network = init.apply(loaded.network({"num_classes": CLASSES_SHOWN}, name), strategy, seed)
-    table = Table(title=strategy.description, caption=strategy.source, title_justify="left", caption_justify="left")
+    title, caption = plain(strategy.description), plain(strategy.source)
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     table.add_column("role", no_wrap=True)
     for column in ("shape", "rule"):
         table.add_column(column)
@@ -167,7 +169,7 @@ def wakeup(
     params: ParamsFile = Path("params.yaml"),
 ) -> None:
     """Predict, without running anything, from which optimiser step on each kind of weight receives a gradient."""
-    with _told():
+    with _user_errors_shown():
         loaded = config.load(params)
         chosen = {each: _strategy(loaded, each, params, name) for each in strategies or loaded.strategies}
         network = loaded.skeleton(name)
@@ -216,14 +218,14 @@ def audit(
     TARGET is diffusers:ClassName, strategy:NAME, a checkpoint, a diffusers directory, or package.module:function, which returns
     (model, batch) or (model, batch, loss).
     """
-    from dit.audit import audit as measure
-    from dit.audit import sources
+    from dit.audit import audit as run_audit
+    from dit.audit import targets
     from dit.audit.report import known
 
-    with _told():
+    with _user_errors_shown():
         expected = known(expect) if expect else None
-        source = sources.load(target, sources.read_config(settings), model_name=name, seed=seed, params=params)
-        report = measure(source.model, source.batch, source.loss, steps=steps)
+        found = targets.load(target, targets.read_config(settings), model_name=name, seed=seed, params=params)
+        report = run_audit(found.model, found.batch, found.loss, steps=steps)
     if as_json:
         print(report.model_dump_json(indent=2))
     else:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+
+from dit.terminal import plain
 
 NAMED = 3
 """Of the entries that a message is about, how many it names."""
@@ -14,7 +17,13 @@ Location = tuple[int | str, ...]
 
 
 class UserError(Exception):
-    """Something that the user gave is wrong. The message says what, where, and what would be accepted."""
+    """Something that the user gave is wrong. The message says what, where, and what would be accepted.
+
+    As text it is safe to print, whatever names or values of the user's it quotes.
+    """
+
+    def __str__(self) -> str:
+        return plain(super().__str__())
 
 
 class ConfigError(UserError):
@@ -23,6 +32,17 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """Input data is unusable: the message names the file or item, and what is wrong with it."""
+
+
+class InputError(DataError):
+    """A file or folder that an earlier step makes is not there, or was made with other parameters; `path` is where it lies.
+
+    The message says what is wrong with it. Whoever knows the earlier steps can say from `path` which one makes it.
+    """
+
+    def __init__(self, path: str | Path, problem: str = "not found") -> None:
+        super().__init__(f"{path} {problem}")
+        self.path = Path(path)
 
 
 def explain(error: ValidationError, where: str, data: Any) -> str:
@@ -34,7 +54,7 @@ def explain(error: ValidationError, where: str, data: Any) -> str:
     locations: dict[str, Location] = {}
     for problem in error.errors(include_url=False):
         location = _written(problem, data)
-        head, accepted = _told(problem, _key(location))
+        head, accepted = _sentence(problem, _key(location))
         choices.setdefault(head, []).append(accepted)
         locations[head] = location
     alike: dict[tuple[Location, str], list[str]] = {}
@@ -68,7 +88,7 @@ def _written(problem: Any, data: Any) -> Location:
     return tuple(keys) if of_value else (*keys, *problem["loc"][-1:])
 
 
-def _told(problem: Any, key: str) -> tuple[str, str]:
+def _sentence(problem: Any, key: str) -> tuple[str, str]:
     if problem["type"] == "missing":
         return f"{key} is missing", ""
     if problem["type"] == "extra_forbidden":

@@ -56,7 +56,7 @@ class StudyParams(Section):
 
 
 class PhotosSource(Section):
-    """Class-conditional crops of the pictures that scikit-image ships; `dit.data.photos`."""
+    """Class-conditional crops of the pictures that scikit-image ships; `dit.data.sources.photos`."""
 
     kind: Literal["photos"]
     train_per_class: PositiveInt
@@ -66,7 +66,7 @@ class PhotosSource(Section):
 
 
 class FolderSource(Section):
-    """Image files as `root/class/*.{jpg,png,webp}`; `dit.data.folder`."""
+    """Image files as `root/class/*.{jpg,png,webp}`; `dit.data.sources.folder`."""
 
     kind: Literal["folder"]
     root: Path
@@ -75,7 +75,7 @@ class FolderSource(Section):
 
 
 class HuggingFaceSource(Section):
-    """A data set of the `datasets` library; `dit.data.huggingface`."""
+    """A data set of the `datasets` library; `dit.data.sources.huggingface`."""
 
     kind: Literal["huggingface"]
     path: str

@@ -12,17 +12,24 @@ from typing import Annotated, Any
 import typer
 
 from dit.errors import UserError
+from dit.terminal import plain
 from pipelines import services
+from pipelines.redaction import redacted, shown
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 
 SET = typer.Option(
-    "--set", metavar="KEY=VALUE", help="Another value of params.yaml, in an isolated experiment, such as train.steps=300."
+    "--set",
+    metavar="KEY=VALUE",
+    envvar="DIT_SET",
+    help="Another value of params.yaml, in an isolated experiment, such as train.steps=300.",
 )
-TARGETS = typer.Argument(help="Only these stages and what they need, such as train; default: all.")
-PROFILE = typer.Option(metavar="NAME", help="The values of profiles/NAME.yaml, in an isolated experiment, such as gpu.")
-WORKERS = typer.Option(min=1, help="Stages at the same time; default: what the machine has room for.")
+TARGETS = typer.Argument(envvar="DIT_TARGETS", help="Only these stages and what they need, such as train; default: all.")
+PROFILE = typer.Option(
+    metavar="NAME", envvar="DIT_PROFILE", help="The values of profiles/NAME.yaml, in an isolated experiment, such as gpu."
+)
+WORKERS = typer.Option(min=1, envvar="DIT_WORKERS", help="Stages at the same time; default: what the machine has room for.")
 
 
 @app.command()
@@ -34,13 +41,13 @@ def study(
 ) -> None:
     """Run the study: whatever is not up to date, side by side, as a Prefect flow, and fill MLflow."""
     overrides = dict(_assignment(text) for text in set_ or [])
-    url = services.prefect_server(os.environ)
-    os.environ.update(services.prefect_environment(url))
+    server = services.prefect_server(os.environ)
+    os.environ.update(server.environment)
     from pipelines import experiments, flows
 
     given = experiments.profile(Path.cwd(), profile) if profile else {}
     experiments.parameters(Path.cwd(), {**given, **overrides})
-    services.wait_for(url)
+    server.wait()
     _log_for_people(flows.LOGGER)
     try:
         state = flows.study(overrides or None, workers, targets or None, profile, return_state=True)
@@ -103,6 +110,7 @@ class _Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         name = getattr(record, "task_run_name", None)
         text = super().format(record)
+        text = plain(redacted(text) if record.exc_info else shown(text))
         return "\n".join(f"{name:<26} | {line}" for line in text.splitlines()) if name else text
 
 

@@ -28,6 +28,7 @@ from dvc.stage import PipelineStage
 from dvc.utils.serialize import load_yaml, modify_yaml
 
 from dit.errors import ConfigError, UserError
+from dit.terminal import plain
 from pipelines import guard
 
 DVC = (sys.executable, "-m", "dvc")
@@ -181,7 +182,7 @@ class Processes:
         process = self._start([*DVC, "--wait-for-lock", "repro", "--single-item", stage], environment or {})
         last: deque[str] = deque(maxlen=50)
         outcome = Outcome.RAN
-        for line in map(str.rstrip, process.stdout or ()):
+        for line in (plain(line.rstrip()) for line in process.stdout or ()):
             last.append(line)
             if _UP_TO_DATE.match(line):
                 outcome = Outcome.CACHED

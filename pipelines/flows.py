@@ -30,7 +30,7 @@ from pydantic import Field
 
 from dit.errors import UserError
 from pipelines import dag, experiments, services, tracking
-from pipelines.places import Places, environment, places_for
+from pipelines.device_pool import DevicePool, device_pool, environment
 from pipelines.report.words import samples
 
 LOGGER = "study"
@@ -111,7 +111,7 @@ def study(
         params = experiments.parameters(root, overrides)
         with _workspace(root, overrides) as (workspace, experiment):
             stages = dag.select(dag.read(workspace), targets)
-            return _run(workspace, stages, places_for(params, workers), experiment)
+            return _run(workspace, stages, device_pool(params, workers), experiment)
     except UserError as error:
         return Failed(message=str(error))
 
@@ -128,13 +128,13 @@ def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[P
         yield path, name
 
 
-def _run(workspace: Path, stages: Mapping[str, dag.Stage], places: Places, experiment: str | None) -> State[Any]:
+def _run(workspace: Path, stages: Mapping[str, dag.Stage], pool: DevicePool, experiment: str | None) -> State[Any]:
     """Run `stages`, then show what came out: in MLflow, as artifacts, and as a DVC experiment."""
     fresh = sum(stage.up_to_date for stage in stages.values())
-    _log().info("%d of %d stages are up to date; %d at a time", fresh, len(stages), places.most)
+    _log().info("%d of %d stages are up to date; %d at a time", fresh, len(stages), pool.max_parallel)
     scratch = Path(os.environ.get("DIT_SCRATCH", ".scratch")).resolve()
     with dag.Processes(workspace, {"DIT_SCRATCH": str(scratch)}) as processes:
-        states = run_all(stages, processes, places)
+        states = run_all(stages, processes, pool)
     dag.order_lock(workspace)
     mlflow = fill_mlflow(workspace, {"dvc_experiment": experiment} if experiment else {}, return_state=True)
     if not all(state.is_completed() for state in states.values()):
@@ -152,10 +152,10 @@ def _run(workspace: Path, stages: Mapping[str, dag.Stage], places: Places, exper
     return Completed(message=f"{len(stages) - cached} stages ran, {cached} were cached")
 
 
-def run_all(stages: Mapping[str, dag.Stage], processes: dag.Processes, places: Places) -> dict[str, State[Any]]:
-    """Run every stage as a task once those above it are done and there is a place for it; the state in which each ended.
+def run_all(stages: Mapping[str, dag.Stage], processes: dag.Processes, pool: DevicePool) -> dict[str, State[Any]]:
+    """Run every stage as a task once those above it are done and a device is free; the state in which each ended.
 
-    Stages take their places in order. A stage below one that failed ends as NotReady; the others go on.
+    Stages acquire devices in order. A stage below one that failed ends as NotReady; the others go on.
     """
     futures: dict[str, PrefectFuture[Any]] = {}
     states: dict[str, State[Any]] = {}
@@ -167,7 +167,7 @@ def run_all(stages: Mapping[str, dag.Stage], processes: dag.Processes, places: P
             if name in futures or not states.keys() >= set(stage.upstream):
                 continue
             if not stage.up_to_date and all(states[above].is_completed() for above in stage.upstream):
-                gpus = None if full else places.take(name)
+                gpus = None if full else pool.acquire(name)
                 if gpus is None:
                     full = True
                     continue
@@ -180,7 +180,7 @@ def run_all(stages: Mapping[str, dag.Stage], processes: dag.Processes, places: P
         name = finished.get()
         states[name] = _final_state(futures[name])
         if name in taken:
-            places.give_back(taken.pop(name))
+            pool.release(taken.pop(name))
     return {name: states[name] for name in stages}
 
 

@@ -1,6 +1,7 @@
 """Local services: a Prefect server, a worker and the MLflow UI in the background, and a server that lasts for one study.
 
-All listen on 127.0.0.1 and keep what they know, their logs and their process ids under `.scratch`.
+All listen on 127.0.0.1, each behind a password of its own (`pipelines.gate`), and keep what they know, their logs and their
+process ids under `.scratch`, in folders that no other user may enter. Passwords are made anew at each start.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -23,14 +26,20 @@ from urllib.request import Request, urlopen
 import psutil
 
 from dit.errors import UserError
-from pipelines import guard
+from pipelines import gate, guard
+from pipelines.gate import HOST
+from pipelines.redaction import redacted, shown
 
-HOST = "127.0.0.1"
 PREFECT_PORT = 4200
 MLFLOW_PORT = 5000
 SERVICES = Path(".scratch/services")
 PREFECT_HOME = Path(".scratch/prefect")
 POOL = "local"
+JOB_TEMPLATE = {
+    "job_configuration": {"stream_output": True},
+    "variables": {"type": "object", "properties": {}, "additionalProperties": False},
+}
+"""What a run through the worker may choose about its process: nothing, so neither its command nor environment nor folder."""
 START_SECONDS = 90.0
 STOP_SECONDS = 10.0
 
@@ -43,6 +52,14 @@ class Service:
     pid: int
     created: float
     url: str
+    password: str = field(default="", repr=False)
+
+    @property
+    def pages(self) -> str:
+        """Where a browser opens it."""
+        if self.name != "mlflow":
+            return self.url
+        return self.url.replace(HOST, gate.pages_host(self.password))
 
     @property
     def process(self) -> psutil.Process | None:
@@ -61,39 +78,50 @@ def running() -> dict[str, Service]:
 
 
 def up(prefect_port: int, mlflow_port: int, tracking_uri: str, tell: Callable[[str], None]) -> None:
-    """Start what does not run yet: Prefect server, work pool, deployment, worker, MLflow UI.
+    """Start what does not run yet: Prefect server, work pool, deployment, worker, MLflow UI. Tell how a browser gets in.
 
     Raises `UserError` for a port that another program has, or a service that does not start.
     """
-    server = f"http://{HOST}:{prefect_port}"
-    environment = prefect_environment(f"{server}/api")
-    if "prefect" not in running():
+    known = running()
+    if "prefect" not in known:
         _check_free(prefect_port, "Prefect", "PREFECT_PORT")
-    if "mlflow" not in running() and not _is_server(tracking_uri):
+    if "mlflow" not in known and not _is_server(tracking_uri):
         _check_free(mlflow_port, "MLflow", "MLFLOW_PORT")
-    command = [*_module("prefect"), "server", "start", "--host", HOST, "--port", str(prefect_port)]
-    prefect = _ensure("prefect", command, environment, server, lambda: _answers(f"{server}/api/health"))
-    environment = prefect_environment(f"{prefect.url}/api")
-    _write_profile(f"{prefect.url}/api")
-    if "worker" not in running():
-        _deploy(prefect.url, environment)
+    prefect = known.get("prefect") or _start_prefect(prefect_port)
+    environment = prefect_environment(f"{prefect.url}/api", prefect.password)
+    _write_profile(environment)
+    if "worker" not in known:
+        _deploy(environment)
     worker = [*_module("prefect"), "worker", "start", "--pool", POOL, "--name", POOL]
-    _ensure("worker", worker, environment, "", lambda: _has_worker(prefect.url))
-    tell(f"Prefect  {prefect.url}  (worker in work pool '{POOL}')")
+    _ensure(Service("worker", 0, 0, ""), worker, environment, lambda: _has_worker(prefect))
+    tell(f"Prefect  {_sign_in_page(prefect)}  (worker in work pool '{POOL}')")
     if _is_server(tracking_uri):
-        from pipelines.tracking import shown
-
         tell(f"MLflow   {shown(tracking_uri)}  (MLFLOW_TRACKING_URI; not started here)")
     else:
-        url = f"http://{HOST}:{mlflow_port}"
-        command = [*_module("mlflow"), "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"]
-        environment |= {
-            "MLFLOW_BACKEND_STORE_URI": tracking_uri,  # not an argument: those are seen by all, and it may hold a password
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # six processes that nothing here uses
-        }
-        mlflow = _ensure("mlflow", command, environment, url, lambda: _answers(f"{url}/health"))
-        tell(f"MLflow   {mlflow.url}")
+        tell(f"MLflow   {_sign_in_page(known.get('mlflow') or _start_mlflow(mlflow_port, tracking_uri))}")
+    tell("         Each link signs one browser in, once; `make up` prints new ones.")
     tell(f"logs     {SERVICES}/*.log")
+
+
+def _start_prefect(port: int) -> Service:
+    service = Service("prefect", 0, 0, f"http://{HOST}:{port}", _password())
+    environment = _server_environment(f"{service.url}/api", service.password)
+    return _ensure(service, _prefect_command(port), environment, lambda: _answers(service, "/api/health"))
+
+
+def _start_mlflow(port: int, tracking_uri: str) -> Service:
+    service = Service("mlflow", 0, 0, f"http://{HOST}:{port}", _password())
+    pages = gate.pages_host(service.password)
+    environment = os.environ | {
+        gate.MLFLOW_PASSWORD: service.password,
+        "MLFLOW_SERVER_ALLOWED_HOSTS": f"{HOST}:*,{pages}:*",
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": f"http://{pages}:*",
+        "MLFLOW_BACKEND_STORE_URI": tracking_uri,  # not an argument: those are seen by all, and it may hold a password
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # six processes that nothing here uses
+    }
+    command = [*_module("mlflow"), "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    command += ["--app-name", "gate", "--uvicorn-opts", "--no-proxy-headers"]
+    return _ensure(service, command, environment, lambda: _answers(service, "/health"))
 
 
 def down(tell: Callable[[str], None]) -> None:
@@ -115,51 +143,108 @@ def mlflow_page(tracking_uri: str, path: str) -> str:
     service = running().get("mlflow")
     if _is_server(tracking_uri):
         return tracking_uri.rstrip("/") + path
-    return (service.url if service else f"http://{HOST}:{MLFLOW_PORT}") + path
+    return (service.pages if service else f"http://{HOST}:{MLFLOW_PORT}") + path
 
 
-def prefect_server(environment: Mapping[str, str]) -> str:
-    """The API of a Prefect server: `PREFECT_API_URL`, or that of `up`, or one that ends with this process.
+@dataclass(frozen=True)
+class PrefectServer:
+    """A Prefect server, as this process reaches it."""
 
-    Returns at once; `wait_for` says when it answers. Call it before Prefect is imported: at exit, Prefect must be able to send
+    environment: dict[str, str]
+    process: subprocess.Popen[str] | None = None
+    """What runs it, where it ends with this process."""
+
+    def wait(self) -> None:
+        """Wait until it answers. Raises `UserError` where it does not, or where another program has taken its port."""
+        server = Service("prefect", 0, 0, self.environment["PREFECT_API_URL"], self.environment["PREFECT_API_AUTH_STRING"])
+        mine = self.process
+        if not _wait(lambda: (mine is None or _listens(mine.pid, server.url)) and _answers(server, "/health")):
+            advice = f"see {SERVICES}/*.log, or PREFECT_API_URL if you set it"
+            raise UserError(f"Prefect's API at {shown(server.url)} does not answer; {advice}")
+
+
+def prefect_server(environment: Mapping[str, str]) -> PrefectServer:
+    """The Prefect server of `PREFECT_API_URL`, or that of `up`, or one that ends with this process.
+
+    Returns at once; its `wait` says when it answers. Call it before Prefect is imported: at exit, Prefect must be able to send
     its last logs before the server ends.
     """
+    service = running().get("prefect")
+    if service and environment.get("PREFECT_API_URL") in (None, "", f"{service.url}/api"):
+        return PrefectServer(prefect_environment(f"{service.url}/api", service.password))
     if url := environment.get("PREFECT_API_URL"):
-        return url
-    if service := running().get("prefect"):
-        return f"{service.url}/api"
+        return PrefectServer(prefect_environment(url, environment.get("PREFECT_API_AUTH_STRING", "")))
     port = _free_port()
-    url = f"http://{HOST}:{port}/api"
-    SERVICES.mkdir(parents=True, exist_ok=True)
-    command = [*_module("uvicorn"), "--factory", "prefect.server.api.server:create_app", "--host", HOST, "--port", str(port)]
-    settings = {**prefect_environment(url), "PREFECT_UI_ENABLED": "0"}
-    with (SERVICES / "prefect-temporary.log").open("w") as log:
-        server = guard.start([*command, "--log-level", "warning"], Path.cwd(), settings, log)
-    atexit.register(guard.stop, server)
-    return url
+    url, password = f"http://{HOST}:{port}/api", _password()
+    settings = {**_server_environment(url, password), "PREFECT_UI_ENABLED": "0"}
+    with _log_file("prefect-temporary").open("w") as log:
+        process = guard.start(_prefect_command(port), Path.cwd(), settings, log)
+    atexit.register(guard.stop, process)
+    return PrefectServer(prefect_environment(url, password), process)
 
 
-def wait_for(url: str) -> None:
-    """Wait until the Prefect API at `url` answers. Raises `UserError` where it does not."""
-    if not _wait(lambda: _answers(f"{url}/health")):
-        raise UserError(f"Prefect's API at {url} does not answer; see {SERVICES}/*.log, or PREFECT_API_URL if you set it")
-
-
-def prefect_environment(api_url: str) -> dict[str, str]:
+def prefect_environment(api_url: str, password: str) -> dict[str, str]:
     """The environment in which Prefect keeps to this folder and talks to the server at `api_url`."""
-    PREFECT_HOME.mkdir(parents=True, exist_ok=True)
+    _private_folder(PREFECT_HOME)
     address = urlsplit(api_url)
     kept = {"PREFECT_HOME": str(PREFECT_HOME.resolve()), **os.environ}
-    own = {"PREFECT_API_URL": api_url, "PREFECT_SERVER_API_HOST": HOST, "PREFECT_SERVER_API_PORT": str(address.port or 80)}
+    own = {
+        "PREFECT_API_URL": api_url,
+        "PREFECT_API_AUTH_STRING": password,
+        "PREFECT_SERVER_API_HOST": HOST,
+        "PREFECT_SERVER_API_PORT": str(address.port or 80),
+    }
     return {**kept, **own, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])}
 
 
-def _ensure(name: str, command: list[str], environment: Mapping[str, str], url: str, ready: Callable[[], bool]) -> Service:
-    """The service called `name`, started if it does not run."""
-    if (service := running().get(name)) is not None:
-        return service
-    SERVICES.mkdir(parents=True, exist_ok=True)
-    log = SERVICES / f"{name}.log"
+def _server_environment(api_url: str, password: str) -> dict[str, str]:
+    """The environment of the Prefect server itself. The password is no argument: those are seen by all."""
+    address = urlsplit(api_url)
+    origin = f"{address.scheme}://{address.netloc}"
+    own = {gate.PASSWORD: password, "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": origin}
+    return {**prefect_environment(api_url, password), **own}
+
+
+def _prefect_command(port: int) -> list[str]:
+    uvicorn = [*_module("uvicorn"), "--factory", "pipelines.gate:prefect", "--host", HOST, "--port", str(port)]
+    return [*uvicorn, "--no-proxy-headers", "--log-level", "warning"]
+
+
+def _password() -> str:
+    """A new password, in the form `user:secret`, which both Prefect's clients and `curl --user` take."""
+    return f"study:{secrets.token_urlsafe(32)}"
+
+
+def _sign_in_page(service: Service) -> str:
+    """A link by which one browser gets in, once. The ticket is a fragment, which browsers do not send nor servers log."""
+    return f"{service.pages}{gate.SIGN_IN}#{_fetch(service, gate.SIGN_IN, b'')}"
+
+
+def _private_folder(path: Path) -> Path:
+    """A folder that only its owner may enter."""
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.chmod(0o700)
+    return path
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner may read, from the start and at once."""
+    descriptor, name = tempfile.mkstemp(dir=_private_folder(path.parent), prefix=f".{path.name}.")
+    with open(descriptor, "w") as file:
+        file.write(text)
+    Path(name).replace(path)
+
+
+def _log_file(name: str) -> Path:
+    return _private_folder(SERVICES) / f"{name}.log"
+
+
+def _ensure(service: Service, command: list[str], environment: Mapping[str, str], ready: Callable[[], bool]) -> Service:
+    """The service that runs under the name of `service`, or `service`, started by `command`."""
+    name = service.name
+    if (found := running().get(name)) is not None:
+        return found
+    log = _log_file(name)
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
@@ -169,12 +254,18 @@ def _ensure(name: str, command: list[str], environment: Mapping[str, str], url: 
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    service = Service(name, process.pid, psutil.Process(process.pid).create_time(), url)
-    (SERVICES / f"{name}.json").write_text(json.dumps(asdict(service)))
-    if not _wait(lambda: process.poll() is not None or ready()) or process.poll() is not None:
+    service = replace(service, pid=process.pid, created=psutil.Process(process.pid).create_time())
+    _write_private(SERVICES / f"{name}.json", json.dumps(asdict(service)))
+
+    def started() -> bool:
+        return (not service.url or _listens(service.pid, service.url)) and ready()
+
+    if not _wait(lambda: process.poll() is not None or started()) or process.poll() is not None:
         _stop(service)
         (SERVICES / f"{name}.json").unlink()
-        tail = "\n".join(log.read_text().splitlines()[-15:])
+        text = redacted(log.read_text(errors="replace"), environment=environment)
+        log.write_text(text)
+        tail = "\n".join(text.splitlines()[-15:])
         raise UserError(f"{name} did not start; {log} ends with:\n{tail}")
     return service
 
@@ -199,21 +290,25 @@ def _quietly(act: Callable[[], None]) -> None:
         return
 
 
-def _write_profile(api_url: str) -> None:
+def _write_profile(environment: Mapping[str, str]) -> None:
     """So that `prefect` in this folder talks to the server of `up`."""
-    (PREFECT_HOME / "profiles.toml").write_text(f'active = "local"\n\n[profiles.local]\nPREFECT_API_URL = "{api_url}"\n')
+    settings = "".join(f'{name} = "{environment[name]}"\n' for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"))
+    _write_private(PREFECT_HOME / "profiles.toml", f'active = "local"\n\n[profiles.local]\n{settings}')
 
 
 def _prefect(environment: Mapping[str, str], *arguments: str) -> None:
     done = subprocess.run([*_module("prefect"), *arguments], env=dict(environment), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"prefect {' '.join(arguments)} failed: {(done.stderr or done.stdout).strip()}")
+        said = redacted((done.stderr or done.stdout).strip(), environment=environment)
+        raise UserError(f"prefect {' '.join(arguments)} failed: {said}")
 
 
-def _deploy(url: str, environment: Mapping[str, str]) -> None:
-    """Make the work pool, where there is none, and the deployments of `prefect.yaml`."""
-    if not _answers(f"{url}/api/work_pools/{POOL}"):
-        _prefect(environment, "work-pool", "create", POOL, "--type", "process")
+def _deploy(environment: Mapping[str, str]) -> None:
+    """Make the work pool, or bring it up to date, and the deployments of `prefect.yaml`."""
+    template = PREFECT_HOME / "work-pool.json"
+    _write_private(template, json.dumps(JOB_TEMPLATE))
+    pool = ["work-pool", "create", POOL, "--type", "process", "--base-job-template", str(template), "--overwrite"]
+    _prefect(environment, *pool)
     _prefect(environment, "--no-prompt", "deploy", "--all")
 
 
@@ -225,19 +320,20 @@ def _is_server(tracking_uri: str) -> bool:
     return tracking_uri.startswith(("http:", "https:"))
 
 
-def _has_worker(url: str) -> bool:
-    found = _fetch(Request(f"{url}/api/work_pools/{POOL}/workers/filter", b"{}", {"Content-Type": "application/json"}))
+def _has_worker(prefect: Service) -> bool:
+    found = _fetch(prefect, f"/api/work_pools/{POOL}/workers/filter", b"{}")
     return any(worker["status"] == "ONLINE" for worker in found or [])
 
 
-def _answers(url: str) -> bool:
-    return _fetch(Request(url)) is not None
+def _answers(service: Service, path: str) -> bool:
+    return _fetch(service, path) is not None
 
 
-def _fetch(request: Request) -> Any:
+def _fetch(service: Service, path: str, body: bytes | None = None) -> Any:
     """The body of the answer, as JSON where it is, or None where there is no good answer."""
+    headers = {"Content-Type": "application/json", "Authorization": gate.authorization(service.password)}
     try:
-        with urlopen(request, timeout=5) as answer:
+        with urlopen(Request(service.url + path, body, headers), timeout=5) as answer:
             text = answer.read().decode()
     except (URLError, OSError):
         return None
@@ -249,6 +345,16 @@ def _wait(ready: Callable[[], bool]) -> bool:
     while not (done := ready()) and time.monotonic() < deadline:
         time.sleep(0.1)
     return done
+
+
+def _listens(pid: int, url: str) -> bool:
+    """Whether a process, or one that it started, has the port of `url`. Another user's program may have taken it first."""
+    try:
+        process = psutil.Process(pid)
+        open_ports = [one for each in (process, *process.children(recursive=True)) for one in each.net_connections("tcp")]
+    except psutil.Error:
+        return False
+    return any(one.status == psutil.CONN_LISTEN and one.laddr.port == urlsplit(url).port for one in open_ports)
 
 
 def _check_free(port: int, what: str, variable: str) -> None:

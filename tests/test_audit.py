@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from dit import init
-from dit.audit import AuditReport, audit, sources
+from dit.audit import AuditReport, audit, targets
 from dit.cli import app
 from dit.errors import UserError
 from dit.models.dit.network import DiT
@@ -214,13 +214,13 @@ def test_units_that_start_equal_but_part_at_once_are_no_symmetry(micro: Callable
 # Other people's networks
 
 
-def from_diffusers(name: str, **config: Any) -> sources.Source:
-    return sources.load(f"diffusers:{name}", config)
+def from_diffusers(name: str, **config: Any) -> targets.AuditTarget:
+    return targets.load(f"diffusers:{name}", config)
 
 
 def test_a_fresh_diffusers_dit_is_not_adaln_zero_until_what_the_published_code_zeroes_is_zeroed() -> None:
-    source = from_diffusers("DiTTransformer2DModel")
-    fresh = audit(source.model, source.batch)
+    target = from_diffusers("DiTTransformer2DModel")
+    fresh = audit(target.model, target.batch)
     assert not any(block.identity for block in fresh.blocks)
     assert states(fresh) == {"block": {"random"}, "final": {"random"}}
     assert fresh.output.loss > 1.1
@@ -238,16 +238,16 @@ def test_a_fresh_diffusers_dit_is_not_adaln_zero_until_what_the_published_code_z
     assert all(item.at_start is not None and item.at_start > 0.01 for item in fresh.inputs)
     with pytest.raises(AssertionError, match=r"expected adaln-zero, but the output is not zero.*\nNot adaLN-Zero"):
         fresh.expect("adaln-zero")
-    published = audit(zero(source.model, "norm1.linear", "proj_out"), source.batch)
+    published = audit(zero(target.model, "norm1.linear", "proj_out"), target.batch)
     published.expect("adaln-zero")
     assert published.output.loss == pytest.approx(1)
     assert all(item.at_start == 0 and item.after_steps and item.after_steps > 1e-3 for item in published.inputs)
 
 
 def test_sd3_starts_random_and_its_last_block_computes_text_queries_in_vain() -> None:
-    source = from_diffusers("SD3Transformer2DModel")
+    target = from_diffusers("SD3Transformer2DModel")
     vain = {f"transformer_blocks.1.attn.add_q_proj.{kind}" for kind in ("weight", "bias")}
-    fresh = audit(source.model, source.batch)
+    fresh = audit(target.model, target.batch)
     assert [block.identity for block in fresh.blocks] == [False, False]
     assert {layer.path.split(".", 2)[-1] for layer in fresh.modulation if layer.place == "block"} == {
         "norm1.linear",
@@ -255,7 +255,7 @@ def test_sd3_starts_random_and_its_last_block_computes_text_queries_in_vain() ->
     }
     assert states(fresh) == {"block": {"random"}, "final": {"random"}}
     assert {wake.tensor for wake in fresh.wakes if wake.step is None} == vain
-    zeroed = audit(zero(source.model, "norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out"), source.batch)
+    zeroed = audit(zero(target.model, "norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out"), target.batch)
     assert zeroed.output.zero
     assert all(block.identity for block in zeroed.blocks)  # both streams
     assert {wake.tensor for wake in zeroed.wakes if wake.step is None} == vain
@@ -264,44 +264,44 @@ def test_sd3_starts_random_and_its_last_block_computes_text_queries_in_vain() ->
 
 
 def test_pixart_has_one_shared_modulation_and_gates_in_tables() -> None:
-    source = from_diffusers("PixArtTransformer2DModel")
-    fresh = audit(source.model, source.batch)
+    target = from_diffusers("PixArtTransformer2DModel")
+    fresh = audit(target.model, target.batch)
     assert [(layer.path, layer.place, layer.state) for layer in fresh.modulation] == [
         ("adaln_single.linear", "shared", "random")
     ]
     assert not any(block.identity for block in fresh.blocks)
     assert not fresh.output.zero
-    zero(source.model, "adaln_single.linear", "proj_out", "attn2.to_out")
-    assert not any(block.identity for block in audit(source.model, source.batch).blocks)  # the tables still hold gates
-    zeroed = audit(zero(source.model, "scale_shift_table"), source.batch)
+    zero(target.model, "adaln_single.linear", "proj_out", "attn2.to_out")
+    assert not any(block.identity for block in audit(target.model, target.batch).blocks)  # the tables still hold gates
+    zeroed = audit(zero(target.model, "scale_shift_table"), target.batch)
     zeroed.expect("adaln-zero")
     assert {item.name for item in zeroed.inputs if item.part == "text"} == {"encoder_hidden_states"}
 
 
 def test_flux_is_seen_in_both_kinds_of_block() -> None:
-    source = from_diffusers("FluxTransformer2DModel", attention_head_dim=16, axes_dims_rope=[4, 6, 6])
-    fresh = audit(source.model, source.batch)
+    target = from_diffusers("FluxTransformer2DModel", attention_head_dim=16, axes_dims_rope=[4, 6, 6])
+    fresh = audit(target.model, target.batch)
     kinds = [(block.kind, block.identity) for block in fresh.blocks]
     assert kinds == [("FluxTransformerBlock", False)] * 2 + [("FluxSingleTransformerBlock", False)] * 2
     assert states(fresh) == {"block": {"random"}, "final": {"random"}}
     assert {layer.driven_by for layer in fresh.modulation} == {("pooled_projections", "timestep")}
     assert not fresh.output.zero
     assert not fresh.failures("all-awake")
-    zero(source.model, "norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear")
-    zero(source.model.proj_out, "weight", "bias")
-    audit(source.model, source.batch).expect("adaln-zero")
+    zero(target.model, "norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear")
+    zero(target.model.proj_out, "weight", "bias")
+    audit(target.model, target.batch).expect("adaln-zero")
 
 
 def test_lumina_is_audited_from_its_name_alone() -> None:
-    source = from_diffusers("LuminaNextDiT2DModel")
-    report = audit(source.model, source.batch)
+    target = from_diffusers("LuminaNextDiT2DModel")
+    report = audit(target.model, target.batch)
     assert report.output.finite
     assert [block.kind for block in report.blocks] == ["LuminaNextDiTBlock"] * 2
 
 
 def test_a_network_that_zeroes_itself_in_its_constructor_is_recognised() -> None:
-    source = from_diffusers("ErnieImageTransformer2DModel", rope_axes_dim=[4, 6, 6], hidden_size=32)
-    report = audit(source.model, source.batch)
+    target = from_diffusers("ErnieImageTransformer2DModel", rope_axes_dim=[4, 6, 6], hidden_size=32)
+    report = audit(target.model, target.batch)
     report.expect("adaln-zero")
     assert [(layer.path, layer.place, layer.state) for layer in report.modulation] == [
         ("adaLN_modulation.1", "shared", "zero"),
@@ -310,14 +310,14 @@ def test_a_network_that_zeroes_itself_in_its_constructor_is_recognised() -> None
 
 
 def test_a_symmetric_mlp_in_an_otherwise_healthy_network_is_found() -> None:
-    source = from_diffusers("DiTTransformer2DModel", num_layers=3)
-    zero(source.model, "norm1.linear", "proj_out")
-    hidden, out = source.model.transformer_blocks[1].ff.net[0].proj, source.model.transformer_blocks[1].ff.net[2]
+    target = from_diffusers("DiTTransformer2DModel", num_layers=3)
+    zero(target.model, "norm1.linear", "proj_out")
+    hidden, out = target.model.transformer_blocks[1].ff.net[0].proj, target.model.transformer_blocks[1].ff.net[2]
     with torch.no_grad():
         hidden.weight[1:] = hidden.weight[:1].clone()
         hidden.bias[1:] = hidden.bias[:1].clone()
         out.weight[:, 1:] = out.weight[:, :1].clone()
-    report = audit(source.model, source.batch)
+    report = audit(target.model, target.batch)
     assert [item.layer for item in report.units if item.still_equal] == ["transformer_blocks.1.ff.net.0.proj"]
     (reason,) = report.failures("adaln-zero")
     assert reason == (
@@ -409,21 +409,21 @@ def test_a_checkpoint_of_the_published_layout_is_audited_with_its_own_values(
         torch.save({"model": {f"module.{name}": tensor for name, tensor in weights.items()}}, path)
     else:
         torch.save({path.stem: weights, "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "steps": 3}, path)
-    source = sources.load(str(path), {})
-    assert all(torch.equal(weights[name], tensor) for name, tensor in source.model.state_dict().items())
-    report = audit(source.model, source.batch)
+    target = targets.load(str(path), {})
+    assert all(torch.equal(weights[name], tensor) for name, tensor in target.model.state_dict().items())
+    report = audit(target.model, target.batch)
     report.expect("adaln-zero")
     weights["final_layer.linear.weight"].normal_()
     torch.save(weights, path.with_suffix(".pt"))
-    trained = sources.load(str(path.with_suffix(".pt")), {})
+    trained = targets.load(str(path.with_suffix(".pt")), {})
     assert audit(trained.model, trained.batch, steps=1).failures("zero-output")
 
 
 def test_a_diffusers_directory_is_audited_with_its_own_values(tmp_path: Path) -> None:
-    source = from_diffusers("DiTTransformer2DModel", num_attention_heads=2, attention_head_dim=8)
-    zero(source.model, "norm1.linear", "proj_out").save_pretrained(tmp_path / "transformer")
-    loaded = sources.load(str(tmp_path), {})  # a whole pipeline's directory
-    assert [tuple(weight.shape) for weight in loaded.model.parameters()] == [tuple(w.shape) for w in source.model.parameters()]
+    target = from_diffusers("DiTTransformer2DModel", num_attention_heads=2, attention_head_dim=8)
+    zero(target.model, "norm1.linear", "proj_out").save_pretrained(tmp_path / "transformer")
+    loaded = targets.load(str(tmp_path), {})  # a whole pipeline's directory
+    assert [tuple(weight.shape) for weight in loaded.model.parameters()] == [tuple(w.shape) for w in target.model.parameters()]
     audit(loaded.model, loaded.batch).expect("adaln-zero")
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +20,7 @@ from dit.diffusion import Diffusion
 from dit.models.dit.network import DiT
 from dit.training.engines import plain_forward
 from dit.training.loop import Trainer
+from pipelines.records.training import DIAGNOSTICS, GRADIENT_NOISE, write_tables
 
 Build = Callable[..., Trainer]
 FINITE = st.floats(-10, 10)
@@ -65,8 +65,8 @@ def test_a_diagnosed_run_ends_bit_identical_to_one_that_is_not(
 def test_the_files_hold_what_was_measured_where_it_applies(trainer: Build, tmp_path: Path) -> None:
     run = trainer()
     run.run("run")
-    run.records.write(tmp_path)
-    rows = pd.read_csv(tmp_path / "diagnostics.csv")
+    write_tables(tmp_path, run.records)
+    rows = DIAGNOSTICS.read(tmp_path)
     filled = {name: set(rows.loc[rows[name].notna(), "role"]) for name in rows.columns}
     blocks = [f"block[{index}]" for index in range(2)]
     gates = {f"{block}.modulation.{branch}.gate.weight" for block in blocks for branch in ("attn", "mlp")}
@@ -74,8 +74,7 @@ def test_the_files_hold_what_was_measured_where_it_applies(trainer: Build, tmp_p
     assert filled["distinct_units"] == head | {f"{block}.{name}.weight" for block in blocks for name in ("mlp_in", "attn_out")}
     assert filled["effective_rank"] == head | gates
     assert filled["gate_rms"] == gates
-    noise = pd.read_csv(tmp_path / "gradient_noise.csv")
-    assert list(noise.columns) == ["step", "squared_norm", "covariance_trace", "batch_norm", "part_norm"]
+    noise = GRADIENT_NOISE.read(tmp_path)
     assert (noise[["batch_norm", "part_norm"]] > 0).all(axis=None)
 
 

@@ -20,10 +20,13 @@ from skimage.transform import resize
 
 from dit import autoencoder, config, init, models, sections
 from dit.data.store import StoreWriter
-from dit.errors import ConfigError, DataError
+from dit.errors import ConfigError, DataError, InputError
 from dit.evaluation import distances
 from dit.evaluation.features import EfficientNetLite0, FeatureExtractor, load_extractor
 from dit.evaluation.grids import grid_shape, image_grid
+from dit.training.records import Divergence, Final, Initial
+from pipelines.records.base import Status
+from pipelines.records.training import TrainRecord, TrainSettings
 from pipelines.stages.evaluate import evaluate
 from pipelines.stages.features import features
 
@@ -157,7 +160,7 @@ def test_features_that_are_not_finite_are_refused(cloud: torch.Tensor, params: c
     broken = cloud.clone()
     broken[[7, 9], 2] = torch.tensor([float("nan"), float("inf")])
     with pytest.raises(DataError, match="the features of 2 generated images are not finite, the first of them image 7"):
-        distances.measure(cloud, broken, params.evaluate)
+        distances.sample_distances(cloud, broken, params.evaluate)
 
 
 def test_grid_has_a_column_for_each_class() -> None:
@@ -198,21 +201,30 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Params:
     normalize = {"shift": [0.1] * 4, "scale": [2.0] * 4}
     with_latents.append("train_mean", np.zeros((1, 1, 4, 8, 8), np.float32))
     with_latents.close(class_names=CLASSES, num_classes=3, normalize=normalize)
-    for seed, status in enumerate(("finished", "diverged")):
-        write_run(params, seed, status)
+    write_run(params, 0, "finished")
+    write_run(params, 1, "diverged")
     return params
 
 
-def write_run(params: config.Params, seed: int, status: str) -> None:
+def write_run(params: config.Params, seed: int, status: Status) -> None:
     """What a training of strategy `head_xavier` leaves, as far as an evaluation reads it."""
     directory = Path(f"runs/train/head_xavier-{seed}")
     directory.mkdir(parents=True)
     network = models.build(params.model.name, latent_size=8, latent_channels=4, num_classes=3, learn_sigma=True)
     save_file(init.apply(network, params.strategies["head_xavier"], seed).state_dict(), directory / "ema.safetensors")
-    final = {"mse": 1.25, "validation_mse": 1.25, "ema_validation_mse": 1.5} if status == "finished" else None
-    settings = {"diffusion": params.diffusion.model_dump(mode="json")}
-    run = {"run_key": f"key{seed}", "status": status, "diverged": None, "final": final, "settings": settings}
-    (directory / "run.json").write_text(json.dumps(run))
+    TrainRecord(
+        strategy="head_xavier",
+        seed=seed,
+        run_key=f"key{seed}",
+        device="cpu",
+        settings=TrainSettings(model={}, diffusion=params.diffusion.model_dump(mode="json"), train={}, rules=[]),
+        status=status,
+        diverged=None if status == "finished" else Divergence(3, "loss", "nan"),
+        steps_done=3,
+        parameters=7,
+        initial=Initial(1.0, 1.0),
+        final=Final(1.25, 1.25, 1.5) if status == "finished" else None,
+    ).write(directory)
 
 
 def outputs(directory: str) -> dict[str, bytes]:
@@ -274,11 +286,15 @@ def test_samples_that_overflow_are_a_result_too(workspace: config.Params, capsys
         (lambda: None, ConfigError, "unknown strategy 'nonsense'; accepted: adaln_zero, "),
         (
             lambda: shutil.rmtree("runs/train/head_xavier-0"),
-            DataError,
-            "run.json: no such file; `dvc repro train@head_xavier-0`",
+            InputError,
+            r"runs/train/head_xavier-0/run\.json not found",
         ),
-        (lambda: shutil.rmtree("data/features"), DataError, "features.json: no such file; `dvc repro features`"),
-        (lambda: save_file({}, "runs/train/head_xavier-0/ema.safetensors"), DataError, "ema.safetensors is not of the network"),
+        (lambda: shutil.rmtree("data/features"), InputError, r"data/features/features\.json not found"),
+        (
+            lambda: save_file({}, "runs/train/head_xavier-0/ema.safetensors"),
+            InputError,
+            "ema.safetensors holds weights of another network",
+        ),
     ],
 )
 def test_missing_and_foreign_inputs_are_named(
@@ -294,7 +310,7 @@ def test_missing_and_foreign_inputs_are_named(
 def test_features_of_another_extractor_and_runs_of_another_diffusion_are_refused(workspace: config.Params) -> None:
     features(workspace)
     resized = workspace.model_copy(update={"features": workspace.features.model_copy(update={"size": 64})})
-    with pytest.raises(DataError, match=r"made with features.size = 32, not 64; run `dvc repro features`"):
+    with pytest.raises(DataError, match=r"data/features was made with features.size = 32, not 64"):
         evaluate(resized, "head_xavier", 0)
     diffusion = workspace.diffusion.model_copy(update={"beta_end": 0.03})
     with pytest.raises(DataError, match=r"not the diffusion of params.yaml"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -19,6 +21,7 @@ import psutil
 import pytest
 
 from pipelines.experiments import override
+from pipelines.gate import authorization
 
 ROOT = Path(__file__).parents[1]
 MICRO = {
@@ -270,7 +273,7 @@ def services(study: Path) -> Iterator[dict[str, int]]:
     done = command(study, "pipelines", "up", **{name: str(port) for name, port in ports.items()})
     assert done.returncode == 0, done.stdout
     assert f"Prefect  http://127.0.0.1:{ports['PREFECT_PORT']}" in done.stdout
-    assert f"MLflow   http://127.0.0.1:{ports['MLFLOW_PORT']}" in done.stdout
+    assert re.search(rf"^MLflow   http://mlflow-\w+\.localhost:{ports['MLFLOW_PORT']}/sign-in#", done.stdout, re.MULTILINE)
     yield ports
     command(study, "pipelines", "down")
 
@@ -281,6 +284,8 @@ def test_deployment_runs_through_the_worker_and_down_stops_exactly_the_services(
     done = command(study, "prefect", "deployment", "run", "study/local", "--watch", "--param", "workers=1")
     assert done.returncode == 0, done.stdout
     server = f"http://127.0.0.1:{services['PREFECT_PORT']}/api"
+    password = json.loads((study / ".scratch/services/prefect.json").read_text())["password"]
+    ask = partial(post, password)
     flow_runs = ask(f"{server}/flow_runs/filter", {"sort": "START_TIME_DESC"})
     assert flow_runs[0]["state_type"] == "COMPLETED"
     assert flow_runs[0]["deployment_id"]
@@ -304,8 +309,9 @@ def test_deployment_runs_through_the_worker_and_down_stops_exactly_the_services(
         assert taken.returncode != 0
 
 
-def ask(url: str, body: dict[str, Any]) -> Any:
-    request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+def post(password: str, url: str, body: dict[str, Any]) -> Any:
+    headers = {"Content-Type": "application/json", "Authorization": authorization(password)}
+    request = Request(url, json.dumps(body).encode(), headers)
     with urlopen(request, timeout=20) as answer:
         return json.load(answer)
 

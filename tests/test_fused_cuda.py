@@ -24,7 +24,7 @@ from dit.diffusion import Diffusion
 from dit.distributed import Ranks
 from dit.fused import cublaslt, group_norm, kernels
 from dit.fused.capture import Captured
-from dit.fused.encoder import Reference as EncoderReference
+from dit.fused.encoder import EncoderReference
 from dit.fused.operations import EPS, Reference
 from dit.models.dit.fast import FusedDiT
 from dit.models.dit.network import DiT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -19,10 +20,10 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from dit import config
-from dit.data.decoding import CHUNK, Encoded, Rejected, center_crop, decode_all
+from dit.data.decoding import CHUNK, MOST_BYTES, Encoded, Rejected, center_crop, decode_all
 from dit.data.images import ImageStore, load_images, write_images
-from dit.data.photos import Box, crop_box, split_regions
-from dit.data.source import hold_out
+from dit.data.sources import hold_out
+from dit.data.sources.photos import Box, crop_box, split_regions
 from dit.data.store import Store, StoreWriter
 from dit.errors import ConfigError, DataError
 from dit.sections import ImagesParams
@@ -90,7 +91,7 @@ def test_a_store_gives_back_what_was_appended_and_describes_it(tmp_path: Path) -
 
 
 def test_a_damaged_store_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"manifest\.json: no such file"):
+    with pytest.raises(DataError, match=r"manifest\.json not found"):
         Store(tmp_path)
     writer = StoreWriter(tmp_path, a=(np.uint8, ()))
     writer.append("a", np.arange(9, dtype=np.uint8))
@@ -231,11 +232,11 @@ def test_unreadable_files_are_listed_by_name_with_a_reason(read: Read, root: Pat
     Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(root / "dog" / "deep.png")
     (root / "dog" / "folder.png").mkdir()
     expected = {
-        "root/cat/empty.jpg": "not a picture in a known format",
+        "root/cat/empty.jpg": "not a JPEG, PNG or WebP picture",
         "root/cat/notes.txt": "not one of .jpg",
         "root/dog/cut.jpg": "runcated",
         "root/dog/deep.png": "8 bits per channel",
-        "root/dog/folder.png": "Is a directory",
+        "root/dog/folder.png": "not a regular file",
     }
     store = read({**FOLDER, "root": root}, max_rejected=0.25)
     reasons = {entry["item"]: entry["reason"] for entry in store.manifest["rejected"]}
@@ -247,6 +248,32 @@ def test_unreadable_files_are_listed_by_name_with_a_reason(read: Read, root: Pat
     with pytest.raises(DataError, match=r"5 of 21 items") as caught:
         read({**FOLDER, "root": root}, "strict", max_rejected=0.2)
     assert all(item in str(caught.value) for item in expected)
+
+
+def test_what_is_no_finite_picture_is_refused_at_once_and_starts_no_program(
+    read: Read, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (programs / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    (root / "cat" / "script.png").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    Image.new("RGB", (9, 9)).save(root / "cat" / "drawing.png", format="TIFF")
+    os.mkfifo(root / "cat" / "pipe.png")
+    (root / "cat" / "device.png").symlink_to("/dev/zero")
+    with (root / "cat" / "huge.png").open("wb") as file:
+        file.truncate(MOST_BYTES + 1)
+    store = read({**FOLDER, "root": root}, max_rejected=0.5)
+    reasons = {Path(entry["item"]).stem: entry["reason"] for entry in store.manifest["rejected"]}
+    assert reasons.keys() == {"script", "drawing", "pipe", "device", "huge"}
+    assert reasons["script"] == reasons["drawing"] == "not a JPEG, PNG or WebP picture"
+    assert "not a regular file" in reasons["pipe"]
+    assert "not a regular file" in reasons["device"]
+    assert "more than" in reasons["huge"]
+    assert not (tmp_path / "started").exists()
 
 
 def test_folders_without_usable_classes_are_refused(read: Read, root: Path, tmp_path: Path) -> None:

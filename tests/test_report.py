@@ -25,11 +25,11 @@ from networks import dit_roles
 from PIL import Image
 
 from dit.analysis import wakeup
+from dit.analysis.series import diagnosed
 from dit.config import Params, parse
 from dit.data.store import StoreWriter
 from dit.errors import DataError
 from dit.models import build
-from pipelines.report.mechanism import by_step
 from pipelines.report.runs import read_run, read_study
 from pipelines.stages.compare import compare
 
@@ -155,6 +155,7 @@ def write_run(params: Params, strategy: str, seed: int, *, until: int) -> None:
         "steps_done": until,
         "parameters": 1234567,
         "initial": {"validation_mse": curve(0) if until else None, "target_second_moment": 0.998},
+        "final": None if diverged else dict.fromkeys(("mse", "validation_mse", "ema_validation_mse"), curve(STEPS)),
     }
     write_json(train / "run.json", run)
     names = ["frechet_distance", "kernel_distance", "kernel_distance_std", "precision", "recall", "validation_mse"]
@@ -355,7 +356,7 @@ def test_a_verdict_that_rests_on_the_averaging_alone_is_pointed_out(workspace: W
 
 def test_the_figure_of_hidden_units_leaves_attention_heads_and_rows_of_the_head_out(workspace: Workspace) -> None:
     study = read_study(workspace(["adaln_zero", "symmetric"], [0]))
-    hidden = {name: set(by_step(runs[0], "distinct_units", ".mlp_in.weight")) for name, runs in study.runs.items()}
+    hidden = {name: set(diagnosed(runs[0].diagnostics, "distinct_units/mlp")) for name, runs in study.runs.items()}
     assert hidden == {"adaln_zero": {512}, "symmetric": {1}}
 
 
@@ -393,17 +394,27 @@ def test_runs_that_left_the_study_leave_the_workspace_too(workspace: Workspace, 
     assert "removed runs/train/symmetric-0" in capsys.readouterr().out
 
 
+def test_a_network_without_a_prediction_is_measured_all_the_same(workspace: Workspace) -> None:
+    params = workspace(["adaln_zero", "adaln"], [0])
+    for strategy in params.study.strategies:
+        unpredicted = {"predicted": None, "predicted_equals_measured": None}
+        change(f"runs/analyse/{strategy}/start.json", lambda record, new=unpredicted: record.update(new))
+    compare(params)
+    assert any("This is measured, not predicted" in text for text in summary()["headline"])
+    assert "measured, not predicted</small>" in Path("reports/index.html").read_text()
+
+
 def test_a_missing_run_is_named(workspace: Workspace) -> None:
     params = workspace(["adaln_zero", "adaln"], [0, 1])
     shutil.rmtree("runs/evaluate/adaln-1")
-    with pytest.raises(DataError, match=r"runs/evaluate/adaln-1/metrics.json: .* `dvc repro evaluate@adaln-1` makes it"):
+    with pytest.raises(DataError, match=r"runs/evaluate/adaln-1/metrics\.json not found"):
         compare(params)
 
 
 def test_an_evaluation_of_another_training_is_refused(workspace: Workspace) -> None:
     workspace(["adaln_zero"], [0])
     change("runs/train/adaln_zero-0/run.json", lambda record: record.update(run_key="feedfacefeedface"))
-    with pytest.raises(DataError, match=r"train_run_key = .* holds run 'feedfacefeedface'"):
+    with pytest.raises(DataError, match=r"evaluates training run '\w+', but .* holds run 'feedfacefeedface'"):
         read_run("adaln_zero", 0)
 
 

@@ -32,7 +32,7 @@ def batches(latents: LatentStore, diffusion: Diffusion) -> Batches:
 def test_the_published_start_is_identity_blocks_and_a_zero_prediction(
     micro: Callable[..., DiT], batches: Batches, diffusion: Diffusion
 ) -> None:
-    found = signal.measure(init.apply(micro(), "adaln_zero", 0), batches(0), diffusion)
+    found = signal.network_signal(init.apply(micro(), "adaln_zero", 0), batches(0), diffusion)
     assert found.output_rms == 0
     assert found.mse == pytest.approx(found.zero_output_mse) == pytest.approx(1, abs=0.05)
     assert found.timestep_sensitivity == found.label_sensitivity == 0
@@ -51,7 +51,7 @@ def test_a_zero_output_costs_what_is_expected_for_every_target(params: Params, o
 def test_a_random_head_starts_above_the_zero_output_and_still_ignores_nothing_but_the_gates(
     micro: Callable[..., DiT], batches: Batches, diffusion: Diffusion
 ) -> None:
-    found = signal.measure(init.apply(micro(), "head_xavier", 0), batches(0), diffusion)
+    found = signal.network_signal(init.apply(micro(), "head_xavier", 0), batches(0), diffusion)
     assert found.mse > 1.2 * found.zero_output_mse
     assert all(block.gradient_rms > 0 and block.attn_contribution == 0 for block in found.blocks)
     assert found.label_sensitivity == 0  # zero modulation: conditioning has no effect yet
@@ -61,7 +61,7 @@ def test_the_measured_contribution_is_that_of_the_branch(
     micro: Callable[..., DiT], batches: Batches, diffusion: Diffusion
 ) -> None:
     model, batch = init.apply(micro(), "adaln", 0), batches(0)
-    found = signal.measure(model, batch, diffusion).blocks[0].attn_contribution
+    found = signal.network_signal(model, batch, diffusion).blocks[0].attn_contribution
     x = model.x_embedder(diffusion.add_noise(batch.x0, batch.eps, batch.timesteps)) + model.pos_embed
     c = model.t_embedder(batch.timesteps) + model.y_embedder(batch.labels)
     block = model.blocks[0]
@@ -73,7 +73,7 @@ def test_the_measured_contribution_is_that_of_the_branch(
 def test_measuring_changes_nothing(micro: Callable[..., DiT], batches: Batches, diffusion: Diffusion) -> None:
     model = init.apply(micro(), "adaln", 0)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    signal.measure(model, batches(0), diffusion)
+    signal.network_signal(model, batches(0), diffusion)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert all(weight.grad is None for weight in model.parameters())
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import math
 import shutil
 import socket
 import time
@@ -16,9 +16,25 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
+from dit.analysis.signal import BlockSignal, Coordinates, Signal
+from dit.analysis.start import EarlyStep
+from dit.analysis.wakeup import RoleGradient
+from dit.config import parse
 from dit.errors import UserError
+from dit.training.records import Divergence, Final, Initial
 from pipelines import tracking
-from pipelines.stages.entry import scratch, write_json
+from pipelines.records.analysis import COORDINATES, GRADIENTS, StartRecord
+from pipelines.records.base import Status, Timing
+from pipelines.records.evaluation import EvaluateRecord, FeatureSpace
+from pipelines.records.training import (
+    DIAGNOSTICS,
+    GRADIENT_NOISE,
+    METRICS,
+    VALIDATION,
+    TrainRecord,
+    TrainSettings,
+)
+from pipelines.stages.entry import scratch
 
 ROOT = Path(__file__).parents[1]
 STRATEGIES, SEEDS = ["adaln_zero", "symmetric"], [0, 1]
@@ -46,42 +62,63 @@ def make_run(root: Path, params: dict[str, Any], strategy: str, seed: int, *, di
     train.mkdir(parents=True, exist_ok=True)
     evaluate.mkdir(parents=True, exist_ok=True)
     key = f"train-{strategy}-{seed}{version}"
-    rules = params["strategies"][strategy]["rules"]
+    rules = parse(params).strategies[strategy].model_dump(mode="json", exclude_defaults=True)["rules"]
     settings = {name: params[name] for name in ("model", "diffusion", "train")}
-    status = "diverged" if diverged else "finished"
-    run = {"run_key": key, "status": status, "steps_done": 20, "parameters": 7, "device": "cpu"}
-    write_json(train / "run.json", {**run, "settings": {**settings, "rules": rules}})
-    table(train / "metrics.csv", "step,loss,mse", [[0, 2.0, 1.0], [10, 1.0, "nan" if diverged else 0.5]])
-    table(
-        train / "validation.csv",
-        "step,weights,mse,mse_t0",
-        [[0, "model", 1.0, 1.1], [0, "ema", 1.0, 1.2], [20, "ema", 0.25, 0.3]],
-    )
-    roles = [
-        "block[0].mlp_in.weight",
-        "block[1].mlp_out.weight",
-        "block[0].mlp_in.bias",
-        "block[0].modulation.attn.gate.weight",
-    ]
-    table(
-        train / "diagnostics.csv",
-        "step,role,gradient_rms,update_ratio,gate_rms,effective_rank,distinct_units",
+    status: Status = "diverged" if diverged else "finished"
+    TrainRecord(
+        strategy=strategy,
+        seed=seed,
+        run_key=key,
+        device="cpu",
+        settings=TrainSettings(**settings, rules=rules),
+        status=status,
+        diverged=Divergence(10, "loss", "nan") if diverged else None,
+        steps_done=20,
+        parameters=7,
+        initial=Initial(1.0, 1.0),
+        final=None if diverged else Final(0.5, 0.3, 0.25),
+    ).write(train)
+    rest = {"gradient_norm": 1.0, "learning_rate": 1e-3}
+    logged = [(0, 2.0, 1.0), (10, 1.0, math.nan if diverged else 0.5)]
+    METRICS.write(train, [{"step": step, "loss": loss, "mse": mse, **rest} for step, loss, mse in logged])
+    validated = [(0, "model", 1.0, 1.1), (0, "ema", 1.0, 1.2), (20, "ema", 0.25, 0.3)]
+    VALIDATION.write(train, [dict(zip((*VALIDATION.columns, "mse_t0"), row, strict=True)) for row in validated])
+    gradients = {
+        "block[0].mlp_in.weight": 3.0,
+        "block[1].mlp_out.weight": 4.0,
+        "block[0].mlp_in.bias": 7.0,
+        "block[0].modulation.attn.gate.weight": 9.0,
+    }
+    DIAGNOSTICS.write(
+        train,
         [
-            [0, role, value, 0.5, *([0.25, 3.0] if "gate" in role else ["", ""]), 7 if "mlp_in.weight" in role else ""]
-            for role, value in zip(roles, "3479", strict=True)
+            {
+                **dict.fromkeys(DIAGNOSTICS.columns),
+                "step": 0,
+                "role": role,
+                "gradient_rms": value,
+                "update_ratio": 0.5,
+                **({"gate_rms": 0.25, "effective_rank": 3.0} if "gate" in role else {}),
+                **({"distinct_units": 7} if "mlp_in.weight" in role else {}),
+            }
+            for role, value in gradients.items()
         ],
     )
-    table(train / "gradient_noise.csv", "step,squared_norm,covariance_trace,batch_norm,part_norm", [[0, 2.0, 80.0, 1, 1]])
-    metrics = {"frechet_distance": None if diverged else 12.5, "recall": None if diverged else 0.25}
-    about = {"run_key": f"evaluate-{strategy}-{seed}{version}", "train_run_key": key, "status": status}
-    write_json(evaluate / "metrics.json", {**about, "settings": {"evaluate": params["evaluate"]}, "metrics": metrics})
+    GRADIENT_NOISE.write(train, [dict(zip(GRADIENT_NOISE.columns, (0, 2.0, 80.0, 1.0, 1.0), strict=True))])
+    EvaluateRecord(
+        strategy=strategy,
+        seed=seed,
+        run_key=f"evaluate-{strategy}-{seed}{version}",
+        train_run_key=key,
+        status=status,
+        num_generated=8,
+        num_real=8,
+        features=FeatureSpace(extractor="efficientnet_lite0", size=32),
+        settings={"evaluate": params["evaluate"]},
+        metrics={"frechet_distance": None if diverged else 12.5, "recall": None if diverged else 0.25},
+    ).write(evaluate)
     if not diverged:
         Image.new("RGB", (8, 8)).save(evaluate / "grid.png")
-
-
-def table(path: Path, header: str, rows: list[list[Any]]) -> None:
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([header.split(","), *rows])
 
 
 def runs() -> dict[str, Run]:
@@ -98,9 +135,7 @@ def history(run: Run, metric: str) -> list[tuple[int, float]]:
 
 
 def test_every_run_is_there_once_with_all_about_it(study: Path) -> None:
-    timing = {"seconds": 3.0, "images_per_second": 100.0, "hostname": "somewhere"}
-    scratch("train-adaln_zero-0").mkdir(parents=True)
-    write_json(scratch("train-adaln_zero-0") / "timing.json", timing)
+    Timing(seconds=3.0, images_per_second=100.0, hostname="somewhere").write(scratch("train-adaln_zero-0"))
     synced = tracking.sync(study, {"dvc_experiment": "witty-name"})
     assert (len(synced.added), synced.present, synced.missing) == (4, [], [])
     found = runs()
@@ -168,16 +203,25 @@ def test_a_strategys_start_is_on_all_its_runs_whenever_it_was_analysed(study: Pa
     tracking.sync(study)
     directory = study / "runs" / "analyse" / "adaln_zero"
     directory.mkdir(parents=True)
-    block = {"block": 0, "attn_contribution": 0.0}
-    early = [{"step": step, "mse": 1.0, "timestep_sensitivity": 0.0, "label_sensitivity": float(step)} for step in range(2)]
-    signal = {"output_rms": 0.0, "output_variance": 0.0, "zero_output_mse": 0.98, "expected_zero_output_mse": 1.0}
     schedule = {"final.projection.weight": 0, "block[0].mlp_in.weight": 2, "block[0].qkv.query.weight": None}
-    start = {"run_key": "start", "awake_step": 2, "signal": {**signal, "blocks": [block]}, "early": early}
-    start |= {"measured": schedule, "predicted": schedule, "predicted_equals_measured": True, "width_exponent": 0.5}
-    write_json(directory / "start.json", start)
-    table(directory / "coordinates.csv", "width,step,activation,rms,change_rms", [[64, 1, "block[0]", 0.2, 0.1]])
-    gradients = [[0, "block[0].mlp_in.weight", 0.5, 2.0, 32, ""], [1, "block[1].mlp_in.weight", 0.25, 4.0, 30, 0.1]]
-    table(directory / "gradients.csv", "step,role,norm,stable_rank,numerical_rank,update_ratio", gradients)
+    start = StartRecord(
+        strategy="adaln_zero",
+        run_key="start",
+        awake_step=2,
+        predicted_equals_measured=True,
+        predicted=schedule,
+        measured=schedule,
+        signal=Signal(0.0, 0.0, 1.0, 0.98, 1.0, 0.0, 0.0, [BlockSignal(0, 0.0, 0.0, 1.0, 0.1)]),
+        early=[EarlyStep(step, 1.0, 0.0, float(step)) for step in range(2)],
+        width_exponent=0.5,
+    )
+    start.write(directory)
+    COORDINATES.write(directory, [vars(Coordinates(64, 1, "block[0]", 0.2, 0.1))])
+    weights = (
+        RoleGradient(0, "block[0].mlp_in.weight", 0.5, 2.0, 32, None),
+        RoleGradient(1, "block[1].mlp_in.weight", 0.25, 4.0, 30, 0.1),
+    )
+    GRADIENTS.write(directory, [vars(weight) for weight in weights])
     for _ in range(2):
         assert tracking.sync(study).added == []
         assert history(runs()["adaln_zero-1"], "start/label_sensitivity") == [(0, 0.0), (1, 1.0)]
@@ -196,14 +240,14 @@ def test_a_strategys_start_is_on_all_its_runs_whenever_it_was_analysed(study: Pa
         "symmetric-1": None,
     }
 
-    write_json(directory / "start.json", {**start, "run_key": "another", "awake_step": 1})
+    start.model_copy(update={"run_key": "another", "awake_step": 1}).write(directory)
     assert tracking.sync(study).added == ["adaln_zero-1", "adaln_zero-0"]
     assert tracking.sync(study).added == []
 
 
 def test_evaluation_of_another_training_is_not_shown_as_this_ones(study: Path) -> None:
-    file = study / "runs" / "train" / "symmetric-0" / "run.json"
-    write_json(file, {**json.loads(file.read_text()), "run_key": "a newer training"})
+    directory = study / "runs" / "train" / "symmetric-0"
+    TrainRecord.read(directory).model_copy(update={"run_key": "a newer training"}).write(directory)
     assert tracking.sync(study).missing == ["symmetric-0"]
 
 

@@ -49,7 +49,7 @@ def measured(params: Params, strategy: Strategy, shape: dict[str, Any], objectiv
         x_t = diffusion.add_noise(x0, eps, t)
         return diffusion.loss(model(x_t.double(), t, y), x0, eps, t, x_t).total.mean()
 
-    return wakeup.schedule(wakeup.measure(model, loss, OPTIMISERS[optimiser](model), STEPS))
+    return wakeup.schedule(wakeup.role_gradients(model, loss, OPTIMISERS[optimiser](model), STEPS))
 
 
 def predicted(strategy: Strategy, shape: dict[str, Any]) -> wakeup.Schedule:
@@ -118,7 +118,7 @@ def test_a_network_that_can_never_learn_is_seen_without_running_it() -> None:
 def test_a_single_precision_network_is_refused() -> None:
     model = DiT(**SHAPES[0], learn_sigma=True)
     with pytest.raises(ValueError, match="float64"):
-        wakeup.measure(model, lambda model, step: torch.zeros(()), OPTIMISERS["SGD"](model), 1)
+        wakeup.role_gradients(model, lambda model, step: torch.zeros(()), OPTIMISERS["SGD"](model), 1)
 
 
 def test_the_command_shows_the_schedule_of_a_strategy_and_names_one_that_is_not_there() -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 CONFIDENCE = 0.95
@@ -37,6 +38,19 @@ METRICS = (
     Metric("recall", "recall", lower_is_better=False),
 )
 """What a finished run is judged by."""
+
+INITIAL = Metric("initial_validation_mse", "initial validation error")
+"""What every run has, also one that diverged."""
+
+COMPARED = (1 / 8, 1 / 4, 1 / 2, 1)
+"""Fractions of training at which strategies are compared by their trained weights."""
+
+
+NEAR = 0.03
+"""Relative distance to the error of a zero output within which a network starts at it."""
+
+LAG = 0.01
+"""Relative excess of the averaged weights' error over that of the trained ones above which the average lags."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,11 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def interval_reach(count: int) -> float:
+    """How many standard errors the interval of the mean of `count` values, two or more, reaches to each side."""
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
+
+
 def _verdict(low: float, high: float, lower_is_better: bool) -> Verdict:
     if low <= 0 <= high:
         return "not distinguishable"
@@ -109,3 +128,61 @@ def step_reached(steps: Sequence[float], errors: Sequence[float], threshold: flo
     before = after - 1
     fraction = (errors[before] - threshold) / (errors[before] - errors[after])
     return float(steps[before] + fraction * (steps[after] - steps[before]))
+
+
+def compared_steps(validated: Sequence[int]) -> list[int]:
+    """Of the `validated` steps those nearest to the fractions `COMPARED` of training, the last one being its end."""
+    if not len(validated):
+        return []
+    last = validated[-1]
+    nearest = {min(validated, key=lambda step: abs(step - fraction * last)) for fraction in COMPARED}
+    return sorted(int(step) for step in nearest if step > 0)
+
+
+def thresholds(baseline: Sequence[pd.Series], steps: Iterable[int]) -> dict[int, float]:
+    """The mean error of the baseline's runs at each of `steps`, from their curves by step; nothing where there is no run."""
+    return {step: statistics.fmean(curve.loc[step] for curve in baseline) for step in steps if baseline}
+
+
+def error_at(step: int) -> Metric:
+    """The validation error of the trained weights after `step` steps."""
+    return Metric(f"validation_mse_step_{step}", f"validation error at step {step}")
+
+
+def steps_to(step: int) -> str:
+    """The name of the step at which a run reaches the error that the baseline has at `step`."""
+    return f"steps_to_baseline_step_{step}"
+
+
+def on_the_way(curve: pd.Series | None, steps: Iterable[int], limits: Mapping[int, float]) -> dict[str, float | None]:
+    """A run's error at each of `steps`, and the step at which it reaches each of the baseline's errors `limits`, by name.
+
+    `curve` is its validation error by step; all is None for a run without one, as it diverged.
+    """
+    if curve is None:
+        return dict.fromkeys([*(error_at(step).name for step in steps), *map(steps_to, limits)])
+    errors = {error_at(step).name: float(curve.loc[step]) for step in steps}
+    reached = {steps_to(step): step_reached(list(curve.index), list(curve), limit) for step, limit in limits.items()}
+    return {**errors, **reached}
+
+
+def relative_differences(curves: Mapping[int, pd.Series], baseline: Mapping[int, pd.Series]) -> pd.DataFrame:
+    """Each seed's curve minus that of the baseline, as a fraction of the baseline's mean over these seeds.
+
+    Curves are given by seed; a column for each seed that both have, a row for each step that all of them have.
+    """
+    paired = {seed: curve for seed, curve in curves.items() if seed in baseline}
+    if not paired:
+        return pd.DataFrame()
+    scale = pd.DataFrame({seed: baseline[seed] for seed in paired}).mean(axis=1)
+    return pd.DataFrame({seed: (curve - baseline[seed]) / scale for seed, curve in paired.items()}).dropna()
+
+
+def starts_at_zero_output(error: float, target_second_moment: float) -> bool:
+    """Whether an initial error is that of a network whose output is zero, up to `NEAR`."""
+    return abs(error / target_second_moment - 1) <= NEAR
+
+
+def lags(averaged: float, trained: float) -> bool:
+    """Whether averaged weights have a higher error than the trained ones, by more than `LAG`: they still hold the start."""
+    return averaged > (1 + LAG) * trained

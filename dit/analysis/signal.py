@@ -48,7 +48,7 @@ class Signal:
     blocks: list[BlockSignal]
 
 
-def measure(model: Denoiser, batch: Batch, diffusion: Diffusion) -> Signal:
+def network_signal(model: Denoiser, batch: Batch, diffusion: Diffusion) -> Signal:
     """Describe `model` on `batch`. Its gradients are cleared afterwards."""
     outputs: list[Tensor] = []
     with _streams(model) as streams:

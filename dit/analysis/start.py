@@ -12,7 +12,7 @@ from torch import nn
 
 from dit import init
 from dit.analysis import wakeup
-from dit.analysis.signal import Coordinates, Signal, coordinate_check, loss, measure
+from dit.analysis.signal import Coordinates, Signal, coordinate_check, loss, network_signal
 from dit.data.batches import Batches
 from dit.data.latents import LatentStore
 from dit.diffusion import Batch, Diffusion
@@ -91,7 +91,7 @@ class Examiner:
         return Start(
             predicted=wakeup.predict(strategy, self.model, self.params.steps),
             gradients=self._wake_up(strategy),
-            signal=measure(self._network(strategy), self.batches(0), self.diffusion),
+            signal=network_signal(self._network(strategy), self.batches(0), self.diffusion),
             early=list(self._early(strategy)),
             coordinates=[] if tied else self._coordinates(strategy),
         )
@@ -104,7 +104,7 @@ class Examiner:
 
     def _wake_up(self, strategy: Strategy) -> list[wakeup.RoleGradient]:
         network = self._network(strategy).double()
-        return wakeup.measure(
+        return wakeup.role_gradients(
             network,
             lambda model, step: loss(model, self.batches(step), self.diffusion),
             self._optimiser(network),
@@ -116,7 +116,7 @@ class Examiner:
         optimiser = self._optimiser(network)
         for step in range(self.params.steps):
             batch = self.batches(step)
-            seen = measure(network, batch, self.diffusion)
+            seen = network_signal(network, batch, self.diffusion)
             yield EarlyStep(
                 step=step,
                 mse=seen.mse,

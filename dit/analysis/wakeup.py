@@ -79,7 +79,7 @@ class RoleGradient:
     update_ratio: float | None
 
 
-def measure(
+def role_gradients(
     model: nn.Module, loss: Callable[[nn.Module, int], Tensor], optimiser: torch.optim.Optimizer, steps: int
 ) -> list[RoleGradient]:
     """Take `steps` optimiser steps on `loss(model, step)` and describe every role's gradient at each.

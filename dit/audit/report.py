@@ -33,13 +33,13 @@ LISTED = 3
 """Names that a sentence lists before it counts the rest."""
 
 
-class Finding(BaseModel):
-    """A finding; a plain record."""
+class AuditFinding(BaseModel):
+    """One thing that an audit found; a plain record."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
 
-class Output(Finding):
+class Output(AuditFinding):
     """The first output: root mean square, loss, and the loss of an output that is zero (None where it cannot be known)."""
 
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class Output(Finding):
     zero_loss: float | None
 
 
-class Block(Finding):
+class Block(AuditFinding):
     """A block of the network. `change` is the RMS of output minus input over that of the input, the largest of all streams."""
 
     path: str
@@ -60,7 +60,7 @@ class Block(Finding):
     identity: bool
 
 
-class Input(Finding):
+class Input(AuditFinding):
     """An input, and the relative change of the output when it is exchanged between samples; None where that cannot be done."""
 
     name: str
@@ -71,7 +71,7 @@ class Input(Finding):
     after_steps: float | None
 
 
-class Layer(Finding):
+class Layer(AuditFinding):
     """A layer that matters for what the network starts as, how it starts, and the inputs that it depends on."""
 
     path: str
@@ -81,7 +81,7 @@ class Layer(Finding):
     driven_by: tuple[str, ...]
 
 
-class Wake(Finding):
+class Wake(AuditFinding):
     """Rows of a tensor (all of them where `rows` is empty) and the step, from 0, of their first gradient.
 
     Where `step` is None they had none: `unused` (not in the graph of the loss), `rounding` (nothing but rounding, as for the
@@ -94,7 +94,7 @@ class Wake(Finding):
     reason: Literal["unused", "rounding", "zero"] | None
 
 
-class Units(Finding):
+class Units(AuditFinding):
     """Units of a layer, rows of its weight with their biases, that start equal.
 
     `still_equal` counts those that moved and moved alike, which is a symmetry; `unmoved` those that did not move, of which
@@ -109,14 +109,14 @@ class Units(Finding):
     period: int | None
 
 
-class TensorValues(Finding):
+class TensorValues(AuditFinding):
     """A tensor whose entries all have one value."""
 
     tensor: str
     value: float
 
 
-class AuditReport(Finding):
+class AuditReport(AuditFinding):
     """Everything that `dit.audit.audit` found. `model_dump_json` and `model_validate_json` make a round trip."""
 
     model: str
@@ -349,10 +349,6 @@ def _gated(report: AuditReport) -> Iterator[str]:
             yield f"no block receives a gradient within {report.steps} steps"
         elif other is not None and (first is None or other < first):
             yield "other layers of the blocks receive a gradient before any modulation: it is not modulation that is zero"
-
-
-def _earliest(steps: Iterable[int | None]) -> int | None:
-    return min((step for step in steps if step is not None), default=None)
 
 
 def _asleep(report: AuditReport) -> Iterator[str]:

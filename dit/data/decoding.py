@@ -7,20 +7,30 @@ from __future__ import annotations
 
 import errno
 import io
+import os
+import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 CHUNK = 16
 """Pictures that travel together; at most 2 * workers + 1 chunks are in flight."""
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""What is opened, whatever a file is called. Pillow knows more: it would start Ghostscript for one that is PostScript."""
+
+MOST_BYTES = 512 * 1024**2
+"""More than any picture of as many pixels as Pillow decodes (2 * 2^30 / 12) needs at 3 bytes a pixel."""
 
 FAULTS_OF_THE_MACHINE = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 """Errors of reading that are no verdict on the file: the stage fails, and a retry may help."""
@@ -79,10 +89,33 @@ def decode(data: Path | bytes, size: int) -> np.ndarray:
 
     Raises whatever reading or decoding raises, and `ValueError` for pixels that RGB bytes cannot hold.
     """
-    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+    with _opened(data) as stream, Image.open(stream, formats=FORMATS) as image:
         if image.mode in {"I", "F"} or image.mode.startswith("I;16"):
             raise ValueError(f"pixels of mode '{image.mode}'; accepted: 8 bits per channel")
         return center_crop(image.convert("RGB"), size)
+
+
+@contextmanager
+def _opened(data: Path | bytes) -> Iterator[IO[bytes]]:
+    """Bytes, or a regular file of at most `MOST_BYTES`. Raises `ValueError` for anything else, without waiting for it.
+
+    A named pipe would wait for a writer, and some devices act when they are opened. So they are not opened; the open file is
+    looked at again, in case that it was exchanged in between.
+    """
+    if isinstance(data, bytes):
+        yield io.BytesIO(data)
+        return
+    _check_file(os.stat(data))
+    with open(os.open(data, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+        _check_file(os.fstat(stream.fileno()))
+        yield stream
+
+
+def _check_file(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    if status.st_size > MOST_BYTES:
+        raise ValueError(f"{status.st_size} bytes, more than {MOST_BYTES}")
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -120,7 +153,7 @@ def _decode_or_reject(picture: Encoded, size: int) -> Sample | Rejected:
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        reason = "not a picture in a known format"
+        reason = "not a JPEG, PNG or WebP picture"
     except OSError as error:
         if error.errno in FAULTS_OF_THE_MACHINE:
             raise

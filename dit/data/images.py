@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from dit.data import SPLITS, folder, huggingface, photos
+from dit.data import SPLITS
 from dit.data.decoding import Rejected
-from dit.data.source import Source, Split
+from dit.data.sources import Source, Split, folder, huggingface, photos
 from dit.data.store import Store, StoreWriter
 from dit.errors import DataError
 from dit.progress import progress

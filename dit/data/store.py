@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from dit.errors import DataError
+from dit.errors import DataError, InputError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -113,7 +113,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; `dvc repro` makes it") from None
+        raise InputError(path) from None
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

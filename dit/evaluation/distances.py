@@ -34,12 +34,12 @@ class Distances:
 
 
 def check_counts(num_real: int, params: EvaluateParams) -> None:
-    """Raise the `ConfigError` that `measure` would raise for too few real images, before anything is generated."""
+    """Raise the `ConfigError` that `sample_distances` would raise for too few real images, before anything is generated."""
     _check_count("kernel_subset_size", params.kernel_subset_size, num_real, "real")
     _check_count("nearest_k", params.nearest_k, num_real - 2, "real")
 
 
-def measure(real: Tensor, generated: Tensor, params: EvaluateParams) -> Distances:
+def sample_distances(real: Tensor, generated: Tensor, params: EvaluateParams) -> Distances:
     """Compare features (N, D) and (M, D). Raises `DataError` for features that are not finite, `ConfigError` for too few."""
     kernel_distance, kernel_distance_std = measure_kernel_distance(
         real, generated, subset_size=params.kernel_subset_size, subsets=params.kernel_subsets, seed=params.seed

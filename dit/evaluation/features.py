@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.hub import load_state_dict_from_url
 
-from dit.errors import ConfigError, DataError
+from dit.errors import ConfigError, DataError, InputError
 from dit.progress import progress
 from dit.sections import FeaturesParams
 
@@ -132,12 +132,13 @@ def save_features(features: Tensor, extractor: FeatureExtractor, directory: Path
 
 
 def load_features(directory: str | Path, extractor: FeatureExtractor) -> Tensor:
-    """Features (N, D) of the real images. Raises `DataError` where there are none, or another extractor made them."""
+    """Features (N, D) of the real images. Raises `InputError` where there are none, or another extractor made them."""
     directory = Path(directory)
-    if not (directory / "features.json").is_file():
-        raise DataError(f"{directory}/features.json: no such file; `dvc repro features` makes it")
-    about: dict[str, Any] = json.loads((directory / "features.json").read_text())
+    described = directory / "features.json"
+    if not described.is_file():
+        raise InputError(described)
+    about: dict[str, Any] = json.loads(described.read_text())
     for key, value in (("extractor", extractor.name), ("size", extractor.size)):
         if about[key] != value:
-            raise DataError(f"{directory} was made with features.{key} = {about[key]}, not {value}; run `dvc repro features`")
+            raise InputError(directory, f"was made with features.{key} = {about[key]}, not {value}")
     return load_file(directory / "features.safetensors")["features"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +50,22 @@ class Captured:
                 self.function(*inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with _without_garbage_collection(), torch.cuda.graph(graph):
             output = self.function(*inputs)
         return _Graph(inputs, output, graph)
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Collect before the block, and not within it.
+
+    Garbage may hold the CUDA graphs of an earlier network, and to free one is a call that invalidates a capture.
+    """
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -118,10 +118,10 @@ def _kernels(x: Tensor) -> Any:
         from dit.fused import group_norm
 
         return group_norm
-    return Reference
+    return EncoderReference
 
 
-class Reference:
+class EncoderReference:
     """The formulas of `dit.fused.group_norm`, with its signatures, in plain PyTorch."""
 
     @staticmethod

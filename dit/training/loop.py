@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import time
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from dit import checkpoint
-from dit.analysis.diagnostics import GradientNoise, RoleState, diagnose, gradient_noise
+from dit.analysis.diagnostics import diagnose, gradient_noise
 from dit.data.batches import Batches
 from dit.data.latents import LatentStore
 from dit.devices import resolve_precision
@@ -26,6 +24,7 @@ from dit.optim.schedule import learning_rate
 from dit.progress import progress
 from dit.sections import TrainParams
 from dit.training.engines import ENGINES, plain_forward
+from dit.training.records import Divergence, Records
 from dit.training.validation import Validation
 
 EARLY_DIAGNOSES = 5
@@ -33,41 +32,6 @@ EARLY_DIAGNOSES = 5
 
 NOISE_PART = 4
 """A diagnosed step compares its gradient with the gradient of every fourth sample of its batch, to tell how noisy it is."""
-
-COLUMNS = {
-    name: ["step", *(column.name for column in fields(kind))]
-    for name, kind in (("diagnostics", RoleState), ("gradient_noise", GradientNoise))
-}
-"""The columns of tables that stay empty where weights are sharded (FSDP): their files have a header and no rows."""
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """The first step at which `quantity` was not finite, and what it was. The weights are those that the loop stopped with."""
-
-    step: int
-    quantity: str
-    value: str
-
-
-@dataclass
-class Records:
-    """Rows measured so far: part of a checkpoint, so that a resumed run ends with all of them."""
-
-    metrics: list[Row] = field(default_factory=list)
-    validation: list[Row] = field(default_factory=list)
-    diagnostics: list[Row] = field(default_factory=list)
-    gradient_noise: list[Row] = field(default_factory=list)
-
-    def write(self, directory: Path) -> None:
-        """Write `metrics.csv`, `validation.csv`, `diagnostics.csv` and `gradient_noise.csv`."""
-        for name, rows in vars(self).items():
-            with (directory / f"{name}.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0] if rows else COLUMNS.get(name, ()), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
 
 
 class Trainer:

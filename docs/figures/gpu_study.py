@@ -67,7 +67,7 @@ def draw_curves(curves: pd.DataFrame, strategies: list[str], baseline: str) -> p
 
 def samples(seed: int) -> Image.Image:
     """Grids of some strategies, one below the other: columns are classes, and noise is the same in all of them."""
-    grids = [Image.open(f"runs/evaluate/{strategy}-{seed}/grid.png") for strategy in SHOWN]
+    grids = [Image.open(f"runs/evaluate/{strategy}-{seed}/grid.png", formats=["PNG"]) for strategy in SHOWN]
     width, height = grids[0].size
     whole = Image.new("RGB", (width, len(grids) * (height + LABEL_HEIGHT)), "white")
     for row, (strategy, grid) in enumerate(zip(SHOWN, grids, strict=True)):

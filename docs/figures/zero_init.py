@@ -16,7 +16,7 @@ from matplotlib.colors import ListedColormap
 
 from dit import config, init
 from dit.analysis import wakeup
-from dit.analysis.signal import loss, measure
+from dit.analysis.signal import loss, network_signal
 from dit.analysis.symmetry import distinct_units, factors
 from dit.config import Params
 from dit.data.batches import Batches
@@ -103,13 +103,13 @@ def initial_error(params: Params, store: LatentStore, batches: Batches, diffusio
             head = {"role": "final.projection.weight", "init": "normal", "std": float(sigma)}
             strategy = Strategy(rules=(*params.strategies["adaln_zero"].rules, head))
             networks = [init.apply(network(params, store, width), strategy, seed) for seed in range(SEEDS)]
-            found = [measure(one, batches(seed), diffusion) for seed, one in enumerate(networks)]
+            found = [network_signal(one, batches(seed), diffusion) for seed, one in enumerate(networks)]
             measured.append([one.mse for one in found])
         curve = np.linspace(0, SIGMAS.max(), 100)
         axes.plot(curve, 1 + curve**2 * width, color=colour, lw=1, label=rf"$1 + \sigma^2 D$, $D = {width}$")
         axes.plot(SIGMAS, measured, ".", color=colour, alpha=0.6)
     xavier = [init.apply(network(params, store), "head_xavier", seed) for seed in range(SEEDS)]
-    starts = [measure(one, batches(seed), diffusion).mse for seed, one in enumerate(xavier)]
+    starts = [network_signal(one, batches(seed), diffusion).mse for seed, one in enumerate(xavier)]
     print(f"head_xavier starts at {min(starts):.2f} to {max(starts):.2f}, over {SEEDS} seeds")
     axes.set(
         xlabel=r"$\sigma$ of the output projection",

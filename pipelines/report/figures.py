@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from dit.analysis.comparison import METRICS, interval
+from dit.analysis.comparison import METRICS, interval, relative_differences
+from dit.analysis.series import SMOOTHING, bucket_ranges, final_buckets, smoothed
 from pipelines.report.drawing import ERROR_AXIS, LOG_AXIS, Figure, Look, band, curves, finish, line_of, looks, ribbon
 from pipelines.report.mechanism import MECHANISM
 from pipelines.report.runs import Run, Study
 from pipelines.report.words import samples
-
-SMOOTHING = 5
-"""Logged rows in the running mean of the training error."""
 
 
 def figures(study: Study, summary: dict[str, Any]) -> dict[str, Figure]:
@@ -136,17 +133,12 @@ def relative(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> 
 
 def training(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
     """Training error by step, lightly smoothed."""
-    plot = go.Figure(list(curves(study, styles, smoothed)))
+    plot = go.Figure(list(curves(study, styles, lambda run: smoothed(run.training["mse"]))))
     plot.update_xaxes(title="optimiser step")
     plot.update_yaxes(ERROR_AXIS)
     finish(plot, height=400, margin={"t": 50})
     caption = f"Smoothed: running mean of {SMOOTHING} logged steps. Batches are the same for every strategy. {band(study)}"
     return Figure("training", "Training error by step", caption, plot)
-
-
-def smoothed(run: Run) -> pd.Series:
-    """Training error as a centred running mean over `SMOOTHING` logged rows."""
-    return run.training["mse"].rolling(SMOOTHING, center=True, min_periods=1).mean()
 
 
 def buckets(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
@@ -157,13 +149,13 @@ def buckets(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> F
     for index, name in enumerate([study.baseline, *study.others]):
         shift = 0.09 * (index - len(study.others) / 2)
         places = [bucket + shift for bucket in range(len(labels))]
-        errors = pd.DataFrame({run.seed: _final_buckets(run) for run in study.finished(name)})
+        errors = pd.DataFrame({run.seed: _last_buckets(run) for run in study.finished(name)})
         if errors.empty:
             continue
         arms = _range_arms(errors, styles[name].colour)
         points = _points(places, errors.mean(axis=1), name, styles[name], arms=arms, labels=labels, value="%{y:.4g}")
         plot.add_trace(points, row=1, col=1)
-        paired = _paired(study, name, _final_buckets)
+        paired = _paired(study, name, _last_buckets)
         if name != study.baseline and not paired.empty:
             arms = _interval_arms(paired, styles[name].colour)
             points = _points(places, paired.mean(axis=1), name, styles[name], arms=arms, labels=labels, value="%{y:+.1%}")
@@ -180,12 +172,8 @@ def buckets(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> F
 
 def _paired(study: Study, name: str, curve: Callable[[Run], pd.Series]) -> pd.DataFrame:
     """The curve of each seed minus that of the baseline, as a fraction of the baseline's mean; one column for each seed."""
-    base = {run.seed: curve(run) for run in study.finished(study.baseline)}
-    values = {run.seed: curve(run) for run in study.finished(name) if run.seed in base}
-    if not values:
-        return pd.DataFrame()
-    scale = pd.DataFrame({seed: base[seed] for seed in values}).mean(axis=1)
-    return pd.DataFrame({seed: (value - base[seed]) / scale for seed, value in values.items()}).dropna()
+    curves, base = ({run.seed: curve(run) for run in study.finished(each)} for each in (name, study.baseline))
+    return relative_differences(curves, base)
 
 
 def _points(
@@ -240,16 +228,14 @@ def _around_zero(traces: list[go.Scatter], axis: str, room: float = 0.08) -> dic
     return {"zeroline": True, "zerolinewidth": 2, **bounds}
 
 
-def _final_buckets(run: Run) -> pd.Series:
-    last = run.validation("ema").iloc[-1]
-    return last[[column for column in last.index if column.startswith("mse_t")]].astype(float)
+def _last_buckets(run: Run) -> pd.Series:
+    return final_buckets(run.validation("ema"))
 
 
 def _bucket_labels(study: Study) -> list[str]:
     settings = study.first.train.settings
-    total, count = settings.diffusion["num_timesteps"], settings.train["validation"]["buckets"]
-    edges = [round(total * index / count) for index in range(count + 1)]
-    return [f"{low} to {high - 1}" for low, high in pairwise(edges)]
+    ranges = bucket_ranges(settings.diffusion["num_timesteps"], settings.train["validation"]["buckets"])
+    return [f"{low} to {high}" for low, high in ranges]
 
 
 def _log_position(step: float) -> float:

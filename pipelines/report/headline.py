@@ -7,22 +7,24 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from scipy import stats
-
-from dit.analysis.comparison import CONFIDENCE, METRICS, Difference
-from pipelines.report.summary import INITIAL, difference, error_at, steps_to
+from dit.analysis.comparison import (
+    CONFIDENCE,
+    INITIAL,
+    METRICS,
+    Difference,
+    error_at,
+    interval_reach,
+    lags,
+    starts_at_zero_output,
+    steps_to,
+)
+from pipelines.report.summary import difference
 from pipelines.report.words import counted, decimals_for, fixed, listed, percent
 
 ZERO_HEAD, RANDOM_HEAD, CONTROL = "adaln_zero", "head_xavier", "symmetric"
 """Strategies with a part in the question. Where one is not in the study, what is said about it is left out."""
 
 ERROR = "validation_mse"
-NEAR = 0.03
-"""Relative distance to the second moment of the target within which a network starts `at` it."""
-
-LAG = 0.01
-"""Relative excess of the averaged weights' error over that of the trained ones above which the average is said to lag."""
-
 SHOWN = {
     "worse": "a lower validation error with the zero head",
     "better": "a lower validation error with the random head",
@@ -177,7 +179,7 @@ def _start(summary: dict[str, Any]) -> Finding | None:
     """Where each strategy starts, against the error of a network whose output is zero."""
     moment = summary["study"]["target_second_moment"]
     starts = {name: entry["mean"][INITIAL.name] for name, entry in summary["strategies"].items()}
-    at = [name for name, start in starts.items() if start is not None and abs(start / moment - 1) <= NEAR]
+    at = [name for name, start in starts.items() if start is not None and starts_at_zero_output(start, moment)]
     away = [f"{name} starts at {start:.2f}" for name, start in starts.items() if start is not None and name not in at]
     zero = f"{moment:.2f}, the mean square of the {summary['study']['objective']} target"
     sentences = []
@@ -213,9 +215,11 @@ def _awake(summary: dict[str, Any]) -> Finding:
     parts = [f"from step {step} on in {listed(names)}" for step, names in sorted(steps.items())]
     sentences = [f"Every part of the network receives a gradient {listed(parts)}."] if parts else []
     sentences += [f"In {listed(never)} some part of it receives none in the steps looked at."] if never else []
-    wrong = [name for name, entry in summary["strategies"].items() if not entry["start"]["predicted_equals_measured"]]
-    if wrong:
+    agrees = {name: entry["start"]["predicted_equals_measured"] for name, entry in summary["strategies"].items()}
+    if wrong := [name for name, agreed in agrees.items() if agreed is False]:
         return Finding("warning", " ".join([*sentences, f"That is not what the architecture predicts for {listed(wrong)}."]))
+    if None in agrees.values():
+        return Finding("note", " ".join([*sentences, "This is measured, not predicted: this network has no prediction."]))
     return Finding("note", " ".join([*sentences, "The architecture alone predicts the same."]))
 
 
@@ -271,9 +275,9 @@ def _few_seeds(summary: dict[str, Any]) -> Finding | None:
         return None
     if seeds == 1:
         return Finding("warning", "One seed: differences are shown without intervals, and none of them is called an effect.")
-    width = float(stats.t.ppf((1 + CONFIDENCE) / 2, 1))
     return Finding(
-        "warning", f"Two seeds leave one degree of freedom: an interval reaches {width:.1f} standard errors to each side."
+        "warning",
+        f"Two seeds leave one degree of freedom: an interval reaches {interval_reach(2):.1f} standard errors to each side.",
     )
 
 
@@ -285,7 +289,7 @@ def _averaging(summary: dict[str, Any]) -> Finding | None:
     lagging, disputed = [], []
     for name, entry in summary["strategies"].items():
         averaged, trained = entry["mean"][ERROR], entry["mean"][final]
-        if trained is not None and averaged > (1 + LAG) * trained:
+        if trained is not None and lags(averaged, trained):
             lagging.append(f"{name} {percent(averaged / trained - 1)}")
         if name != summary["baseline"]:
             verdicts = [_to_baseline(summary, name, metric).verdict for metric in (ERROR, final)]

@@ -10,29 +10,35 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from dit.analysis.diagnostics import GradientNoise, noise_scale
+from dit.analysis.series import (
+    NOISE_WINDOW,
+    by_block,
+    by_step,
+    diagnosed,
+    gradient_grid,
+    mean_over_weights,
+    movement_by_width,
+    noise_by_step,
+)
 from dit.analysis.wakeup import by_kind, kind
 from pipelines.report.drawing import Figure, Look, band, curves, finish, line_of
-from pipelines.report.runs import Run, Start, Study
+from pipelines.report.runs import Analysis, Run, Study
 
 PANELS = 5
 """Heat maps side by side."""
 
 ASLEEP = "rgba(128, 128, 128, 0.22)"
 FIGURE_HEIGHT = 380
-NOISE_WINDOW = 5
 
 Panel = tuple[str, Callable[[Run], pd.Series]]
-StartPanel = tuple[str, Callable[[Start], pd.Series]]
+StartPanel = tuple[str, Callable[[Analysis], pd.Series]]
 
 
 def wake_up(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
     """The first step at which each kind of weight receives a gradient, in every strategy."""
-    starts = [study.starts[name] for name in [study.baseline, *study.others]]
-    measured, predicted = (
-        pd.DataFrame({start.strategy: by_kind(getattr(start.record, which)) for start in starts}, dtype=float)
-        for which in ("measured", "predicted")
-    )
+    starts = [study.analyses[name] for name in [study.baseline, *study.others]]
+    measured = pd.DataFrame({start.strategy: by_kind(start.record.measured) for start in starts}, dtype=float)
+    predicted = pd.DataFrame({start.strategy: _predicted(start) for start in starts})
     shown = measured.map(lambda step: "never" if math.isnan(step) else f"{step:.0f}")
     plot = go.Figure(
         go.Heatmap(
@@ -40,7 +46,7 @@ def wake_up(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> F
             y=list(measured.index),
             z=[[None if math.isnan(step) else step for step in row] for row in measured.to_numpy()],
             text=shown.to_numpy().tolist(),
-            customdata=predicted.map(lambda step: "never" if math.isnan(step) else f"step {step:.0f}").to_numpy().tolist(),
+            customdata=predicted.to_numpy().tolist(),
             texttemplate="%{text}",
             colorscale=[[0, "#2f9e6e"], [0.5, "#e0b02b"], [1, "#d9534f"]],
             showscale=False,
@@ -53,14 +59,30 @@ def wake_up(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> F
     plot.update_xaxes(side="top", showgrid=False, ticks="")
     plot.update_yaxes(autorange="reversed", showgrid=False, ticks="")
     finish(plot, height=80 + 24 * len(measured), hovermode="closest", margin={"t": 60, "l": 150})
-    agree = all(start.record.predicted_equals_measured for start in starts)
-    verdict = "agrees for every role" if agree else "does not agree for every role (see the cells)"
     caption = (
         "The optimiser step, counted from 0, at which all weights of a kind first receive a gradient, other than rounding; "
-        "never: not within the steps looked at. Measured in float64 with AdamW, without weight decay. The prediction from the "
-        f"strategy and the architecture alone, where a product with a zero factor passes nothing back, {verdict}."
+        "never: not within the steps looked at. Measured in float64 with AdamW, without weight decay. "
+        + _prediction([start.record.predicted_equals_measured for start in starts])
     )
     return Figure("wake-up", "Wake-up schedule: the first step with a gradient", caption, plot)
+
+
+def _predicted(start: Analysis) -> dict[str, str]:
+    """The predicted step of each kind of weight, in words."""
+    if start.record.predicted is None:
+        return dict.fromkeys(by_kind(start.record.measured), "none for this network")
+    return {kind: "never" if step is None else f"step {step}" for kind, step in by_kind(start.record.predicted).items()}
+
+
+def _prediction(agrees: list[bool | None]) -> str:
+    """Whether the measured schedules are the predicted ones, in a sentence."""
+    if None in agrees:
+        return "Measured, not predicted: there is no prediction for this network."
+    verdict = "agrees for every role" if all(agrees) else "does not agree for every role (see the cells)"
+    return (
+        "The prediction from the strategy and the architecture alone, where a product with a zero factor passes nothing back, "
+        f"{verdict}."
+    )
 
 
 def _grid(count: int) -> tuple[int, int]:
@@ -75,7 +97,7 @@ def gradients(study: Study, summary: dict[str, Any], styles: dict[str, Look]) ->
     rows, columns = _grid(len(names))
     plot = make_subplots(rows, columns, shared_yaxes=True, horizontal_spacing=0.02, subplot_titles=names)
     for index, name in enumerate(names):
-        grid = gradient_grid(list(study.runs[name].values()))
+        grid = gradient_grid(pd.concat([run.diagnostics for run in study.runs[name].values()], ignore_index=True))
         steps = [str(step) for step in grid.columns]
         where = {"row": index // columns + 1, "col": index % columns + 1}
         awake = grid.where(grid > 0)
@@ -118,28 +140,15 @@ def gradients(study: Study, summary: dict[str, Any], styles: dict[str, Look]) ->
     return Figure("gradients", "Gradients over the first steps, and at the last", caption, plot)
 
 
-def gradient_grid(runs: list[Run]) -> pd.DataFrame:
-    """Gradient RMS of each kind of weight (rows) at the first steps that were all diagnosed, and at the last (columns)."""
-    table = pd.concat([run.diagnostics for run in runs], ignore_index=True)
-    table = table[table["role"].str.endswith(".weight")]
-    steps = sorted(table["step"].unique())
-    shown = [step for index, step in enumerate(steps) if step == index or index == len(steps) - 1]
-    table = table.assign(square=table["gradient_rms"] ** 2, kind=table["role"].map(kind))
-    grid = table.pivot_table(index="kind", columns="step", values="square", aggfunc="mean", sort=False) ** 0.5
-    return grid[shown]
-
-
 def gradient_ranks(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
     """How many directions the gradient of each kind of weight has in the first steps."""
     names = [study.baseline, *study.others]
     rows, columns = _grid(len(names))
     plot = make_subplots(rows, columns, shared_yaxes=True, horizontal_spacing=0.02, subplot_titles=names)
     for index, name in enumerate(names):
-        table = study.starts[name].gradients.dropna(subset=["stable_rank"])
-        table = table.assign(kind=table["role"].map(kind))
-        shown = ("stable_rank", "numerical_rank", "update_ratio")
+        table = study.analyses[name].gradients.dropna(subset=["stable_rank"])
         stable, numerical, ratio = (
-            table.pivot_table(index="kind", columns="step", values=column, sort=False, dropna=False) for column in shown
+            mean_over_weights(table, column, kind) for column in ("stable_rank", "numerical_rank", "update_ratio")
         )
         ratio = ratio.reindex_like(stable).map(lambda value: "weights are zero" if math.isnan(value) else f"{value:.2g}")
         where = {"row": index // columns + 1, "col": index % columns + 1}
@@ -206,19 +215,13 @@ def conditioning(study: Study, summary: dict[str, Any], styles: dict[str, Look])
 
 def widths(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
     """The coordinate check: how far activations move in the first steps, by width."""
-
-    def moved(start: Start, activation: Callable[[str], bool]) -> pd.Series:
-        table = start.coordinates
-        last = table[(table["step"] == table["step"].max()) & table["activation"].map(activation).astype(bool)]
-        return last.groupby("width")["change_rms"].mean()
-
     panels: list[StartPanel] = [
-        ("residual stream", lambda start: moved(start, lambda name: name.startswith("block"))),
-        ("prediction", lambda start: moved(start, lambda name: name == "prediction")),
+        ("residual stream", lambda start: movement_by_width(start.coordinates, "block")),
+        ("prediction", lambda start: movement_by_width(start.coordinates, "prediction")),
     ]
     plot = _start_panels(study, styles, panels, "width")
     plot.update_xaxes(
-        type="log", tickvals=sorted({width for start in study.starts.values() for width in start.coordinates["width"]})
+        type="log", tickvals=sorted({width for start in study.analyses.values() for width in start.coordinates["width"]})
     )
     plot.update_yaxes(type="log", rangemode="normal", exponentformat="power", dtick=1)
     exponents = [
@@ -237,9 +240,9 @@ def widths(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Fi
 def units(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
     """How many units differ from each other: of the MLPs, heads of attention, rows of the output projection."""
     panels = [
-        ("hidden units of an MLP", lambda run: by_step(run, "distinct_units", ".mlp_in.weight")),
-        ("attention heads of a block", lambda run: by_step(run, "distinct_units", ".attn_out.weight")),
-        ("rows of the output projection", lambda run: by_step(run, "distinct_units", "final.projection.weight")),
+        ("hidden units of an MLP", lambda run: diagnosed(run.diagnostics, "distinct_units/mlp")),
+        ("attention heads of a block", lambda run: diagnosed(run.diagnostics, "distinct_units/attention_heads")),
+        ("rows of the output projection", lambda run: diagnosed(run.diagnostics, "distinct_units/final_projection")),
     ]
     plot = _panels(study, styles, panels)
     plot.update_yaxes(type="log", tickvals=[2**power for power in range(16)])
@@ -250,12 +253,12 @@ def units(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Fig
 def gates(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
     """How far the gates open, by step and by depth at the last."""
     panels = [
-        ("gates of attention", lambda run: by_step(run, "gate_rms", ".attn.gate.weight")),
-        ("gates of the MLPs", lambda run: by_step(run, "gate_rms", ".mlp.gate.weight")),
+        ("gates of attention", lambda run: diagnosed(run.diagnostics, "gates/attention")),
+        ("gates of the MLPs", lambda run: diagnosed(run.diagnostics, "gates/mlp")),
     ]
     by_depth = [
-        ("attention, by block at the last step", lambda run: by_block(run, "gate_rms", ".attn.gate.weight")),
-        ("MLPs, by block at the last step", lambda run: by_block(run, "gate_rms", ".mlp.gate.weight")),
+        ("attention, by block at the last step", lambda run: by_block(run.diagnostics, "gates/attention")),
+        ("MLPs, by block at the last step", lambda run: by_block(run.diagnostics, "gates/mlp")),
     ]
     plot = _panels(study, styles, [*panels, *by_depth])
     for column in (3, 4):
@@ -267,8 +270,8 @@ def gates(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Fig
 def ranks(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
     """How many directions the head and the gates use, and how large updates are."""
     panels = [
-        ("output projection", lambda run: by_step(run, "effective_rank", "final.projection.weight")),
-        ("gates", lambda run: by_step(run, "effective_rank", ".gate.weight")),
+        ("output projection", lambda run: diagnosed(run.diagnostics, "effective_rank/final_projection")),
+        ("gates", lambda run: diagnosed(run.diagnostics, "effective_rank/gates")),
     ]
     plot = _panels(study, styles, panels)
     caption = (
@@ -281,9 +284,9 @@ def ranks(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Fig
 def updates(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
     """Update-to-weight ratios, and the gradient noise scale."""
     panels = [
-        ("MLPs: update / weight", lambda run: by_step(run, "update_ratio", ".mlp_in.weight")),
-        ("output projection: update / weight", lambda run: by_step(run, "update_ratio", "final.projection.weight")),
-        ("gradient noise scale, in samples", noise_by_step),
+        ("MLPs: update / weight", lambda run: by_step(run.diagnostics, "update_ratio", ".mlp_in.weight")),
+        ("output projection: update / weight", lambda run: by_step(run.diagnostics, "update_ratio", "final.projection.weight")),
+        ("gradient noise scale, in samples", lambda run: noise_by_step(run.gradient_noise)),
     ]
     plot = _panels(study, styles, panels)
     plot.update_yaxes(type="log", exponentformat="power", dtick=1)
@@ -296,31 +299,6 @@ def updates(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> F
 
 
 MECHANISM = (wake_up, gradients, gradient_ranks, depth, conditioning, widths, units, gates, ranks, updates)
-
-
-def by_step(run: Run, column: str, role: str) -> pd.Series:
-    """A diagnosed quantity by step, the mean over the roles whose path ends in `role`."""
-    table = run.diagnostics
-    table = table[table["role"].str.endswith(role)] if len(table) else table
-    return table.dropna(subset=[column]).groupby("step")[column].mean()
-
-
-def noise_by_step(run: Run) -> pd.Series:
-    """The gradient noise scale over neighbouring diagnosed steps, where they determine it."""
-    steps = list(run.gradient_noise.index)
-    noise = [GradientNoise(*row) for row in run.gradient_noise.itertuples(index=False)]
-    ends = range(NOISE_WINDOW, len(steps) + 1)
-    scales = {steps[end - 1]: noise_scale(noise[end - NOISE_WINDOW : end]) for end in ends}
-    return pd.Series({step: scale for step, scale in scales.items() if scale is not None}, dtype=float)
-
-
-def by_block(run: Run, column: str, role: str) -> pd.Series:
-    """A diagnosed quantity at the last diagnosed step, by block."""
-    table = run.diagnostics
-    if not len(table):
-        return pd.Series(dtype=float)
-    last = table[(table["step"] == table["step"].max()) & table["role"].str.endswith(role)].dropna(subset=[column])
-    return last.set_index(last["role"].str.extract(r"block\[(\d+)\]", expand=False).astype(int))[column]
 
 
 def _panels(study: Study, styles: dict[str, Look], panels: list[Panel]) -> go.Figure:
@@ -339,7 +317,7 @@ def _start_panels(study: Study, styles: dict[str, Look], panels: list[StartPanel
     plot = make_subplots(1, len(panels), horizontal_spacing=0.06, subplot_titles=[title for title, _ in panels])
     for column, (_, values) in enumerate(panels, start=1):
         for name in [study.baseline, *study.others]:
-            curve = values(study.starts[name])
+            curve = values(study.analyses[name])
             if len(curve):
                 line = line_of(list(curve.index), list(curve), name, styles[name], "%{y:.4g}")
                 plot.add_trace(line.update(mode="lines+markers", showlegend=column == 1), row=1, col=column)

@@ -12,13 +12,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from dit.analysis.comparison import METRICS
+from dit.analysis.comparison import INITIAL, METRICS, error_at, steps_to
 from dit.data.images import ImageStore
 from pipelines.report.figures import Figure, looks
 from pipelines.report.headline import Headline
 from pipelines.report.pictures import data_uri, real_grid
 from pipelines.report.runs import Study
-from pipelines.report.summary import INITIAL, error_at, steps_to
 from pipelines.report.words import counted, decimals_for, fixed, listed, percent
 
 HERE = Path(__file__).parent

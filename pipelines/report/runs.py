@@ -1,117 +1,22 @@
-"""Run directories as typed, checked records: the only reader of `runs/` for the report."""
+"""The runs of a study for the report: everything that `pipelines.records` reads, and whether it belongs together."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dit.config import Params
-from dit.errors import DataError, explain
+from dit.errors import DataError, InputError
 from dit.init import Strategy
-
-ANALYSE = Path("runs/analyse")
-TRAIN = Path("runs/train")
-EVALUATE = Path("runs/evaluate")
-
-DIAGNOSTICS = [
-    "step",
-    "role",
-    "gradient_rms",
-    "update_ratio",
-    "zero_gradient_fraction",
-    "distinct_units",
-    "effective_rank",
-    "gate_rms",
-]
-"""The columns that the report needs of a run that was never diagnosed, as it diverged at once."""
-
-
-class Record(BaseModel):
-    """Base of what a stage wrote about itself."""
-
-    model_config = ConfigDict(frozen=True)
-
-
-class Initial(Record):
-    """Before the first step. `target_second_moment` is the error of a network whose output is zero."""
-
-    validation_mse: float | None
-    target_second_moment: float
-
-
-class Divergence(Record):
-    """Where a run met a value that is not finite."""
-
-    step: int
-    quantity: str
-    value: str
-
-
-class TrainSettings(Record):
-    """Every parameter that a training run depends on."""
-
-    model: dict[str, Any]
-    diffusion: dict[str, Any]
-    train: dict[str, Any]
-    rules: list[dict[str, Any]]
-
-
-class TrainRecord(Record):
-    """`run.json` of a training run."""
-
-    run_key: str
-    status: Literal["finished", "diverged"]
-    diverged: Divergence | None
-    steps_done: int
-    parameters: int
-    device: str
-    settings: TrainSettings
-    initial: Initial
-
-
-class SignalRecord(Record):
-    """A network before training, on one batch; `dit.analysis.signal.Signal`. None stands for what is not finite."""
-
-    output_rms: float | None
-    output_variance: float | None
-    mse: float | None
-    zero_output_mse: float
-    expected_zero_output_mse: float
-    timestep_sensitivity: float | None
-    label_sensitivity: float | None
-    blocks: list[dict[str, float | None]]
-
-
-class StartRecord(Record):
-    """`start.json` of an analysed strategy. Schedules hold, by role, the first optimiser step with a gradient."""
-
-    awake_step: int | None
-    predicted_equals_measured: bool
-    predicted: dict[str, int | None]
-    measured: dict[str, int | None]
-    signal: SignalRecord
-    early: list[dict[str, float | None]]
-    width_exponent: float | None
-
-
-class EvaluateRecord(Record):
-    """`metrics.json` of an evaluation."""
-
-    run_key: str
-    train_run_key: str
-    status: Literal["finished", "diverged"]
-    num_generated: int
-    num_real: int
-    features: dict[str, Any]
-    settings: dict[str, dict[str, Any]]
-    metrics: dict[str, float | None]
+from pipelines.records.analysis import ANALYSE, COORDINATES, GRADIENTS, StartRecord
+from pipelines.records.base import Entry
+from pipelines.records.evaluation import EVALUATE, EvaluateRecord
+from pipelines.records.training import DIAGNOSTICS, GRADIENT_NOISE, METRICS, TRAIN, VALIDATION, TrainRecord
 
 
 @dataclass(frozen=True)
@@ -136,23 +41,21 @@ class Run:
     @cached_property
     def training(self) -> pd.DataFrame:
         """`metrics.csv`, by step."""
-        return _table(TRAIN / self.name / "metrics.csv", ["step", "mse"]).set_index("step")
+        return METRICS.read(TRAIN / self.name).set_index("step")
 
     @cached_property
     def diagnostics(self) -> pd.DataFrame:
         """`diagnostics.csv`: one row for each step and role."""
-        return _table(TRAIN / self.name / "diagnostics.csv", DIAGNOSTICS)
+        return DIAGNOSTICS.read(TRAIN / self.name)
 
     @cached_property
     def gradient_noise(self) -> pd.DataFrame:
         """`gradient_noise.csv`, by step; `dit.analysis.diagnostics.GradientNoise`."""
-        return _table(
-            TRAIN / self.name / "gradient_noise.csv", ["step", "squared_norm", "covariance_trace", "batch_norm", "part_norm"]
-        ).set_index("step")
+        return GRADIENT_NOISE.read(TRAIN / self.name).set_index("step")
 
     @cached_property
     def _validation(self) -> pd.DataFrame:
-        return _table(TRAIN / self.name / "validation.csv", ["step", "weights", "mse"])
+        return VALIDATION.read(TRAIN / self.name)
 
     def validation(self, weights: Literal["model", "ema"]) -> pd.DataFrame:
         """Validation errors of the trained or of the averaged weights, by step, where they are finite."""
@@ -167,7 +70,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Start:
+class Analysis:
     """One strategy at its start: what stage `analyse` left on disk."""
 
     strategy: str
@@ -176,23 +79,26 @@ class Start:
     @property
     def early(self) -> pd.DataFrame:
         """The first optimiser steps, by step."""
-        return pd.DataFrame(self.record.early, dtype=float).set_index("step")
+        return _by(self.record.early, "step")
 
     @property
     def blocks(self) -> pd.DataFrame:
         """The signal in every block, by block."""
-        return pd.DataFrame(self.record.signal.blocks, dtype=float).set_index("block")
+        return _by(self.record.signal.blocks, "block")
 
     @property
     def gradients(self) -> pd.DataFrame:
         """`gradients.csv`: norm, ranks and update of every role's gradient in the first steps."""
-        columns = ["step", "role", "norm", "stable_rank", "numerical_rank", "update_ratio"]
-        return _table(ANALYSE / self.strategy / "gradients.csv", columns)
+        return GRADIENTS.read(ANALYSE / self.strategy)
 
     @property
     def coordinates(self) -> pd.DataFrame:
         """`coordinates.csv`: activations of networks of several widths in their first steps."""
-        return _table(ANALYSE / self.strategy / "coordinates.csv", ["width", "step", "activation", "rms", "change_rms"])
+        return COORDINATES.read(ANALYSE / self.strategy)
+
+
+def _by(entries: Sequence[Entry], key: str) -> pd.DataFrame:
+    return pd.DataFrame([entry.model_dump() for entry in entries], dtype=float).set_index(key)
 
 
 @dataclass(frozen=True)
@@ -204,7 +110,7 @@ class Study:
     seeds: list[int]
     strategies: dict[str, Strategy]
     runs: dict[str, dict[int, Run]]
-    starts: dict[str, Start]
+    analyses: dict[str, Analysis]
 
     @property
     def all_runs(self) -> list[Run]:
@@ -231,21 +137,20 @@ def read_study(params: Params) -> Study:
     study = params.study
     runs = {name: {seed: read_run(name, seed) for seed in study.seeds} for name in study.strategies}
     strategies = {name: params.strategies[name] for name in study.strategies}
-    starts = {name: Start(name, _record(StartRecord, ANALYSE / name / "start.json", f"analyse@{name}")) for name in runs}
-    found = Study(study.name, study.baseline, study.seeds, strategies, runs, starts)
+    analyses = {name: Analysis(name, StartRecord.read(ANALYSE / name)) for name in runs}
+    found = Study(study.name, study.baseline, study.seeds, strategies, runs, analyses)
     _check_alike(found.all_runs)
     return found
 
 
 def read_run(strategy: str, seed: int) -> Run:
-    """Read one run. Raises `DataError` where it is missing, or its evaluation belongs to another training."""
+    """Read one run. Raises `InputError` where it is missing, or its evaluation belongs to another training."""
     name = f"{strategy}-{seed}"
-    train = _record(TrainRecord, TRAIN / name / "run.json", f"train@{name}")
-    evaluation = _record(EvaluateRecord, EVALUATE / name / "metrics.json", f"evaluate@{name}")
+    train, evaluation = TrainRecord.read(TRAIN / name), EvaluateRecord.read(EVALUATE / name)
     if evaluation.train_run_key != train.run_key:
-        raise DataError(
-            f"{EVALUATE / name / 'metrics.json'}: train_run_key = '{evaluation.train_run_key}', but {TRAIN / name} holds run "
-            f"'{train.run_key}'; `dvc repro evaluate@{name}` evaluates that one"
+        raise InputError(
+            EVALUATE / name / EvaluateRecord.FILE,
+            f"evaluates training run '{evaluation.train_run_key}', but {TRAIN / name} holds run '{train.run_key}'",
         )
     return Run(strategy, seed, train, evaluation)
 
@@ -253,7 +158,7 @@ def read_run(strategy: str, seed: int) -> Run:
 def departed(study: Study) -> Iterator[Path]:
     """Directories of runs and strategies that are no longer part of the study."""
     expected = {run.name for run in study.all_runs}
-    for parent, kept in ((TRAIN, expected), (EVALUATE, expected), (ANALYSE, study.starts.keys())):
+    for parent, kept in ((TRAIN, expected), (EVALUATE, expected), (ANALYSE, study.analyses.keys())):
         for path in sorted(parent.iterdir()):
             name = path.name.removeprefix(".").removesuffix(".partial").removesuffix(".old")
             if path.is_dir() and name not in kept and (parent == ANALYSE or name.rpartition("-")[2].isdigit()):
@@ -282,29 +187,3 @@ def _shared(run: Run) -> dict[str, Any]:
         "num_generated": run.evaluation.num_generated,
         "num_real": run.evaluation.num_real,
     }
-
-
-R = TypeVar("R", bound=Record)
-
-
-def _record(kind: type[R], path: Path, stage: str) -> R:
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file, so run {stage} is missing; `dvc repro {stage}` makes it") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from None
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        raise DataError(explain(error, str(path), data)) from None
-
-
-def _table(path: Path, columns: list[str]) -> pd.DataFrame:
-    """A CSV file, in which values that are not finite become NaN; a run that diverged at once leaves one without a header."""
-    try:
-        return pd.read_csv(path).replace([float("inf"), float("-inf")], float("nan"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; the run that lies there is not complete") from None
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame(columns=columns)

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from statistics import fmean
 from typing import Any
 
 import pandas as pd
 
-from dit.analysis.comparison import CONFIDENCE, METRICS, Difference, Metric, paired_difference, spread, step_reached
-from pipelines.report.runs import Run, Start, Study
-
-INITIAL = Metric("initial_validation_mse", "initial validation error")
-COMPARED = (1 / 8, 1 / 4, 1 / 2, 1)
-"""Fractions of training at which strategies are compared by their trained weights."""
-
-Value = Callable[[Run], float | None]
+from dit.analysis.comparison import (
+    CONFIDENCE,
+    INITIAL,
+    METRICS,
+    Difference,
+    compared_steps,
+    error_at,
+    on_the_way,
+    paired_difference,
+    spread,
+    thresholds,
+)
+from dit.analysis.series import conditioned_from
+from pipelines.report.runs import Analysis, Run, Study
 
 
 def summarise(study: Study) -> dict[str, Any]:
     """Everything numeric: each run, means and standard deviations over seeds, and paired differences to the baseline."""
-    steps = compared_steps(study)
-    limits = thresholds(study, steps[:-1])
+    steps = compared_steps(next((list(run.validation("model").index) for run in study.all_runs if run.finished), []))
+    limits = thresholds([run.validation("model")["mse"] for run in study.finished(study.baseline)], steps[:-1])
     compared = [*METRICS, *(error_at(step) for step in steps)]
-    values = _values(steps, limits)
     summary: dict[str, Any] = {
         "study": _description(study),
         "baseline": study.baseline,
@@ -32,11 +36,11 @@ def summarise(study: Study) -> dict[str, Any]:
         "comparisons": 0,
         "compared_steps": steps,
         "thresholds": {str(step): limit for step, limit in limits.items()},
-        "features": study.first.evaluation.features,
+        "features": study.first.evaluation.features.model_dump(),
         "num_generated": study.first.evaluation.num_generated,
         "num_real": study.first.evaluation.num_real,
         "metrics": {metric.name: asdict(metric) for metric in (INITIAL, *compared)},
-        "strategies": {name: _strategy(study, name, values) for name in study.runs},
+        "strategies": {name: _strategy(study, name, steps, limits) for name in study.runs},
     }
     for name in study.others:
         differences = {metric.name: difference(summary, name, study.baseline, metric.name) for metric in compared}
@@ -50,33 +54,6 @@ def difference(summary: dict[str, Any], strategy: str, other: str, metric: str) 
     strategies = summary["strategies"]
     values, others = ({seed: run[metric] for seed, run in strategies[name]["runs"].items()} for name in (strategy, other))
     return paired_difference(values, others, summary["metrics"][metric]["lower_is_better"])
-
-
-def compared_steps(study: Study) -> list[int]:
-    """The validated steps nearest to the fractions `COMPARED` of training, the last one being its end."""
-    finished = [run for run in study.all_runs if run.finished]
-    if not finished:
-        return []
-    measured = finished[0].validation("model").index
-    last = measured[-1]
-    nearest = {min(measured, key=lambda step: abs(step - fraction * last)) for fraction in COMPARED}
-    return sorted(int(step) for step in nearest if step > 0)
-
-
-def thresholds(study: Study, steps: list[int]) -> dict[int, float]:
-    """The mean error of the baseline at each of `steps`; nothing where the baseline never finished."""
-    curves = [run.validation("model")["mse"] for run in study.finished(study.baseline)]
-    return {step: fmean(curve.loc[step] for curve in curves) for step in steps if curves}
-
-
-def error_at(step: int) -> Metric:
-    """The validation error of the trained weights after `step` steps."""
-    return Metric(f"validation_mse_step_{step}", f"validation error at step {step}")
-
-
-def steps_to(step: int) -> str:
-    """The name of the step at which a run reaches the error that the baseline has at `step`."""
-    return f"steps_to_baseline_step_{step}"
 
 
 def metric_means(summary: dict[str, Any]) -> dict[str, dict[str, float | None]]:
@@ -94,71 +71,47 @@ def mean_curves(study: Study, curve: Callable[[Run], pd.Series]) -> pd.DataFrame
     return pd.DataFrame(columns).rename_axis("step")
 
 
-def _values(steps: list[int], limits: dict[int, float]) -> dict[str, Value]:
-    """How to read each number off a run. A diverged run has none but the first."""
-    values: dict[str, Value] = {INITIAL.name: lambda run: run.train.initial.validation_mse}
-    for metric in METRICS:
-        values[metric.name] = lambda run, name=metric.name: run.evaluation.metrics[name]  # type: ignore[misc]
-    for step in steps:
-        values[error_at(step).name] = lambda run, step=step: _error(run, step)  # type: ignore[misc]
-    for step, limit in limits.items():
-        values[steps_to(step)] = lambda run, limit=limit: _reached(run, limit)  # type: ignore[misc]
-    return values
-
-
-def _error(run: Run, step: int) -> float | None:
-    return float(run.validation("model")["mse"].loc[step]) if run.finished else None
-
-
-def _reached(run: Run, limit: float) -> float | None:
-    curve = run.validation("model")["mse"]
-    return step_reached(list(curve.index), list(curve), limit) if run.finished else None
-
-
-def _strategy(study: Study, name: str, values: dict[str, Value]) -> dict[str, Any]:
-    runs = {seed: _run(run, values) for seed, run in study.runs[name].items()}
-    spreads = {key: spread(run[key] for run in runs.values()) for key in values}
+def _strategy(study: Study, name: str, steps: list[int], limits: dict[int, float]) -> dict[str, Any]:
+    numbers = {seed: _numbers(run, steps, limits) for seed, run in study.runs[name].items()}
+    spreads = {key: spread(found[key] for found in numbers.values()) for key in next(iter(numbers.values()))}
     return {
         "description": study.strategies[name].description,
         "source": study.strategies[name].source,
-        "start": _start(study.starts[name]),
+        "start": _start(study.analyses[name]),
         "n": len(study.finished(name)),
         "mean": {key: found.mean for key, found in spreads.items()},
         "sd": {key: found.sd for key, found in spreads.items()},
-        "runs": runs,
+        "runs": {seed: {**_run(run), **numbers[seed]} for seed, run in study.runs[name].items()},
     }
 
 
-def _start(start: Start) -> dict[str, Any]:
+def _numbers(run: Run, steps: list[int], limits: dict[int, float]) -> dict[str, float | None]:
+    """Every number of a run that is averaged over seeds. A run that diverged has none but the first."""
+    curve = run.validation("model")["mse"] if run.finished else None
+    measured = {metric.name: run.evaluation.metrics[metric.name] for metric in METRICS}
+    return {INITIAL.name: run.train.initial.validation_mse, **measured, **on_the_way(curve, steps, limits)}
+
+
+def _start(analysis: Analysis) -> dict[str, Any]:
     """The strategy before training, and what width does to the change of its prediction in the first steps."""
-    record = start.record
+    record = analysis.record
     return {
         "awake_step": record.awake_step,
         "predicted_equals_measured": record.predicted_equals_measured,
         **record.signal.model_dump(exclude={"blocks"}),
-        "conditioned_from_step": _conditioned_from(start),
+        "conditioned_from_step": conditioned_from(analysis.early),
         "width_exponent": record.width_exponent,
     }
 
 
-def _conditioned_from(start: Start) -> dict[str, int | None]:
-    """The first step before which a change of timestep, and of label, changes the prediction."""
-    steps = {}
-    for kind in ("timestep", "label"):
-        seen = start.early.index[start.early[f"{kind}_sensitivity"] > 0]
-        steps[kind] = int(seen[0]) if len(seen) else None
-    return steps
-
-
-def _run(run: Run, values: dict[str, Value]) -> dict[str, Any]:
+def _run(run: Run) -> dict[str, Any]:
     diverged = run.train.diverged
     return {
         "status": run.train.status,
         "sampling": run.evaluation.status,
-        "diverged": diverged.model_dump() if diverged else None,
+        "diverged": asdict(diverged) if diverged else None,
         "train_run_key": run.train.run_key,
         "run_key": run.evaluation.run_key,
-        **{key: value(run) for key, value in values.items()},
     }
 
 

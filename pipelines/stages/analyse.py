@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import typer
@@ -17,7 +14,8 @@ from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.devices import float64_device, make_deterministic, resolve_device
 from dit.diffusion import Diffusion
-from pipelines.stages.entry import complete_directory, run_key, run_stage, strategy_of, write_json
+from pipelines.records.analysis import ANALYSE, COORDINATES, GRADIENTS, StartRecord
+from pipelines.stages.entry import complete_directory, run_dvc_stage, run_key, strategy_of
 
 
 def analyse(params: Params, strategy: str) -> None:
@@ -44,38 +42,29 @@ def analyse(params: Params, strategy: str) -> None:
         betas=params.train.betas,
     )
     found = examine(rules)
-    agrees = found.predicted == found.measured
-    described = {
-        "strategy": strategy,
-        "run_key": run_key("analyse", [identity, device.type], strategy),
-        "awake_step": awake(found.measured),
-        "predicted_equals_measured": agrees,
-        "predicted": found.predicted,
-        "measured": found.measured,
-        "signal": asdict(found.signal),
-        "early": [asdict(step) for step in found.early],
-        "width_exponent": width_exponent(found.coordinates),
-    }
-    with complete_directory(f"runs/analyse/{strategy}") as out:
-        write_json(out / "start.json", finite(described))
-        pd.DataFrame(found.gradients).to_csv(out / "gradients.csv", index=False, lineterminator="\n")
-        pd.DataFrame(found.coordinates).to_csv(out / "coordinates.csv", index=False, lineterminator="\n")
-    schedule = "as predicted" if agrees else "NOT as predicted"
+    agrees = None if found.predicted is None else found.predicted == found.measured
+    record = StartRecord(
+        strategy=strategy,
+        run_key=run_key("analyse", [identity, device.type], strategy),
+        awake_step=awake(found.measured),
+        predicted_equals_measured=agrees,
+        predicted=found.predicted,
+        measured=found.measured,
+        signal=found.signal,
+        early=found.early,
+        width_exponent=width_exponent(found.coordinates),
+    )
+    with complete_directory(ANALYSE / strategy) as out:
+        record.write(out)
+        GRADIENTS.write_frame(out, pd.DataFrame(found.gradients))
+        COORDINATES.write_frame(out, pd.DataFrame(found.coordinates))
+    schedule = {True: "as predicted", False: "NOT as predicted", None: "measured, not predicted"}[agrees]
     print(f"analyse {strategy}: every role receives a gradient from step {awake(found.measured)} on, {schedule}")
-
-
-def finite(value: Any) -> Any:
-    """The same JSON-able value with None for every number that is not finite."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(strategy: str) -> None:
     """Examine STRATEGY of params.yaml at its start."""
-    run_stage(lambda params: analyse(params, strategy))
+    run_dvc_stage(lambda params: analyse(params, strategy))
 
 
 if __name__ == "__main__":

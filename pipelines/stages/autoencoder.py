@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dit.autoencoder import make_autoencoder, measure, save, side_by_side
+from dit.autoencoder import make_autoencoder, reconstruction_quality, save, side_by_side
 from dit.config import Params
 from dit.data.images import load_images
 from dit.devices import make_deterministic, resolve_device
-from pipelines.stages.entry import complete_directory, run_key, run_stage, scratch, write_json
+from pipelines.stages.entry import complete_directory, run_dvc_stage, run_key, scratch, write_json
 
 
 def autoencoder(params: Params) -> None:
@@ -15,7 +15,7 @@ def autoencoder(params: Params) -> None:
     images = load_images()
     key = run_key("autoencoder", [params.autoencoder.model_dump(mode="json"), resolve_device(params.autoencoder.device).type])
     model = make_autoencoder(params.autoencoder, images.train_images, scratch(key))
-    metrics = measure(model, images.validation_images)
+    metrics = reconstruction_quality(model, images.validation_images)
     with complete_directory("data/autoencoder") as out:
         write_json(out / "metrics.json", metrics)
         side_by_side(model, images.validation_images).save(out / "reconstructions.png")
@@ -26,4 +26,4 @@ def autoencoder(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(autoencoder)
+    run_dvc_stage(autoencoder)

@@ -17,7 +17,7 @@ from pipelines.report.headline import headline
 from pipelines.report.page import Autoencoder, render
 from pipelines.report.runs import Run, Study, departed, read_study
 from pipelines.report.summary import mean_curves, metric_means, summarise
-from pipelines.stages.entry import complete_directory, run_stage, write_json
+from pipelines.stages.entry import complete_directory, run_dvc_stage, write_json
 
 CURVES: dict[str, Callable[[Run], pd.Series]] = {
     "validation_mse": lambda run: run.validation("ema")["mse"],
@@ -66,4 +66,4 @@ def read_autoencoder(directory: Path) -> Autoencoder:
 
 
 if __name__ == "__main__":
-    run_stage(compare)
+    run_dvc_stage(compare)

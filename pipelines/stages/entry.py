@@ -15,19 +15,20 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
 from dit.config import Params, load
-from dit.errors import ConfigError, UserError
+from dit.errors import ConfigError, InputError, UserError
 from dit.init import Strategy
 from pipelines.stages.launch import WRONG_INPUT, check_devices, in_group, join_group, run_group
 
 TRANSIENT = os.EX_TEMPFAIL
 
 
-def run_stage(stage: Callable[[Params], None], section: str = "") -> None:
+def run_dvc_stage(stage: Callable[[Params], None], section: str = "") -> None:
     """Check the whole `params.yaml`, run `stage`, and exit with a code that says what went wrong, if anything did.
 
     A stage whose `section` of the parameters wants several processes runs as a group, in which each process comes here again.
@@ -42,6 +43,10 @@ def run_stage(stage: Callable[[Params], None], section: str = "") -> None:
             code = run_group(settings.processes)
             sys.exit(TRANSIENT if code < 0 else code)
         stage(params)
+    except InputError as error:
+        stage_name = made_by(error.path)
+        print(f"error: {error}{f'; run `dvc repro {stage_name}`' if stage_name else ''}", file=sys.stderr)
+        sys.exit(WRONG_INPUT)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_INPUT)
@@ -98,12 +103,29 @@ def run_key(stage: str, settings: object, strategy: str = "", seed: int = 0) -> 
     """
     identity = [stage, strategy, seed, torch.__version__, settings]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
-    for declared in yaml.safe_load(Path("dvc.yaml").read_text())["stages"][stage]["deps"]:
+    for declared in _stages()[stage]["deps"]:
         path = Path(declared.replace("${item.strategy}", strategy).replace("${item.seed}", str(seed)))
         for file in _content(path):
             digest.update(f"\n{file.as_posix()}\n".encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def made_by(path: Path) -> str | None:
+    """The stage that makes the file or folder at `path`, such as `train@adaln_zero-0`; None where `dvc.yaml` has none."""
+    for name, stage in _stages().items():
+        for out in map(Path, stage["outs"]):
+            found = Path(*path.parts[: len(out.parts)])
+            if found == out:
+                return name
+            if "matrix" in stage and found.parent == out.parent:
+                return f"{name}@{found.name}"
+    return None
+
+
+def _stages() -> dict[str, Any]:
+    stages: dict[str, Any] = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
+    return stages
 
 
 def _content(path: Path) -> list[Path]:

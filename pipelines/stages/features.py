@@ -7,7 +7,7 @@ from dit.data.images import load_images
 from dit.devices import make_deterministic, resolve_device
 from dit.evaluation.distances import check_counts
 from dit.evaluation.features import load_extractor, save_features
-from pipelines.stages.entry import complete_directory, run_stage
+from pipelines.stages.entry import complete_directory, run_dvc_stage
 
 
 def features(params: Params) -> None:
@@ -24,4 +24,4 @@ def features(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(features)
+    run_dvc_stage(features)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dit.config import Params
 from dit.data.images import write_images
-from pipelines.stages.entry import complete_directory, run_stage
+from pipelines.stages.entry import complete_directory, run_dvc_stage
 
 
 def images(params: Params) -> None:
@@ -15,4 +15,4 @@ def images(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(images)
+    run_dvc_stage(images)

@@ -12,7 +12,7 @@ from dit.devices import make_deterministic, resolve_backend, resolve_device, res
 from dit.distributed import Ranks, joined
 from dit.fused.encoder import NEEDS, supports
 from dit.sections import LatentsParams
-from pipelines.stages.entry import complete_directory, run_stage
+from pipelines.stages.entry import complete_directory, run_dvc_stage
 
 
 def latents(params: Params) -> None:
@@ -40,4 +40,4 @@ def encode_on(ranks: Ranks, settings: LatentsParams) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    run_stage(latents, "latents")
+    run_dvc_stage(latents, "latents")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import socket
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from safetensors.torch import save_file
@@ -18,7 +17,10 @@ from dit.devices import make_deterministic, resolve_device
 from dit.diffusion import Diffusion
 from dit.distributed import Ranks, joined
 from dit.training.loop import Trainer
-from pipelines.stages.entry import complete_directory, run_key, run_stage, scratch, strategy_of, write_json
+from dit.training.records import outcome
+from pipelines.records.base import Timing
+from pipelines.records.training import TRAIN, TrainRecord, TrainSettings, write_tables
+from pipelines.stages.entry import complete_directory, run_dvc_stage, run_key, scratch, strategy_of
 
 
 def train(params: Params, strategy: str, seed: int) -> None:
@@ -60,46 +62,30 @@ def train_on(ranks: Ranks, params: Params, strategy: str, seed: int) -> None:
     ema = trainer.averaged_weights()
     if not ranks.is_main:
         return
-    run = {"strategy": strategy, "seed": seed, "run_key": key, "device": device.type, "settings": settings, **outcome(trainer)}
-    with complete_directory(f"runs/train/{strategy}-{seed}") as out:
+    ended = outcome(
+        trainer.records,
+        trainer.divergence,
+        steps_done=trainer.steps_done,
+        parameters=sum(weight.numel() for weight in trainer.model.parameters()),
+        target_second_moment=trainer.validation.target_second_moment,
+    )
+    record = TrainRecord(
+        strategy=strategy, seed=seed, run_key=key, device=device.type, settings=TrainSettings(**settings), **vars(ended)
+    )
+    with complete_directory(TRAIN / f"{strategy}-{seed}") as out:
         save_file(ema, out / "ema.safetensors")
-        trainer.records.write(out)
-        write_json(out / "run.json", run)
+        write_tables(out, trainer.records)
+        record.write(out)
     trainer.forget()
-    speed = {"seconds": seconds, "images_per_second": trainer.images_per_second, "hostname": socket.gethostname()}
-    scratch(key).mkdir(parents=True, exist_ok=True)
-    write_json(scratch(key) / "timing.json", speed)
-    final = run["final"]
-    ending = f"validation mse {final['ema_validation_mse']:.4f} (EMA)" if final else f"diverged: {run['diverged']}"
+    Timing(seconds=seconds, images_per_second=trainer.images_per_second, hostname=socket.gethostname()).write(scratch(key))
+    final, diverged = ended.final, ended.diverged
+    ending = f"validation mse {final.ema_validation_mse:.4f} (EMA)" if final else f"diverged: {diverged and vars(diverged)}"
     print(f"train {strategy}-{seed}: {ending}, {trainer.images_per_second:.0f} images/s")
-
-
-def outcome(trainer: Trainer) -> dict[str, Any]:
-    """What a run ended with, without times: the part of `run.json` that was measured."""
-    first, last_model, last_ema = trainer.records.validation[0], *trainer.records.validation[-2:]
-    diverged = trainer.divergence
-    return {
-        "status": "diverged" if diverged else "finished",
-        "diverged": vars(diverged) if diverged else None,
-        "steps_done": trainer.steps_done,
-        "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
-        "initial": {
-            "validation_mse": first["mse"] if math.isfinite(first["mse"]) else None,
-            "target_second_moment": trainer.validation.target_second_moment,
-        },
-        "final": None
-        if diverged
-        else {
-            "mse": trainer.records.metrics[-1]["mse"],
-            "validation_mse": last_model["mse"],
-            "ema_validation_mse": last_ema["mse"],
-        },
-    }
 
 
 def main(strategy: str, seed: Annotated[int, typer.Argument(min=0)]) -> None:
     """Train one DiT from STRATEGY of params.yaml with SEED."""
-    run_stage(lambda params: train(params, strategy, seed), "train")
+    run_dvc_stage(lambda params: train(params, strategy, seed), "train")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ CLASSES = 10
 
 
 @dataclass(frozen=True)
-class Source:
+class AuditTarget:
     """A network, what it is called with, and its loss where there is one of its own."""
 
     model: nn.Module
@@ -48,7 +48,7 @@ class Source:
 
 def load(
     target: str, config: Mapping[str, Any], *, model_name: str | None = None, seed: int = 0, params: Path = PARAMS
-) -> Source:
+) -> AuditTarget:
     """The network that `target` names; `config` are its constructor's arguments, or what a checkpoint does not tell.
 
     A strategy is one of the file `params`, and its network `model_name`, or that file's own.
@@ -87,14 +87,14 @@ def read_config(text: str) -> dict[str, Any]:
     return config
 
 
-def _diffusers(name: str, config: Mapping[str, Any]) -> Source:
+def _diffusers(name: str, config: Mapping[str, Any]) -> AuditTarget:
     """A transformer of diffusers, built by its constructor: small where `config` does not say otherwise."""
     from dit.audit import synthesis
 
     constructor = _diffusers_class(name)
     arguments = synthesis.small_config(constructor, config)
     network = _built(constructor, arguments)
-    return Source(network, synthesis.inputs(network, arguments))
+    return AuditTarget(network, synthesis.inputs(network, arguments))
 
 
 def _built(constructor: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
@@ -118,13 +118,13 @@ def _diffusers_class(name: str) -> type[nn.Module]:
     return found
 
 
-def _strategy(name: str, model_name: str | None, seed: int, params: Path) -> Source:
+def _strategy(name: str, model_name: str | None, seed: int, params: Path) -> AuditTarget:
     """The published network, for the latents of a parameter file, with one of that file's strategies."""
     loaded = settings.load(params)
     if name not in loaded.strategies:
         raise ConfigError(f"{params}: unknown strategy '{name}'; accepted: {', '.join(loaded.strategies)}")
     network = init.apply(loaded.network({"num_classes": CLASSES}, model_name), loaded.strategies[name], seed)
-    return Source(network, _dit_batch(network))
+    return AuditTarget(network, _dit_batch(network))
 
 
 def _dit_batch(network: Denoiser) -> Batch:
@@ -136,7 +136,7 @@ def _dit_batch(network: Denoiser) -> Batch:
     return x, torch.tensor([50, 350, 650, 950]), labels
 
 
-def _checkpoint(path: Path, config: Mapping[str, Any]) -> Source:
+def _checkpoint(path: Path, config: Mapping[str, Any]) -> AuditTarget:
     """A file with the published DiT's layout. Its sizes follow from its shapes, and heads from the published sizes."""
     weights = read_weights(path)
     try:
@@ -163,7 +163,7 @@ def _checkpoint(path: Path, config: Mapping[str, Any]) -> Source:
         learn_sigma=out_channels == 2 * channels,
     )
     _fill(network, weights, path)
-    return Source(network, _dit_batch(network))
+    return AuditTarget(network, _dit_batch(network))
 
 
 def _heads(path: Path, depth: int, width: int, config: Mapping[str, Any]) -> int:
@@ -206,7 +206,7 @@ def _without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(weights)
 
 
-def _directory(path: Path, config: Mapping[str, Any]) -> Source:
+def _directory(path: Path, config: Mapping[str, Any]) -> AuditTarget:
     """A directory written by diffusers' `save_pretrained`: its class by name, its weights from safetensors alone."""
     from dit.audit import synthesis
 
@@ -224,10 +224,10 @@ def _directory(path: Path, config: Mapping[str, Any]) -> Source:
     for file in files:
         weights |= read_weights(file)
     _fill(network, weights, path)
-    return Source(network, synthesis.inputs(network, arguments))
+    return AuditTarget(network, synthesis.inputs(network, arguments))
 
 
-def _function(module: str, name: str) -> Source:
+def _function(module: str, name: str) -> AuditTarget:
     """What somebody's function returns: (model, batch) or (model, batch, loss). The working directory is searched too."""
     where = f"{module}:{name}"
     sys.path.insert(0, os.getcwd())
@@ -246,7 +246,7 @@ def _function(module: str, name: str) -> Source:
         sys.path.remove(os.getcwd())
     if not isinstance(returned, tuple) or len(returned) not in (2, 3) or not isinstance(returned[0], nn.Module):
         raise ConfigError(f"'{where}' returned {type(returned).__name__}; accepted: (model, batch) or (model, batch, loss)")
-    return Source(*returned)
+    return AuditTarget(*returned)
 
 
 def _imported(module: str) -> ModuleType:

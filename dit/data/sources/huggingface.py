@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit.data.decoding import Encoded, Rejected, decode_all
-from dit.data.source import Source, Split, hold_out
+from dit.data.sources import Source, Split, hold_out
 from dit.errors import ConfigError, DataError
 from dit.sections import HuggingFaceSource, ImagesParams
 

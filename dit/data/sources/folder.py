@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 from dit.data.decoding import Encoded, Rejected, decode_all
-from dit.data.source import Source, Split, hold_out
+from dit.data.sources import Source, Split, hold_out
 from dit.errors import DataError
 from dit.sections import FolderSource, ImagesParams
 

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from dit.data import SPLITS
-from dit.data.decoding import Rejected, Sample
-from dit.data.source import Source, Split
+from dit.data.decoding import FORMATS, Rejected, Sample
+from dit.data.sources import Source, Split
 from dit.errors import ConfigError, DataError
 from dit.sections import ImagesParams, PhotosSource
 from dit.seeding import generator
@@ -116,7 +116,7 @@ def _cut(picture: Image.Image, box: Box, size: int) -> np.ndarray:
 def _read(file: str) -> Image.Image:
     path = resources.files("skimage") / "data" / file
     try:
-        with path.open("rb") as stream, Image.open(stream) as picture:
+        with path.open("rb") as stream, Image.open(stream, formats=FORMATS) as picture:
             return picture.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"the installed scikit-image does not hold data/{file}; install scikit-image 0.25 or 0.26") from None

@@ -1,0 +1,91 @@
+"""The samples of a trained network: drawn as latents, decoded, seen by a feature extractor, and shown as a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dit.autoencoder import decode
+from dit.config import Params
+from dit.data.latents import LatentStore
+from dit.devices import resolve_precision
+from dit.distributed import Ranks
+from dit.errors import InputError
+from dit.evaluation.features import FeatureExtractor
+from dit.evaluation.grids import grid_shape, image_grid
+from dit.models import Denoiser, backend_for
+from dit.progress import progress
+from dit.sampling import Network, balanced_labels, sample
+from dit.sections import EvaluateParams
+
+
+def load_network(params: Params, store: LatentStore, weights: Path) -> Denoiser:
+    """The network of the study with `weights`, in eval mode. Raises `InputError` for weights of another network."""
+    network = params.network(store.sizes)
+    try:
+        network.load_state_dict(load_file(weights))
+    except RuntimeError as error:
+        raise InputError(weights, f"holds weights of another network than params.yaml describes: {error}") from None
+    return network.eval()
+
+
+def draw(network: Denoiser, params: Params, num_classes: int, ranks: Ranks, description: str) -> Tensor:
+    """Normalised latents (N, C, h, w) of `params.evaluate`, with all classes equally often."""
+    settings = params.evaluate
+    precision = resolve_precision(settings.precision, ranks.device)
+    backend = backend_for(network, settings.backend, ranks.device, precision, "evaluate")
+    return sample(
+        Network(network, backend),
+        params.diffusion,
+        balanced_labels(settings.num_samples, num_classes),
+        settings,
+        device=ranks.device,
+        precision=precision,
+        description=description,
+        ranks=ranks,
+    )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Decoded samples: the features (N, D) of all, and a grid of the first, one column for each class."""
+
+    features: Tensor
+    grid: Image.Image
+
+
+def look(
+    latents: Tensor,
+    autoencoder: AutoencoderKL,
+    extractor: FeatureExtractor,
+    params: EvaluateParams,
+    num_classes: int,
+    ranks: Ranks,
+) -> Seen | None:
+    """Decode raw latents (N, C, h, w) with balanced labels, a batch at a time; None where one is not finite, as in a run that
+    diverged.
+    """
+    if not latents.isfinite().all():
+        return None
+    rows, columns = grid_shape(len(latents), num_classes, params.grid_rows)
+    keep, size = rows * num_classes, params.batch_size * ranks.size
+    features, shown = [], []
+
+    def decoded(batch: Tensor) -> tuple[Tensor, Tensor]:
+        images = decode(autoencoder, batch)
+        return extractor(images), torch.from_numpy(images)
+
+    with progress(len(latents), "decode", "image", shown=ranks.is_main) as bar:
+        for start, batch in zip(range(0, len(latents), size), latents.split(size), strict=True):
+            found, images = ranks.split(lambda own, batch=batch: decoded(batch[own]), len(batch))  # type: ignore[misc]
+            features.append(found.cpu())
+            shown.append(images[: max(0, keep - start)].cpu().numpy())
+            bar.update(len(batch))
+    return Seen(torch.cat(features), image_grid(np.concatenate(shown), rows, columns, num_classes))

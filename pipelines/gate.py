@@ -1,0 +1,171 @@
+"""The gate before Prefect's server and the MLflow UI: it answers this machine's user, and no web page and no other user.
+
+The password comes in the environment, where only the same user can read it. A browser signs in by a link that `make up` prints:
+it works once, and holds no password.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import secrets
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+HOST = "127.0.0.1"
+HOSTS = (HOST, "localhost")
+SIGN_IN = "/sign-in"
+PASSWORD = "PREFECT_SERVER_API_AUTH_STRING"
+MLFLOW_PASSWORD = "DIT_MLFLOW_PASSWORD"
+TICKET_SECONDS = 3600.0
+COOKIE = "password"
+COOKIE_SECONDS = 30 * 24 * 3600
+ADVICE = "Run `make up` in the project's folder, and open the link that it prints."
+PAGE = f"""<!doctype html>
+<meta charset="utf-8">
+<title>Sign in</title>
+<p>{ADVICE}</p>
+<script>
+  const ticket = location.hash.slice(1);
+  history.replaceState(null, "", location.pathname);
+  fetch(location.pathname, {{method: "POST", body: ticket}}).then(async answer => {{
+    const password = answer.ok && await answer.text();
+    if (password) localStorage.setItem("prefect-password", password);
+    if (!answer.ok && !localStorage.getItem("prefect-password")) return;
+    location.replace("/");
+  }});
+</script>
+"""
+"""What a browser signs in by. Prefect's pages look for the password under that name in the storage of their own origin."""
+
+
+def pages_host(password: str) -> str:
+    """The name under which a browser opens pages that it signs in to by a cookie.
+
+    Browsers send a cookie to all ports of a name, so also to what another user has listen on 127.0.0.1. This name nobody else
+    knows. Names under `.localhost` are this machine (RFC 6761, 6.3).
+    """
+    return f"mlflow-{hashlib.sha256(password.encode()).hexdigest()[:20]}.localhost"
+
+
+def authorization(password: str) -> str:
+    """The value of the header `Authorization` that Prefect and this gate expect."""
+    return f"Basic {base64.b64encode(password.encode()).decode()}"
+
+
+class Gate:
+    """Refuses pages of other origins, and lets a browser sign in.
+
+    Where the application `checks` passwords itself, as Prefect does, also on its websockets, its pages are given the password.
+    Otherwise the gate asks for it, as a header or as a cookie that no script can read.
+    """
+
+    def __init__(self, app: ASGIApp, password: str, *, checks: bool) -> None:
+        self.app, self.password, self.checks = app, password, checks
+        self.tickets: dict[str, float] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or let the application answer it."""
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        answer = await self._answer(scope, receive)
+        await (answer or self.app)(scope, receive, _unframed(send))
+
+    async def _answer(self, scope: Scope, receive: Receive) -> Response | None:
+        """What the gate itself has to say to a request; None where the application answers."""
+        headers = Headers(scope=scope)
+        method = scope.get("method", "")
+        if not _same_origin(headers, method):
+            return PlainTextResponse("Requests of pages from elsewhere are refused.", 403)
+        if self.checks and method == "GET" and _hostname(headers) != HOST:  # browsers keep the password for one name
+            return RedirectResponse(Request(scope).url.replace(hostname=HOST))
+        if scope["path"] == SIGN_IN and method == "GET":
+            return HTMLResponse(PAGE, headers={"Cache-Control": "no-store"})
+        if scope["path"] == SIGN_IN and method == "POST":
+            return await self._sign_in(Request(scope, receive))
+        if self.checks or self._knows(headers.get("authorization"), authorization(self.password)) or self._has_cookie(scope):
+            return None
+        return PlainTextResponse(ADVICE, 401)
+
+    async def _sign_in(self, request: Request) -> Response:
+        """A new ticket for whoever has the password, or the password for a ticket: as a cookie where the gate asks for it."""
+        now = time.monotonic()
+        self.tickets = {ticket: end for ticket, end in self.tickets.items() if end > now}
+        if self._knows(request.headers.get("authorization"), authorization(self.password)):
+            ticket = secrets.token_urlsafe(16)
+            self.tickets[ticket] = now + TICKET_SECONDS
+            return PlainTextResponse(ticket)
+        ticket = (await request.body()).decode(errors="replace")
+        misplaced = not self.checks and _hostname(request.headers) != pages_host(self.password)
+        if misplaced or (self.tickets.pop(ticket, None) is None and not self._has_cookie(request.scope)):
+            return PlainTextResponse(ADVICE, 401)
+        if self.checks:
+            return PlainTextResponse(authorization(self.password).removeprefix("Basic "))
+        answer = PlainTextResponse("")
+        answer.set_cookie(COOKIE, self.password, COOKIE_SECONDS, httponly=True, samesite="strict")
+        return answer
+
+    def _has_cookie(self, scope: Scope) -> bool:
+        if self.checks or scope["type"] != "http":
+            return False
+        return self._knows(Request(scope).cookies.get(COOKIE), self.password)
+
+    def _knows(self, given: str | None, expected: str) -> bool:
+        return given is not None and secrets.compare_digest(given.encode(), expected.encode())
+
+
+def prefect() -> ASGIApp:
+    """Prefect's API and pages behind the gate; the API checks the password in `PASSWORD` itself."""
+    from prefect.server.api.server import create_app
+
+    return _guarded(create_app(), os.environ[PASSWORD], checks=True)
+
+
+def mlflow() -> ASGIApp:
+    """MLflow's API and pages behind the gate, which asks for the password in `MLFLOW_PASSWORD`. Run by `mlflow server`."""
+    from mlflow.server.fastapi_app import app
+
+    return _guarded(app, os.environ[MLFLOW_PASSWORD], checks=False)
+
+
+def _guarded(app: ASGIApp, password: str, *, checks: bool) -> ASGIApp:
+    hosts = HOSTS if checks else (*HOSTS, pages_host(password))
+    return TrustedHostMiddleware(Gate(app, password, checks=checks), hosts, www_redirect=False)
+
+
+def _same_origin(headers: Headers, method: str) -> bool:
+    """Whether a request comes from no page, or from one of the server's own.
+
+    A link elsewhere may lead here. Nothing else may: browsers send `Origin` with all that may change something and with
+    websockets, and `Sec-Fetch-Site` with all they ask for. Another port of this machine is another origin.
+    """
+    if headers.get("origin", f"http://{headers['host']}") != f"http://{headers['host']}":
+        return False
+    if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
+        return True
+    return method == "GET" and headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+
+
+def _hostname(headers: Headers) -> str:
+    return headers["host"].partition(":")[0].lower()
+
+
+def _unframed(send: Send) -> Send:
+    """Answers that no page from elsewhere can show in a frame, to have it clicked on."""
+
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            headers["X-Frame-Options"] = "SAMEORIGIN"
+            headers["X-Content-Type-Options"] = "nosniff"
+            headers["Referrer-Policy"] = "same-origin"
+        await send(message)
+
+    return sent

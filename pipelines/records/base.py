@@ -1,0 +1,113 @@
+"""Records and tables: how one is written, read and checked."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from dit.errors import DataError, InputError, explain
+from pipelines.stages.entry import write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Status = Literal["finished", "diverged"]
+Settings = dict[str, Any]
+"""A section of the parameters, as it was when the run was made."""
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Finite = Annotated[float | None, BeforeValidator(_finite)]
+"""A number that JSON can hold; None stands for one that is not finite."""
+
+
+class Entry(BaseModel):
+    """Base of all that is written as JSON; made from keywords, from JSON, or from an object with the same attributes."""
+
+    model_config = ConfigDict(frozen=True, from_attributes=True)
+
+
+class Record(Entry):
+    """A JSON file."""
+
+    FILE: ClassVar[str]
+
+    def write(self, directory: Path) -> None:
+        """Write the file into a directory, which is made where there is none."""
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / self.FILE, self.model_dump(mode="json"))
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Read the file. Raises `InputError` where it is missing, and `DataError` that names each wrong key."""
+        path = directory / cls.FILE
+        try:
+            data = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise InputError(path) from None
+        except ValueError as error:
+            raise DataError(f"{path}: not valid JSON: {error}") from None
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise DataError(explain(error, str(path), data)) from None
+
+
+class Timing(Record):
+    """How long a run took, and where: in the run's scratch folder, never in an output."""
+
+    FILE = "timing.json"
+
+    seconds: float
+    images_per_second: float
+    hostname: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A CSV file of a run: `columns` are those that it has at least, whichever run wrote it."""
+
+    file: str
+    columns: tuple[str, ...]
+    header_without_rows: bool = False
+    """Whether a table without rows is written with its header: it says that nothing was measured on purpose."""
+
+    def write(self, directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the file, where None is empty."""
+        header = rows[0] if rows else self.columns if self.header_without_rows else ()
+        with (directory / self.file).open("w", newline="") as file:
+            writer = csv.DictWriter(file, header, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def write_frame(self, directory: Path, frame: pd.DataFrame) -> None:
+        """Write the file, where None and NaN are empty; whole numbers of a column that has such gaps are floats."""
+        frame.to_csv(directory / self.file, index=False, lineterminator="\n")
+
+    def read(self, directory: Path) -> pd.DataFrame:
+        """Read the file, where values that are not finite become NaN.
+
+        Raises `InputError` where it is missing, and `DataError` where a column is.
+        """
+        import pandas as pd
+
+        path = directory / self.file
+        try:
+            table = pd.read_csv(path).replace([float("inf"), float("-inf")], float("nan"))
+        except FileNotFoundError:
+            raise InputError(path) from None
+        except pd.errors.EmptyDataError:  # of a run that diverged at once
+            return pd.DataFrame(columns=list(self.columns))
+        if missing := [column for column in self.columns if column not in table]:
+            raise DataError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns)}")
+        return table

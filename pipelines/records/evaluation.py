@@ -1,0 +1,33 @@
+"""What stage `evaluate` leaves in `runs/evaluate/<strategy>-<seed>`, beside the picture of the samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipelines.records.base import Entry, Record, Settings, Status
+
+EVALUATE = Path("runs/evaluate")
+
+
+class FeatureSpace(Entry):
+    """Where distances are measured: the network, and the pixels that images are resized to for it."""
+
+    extractor: str
+    size: int
+
+
+class EvaluateRecord(Record):
+    """What stage `evaluate` measured. `metrics` are None where a run diverged, in training or in sampling."""
+
+    FILE = "metrics.json"
+
+    strategy: str
+    seed: int
+    run_key: str
+    train_run_key: str
+    status: Status
+    num_generated: int
+    num_real: int
+    features: FeatureSpace
+    settings: dict[str, Settings]
+    metrics: dict[str, float | None]

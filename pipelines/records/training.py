@@ -1,0 +1,73 @@
+"""What stage `train` leaves in `runs/train/<strategy>-<seed>`, beside the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dit.training.records import Divergence, Final, Initial, Records
+from pipelines.records.base import Entry, Record, Settings, Status, Table
+
+TRAIN = Path("runs/train")
+
+METRICS = Table("metrics.csv", ("step", "loss", "mse", "gradient_norm", "learning_rate"))
+"""One row for each logged step."""
+
+VALIDATION = Table("validation.csv", ("step", "weights", "mse"))
+"""One row for each validated step and kind of weights, `model` or `ema`; also `mse_t0`, `mse_t1`, ... by range of timesteps."""
+
+DIAGNOSTICS = Table(
+    "diagnostics.csv",
+    (
+        "step",
+        "role",
+        "gradient_rms",
+        "weight_rms",
+        "update_ratio",
+        "zero_gradient_fraction",
+        "distinct_units",
+        "effective_rank",
+        "gate_rms",
+    ),
+    header_without_rows=True,
+)
+"""`dit.analysis.diagnostics.RoleState` of every role at the diagnosed steps."""
+
+GRADIENT_NOISE = Table(
+    "gradient_noise.csv", ("step", "squared_norm", "covariance_trace", "batch_norm", "part_norm"), header_without_rows=True
+)
+"""`dit.analysis.diagnostics.GradientNoise` at the diagnosed steps."""
+
+
+class TrainSettings(Entry):
+    """Every parameter that a training run depends on."""
+
+    model: Settings
+    diffusion: Settings
+    train: Settings
+    rules: list[Settings]
+
+
+class TrainRecord(Record):
+    """What stage `train` made, and how it ended: `dit.training.records.Outcome`."""
+
+    FILE = "run.json"
+
+    strategy: str
+    seed: int
+    run_key: str
+    device: str
+    settings: TrainSettings
+    status: Status
+    diverged: Divergence | None
+    steps_done: int
+    parameters: int
+    initial: Initial
+    final: Final | None
+
+
+def write_tables(directory: Path, measured: Records) -> None:
+    """Write the four tables of a training run."""
+    METRICS.write(directory, measured.metrics)
+    VALIDATION.write(directory, measured.validation)
+    DIAGNOSTICS.write(directory, measured.diagnostics)
+    GRADIENT_NOISE.write(directory, measured.gradient_noise)

@@ -1,0 +1,194 @@
+"""A run of the study as MLflow shows it: its settings, and its numbers as series, under the same names in every run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dit.analysis.diagnostics import noise_scale
+from dit.analysis.series import DIAGNOSED, diagnosed, gradient_rms, group, mean_over_weights, noise_estimates
+from dit.analysis.wakeup import by_kind
+from pipelines.records.analysis import ANALYSE, COORDINATES, GRADIENTS, StartRecord
+from pipelines.records.base import Timing
+from pipelines.records.evaluation import EVALUATE, EvaluateRecord
+from pipelines.records.training import DIAGNOSTICS, GRADIENT_NOISE, METRICS, TRAIN, VALIDATION, TrainRecord
+from pipelines.stages.entry import scratch
+
+Value = tuple[str, int, float]
+"""The name of a series, a step, and the number there."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One strategy and seed of the study whose evaluation is there and belongs to its training."""
+
+    strategy: str
+    seed: int
+    train: Path
+    evaluate: Path
+    run: TrainRecord
+    evaluation: EvaluateRecord
+    analysis: Path | None
+    """What the analysis of its strategy left, where there is one."""
+
+    @property
+    def name(self) -> str:
+        """`<strategy>-<seed>`."""
+        return f"{self.strategy}-{self.seed}"
+
+    @property
+    def key(self) -> str:
+        """The identity of the run in MLflow."""
+        return self.evaluation.run_key
+
+
+def finished(root: Path, strategies: Sequence[str], seeds: Sequence[int]) -> Iterator[Finished]:
+    """The runs of a study whose outputs are there, and belong together."""
+    for strategy in strategies:
+        for seed in seeds:
+            name = f"{strategy}-{seed}"
+            train, evaluate, analyse = root / TRAIN / name, root / EVALUATE / name, root / ANALYSE / strategy
+            if not ((train / TrainRecord.FILE).exists() and (evaluate / EvaluateRecord.FILE).exists()):
+                continue
+            run, evaluation = TrainRecord.read(train), EvaluateRecord.read(evaluate)
+            if evaluation.train_run_key == run.run_key:
+                analysed = analyse if (analyse / StartRecord.FILE).exists() else None
+                yield Finished(strategy, seed, train, evaluate, run, evaluation, analysed)
+
+
+def params(run: Finished) -> dict[str, str]:
+    """All settings, flat: `train.steps`, `evaluate.scheduler`. Rules of initialisation stay together, as JSON."""
+    settings = {**run.run.settings.model_dump(), **run.evaluation.settings}
+    rules = json.dumps(settings.pop("rules"))
+    counted = {"parameters": run.run.parameters, "device": run.run.device}
+    flat = {"strategy": run.strategy, "seed": run.seed, "rules": rules, **counted, **_flat(settings)}
+    return {key: str(value) for key, value in flat.items()}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def values(run: Finished, timing: Timing | None) -> Iterator[Value]:
+    """What training and evaluation measured, where it is finite.
+
+    What has one value stands at step 0, where the UI draws bars instead of a line.
+    """
+    yield from _finite(_training(run.train))
+    yield from _finite(_validation(run.train))
+    yield from _finite(_diagnostics(run.train))
+    yield from _finite(_noise(run.train))
+    yield from _finite((f"evaluation/{name}", 0, value) for name, value in run.evaluation.metrics.items())
+    if timing:
+        yield from _finite([("time/seconds", 0, timing.seconds), ("time/images_per_second", 0, timing.images_per_second)])
+
+
+def start_values(analysis: Path) -> Iterator[Value]:
+    """What the analysis of a strategy measured, where it is finite."""
+    yield from _finite(_start(StartRecord.read(analysis)))
+    yield from _finite(_first_gradients(analysis))
+    yield from _finite(_coordinates(analysis))
+
+
+Measured = tuple[str, int, float | None]
+
+
+def _finite(measured: Iterable[Measured]) -> Iterator[Value]:
+    for name, step, value in measured:
+        if value is not None and math.isfinite(value):
+            yield name, step, value
+
+
+def _series(name: str, curve: pd.Series) -> Iterator[Measured]:
+    """A curve by step, under one name."""
+    for step, value in curve.items():
+        yield name, int(step), float(value)  # type: ignore[call-overload]
+
+
+def _training(train: Path) -> Iterator[Measured]:
+    table = METRICS.read(train).set_index("step")
+    for name in table:
+        yield from _series(f"train/{name}", table[name])
+
+
+def _validation(train: Path) -> Iterator[Measured]:
+    """The EMA weights, which are the ones evaluated, also by range of timesteps; the model's own beside them."""
+    table = VALIDATION.read(train).set_index("step")
+    averaged = table[table["weights"] == "ema"]
+    yield from _series("validation/mse_without_ema", table[table["weights"] == "model"]["mse"])
+    yield from _series("validation/mse", averaged["mse"])
+    for name in averaged:
+        if str(name).startswith("mse_t"):
+            yield from _series(f"validation_by_timestep/{name}", averaged[name])
+
+
+def _diagnostics(train: Path) -> Iterator[Measured]:
+    """Gradients and updates of the weights of each group; gates, ranks and distinct units."""
+    table = DIAGNOSTICS.read(train)
+    if not len(table):
+        return
+    for name, grid in (
+        ("gradient_rms", gradient_rms(table, group)),
+        ("update_ratio", mean_over_weights(table, "update_ratio", group)),
+    ):
+        for part, curve in grid.iterrows():
+            yield from _series(f"{name}/{part}", curve)
+    for name in DIAGNOSED:
+        yield from _series(name, diagnosed(table, name))
+
+
+def _noise(train: Path) -> Iterator[Measured]:
+    """The gradient noise scale over the whole run, and the estimates behind it."""
+    table = GRADIENT_NOISE.read(train).set_index("step")
+    for name in ("squared_norm", "covariance_trace"):
+        yield from _series(f"gradient_noise/{name}", table[name])
+    yield "gradient_noise/scale", 0, noise_scale(noise_estimates(table))
+
+
+def _start(start: StartRecord) -> Iterator[Measured]:
+    """The strategy before and in its first steps, and by block: there, the step of a metric is the block."""
+    yield "start/awake_step", 0, start.awake_step
+    yield "start/width_exponent", 0, start.width_exponent
+    if start.predicted_equals_measured is not None:
+        yield "start/predicted_equals_measured", 0, float(start.predicted_equals_measured)
+    for name in ("output_rms", "output_variance", "zero_output_mse", "expected_zero_output_mse"):
+        yield f"start/{name}", 0, getattr(start.signal, name)
+    for which, schedule in (("measured", start.measured), ("predicted", start.predicted or {})):
+        for kind, step in by_kind(schedule).items():
+            yield f"wake_up_{which}/{kind}", 0, step
+    for early in start.early:
+        for name in ("mse", "timestep_sensitivity", "label_sensitivity"):
+            yield f"start/{name}", early.step, getattr(early, name)
+    for block in start.signal.blocks:
+        for name, value in block.model_dump(exclude={"block"}).items():
+            yield f"start_by_block/{name}", block.block, value
+
+
+def _first_gradients(analysis: Path) -> Iterator[Measured]:
+    """Norm, ranks and update of the gradients in the first steps, the mean over the weights of each group."""
+    table = GRADIENTS.read(analysis)
+    for name in ("norm", "stable_rank", "numerical_rank", "update_ratio"):
+        for part, curve in mean_over_weights(table, name, group).iterrows():
+            yield from _series(f"start_gradient_{name}/{part}", curve)
+
+
+def _coordinates(analysis: Path) -> Iterator[Measured]:
+    """How far activations moved after each step, by width."""
+    for (activation, width), table in COORDINATES.read(analysis).groupby(["activation", "width"], sort=False):
+        name = str(activation).replace("[", "_").replace("]", "")  # MLflow takes no brackets
+        yield from _series(f"coordinates/{name}/width_{width}", table.set_index("step")["change_rms"])
+
+
+def timing(run: Finished) -> Timing | None:
+    """Wall-clock facts, which live in scratch and never in an output; None where another machine has them."""
+    directory = scratch(run.run.run_key)
+    return Timing.read(directory) if (directory / Timing.FILE).exists() else None
