@@ -23,7 +23,9 @@ VARIANTS = [dict(zip(FLAGS, values, strict=True)) for values in product((False, 
 PUBLISHED = {"use_qknorm": False, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True, "wo_shift": False}
 SMALL: dict[str, Any] = {"hidden_size": 16, "depth": 2, "num_heads": 2}
 
-variants = pytest.mark.parametrize("variant", VARIANTS, ids=lambda each: "+".join(name for name in FLAGS if each[name]) or "none")
+variants = pytest.mark.parametrize(
+    "variant", VARIANTS, ids=lambda each: "+".join(name for name in FLAGS if each[name]) or "none"
+)
 
 
 def small(variant: dict[str, bool], patch: int = 2, **sizes: int) -> LightningDiT:
@@ -33,7 +35,9 @@ def small(variant: dict[str, bool], patch: int = 2, **sizes: int) -> LightningDi
     )
 
 
-def published_shapes(variant: dict[str, bool], *, depth: int, width: int, heads: int, patch: int, channels: int, side: int) -> dict:
+def published_shapes(
+    variant: dict[str, bool], *, depth: int, width: int, heads: int, patch: int, channels: int, side: int
+) -> dict:
     """Names and shapes of a checkpoint, written down from hustvl/LightningDiT `models/lightningdit.py`, for 1000 classes."""
 
     def linear(name: str, out: int, inner: int) -> dict[str, tuple[int, ...]]:
@@ -89,7 +93,9 @@ def test_the_defaults_are_the_published_configuration() -> None:
     assert {name: tuple(value.shape) for name, value in network.state_dict().items()} == expected
 
 
-def published_velocity(w: dict[str, Tensor], x: Tensor, time: Tensor, y: Tensor, variant: dict[str, bool], heads: int) -> Tensor:
+def published_velocity(
+    w: dict[str, Tensor], x: Tensor, time: Tensor, y: Tensor, variant: dict[str, bool], heads: int
+) -> Tensor:
     """Data - noise at `time` in [0, 1], data at 1: the published formulas, head by head and with complex rotations."""
     patch, width = w["x_embedder.proj.weight"].shape[-1], w["pos_embed"].shape[-1]
 
