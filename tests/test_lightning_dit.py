@@ -11,11 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit import config, init, models
-from dit.config import Params
-from dit.errors import ConfigError
-from dit.init import named, named_strategies
-from dit.init.strategy import claims
+from dit import init, models
 from dit.models.lightning_dit.network import LightningDiT
 
 FLAGS = ("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm", "wo_shift")
