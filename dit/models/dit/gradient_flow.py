@@ -93,18 +93,18 @@ class Flow:
         received = self._receive(f"{block}.qkv.query", to_query, modulated)
         received = received + self._receive(f"{block}.qkv.value", to_value, modulated)
         from_key = self._receive_keys(block, key, to_key, modulated)
-        self._modulate_backward(role, norm, received + from_key, received if self._sums_vanish(block) else None)
+        self._modulate_backward(role, norm, received + from_key, received if self._sum_vanishes(key) else None)
 
     def _receive_keys(self, block: str, key: Vector, delta: Vector, modulated: Vector) -> Vector:
         """As `_receive`; where the gradients of all keys sum to zero, what they have in common receives none."""
         delta = self._head_norm_backward(f"{block}.norm.key", key, delta)
-        if not self._sums_vanish(block):
+        if not self._sum_vanishes(key):
             return self._receive(f"{block}.qkv.key", delta, modulated)
         received = self._receive(f"{block}.qkv.key", delta, Vector(own=modulated.own))
         self.gradients[f"{block}.qkv.key.bias"] = ZERO
         return received
 
-    def _sums_vanish(self, block: str) -> bool:
+    def _sum_vanishes(self, key: Vector) -> bool:
         """Whether the gradients of a layer's keys, before any norm or position, sum to zero over tokens."""
         return True
 

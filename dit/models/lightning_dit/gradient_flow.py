@@ -67,8 +67,10 @@ class LightningFlow(Flow):
     def _weight(self, norm: str) -> Vector:
         return linear(ONE, self.weights[f"{norm}.weight"])
 
-    def _sums_vanish(self, block: str) -> bool:
-        return not self.rotary and not self.variant.use_qknorm
+    def _sum_vanishes(self, key: Vector) -> bool:
+        """Not with positions, which turn each token's in its own way; nor with a norm, unless it is the same for all tokens."""
+        same = key.own == "zero" or (key.own == "uniform" and not self.variant.use_rmsnorm)
+        return not self.rotary and (same or not self.variant.use_qknorm)
 
     def _head_norm(self, norm: str, x: Vector) -> Vector:
         """The norm of each head: LayerNorm with weight and bias, or RMSNorm with a weight."""
@@ -80,10 +82,11 @@ class LightningFlow(Flow):
     def _head_norm_backward(self, norm: str, x: Vector, delta: Vector) -> Vector:
         if not self.variant.use_qknorm:
             return delta
-        self.gradients[f"{norm}.weight"] = total(delta * self._head_normed(x))
+        normed = self._head_normed(x)
+        shared_is_seen = self.rotary or not norm.endswith(".key")  # softmax sees nothing that all keys share
+        self.gradients[f"{norm}.weight"] = total(delta * (normed if shared_is_seen else Vector(own=normed.own)))
         if not self.variant.use_rmsnorm:
-            unseen = norm.endswith(".key") and not self.rotary  # what all keys share
-            self.gradients[f"{norm}.bias"] = ZERO if unseen else total(delta)
+            self.gradients[f"{norm}.bias"] = total(delta) if shared_is_seen else ZERO
         inner = delta * self._weight(norm)
         if self.variant.use_rmsnorm:
             kept = not x or x.kind == inner.kind == "uniform"
