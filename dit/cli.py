@@ -16,7 +16,7 @@ from rich.table import Table
 
 from dit import config, init, models
 from dit.analysis import tables
-from dit.analysis.wakeup import by_kind, predict
+from dit.analysis.wakeup import by_kind, not_predicted, predict
 from dit.config import Params
 from dit.errors import ConfigError, UserError
 from dit.init import Strategy
@@ -173,10 +173,10 @@ def wakeup(
         loaded = config.load(params)
         chosen = {each: _strategy(loaded, each, params, name) for each in strategies or loaded.strategies}
         network = loaded.skeleton(name)
-        predicted = {each: predict(strategy, network, steps) for each, strategy in chosen.items()}
+        if reason := not_predicted(network, loaded.train.optimizer):
+            raise ConfigError(f"{reason} Stage `analyse` measures the schedule")
+        predicted = {each: predict(strategy, network, steps, loaded.train.optimizer) for each, strategy in chosen.items()}
         schedules = {each: by_kind(schedule) for each, schedule in predicted.items() if schedule is not None}
-        if not schedules:
-            raise ConfigError(f"{name or loaded.model.name} has no predicted schedule; stage `analyse` measures it")
     kinds = list(next(iter(schedules.values())))
     few = len(schedules) <= FEW
     table = Table(title="First optimiser step with a gradient, counted from 0", title_justify="left", box=SIMPLE)

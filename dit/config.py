@@ -17,6 +17,7 @@ from dit import models
 from dit.errors import ConfigError, explain
 from dit.init.strategy import Strategy, claims
 from dit.models import Denoiser
+from dit.optim.optimizer import check as check_optimizer
 from dit.sections import (
     SCHEDULERS,
     AnalyseParams,
@@ -61,6 +62,7 @@ class Params(Section):
         self._check_shapes()
         self._check_objective()
         self._check_strategies()
+        self._check_optimizer()
         self._check_evaluation()
         return self
 
@@ -120,6 +122,12 @@ class Params(Section):
             except ConfigError as error:
                 if name in self.study.strategies:
                     raise ValueError(f"strategies.{name}.{error}") from None
+
+    def _check_optimizer(self) -> None:
+        try:
+            check_optimizer(self.train, models.roles(self.skeleton()))
+        except ConfigError as error:
+            raise ValueError(f"train.{error}") from None
 
     def _check_evaluation(self) -> None:
         accepted = SCHEDULERS[self.diffusion.objective]

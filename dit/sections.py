@@ -8,19 +8,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from dit.optim_sections import DecaySchedule, OptimizerParams, ScheduleParams, WSDSchedule
+from dit.parameter_types import (
+    Backend,
+    Count,
+    Device,
+    Fraction,
+    Name,
+    NonNegativeFloat,
+    OpenFraction,
+    Precision,
+    Section,
+    Seed,
+)
 from dit.timesteps import scale_betas
-
-Device = Literal["auto", "cpu", "cuda", "mps"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Backend = Literal["auto", "fused", "compiled", "eager"]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-OpenFraction = Annotated[float, Field(gt=0, lt=1)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")]
 
 SCHEDULERS = {
     "eps": ("ddpm", "ddim", "dpmsolver++"),
@@ -29,12 +32,6 @@ SCHEDULERS = {
     "flow": ("flow_euler", "flow_heun"),
 }
 """Which samplers fit which training objective."""
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, and nothing changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class StudyParams(Section):
@@ -217,9 +214,8 @@ class TrainParams(Section):
     steps: PositiveInt
     batch_size: PositiveInt
     learning_rate: PositiveFloat
-    warmup_steps: Count
-    weight_decay: NonNegativeFloat
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+    schedule: ScheduleParams
+    optimizer: OptimizerParams
     gradient_clip: PositiveFloat | None
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
     log_every: PositiveInt
@@ -241,6 +237,16 @@ class TrainParams(Section):
             raise ValueError(f"batch_size = {self.batch_size}; accepted: a multiple of processes = {self.processes}")
         if self.parallel == "fsdp" and self.backend == "fused":
             raise ValueError("backend = 'fused' with parallel = 'fsdp'; accepted: auto, compiled, eager, or parallel 'ddp'")
+        if isinstance(self.schedule, DecaySchedule) and self.schedule.warmup_steps >= self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps = {self.schedule.warmup_steps}: expected less than steps = {self.steps}, "
+                "as the decay comes after the warm-up"
+            )
+        if isinstance(self.schedule, WSDSchedule) and self.schedule.warmup_steps + self.schedule.decay_steps > self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps = {self.schedule.warmup_steps} and schedule.decay_steps = "
+                f"{self.schedule.decay_steps}: expected at most steps = {self.steps} together"
+            )
         return self
 
 

@@ -31,6 +31,7 @@ from dit.devices import resolve_backend, resolve_device, resolve_precision
 from dit.errors import ConfigError, UserError
 from dit.fused.encoder import NEEDS
 from dit.models import backend_for
+from dit.optim.fused import unserved
 from pipelines import dag
 
 EXPERIMENTS = Path(".scratch/experiments")
@@ -65,7 +66,8 @@ def parameters(root: Path, overrides: Mapping[str, Any] | None = None) -> Params
             raise ConfigError(f"{where}: {name}.{error}") from None
         if name in ("train", "evaluate"):
             precision = resolve_precision(section.precision, device)
-            backend_for(params.skeleton(), section.backend, device, precision, f"{where}: {name}")
+            cannot = unserved(params.train.optimizer) if name == "train" else ""
+            backend_for(params.skeleton(), section.backend, device, precision, f"{where}: {name}", unserved=cannot)
         elif name == "latents":
             precision = resolve_precision(section.precision, device)
             resolve_backend(section.backend, device, precision, True, f"{where}: {name}", NEEDS)

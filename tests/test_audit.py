@@ -24,6 +24,7 @@ from dit.audit import AuditReport, audit, targets
 from dit.cli import app
 from dit.errors import UserError
 from dit.models.dit.network import DiT
+from dit.models.layers import unpatchify
 
 BATCH = (
     torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
@@ -122,7 +123,7 @@ class Renamed(nn.Module):
         c = self.inner.t_embedder(t) + self.inner.y_embedder(y)
         for stage in self.stages.values():
             tokens = stage(tokens, c)
-        return self.inner.unpatchify(self.inner.final_layer(tokens, c))
+        return unpatchify(self.inner.final_layer(tokens, c), self.inner.patch_size, self.inner.out_channels)
 
 
 def test_blocks_may_be_held_in_a_dictionary(micro: Callable[..., DiT]) -> None:
@@ -557,7 +558,7 @@ def test_wrong_input_is_told_in_one_message(arguments: list[str], message: str) 
     [
         ({"weight": torch.ones(2)}, "has not the layout of a published DiT"),
         ([1, 2], "holds no tensors by name"),
-        ("other width", "is none of DiT-Micro"),
+        ("other width", "is none of Micro"),
     ],
 )
 def test_another_checkpoint_is_refused_with_what_it_lacks(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import product
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,9 @@ from dit.diffusion import Diffusion
 from dit.init import Strategy, named, named_strategies
 from dit.models import Denoiser
 from dit.models.dit.network import DiT
-from dit.models.gradient_flow import Updates
+from dit.models.gradient_flow import orthogonalised, pattern_of
+from dit.optim.optimizer import make_optimizer
+from dit.optim_sections import AdamWParams, MuonParams, NamedOptimizerParams, OptimizerParams, SGDParams
 
 SHAPES: list[dict[str, Any]] = [
     {"latent_size": 4, "latent_channels": 3, "patch_size": 2, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 3},
@@ -48,14 +49,23 @@ class Normalised(torch.optim.Optimizer):
                 weight.sub_(0.1 * weight.grad / weight.grad.norm())
 
 
-OPTIMISERS: dict[str, tuple[Updates, Callable[[nn.Module], torch.optim.Optimizer]]] = {
-    "SGD": ("linear", lambda model: torch.optim.SGD(model.parameters(), lr=0.1)),
-    "normalised": ("linear", Normalised),
-    "AdamW": ("elementwise", lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)),
+GROUPS = {"groups": ()}
+MUON = {"momentum": 0.95, "nesterov": True, "adjust_lr_fn": "match_rms_adamw", "learning_rate_multiplier": 1.0}
+ADAMW = AdamWParams(name="adamw", betas=(0.9, 0.999), weight_decay=0.1, **GROUPS)
+OPTIMIZERS: dict[str, tuple[OptimizerParams, float]] = {
+    "AdamW": (ADAMW, 1e-2),
+    "SGD": (SGDParams(name="sgd", momentum=0.9, nesterov=True, weight_decay=0.1, **GROUPS), 0.1),
+    "Muon": (
+        MuonParams(name="muon", hidden="block", weight_decay=0.1, betas=(0.9, 0.999), adamw_weight_decay=0.1, **MUON, **GROUPS),
+        1e-2,
+    ),
 }
+"""Each with a learning rate. The schedule is measured without their weight decay."""
 
 
-def measured(params: Params, strategy: Strategy, network: Denoiser, objective: str, optimiser: str) -> wakeup.Schedule:
+def measured(
+    params: Params, strategy: Strategy, network: Denoiser, objective: str, optimizer: str, normalised: bool = False
+) -> wakeup.Schedule:
     diffusion = Diffusion(params.diffusion.model_copy(update={"objective": objective, "learn_sigma": network.learn_sigma}))
     model = init.apply(network, strategy, seed=0).double()
 
@@ -68,11 +78,13 @@ def measured(params: Params, strategy: Strategy, network: Denoiser, objective: s
         x_t = diffusion.add_noise(x0, eps, t)
         return diffusion.loss(model(x_t.double(), t, y), x0, eps, t, x_t).total.mean()
 
-    return wakeup.schedule(wakeup.role_gradients(model, loss, OPTIMISERS[optimiser][1](model), STEPS))
+    params_of_it, learning_rate = OPTIMIZERS[optimizer]
+    made = Normalised(model) if normalised else make_optimizer(model, params_of_it, learning_rate, decays=False)
+    return wakeup.schedule(wakeup.role_gradients(model, loss, made, STEPS))
 
 
-def predicted(strategy: Strategy, network: nn.Module, optimiser: str = "AdamW") -> wakeup.Schedule:
-    schedule = wakeup.predict(strategy, network, STEPS, OPTIMISERS[optimiser][0])
+def predicted(strategy: Strategy, network: nn.Module, optimizer: str = "AdamW") -> wakeup.Schedule:
+    schedule = wakeup.predict(strategy, network, STEPS, OPTIMIZERS[optimizer][0])
     assert schedule is not None
     return schedule
 
@@ -84,11 +96,10 @@ def small_dit(shape: dict[str, Any], objective: str = "eps") -> DiT:
 @pytest.mark.parametrize("name", named_strategies())
 def test_every_named_strategy_wakes_up_as_predicted(params: Params, name: str) -> None:
     for shape in SHAPES:
-        for objective in ("eps", "v"):
-            for optimiser in ("SGD", "AdamW"):
-                expected = predicted(named(name), small_dit(shape, objective), optimiser)
-                found = measured(params, named(name), small_dit(shape, objective), objective, optimiser)
-                assert found == expected, (shape, objective, optimiser)
+        for objective, optimizer in (("v", "AdamW"), *(("eps", optimizer) for optimizer in OPTIMIZERS)):
+            expected = predicted(named(name), small_dit(shape, objective), optimizer)
+            found = measured(params, named(name), small_dit(shape, objective), objective, optimizer)
+            assert found == expected, (shape, objective, optimizer)
 
 
 MATRICES: list[dict[str, Any]] = [
@@ -124,13 +135,13 @@ def test_the_prediction_holds_whatever_is_zero_constant_equal_or_an_identity(par
             {"role": "scale.bias", "init": "constant", "value": -1.0},
         ]
     strategy = Strategy.model_validate({"rules": rules})
-    optimiser = data.draw(st.sampled_from(["normalised", "AdamW"]))
-    found = measured(params, strategy, small_dit(shape), "eps", optimiser)
-    assert found == predicted(strategy, small_dit(shape), optimiser)
+    optimizer = data.draw(st.sampled_from(list(OPTIMIZERS)))
+    found = measured(params, strategy, small_dit(shape), "eps", optimizer, normalised=optimizer == "SGD")
+    assert found == predicted(strategy, small_dit(shape), optimizer)
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
-def test_values_that_are_an_identity_stay_centred_and_are_not_seen_by_equal_columns(params: Params, optimiser: str) -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_values_that_are_an_identity_stay_centred_and_are_not_seen_by_equal_columns(params: Params, optimizer: str) -> None:
     rules = [
         {"role": "all", "init": "xavier_uniform"},
         {"role": "bias", "init": "zeros"},
@@ -140,10 +151,10 @@ def test_values_that_are_an_identity_stay_centred_and_are_not_seen_by_equal_colu
         {"role": ["modulation.shift", "modulation.scale"], "init": "zeros"},
     ]
     strategy = Strategy.model_validate({"rules": rules})
-    schedule = predicted(strategy, small_dit(SHAPES[0]), optimiser)
+    schedule = predicted(strategy, small_dit(SHAPES[0]), optimizer)
     assert schedule["block[0].modulation.attn.gate.weight"] == 1
     assert schedule["block[0].attn_out.weight"] == 0
-    assert measured(params, strategy, small_dit(SHAPES[0]), "eps", optimiser) == schedule
+    assert measured(params, strategy, small_dit(SHAPES[0]), "eps", optimizer) == schedule
 
 
 def test_a_number_is_what_float32_makes_of_it(params: Params) -> None:
@@ -160,7 +171,7 @@ def test_a_number_is_what_float32_makes_of_it(params: Params) -> None:
 
 
 FLAGS = ("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm", "wo_shift")
-VARIANTS = list(product((False, True), repeat=5))
+VARIANTS = list(itertools.product((False, True), repeat=5))
 OFTEN = ("adaln_zero", "torch_default", "zero_residual_outputs", "symmetric", "symmetric_heads", "constant_head")
 
 
@@ -180,8 +191,34 @@ def test_every_lightning_dit_wakes_up_as_predicted(params: Params, variant: tupl
 def test_every_named_strategy_wakes_up_lightning_dit_and_sit_as_predicted(params: Params, name: str) -> None:
     sizes = {"latent_size": 4, "latent_channels": 3, "num_classes": 3, "learn_sigma": False}
     for make in (lambda: lightning((False, True, True, True, False)), lambda: models.build("SiT-Micro/2", **sizes)):
-        for optimiser in ("SGD", "AdamW"):
-            assert measured(params, named(name), make(), "flow", optimiser) == predicted(named(name), make(), optimiser)
+        for optimizer in ("SGD", "AdamW"):
+            assert measured(params, named(name), make(), "flow", optimizer) == predicted(named(name), make(), optimizer)
+
+
+def test_muon_makes_of_each_part_of_a_fused_weight_what_the_prediction_says() -> None:
+    width, draws = 24, torch.Generator().manual_seed(0)
+    whole = torch.randn(width, width, generator=draws)
+    parts = [
+        torch.zeros_like(whole),
+        torch.full_like(whole, 0.3),
+        whole[:1].expand_as(whole),
+        whole[:, :1].expand_as(whole),
+        whole - whole.mean(1, keepdim=True),
+        whole - whole.mean(0),
+        whole,
+    ]
+    for three in itertools.product(parts, repeat=3):
+        weight = torch.nn.Parameter(torch.zeros(3 * width, width))
+        weight.grad = torch.cat(three)
+        torch.optim.Muon([weight], lr=0.1, weight_decay=0.0).step()
+        assert [pattern_of(part) for part in weight.detach().chunk(3)] == orthogonalised([pattern_of(part) for part in three])
+
+
+def test_an_optimiser_that_is_not_understood_is_not_predicted_and_says_so() -> None:
+    model, strange = DiT(**SHAPES[0], learn_sigma=True), NamedOptimizerParams(name="Adafactor", arguments={}, **GROUPS)
+    assert wakeup.predict(named("adaln_zero"), model, STEPS, strange) is None
+    assert "no prediction for Adafactor" in (wakeup.not_predicted(model, strange) or "")
+    assert wakeup.not_predicted(model, NamedOptimizerParams(name="RAdam", arguments={}, **GROUPS)) is None
 
 
 def test_the_published_schedule_is_head_then_gates_then_all() -> None:
@@ -210,7 +247,7 @@ def test_a_network_that_can_never_learn_is_seen_without_running_it() -> None:
 def test_a_single_precision_network_is_refused() -> None:
     model = DiT(**SHAPES[0], learn_sigma=True)
     with pytest.raises(ValueError, match="float64"):
-        wakeup.role_gradients(model, lambda model, step: torch.zeros(()), OPTIMISERS["SGD"][1](model), 1)
+        wakeup.role_gradients(model, lambda model, step: torch.zeros(()), make_optimizer(model, ADAMW, 1e-2), 1)
 
 
 def test_the_command_shows_the_schedule_of_a_strategy_and_names_one_that_is_not_there() -> None:

@@ -18,6 +18,8 @@ from dit.data.latents import LatentStore
 from dit.diffusion import Batch, Diffusion
 from dit.init import Strategy
 from dit.models import Denoiser, backbone_of
+from dit.optim.optimizer import make_optimizer
+from dit.optim_sections import OptimizerParams
 from dit.sections import AnalyseParams
 
 HEAD_SIZE = 64
@@ -44,11 +46,12 @@ class EarlyStep:
 class Start:
     """What an `Examiner` found.
 
-    `predicted` is None for a backbone without a prediction. `coordinates` is empty for a strategy that a checkpoint ties to one
+    `predicted` is None where there is no prediction, and `not_predicted` then says why. `coordinates` is empty for a strategy that a checkpoint ties to one
     width, and for a backbone that cannot be made in other sizes.
     """
 
     predicted: wakeup.Schedule | None
+    not_predicted: str | None
     gradients: list[wakeup.RoleGradient]
     signal: Signal
     early: list[EarlyStep]
@@ -63,7 +66,7 @@ class Start:
 class Examiner:
     """Examines strategies on one network, one data set and one objective, each from the same batches.
 
-    AdamW without weight decay, warm-up or clipping takes the steps, with `learning_rate` and `betas`.
+    `optimizer` takes the steps at `learning_rate`, with its parameter groups, but without weight decay, schedule or clipping.
     """
 
     def __init__(
@@ -75,13 +78,13 @@ class Examiner:
         *,
         label_dropout: float,
         learning_rate: float,
-        betas: tuple[float, float],
+        optimizer: OptimizerParams,
     ) -> None:
         self.model = model
         self.diffusion = diffusion
         self.params = params
         self.learning_rate = learning_rate
-        self.betas = betas
+        self.optimizer = optimizer
         size = params.batch_size
         self.batches = Batches(store, diffusion, batch_size=size, label_dropout=label_dropout, seed=params.seed)
 
@@ -89,7 +92,8 @@ class Examiner:
         """Examine one strategy."""
         tied = any(rule.init == "from_checkpoint" for rule in strategy.rules)
         return Start(
-            predicted=wakeup.predict(strategy, self.model, self.params.steps),
+            predicted=wakeup.predict(strategy, self.model, self.params.steps, self.optimizer),
+            not_predicted=wakeup.not_predicted(self.model, self.optimizer),
             gradients=self._wake_up(strategy),
             signal=network_signal(self._network(strategy), self.batches(0), self.diffusion),
             early=list(self._early(strategy)),
@@ -100,7 +104,7 @@ class Examiner:
         return init.apply(deepcopy(model or self.model), strategy, self.params.seed).to(self.diffusion.device)
 
     def _optimiser(self, network: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(network.parameters(), lr=self.learning_rate, betas=self.betas, weight_decay=0.0)
+        return make_optimizer(network, self.optimizer, self.learning_rate, decays=False)
 
     def _wake_up(self, strategy: Strategy) -> list[wakeup.RoleGradient]:
         network = self._network(strategy).double()

@@ -5,7 +5,8 @@ The prediction knows the architecture, and which weights are zero or equal at th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 
 from dit.init.strategy import Strategy, claims
 from dit.models import Role, backbone_of, roles
-from dit.models.gradient_flow import Pattern, Updates, pattern_of, updated
+from dit.models.gradient_flow import ZERO, Pattern, Updates, orthogonalised, pattern_of, updated
+from dit.optim.by_name import is_elementwise
+from dit.optim.optimizer import hidden_weights
+from dit.optim_sections import MuonParams, OptimizerParams
 from dit.seeding import generator
 
 SCALING = 1e-3
@@ -26,25 +30,53 @@ Schedule = dict[str, int | None]
 """By role, the first optimiser step with a gradient, counted from 0; None where there is none within the steps looked at."""
 
 
-def predict(strategy: Strategy, model: nn.Module, steps: int, updates: Updates = "elementwise") -> Schedule | None:
+def predict(strategy: Strategy, model: nn.Module, steps: int, optimizer: OptimizerParams | None = None) -> Schedule | None:
     """The schedule that follows from the architecture of `model` and from what `strategy` makes of its weights.
 
-    The weights of `model` are not looked at, so it may be on the meta device. None for a backbone without a prediction. The
-    optimiser moves weights along their gradients alone: weight decay would move a scale of -1, if not a zero. `updates` says
-    how: `elementwise`, such as Adam, or `linear`, such as SGD with or without momentum.
+    The weights of `model` are not looked at, so it may be on the meta device. None where `not_predicted` says why. The
+    optimiser, such as Adam where none is given, moves weights along their gradients alone: weight decay would move a scale of
+    -1, if not a zero.
     """
     gradient_flow = backbone_of(model).gradient_flow
-    if gradient_flow is None:
+    if gradient_flow is None or not_predicted(model, optimizer):
         return None
-    state = patterns(strategy, roles(model))
+    every_role = roles(model)
+    state = patterns(strategy, every_role)
+    hidden = hidden_weights(optimizer, every_role) if isinstance(optimizer, MuonParams) else set()
+    rule: Updates = "linear" if optimizer is not None and optimizer.name.lower() == "sgd" else "elementwise"
+    momenta: dict[str, Pattern] = dict.fromkeys(state, ZERO)
     schedule: Schedule = dict.fromkeys(state)
     for step in range(steps):
         gradients = gradient_flow(model, state)
         for role, gradient in gradients.items():
             if not gradient.zero and schedule[role] is None:
                 schedule[role] = step
-        state = {role: updated(weight, gradients[role], updates) for role, weight in state.items()}
+        momenta = {role: updated(momentum, gradients[role], "linear") for role, momentum in momenta.items()}
+        moved = gradients | _orthogonalised(momenta, every_role, hidden)
+        state = {role: updated(weight, moved[role], rule) for role, weight in state.items()}
     return schedule
+
+
+def not_predicted(model: nn.Module, optimizer: OptimizerParams | None = None) -> str | None:
+    """Why there is no prediction for this network and optimiser, as a sentence; None where there is one."""
+    if backbone_of(model).gradient_flow is None:
+        return f"There is no prediction for {type(model).__name__}."
+    if optimizer is None or is_elementwise(optimizer) or isinstance(optimizer, MuonParams):
+        return None
+    return f"There is no prediction for {optimizer.name}, which is not known to move each weight along its own gradient alone."
+
+
+def _orthogonalised(momenta: Mapping[str, Pattern], every_role: Sequence[Role], hidden: Collection[str]) -> dict[str, Pattern]:
+    """The updates of the roles of `hidden` weights, which Muon orthogonalises together where they share a weight."""
+    parts: dict[str, list[str]] = defaultdict(list)
+    for role in every_role:
+        if role.parameter in hidden:
+            parts[role.parameter].append(role.path)
+    return {
+        path: update
+        for paths in parts.values()
+        for path, update in zip(paths, orthogonalised([momenta[path] for path in paths]), strict=True)
+    }
 
 
 def patterns(strategy: Strategy, every_role: Sequence[Role]) -> dict[str, Pattern]:

@@ -99,14 +99,21 @@ def fast_path_of(model: nn.Module) -> FastPath | None:
 
 
 def backend_for(
-    model: nn.Module, name: str, device: torch.device, precision: torch.dtype, section: str, sharded: bool = False
+    model: nn.Module,
+    name: str,
+    device: torch.device,
+    precision: torch.dtype,
+    section: str,
+    sharded: bool = False,
+    unserved: str = "",
 ) -> str:
     """How `model` runs where `section` of params.yaml asks for the backend `name`: eager, compiled or fused.
 
-    The fused path holds whole weights, so a network that is `sharded` over processes has none. Raises `ConfigError` for `fused`
-    where it cannot run.
+    The fused path holds whole weights, so a network that is `sharded` over processes has none; nor is there one for what is
+    `unserved`, in words, where that is not empty. Raises `ConfigError` for `fused` where it cannot run.
     """
     path = backbone_of(model).fast_path
-    supported = path is not None and path.supports(model) and not sharded
+    supported = path is not None and path.supports(model) and not sharded and not unserved
     needs = path.needs if path else f"another network: {type(model).__name__} has no fused path"
+    needs += f"; it cannot do {unserved}" if unserved else ""
     return resolve_backend(name, device, precision, supported, section, needs)

@@ -10,7 +10,8 @@ taken not to cancel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -171,22 +172,39 @@ def total(delta: Vector) -> Pattern:
     return outer(delta, ONE)
 
 
+def orthogonalised(parts: Sequence[Pattern]) -> list[Pattern]:
+    """The update of Muon from a momentum matrix X, both as the row parts that have roles of their own.
+
+    It is a polynomial X (a + b X'X + c (X'X)^2), applied several times, whose factor is positive definite for Muon's a, b, c,
+    as b^2 < 4ac. So rows that are zero stay zero, others do not become it, and equal rows stay equal, also those of one part.
+    It is as well (a + b XX' + c (XX')^2) X, so that equal columns of the whole matrix stay equal; those of one part do not.
+    Sums would stay zero, but torch computes it in bfloat16, where they do not.
+    """
+    columns = all(part.equal_columns for part in parts)
+    return [part if part.zero else _equal(part.equal_rows, columns) for part in parts]
+
+
+def _equal(rows: bool, columns: bool) -> Pattern:
+    """Equal rows, or columns, of which no more is known."""
+    sums: dict[bool, Sums] = {True: "equal", False: "any"}
+    return Pattern(equal_rows=rows, equal_columns=columns, row_sums=sums[rows], column_sums=sums[columns])
+
+
 def updated(weight: Pattern, gradient: Pattern, updates: Updates) -> Pattern:
     """A weight after an optimiser step along `gradient`. Sums stay known where steps are linear, or follow from equal rows."""
     if gradient.zero:
         return weight
-    rows, columns = weight.equal_rows and gradient.equal_rows, weight.equal_columns and gradient.equal_columns
+    equal = _equal(weight.equal_rows and gradient.equal_rows, weight.equal_columns and gradient.equal_columns)
+    if updates == "elementwise":
+        return equal
 
-    def sums(one: Sums, other: Sums, equal: bool) -> Sums:
-        if updates == "elementwise" or "any" in (one, other):
-            return "equal" if equal else "any"
-        return "zero" if one == other == "zero" else "equal"
+    def sums(one: Sums, other: Sums, known: Sums) -> Sums:
+        return known if "any" in (one, other) else "zero" if one == other == "zero" else "equal"
 
-    return Pattern(
-        equal_rows=rows,
-        equal_columns=columns,
-        row_sums=sums(weight.row_sums, gradient.row_sums, rows),
-        column_sums=sums(weight.column_sums, gradient.column_sums, columns),
+    return replace(
+        equal,
+        row_sums=sums(weight.row_sums, gradient.row_sums, equal.row_sums),
+        column_sums=sums(weight.column_sums, gradient.column_sums, equal.column_sums),
     )
 
 

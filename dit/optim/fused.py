@@ -8,21 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit.models import roles
 from dit.models.contract import FastNetwork
 from dit.optim.ema import EMA
+from dit.optim.groups import multipliers
+from dit.optim_sections import AdamWParams, OptimizerParams
 from dit.sections import TrainParams
 
 EPS = 1e-8
 """Kingma & Ba (2015), algorithm 1; also the default of `torch.optim.AdamW`."""
 
 
+def unserved(params: OptimizerParams) -> str:
+    """What of an optimiser the fused path cannot do, in words; empty where it can do all of it."""
+    return "" if isinstance(params, AdamWParams) else f"train.optimizer.name = '{params.name}'"
+
+
 class FusedAdamW:
-    """As `dit.optim.optimizer.Optimizer`, for a float32 model; it also updates `ema`, and the copies in `network`."""
+    """As `dit.optim.optimizer.Optimizer`, for AdamW on a float32 model; it also updates `ema`, and the copies in `network`."""
 
     def __init__(self, model: nn.Module, network: FastNetwork, params: TrainParams, ema: EMA) -> None:
         from dit.fused.kernels import AdamWEMA  # needs Triton, which torch for CUDA brings along
 
-        self.params = params
+        assert isinstance(params.optimizer, AdamWParams), "the caller asks `unserved` first"
+        self.params = params.optimizer
         self.network = network
         self.weights: dict[str, Tensor] = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.first_moment, self.second_moment = (
@@ -32,7 +41,17 @@ class FusedAdamW:
         self.updates = 0
         averages = [ema.tensors[name] for name in self.weights]
         moments = list(self.first_moment.values()), list(self.second_moment.values())
-        self._update = AdamWEMA(list(self.weights.values()), network.copies, network.gradients(), *moments, averages)
+        self._update = AdamWEMA(
+            self._factors(model), list(self.weights.values()), network.copies, network.gradients(), *moments, averages
+        )
+
+    def _factors(self, model: nn.Module) -> Tensor:
+        """(2, weights): what multiplies the learning rate of each weight, and its product with the weight decay."""
+        by_weight = multipliers(self.params.groups, roles(model))
+        factors = [by_weight[name] for name in self.weights]
+        rates = [factor.learning_rate for factor in factors]
+        decays = [factor.learning_rate * factor.weight_decay for factor in factors]
+        return torch.tensor([rates, decays], device=next(iter(self.weights.values())).device)
 
     def step(self, learning_rate: float, factor: Tensor) -> None:
         """Update the weights, their copies and their average along the gradients times `factor`, a scalar on the device."""
@@ -41,7 +60,7 @@ class FusedAdamW:
         self._update(
             factor,
             step_size=learning_rate / (1 - beta1**self.updates),
-            decay=1 - learning_rate * self.params.weight_decay,
+            decay=learning_rate * self.params.weight_decay,
             betas=(beta1, beta2),
             root_correction=math.sqrt(1 - beta2**self.updates),
             eps=EPS,

@@ -1,37 +1,142 @@
-"""An optimiser of `torch.optim` on the trained weights of a network, with loss scaling in fp16."""
+"""The optimiser that `train.optimizer` describes, on the trained weights of a network, with loss scaling in fp16."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dit.distributed import distributed_like
+from dit.errors import ConfigError
+from dit.models import Role, roles
+from dit.optim.by_name import maker, shards, weight_decay_of
+from dit.optim.groups import Multipliers, multipliers, whole_weights
+from dit.optim_sections import AdamWParams, MuonParams, NamedOptimizerParams, OptimizerParams, SGDParams
 from dit.sections import TrainParams
+
+LEARNING_RATE = "learning_rate_multiplier"
+"""A key of torch's parameter groups, which `set_learning_rate` reads."""
+
+
+def check(params: TrainParams, every_role: Sequence[Role]) -> None:
+    """Raise `ConfigError` where `train.optimizer` does not fit a network of these roles; the message begins with its key."""
+    optimizer = params.optimizer
+    try:
+        multipliers(optimizer.groups, every_role)
+        if isinstance(optimizer, MuonParams):
+            hidden_weights(optimizer, every_role)
+        if isinstance(optimizer, NamedOptimizerParams) and weight_decay_of(maker(optimizer), optimizer) is None:
+            _refuse_weight_decay(optimizer)
+    except ConfigError as error:
+        raise ConfigError(f"optimizer.{error}") from None
+    if params.parallel == "fsdp" and not shards(optimizer):
+        raise ConfigError(
+            f"optimizer.name = '{optimizer.name}' is not known to work on weights that are sharded; "
+            "expected another optimiser, or parallel: ddp"
+        )
+
+
+def _refuse_weight_decay(params: NamedOptimizerParams) -> None:
+    for index, group in enumerate(params.groups):
+        if group.weight_decay_multiplier != 1:
+            raise ConfigError(
+                f"groups[{index}].weight_decay_multiplier = {group.weight_decay_multiplier}: {params.name} has no weight decay; "
+                "expected a group without this key"
+            )
+
+
+def hidden_weights(params: MuonParams, every_role: Sequence[Role]) -> set[str]:
+    """The weights that Muon updates: the matrices among those that `hidden` names."""
+    found = whole_weights(params.hidden, every_role, "hidden")
+    matrices = {name for name, role in found.items() if len(role.shape) == 2}
+    if not matrices:
+        raise ConfigError(f"hidden = {params.hidden!r} names no matrix; expected roles of weights, such as block")
+    return matrices
+
+
+def make_optimizer(
+    model: nn.Module, params: OptimizerParams, learning_rate: float, *, decays: bool = True, fused: bool = False
+) -> torch.optim.Optimizer:
+    """The optimiser of `torch.optim` on the trained weights of `model`, grouped by their multipliers.
+
+    Without `decays` there is no weight decay. `fused` asks for torch's fused kernels where the optimiser has a section of its
+    own. Raises `ConfigError` as `check` does.
+    """
+    every_role = roles(model)
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    factors = multipliers(params.groups, every_role)
+
+    def grouped(names: Sequence[str], weight_decay: float | None, multiplier: float = 1.0) -> list[dict[str, Any]]:
+        """Parameter groups of torch, in the order in which weights first need them."""
+        found: dict[Multipliers, dict[str, Any]] = {}
+        for name in names:
+            factor = factors[name]
+            rate = multiplier * factor.learning_rate
+            group = {"params": [], "lr": learning_rate * rate, LEARNING_RATE: rate}
+            if weight_decay is not None:
+                group["weight_decay"] = weight_decay * factor.weight_decay if decays else 0.0
+            found.setdefault(factor, group)["params"].append(weights[name])
+        return list(found.values())
+
+    kernels = {"fused": True} if fused else {}
+    match params:
+        case AdamWParams():
+            return torch.optim.AdamW(grouped(list(weights), params.weight_decay), learning_rate, params.betas, **kernels)
+        case SGDParams():
+            groups = grouped(list(weights), params.weight_decay)
+            return torch.optim.SGD(groups, learning_rate, params.momentum, nesterov=params.nesterov, **kernels)
+        case MuonParams():
+            hidden = hidden_weights(params, every_role)
+            matrices = grouped([name for name in weights if name in hidden], params.weight_decay, params.learning_rate_multiplier)
+            rest = grouped([name for name in weights if name not in hidden], params.adamw_weight_decay)
+            muon = {"momentum": params.momentum, "nesterov": params.nesterov, "adjust_lr_fn": params.adjust_lr_fn}
+            return Together(
+                torch.optim.Muon(matrices, learning_rate, **muon),
+                torch.optim.AdamW(rest, learning_rate, params.betas, **kernels),
+            )
+        case _:
+            make = maker(params)
+            return make(grouped(list(weights), weight_decay_of(make, params)), lr=learning_rate, **params.arguments)
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimisers, each of weights of its own, as one; they share its parameter groups and its state."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        for part in parts:
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take a step with each."""
+        for part in self.parts:
+            part.step()
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Give every parameter group the learning rate times its multiplier."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group[LEARNING_RATE]
 
 
 class Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) on the weights of `model`. Its state is keyed by the names of the weights."""
+    """The optimiser of `params` on the weights of `model`. Its state is keyed by the names of the weights."""
 
     def __init__(self, model: nn.Module, params: TrainParams, precision: torch.dtype) -> None:
         self.weights: dict[str, Tensor] = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         device = next(iter(self.weights.values())).device
-        self.fused = device.type == "cuda"
-        self.adamw = torch.optim.AdamW(
-            list(self.weights.values()),
-            lr=params.learning_rate,
-            betas=params.betas,
-            weight_decay=params.weight_decay,
-            fused=self.fused,
-        )
+        self.torch = make_optimizer(model, params.optimizer, params.learning_rate, fused=device.type == "cuda")
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
     def backward(self, loss: Tensor) -> None:
         """Set the gradients of `loss`, without the factor of loss scaling."""
-        self.adamw.zero_grad(set_to_none=True)
+        self.torch.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.adamw)
+        self.scaler.unscale_(self.torch)
 
     def gradients_of(self, loss: Tensor) -> list[Tensor]:
         """The gradients that `backward` would set, without setting them."""
@@ -41,27 +146,35 @@ class Optimizer:
 
     def step(self, learning_rate: float) -> None:
         """Update the weights along their gradients; skip this where loss scaling found one that is not finite."""
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
-        self.scaler.step(self.adamw)
+        set_learning_rate(self.torch, learning_rate)
+        self.scaler.step(self.torch)
         self.scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
         """All state, by the name of its weight, for a checkpoint that any engine can go on from."""
-        by_weight = {name: dict(self.adamw.state[weight]) for name, weight in self.weights.items()}
+        by_weight = {name: dict(self.torch.state[weight]) for name, weight in self.weights.items()}
         return {"weights": by_weight, "scaler": self.scaler.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, on the devices of the weights and sharded as they are."""
+        on_device = {
+            weight: group.get("fused") or group.get("capturable")
+            for group in self.torch.param_groups
+            for weight in group["params"]
+        }
         for name, saved in state["weights"].items():
             weight = self.weights[name]
-            self.adamw.state[weight] = {key: self._placed(value, weight) for key, value in saved.items()}
+            self.torch.state[weight] = {
+                key: _placed(value, weight, key != "step" or bool(on_device[weight])) for key, value in saved.items()
+            }
         self.scaler.load_state_dict(state["scaler"])
 
-    def _placed(self, value: Any, weight: Tensor) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if value.shape == weight.shape:
-            return distributed_like(value.to(weight.device, copy=True), weight)
-        return value.to(weight.device if self.fused else "cpu", copy=True)  # torch wants the count of steps there
+
+def _placed(value: Any, weight: Tensor, on_device: bool) -> Any:
+    """A value of the state where torch wants it: `torch.optim.Optimizer.load_state_dict` leaves counts of steps on the host."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.shape == weight.shape:
+        return distributed_like(value.to(weight.device, copy=True), weight)
+    return value.to(weight.device if on_device else "cpu", copy=True)

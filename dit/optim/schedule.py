@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+import math
+
+from dit.optim_sections import ConstantSchedule, WSDSchedule
 from dit.sections import TrainParams
 
 
 def learning_rate(params: TrainParams, step: int) -> float:
-    """The learning rate at `step`, which counts from 0: linear from 1 / warmup_steps of it to all of it, then constant."""
-    return params.learning_rate * min(1.0, (step + 1) / max(1, params.warmup_steps))
+    """The learning rate at `step`, which counts from 0. After the last step of training it stays where the decay ended."""
+    return params.learning_rate * min(_warmed_up(params, step), _decayed(params, step))
+
+
+def _warmed_up(params: TrainParams, step: int) -> float:
+    """From 1 / warmup_steps at the first step to 1 at the last of the warm-up, and then 1."""
+    return min(1.0, (step + 1) / max(1, params.schedule.warmup_steps))
+
+
+def _decayed(params: TrainParams, step: int) -> float:
+    """1 until the decay, then a line or half a cosine, which would be at `final_fraction` at the step after the last.
+
+    Cosine: Loshchilov & Hutter (2017), "SGDR", eq. 5, without restarts. Warm-up, stable, decay: Hu et al. (2024), "MiniCPM",
+    section 4; that a line serves as its decay: Hägele et al. (2024), "Scaling laws and compute-optimal training beyond fixed
+    training durations".
+    """
+    schedule = params.schedule
+    if isinstance(schedule, ConstantSchedule):
+        return 1.0
+    begin = params.steps - schedule.decay_steps if isinstance(schedule, WSDSchedule) else schedule.warmup_steps
+    progress = min(1.0, max(0.0, (step - begin) / (params.steps - begin)))
+    remaining = (1 + math.cos(math.pi * progress)) / 2 if schedule.name == "cosine" else 1 - progress
+    return schedule.final_fraction + (1 - schedule.final_fraction) * remaining

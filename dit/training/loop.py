@@ -20,6 +20,7 @@ from dit.distributed import Ranks, restore
 from dit.errors import ConfigError
 from dit.models import backbone_of, backend_for
 from dit.optim.ema import EMA
+from dit.optim.fused import unserved
 from dit.optim.schedule import learning_rate
 from dit.progress import progress
 from dit.sections import TrainParams
@@ -66,7 +67,9 @@ class Trainer:
             store, diffusion, batch_size=params.batch_size, label_dropout=label_dropout, seed=seed, ranks=self.ranks
         )
         self.validation = Validation(store, diffusion, params.validation, self.ranks)
-        self.backend = backend_for(model, params.backend, diffusion.device, self.precision, "train", self.sharded)
+        self.backend = backend_for(
+            model, params.backend, diffusion.device, self.precision, "train", self.sharded, unserved(params.optimizer)
+        )
         if self.sharded:
             blocks = [block.module for block in backbone_of(model).blocks(model)]
             self.ranks.shard(self.model, blocks, self.precision, compiled=self.backend == "compiled")

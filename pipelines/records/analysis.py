@@ -50,7 +50,7 @@ class EarlyEntry(Entry):
 class StartRecord(Record):
     """What stage `analyse` found. Schedules hold, by role, the first optimiser step with a gradient.
 
-    `predicted` is None for a backbone without a prediction, and then so is `predicted_equals_measured`.
+    `predicted` is None where there is no prediction, and then so is `predicted_equals_measured`; `not_predicted` says why.
     """
 
     FILE = "start.json"
@@ -60,6 +60,7 @@ class StartRecord(Record):
     awake_step: int | None
     predicted_equals_measured: bool | None
     predicted: dict[str, int | None] | None
+    not_predicted: str | None
     measured: dict[str, int | None]
     signal: SignalEntry
     early: list[EarlyEntry]

@@ -219,7 +219,7 @@ def _awake(summary: dict[str, Any]) -> Finding:
     if wrong := [name for name, agreed in agrees.items() if agreed is False]:
         return Finding("warning", " ".join([*sentences, f"That is not what the architecture predicts for {listed(wrong)}."]))
     if None in agrees.values():
-        return Finding("note", " ".join([*sentences, "This is measured, not predicted: this network has no prediction."]))
+        return Finding("note", " ".join([*sentences, "This is measured, not predicted; the wake-up figure says why."]))
     return Finding("note", " ".join([*sentences, "The architecture alone predicts the same."]))
 
 

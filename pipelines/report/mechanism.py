@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -61,8 +61,8 @@ def wake_up(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> F
     finish(plot, height=80 + 24 * len(measured), hovermode="closest", margin={"t": 60, "l": 150})
     caption = (
         "The optimiser step, counted from 0, at which all weights of a kind first receive a gradient, other than rounding; "
-        "never: not within the steps looked at. Measured in float64 with AdamW, without weight decay. "
-        + _prediction([start.record.predicted_equals_measured for start in starts])
+        "never: not within the steps looked at. Measured in float64 with the study's optimiser, without weight decay. "
+        + _prediction(starts)
     )
     return Figure("wake-up", "Wake-up schedule: the first step with a gradient", caption, plot)
 
@@ -70,15 +70,16 @@ def wake_up(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> F
 def _predicted(start: Analysis) -> dict[str, str]:
     """The predicted step of each kind of weight, in words."""
     if start.record.predicted is None:
-        return dict.fromkeys(by_kind(start.record.measured), "none for this network")
+        return dict.fromkeys(by_kind(start.record.measured), "not predicted")
     return {kind: "never" if step is None else f"step {step}" for kind, step in by_kind(start.record.predicted).items()}
 
 
-def _prediction(agrees: list[bool | None]) -> str:
+def _prediction(starts: Sequence[Analysis]) -> str:
     """Whether the measured schedules are the predicted ones, in a sentence."""
-    if None in agrees:
-        return "Measured, not predicted: there is no prediction for this network."
-    verdict = "agrees for every role" if all(agrees) else "does not agree for every role (see the cells)"
+    if reasons := sorted({start.record.not_predicted for start in starts if start.record.not_predicted}):
+        return f"Measured, not predicted. {' '.join(reasons)}"
+    agree = all(start.record.predicted_equals_measured for start in starts)
+    verdict = "agrees for every role" if agree else "does not agree for every role (see the cells)"
     return (
         "The prediction from the strategy and the architecture alone, where a product with a zero factor passes nothing back, "
         f"{verdict}."

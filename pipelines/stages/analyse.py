@@ -27,7 +27,8 @@ def analyse(params: Params, strategy: str) -> None:
         "model": params.model.model_dump(mode="json"),
         "diffusion": params.diffusion.model_dump(mode="json"),
         "analyse": settings.model_dump(mode="json"),
-        "optimiser": {"learning_rate": params.train.learning_rate, "betas": params.train.betas},
+        "learning_rate": params.train.learning_rate,
+        "optimizer": params.train.optimizer.model_dump(mode="json"),
         "rules": rules.model_dump(mode="json", exclude_defaults=True)["rules"],
     }
     store = LatentStore(Path("data/latents"))
@@ -39,7 +40,7 @@ def analyse(params: Params, strategy: str) -> None:
         settings,
         label_dropout=params.model.label_dropout,
         learning_rate=params.train.learning_rate,
-        betas=params.train.betas,
+        optimizer=params.train.optimizer,
     )
     found = examine(rules)
     agrees = None if found.predicted is None else found.predicted == found.measured
@@ -49,6 +50,7 @@ def analyse(params: Params, strategy: str) -> None:
         awake_step=awake(found.measured),
         predicted_equals_measured=agrees,
         predicted=found.predicted,
+        not_predicted=found.not_predicted,
         measured=found.measured,
         signal=found.signal,
         early=found.early,

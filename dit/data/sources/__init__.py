@@ -1,4 +1,4 @@
-"""Sources of images, a file for each kind. Each offers class names, and for each split a stream of images and rejected items."""
+"""Sources of images, a file for each kind: class names, and for each split a stream of images and of rejected items."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ ELEMENTS = 1024
 
 @triton.jit
 def _update(
-    weight, copy, gradient, first, second, average, at, inside, factor, step_size, decay, beta1, beta2, root_correction, eps,
+    weight, copy, gradient, first, second, average, at, inside, factor, step_size, kept, beta1, beta2, root_correction, eps,
     ema_weight,
 ):  # fmt: skip
     g = tl.load(gradient + at, inside, 0.0).to(tl.float32) * factor
@@ -23,7 +23,7 @@ def _update(
     e = tl.load(average + at, inside, 0.0)
     m += (1.0 - beta1) * (g - m)
     v = beta2 * v + (1.0 - beta2) * g * g
-    w = w * decay - step_size * m / (tl.sqrt(v) / root_correction + eps)
+    w = w * kept - step_size * m / (tl.sqrt(v) / root_correction + eps)
     tl.store(weight + at, w, inside)
     tl.store(copy + at, w.to(tl.bfloat16), inside)
     tl.store(first + at, m, inside)
@@ -33,10 +33,13 @@ def _update(
 
 @triton.jit
 def _adamw_ema(
-    addresses, lengths, owner, offset, factor, step_size, decay, beta1, beta2, root_correction, eps, ema_weight,
+    addresses, lengths, factors, owner, offset, factor, step_size, decay, beta1, beta2, root_correction, eps, ema_weight,
     COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK elements of one weight. `addresses` (6, COUNT): weight, copy, gradient, moments, average."""
+    """One program: BLOCK elements of one weight. `addresses` (6, COUNT): weight, copy, gradient, moments, average.
+
+    `factors` (2, COUNT) multiply `step_size` and `decay`, the part by which a weight shrinks.
+    """
     which = tl.load(owner + tl.program_id(0))
     start = tl.multiple_of(tl.load(offset + tl.program_id(0)), BLOCK)
     length = tl.load(lengths + which)
@@ -48,14 +51,16 @@ def _adamw_ema(
     second = tl.multiple_of(tl.load(addresses + 4 * COUNT + which), 16).to(tl.pointer_type(tl.float32))
     average = tl.multiple_of(tl.load(addresses + 5 * COUNT + which), 16).to(tl.pointer_type(tl.float32))
     scale = tl.load(factor)
+    step_size *= tl.load(factors + which)
+    kept = 1.0 - decay * tl.load(factors + COUNT + which)
     if start + BLOCK <= length:
         _update(
-            weight, copy, gradient, first, second, average, at, at >= 0, scale, step_size, decay, beta1, beta2, root_correction,
+            weight, copy, gradient, first, second, average, at, at >= 0, scale, step_size, kept, beta1, beta2, root_correction,
             eps, ema_weight,
         )  # fmt: skip
     else:
         _update(
-            weight, copy, gradient, first, second, average, at, at < length, scale, step_size, decay, beta1, beta2,
+            weight, copy, gradient, first, second, average, at, at < length, scale, step_size, kept, beta1, beta2,
             root_correction, eps, ema_weight,
         )  # fmt: skip
 
@@ -63,8 +68,12 @@ def _adamw_ema(
 class AdamWEMA:
     """One launch that updates every weight, its bf16 copy, its moments and its average."""
 
-    def __init__(self, weights: list[Tensor], *others: list[Tensor]) -> None:
-        """`weights`, then their copies, gradients, first and second moments and averages, all contiguous."""
+    def __init__(self, factors: Tensor, weights: list[Tensor], *others: list[Tensor]) -> None:
+        """`factors` (2, weights) in float32 multiply the step size and the decay of each weight.
+
+        `weights`, then their copies, gradients, first and second moments and averages, all contiguous.
+        """
+        self.factors = factors
         device = weights[0].device
         columns = (weights, *others)
         self.addresses = torch.tensor([[tensor.data_ptr() for tensor in column] for column in columns], device=device)
@@ -77,8 +86,11 @@ class AdamWEMA:
         self, factor: Tensor, *, step_size: float, decay: float, betas: tuple[float, float], root_correction: float,
         eps: float, ema_weight: float,
     ) -> None:  # fmt: skip
-        """`factor`, a scalar on the device, multiplies every gradient; `step_size` is lr over the first bias correction."""
+        """`factor`, a scalar on the device, multiplies every gradient; `step_size` is lr over the first bias correction.
+
+        `decay` is the part of itself that a weight loses.
+        """
         _adamw_ema[(len(self.owner),)](
-            self.addresses, self.lengths, self.owner, self.offset, factor, step_size, decay, *betas, root_correction, eps,
-            ema_weight, COUNT=len(self.lengths), BLOCK=ELEMENTS, num_warps=4,
+            self.addresses, self.lengths, self.factors, self.owner, self.offset, factor, step_size, decay, *betas,
+            root_correction, eps, ema_weight, COUNT=len(self.lengths), BLOCK=ELEMENTS, num_warps=4,
         )  # fmt: skip

@@ -1,0 +1,86 @@
+"""Optimisers by name: `torch.optim`'s own classes, and functions for those that it does not have."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+
+from dit.errors import ConfigError
+from dit.optim_sections import AdamWParams, MuonParams, NamedOptimizerParams, OptimizerParams, SGDParams
+
+Make = Callable[..., torch.optim.Optimizer]
+"""Called with parameter groups, the learning rate `lr`, and the arguments of `train.optimizer`."""
+
+OUTSIDE: dict[str, Make] = {}
+"""Optimisers that `torch.optim` does not have. To add one, define its function here, and name it in this table."""
+
+OWN = ("adamw", "sgd", "muon")
+"""The names with a section of their own."""
+
+GIVEN = {"params": "the network gives the weights", "lr": "train.learning_rate is the learning rate"}
+"""What `arguments` must not hold, and why."""
+
+NOT_SERVED = {
+    "Optimizer": "it is the base class of all optimisers",
+    "LBFGS": "it evaluates the loss several times a step",
+    "SparseAdam": "it needs sparse gradients",
+    "Muon": "it takes matrices alone; `name: muon` gives the other weights to AdamW",
+}
+"""Classes of `torch.optim` that cannot train a network here, and why."""
+
+ELEMENTWISE = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+"""Classes that move each entry of a weight along its own gradients alone, but for weight decay."""
+
+
+def is_elementwise(params: OptimizerParams) -> bool:
+    """Whether an entry of a weight without a gradient stays, and entries with equal gradients move equally."""
+    return isinstance(params, AdamWParams | SGDParams) or params.name in ELEMENTWISE
+
+
+def shards(params: OptimizerParams) -> bool:
+    """Whether the optimiser is known to work on weights that are sharded (FSDP)."""
+    return is_elementwise(params) or isinstance(params, MuonParams)
+
+
+def maker(params: NamedOptimizerParams) -> Make:
+    """What makes the optimiser. Raises `ConfigError` where there is none of that name, or for arguments it does not take."""
+    known = [*OWN, *OUTSIDE, *torch_names()]
+    if params.name in NOT_SERVED:
+        raise ConfigError(f"name = '{params.name}': {NOT_SERVED[params.name]}; expected one of {', '.join(known)}")
+    if params.name not in known:
+        near = get_close_matches(params.name, known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"name = '{params.name}' is no optimiser{hint}; expected one of {', '.join(known)}")
+    make: Make = OUTSIDE.get(params.name) or getattr(torch.optim, params.name)
+    _check_arguments(params.name, make, params.arguments)
+    return make
+
+
+def torch_names() -> list[str]:
+    """The classes of `torch.optim` that can be named."""
+    members = inspect.getmembers(torch.optim, inspect.isclass)
+    return [name for name, kind in members if issubclass(kind, torch.optim.Optimizer) and name not in NOT_SERVED]
+
+
+def weight_decay_of(make: Make, params: NamedOptimizerParams) -> float | None:
+    """The weight decay of an optimiser, that of its signature unless `arguments` have another; None where it has none."""
+    argument = inspect.signature(make).parameters.get("weight_decay")
+    return None if argument is None else params.arguments.get("weight_decay", argument.default)
+
+
+def _check_arguments(name: str, make: Make, arguments: Mapping[str, Any]) -> None:
+    accepted = [key for key in inspect.signature(make).parameters if key not in GIVEN]
+    for key in arguments:
+        if key in GIVEN:
+            raise ConfigError(f"arguments.{key} must not be given: {GIVEN[key]}")
+        if key not in accepted:
+            raise ConfigError(f"arguments.{key} is not an argument of {name}; expected one of {', '.join(accepted)}")
+    try:
+        make([torch.nn.Parameter(torch.zeros(1, 1))], lr=1.0, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"arguments = {dict(arguments)}: {name} refuses them: {error}") from None
+

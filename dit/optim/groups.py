@@ -1,0 +1,64 @@
+"""Parameter groups: which weights a role selector names, and what multiplies their learning rate and weight decay."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dit.errors import ConfigError
+from dit.init.selectors import select
+from dit.models.roles import Role
+from dit.optim_sections import ParameterGroup, Selectors
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """Of one weight: its learning rate and weight decay over those of the optimiser."""
+
+    learning_rate: float = 1.0
+    weight_decay: float = 1.0
+
+
+def multipliers(groups: Sequence[ParameterGroup], every_role: Sequence[Role]) -> dict[str, Multipliers]:
+    """The multipliers of every weight, by its name in the network; later groups override earlier ones.
+
+    Raises `ConfigError`, naming the group, for a selector that names nothing, or only some rows of a weight.
+    """
+    found = {role.parameter: Multipliers() for role in every_role}
+    for index, group in enumerate(groups):
+        named = whole_weights(group.role, every_role, f"groups[{index}]")
+        found |= {name: _multipliers(group, role) for name, role in named.items()}
+    return found
+
+
+def _multipliers(group: ParameterGroup, role: Role) -> Multipliers:
+    """With `base_fan_in`, weight decay grows as the learning rate falls, so that their product stays.
+
+    Yang et al. (2022), "Tensor Programs V", table 3, Adam; microsoft/mup mup/optim.py, `MuAdam`, on matrices that grow with width.
+    """
+    width = role.fan_in / group.base_fan_in if group.base_fan_in else 1.0
+    return Multipliers(group.learning_rate_multiplier / width, group.weight_decay_multiplier * width)
+
+
+def whole_weights(selectors: Selectors, every_role: Sequence[Role], where: str) -> dict[str, Role]:
+    """The weights that `selectors` name together, by name, each with one of its roles.
+
+    Raises `ConfigError` that begins with `where`, as an optimiser updates a fused weight as one tensor.
+    """
+    parts: dict[str, set[Role]] = defaultdict(set)
+    for selector in (selectors,) if isinstance(selectors, str) else selectors:
+        try:
+            for role in select(selector, every_role):
+                parts[role.parameter].add(role)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+    found = {role.parameter: role for role in every_role if role.parameter in parts}
+    for name, role in found.items():
+        if len(parts[name]) < role.chunks:
+            missing = next(part.path for part in every_role if part.parameter == name and part not in parts[name])
+            raise ConfigError(
+                f"{where}: role {selectors!r} names only some rows of '{name}', which an optimiser updates as one tensor; "
+                f"name its other rows too, such as '{missing}', or none of them"
+            )
+    return found

@@ -1,0 +1,120 @@
+"""`train.optimizer` and `train.schedule` of `params.yaml`. What they compute is in `dit.optim`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
+
+from dit.parameter_types import Count, Fraction, NonNegativeFloat, Section
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Betas = tuple[Decay, Decay]
+Selectors = str | Annotated[tuple[str, ...], Field(min_length=1)]
+"""One role selector, or several; see `dit.init.selectors`."""
+
+
+class ParameterGroup(Section):
+    """Weights by role, and what multiplies their learning rate and their weight decay."""
+
+    role: Selectors
+    learning_rate_multiplier: PositiveFloat = 1.0
+    weight_decay_multiplier: NonNegativeFloat = 1.0
+    base_fan_in: PositiveInt | None = None
+    """Where given, the learning rate is also multiplied by base_fan_in / fan_in, the width rule of µP for Adam."""
+
+
+class OptimizerSection(Section):
+    """What every optimiser has. `weight_decay` is multiplied by the learning rate where the optimiser decouples it."""
+
+    groups: tuple[ParameterGroup, ...]
+    """Later groups override earlier ones; weights that no group names have multipliers of 1."""
+
+
+class AdamWParams(OptimizerSection):
+    """AdamW; Loshchilov & Hutter (2019)."""
+
+    name: Literal["adamw"]
+    betas: Betas
+    weight_decay: NonNegativeFloat
+
+
+class SGDParams(OptimizerSection):
+    """Stochastic gradient descent with momentum; `torch.optim.SGD`."""
+
+    name: Literal["sgd"]
+    momentum: Decay
+    nesterov: bool
+    weight_decay: NonNegativeFloat
+
+
+class MuonParams(OptimizerSection):
+    """Muon for the matrices that `hidden` names, AdamW for all other weights; Jordan et al. (2024), `torch.optim.Muon`.
+
+    `learning_rate_multiplier` and `weight_decay` are those of the hidden matrices; `betas` and `adamw_weight_decay` those of the
+    rest.
+    """
+
+    name: Literal["muon"]
+    hidden: Selectors
+    momentum: Decay
+    nesterov: bool
+    adjust_lr_fn: Literal["original", "match_rms_adamw"]
+    learning_rate_multiplier: PositiveFloat
+    weight_decay: NonNegativeFloat
+    betas: Betas
+    adamw_weight_decay: NonNegativeFloat
+
+
+class NamedOptimizerParams(OptimizerSection):
+    """Any class of `torch.optim` by its name, and what it is called with besides the weights and the learning rate."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+def _kind(data: Any) -> str:
+    name = data.get("name") if isinstance(data, Mapping) else getattr(data, "name", None)
+    return name if name in ("adamw", "sgd", "muon") else "named"
+
+
+OptimizerParams = Annotated[
+    Annotated[AdamWParams, Tag("adamw")]
+    | Annotated[SGDParams, Tag("sgd")]
+    | Annotated[MuonParams, Tag("muon")]
+    | Annotated[NamedOptimizerParams, Tag("named")],
+    Discriminator(_kind),
+]
+
+
+class ScheduleSection(Section):
+    """What every schedule has: a linear warm-up, whose last step is the first with the whole learning rate."""
+
+    warmup_steps: Count
+
+
+class ConstantSchedule(ScheduleSection):
+    """The whole learning rate after the warm-up."""
+
+    name: Literal["constant"]
+
+
+class DecaySchedule(ScheduleSection):
+    """A decay, along a line or half a cosine, from the end of the warm-up to the end of training."""
+
+    name: Literal["linear", "cosine"]
+    final_fraction: Fraction
+    """Of the learning rate, where the decay ends."""
+
+
+class WSDSchedule(ScheduleSection):
+    """Warm-up, stable, decay: the whole learning rate until the last `decay_steps`, in which it falls along a line."""
+
+    name: Literal["wsd"]
+    decay_steps: PositiveInt
+    final_fraction: Fraction
+    """Of the learning rate, where the decay ends."""
+
+
+ScheduleParams = Annotated[ConstantSchedule | DecaySchedule | WSDSchedule, Field(discriminator="name")]
