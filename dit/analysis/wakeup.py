@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dit.init.rules import Draws
 from dit.init.strategy import Strategy, claims
 from dit.models import Role, backbone_of, roles
-from dit.models.gradient_flow import Pattern, orthogonalised, pattern_of, updated
+from dit.models.gradient_flow import ZERO, Pattern, Updates, orthogonalised, pattern_of, updated
 from dit.optim.by_name import is_elementwise
 from dit.optim.optimizer import hidden_weights
 from dit.optim_sections import MuonParams, OptimizerParams
@@ -38,8 +38,9 @@ Schedule = dict[str, int | None]
 def predict(strategy: Strategy, model: nn.Module, steps: int, optimizer: OptimizerParams | None = None) -> Schedule | None:
     """The schedule that follows from the architecture of `model` and from what `strategy` makes of its weights.
 
-    The weights of `model` are not looked at, so it may be on the meta device. Without an `optimizer`, it is an elementwise one.
-    It has no weight decay, which would move a scale of -1, if not a zero. None where `not_predicted` says why.
+    The weights of `model` are not looked at, so it may be on the meta device. None where `not_predicted` says why. The
+    optimiser, such as Adam where none is given, moves weights along their gradients alone: weight decay would move a scale of
+    -1, if not a zero.
     """
     gradient_flow = backbone_of(model).gradient_flow
     if gradient_flow is None or not_predicted(model, optimizer):
@@ -47,17 +48,17 @@ def predict(strategy: Strategy, model: nn.Module, steps: int, optimizer: Optimiz
     every_role = roles(model)
     state = patterns(strategy, model)
     hidden = hidden_weights(optimizer, every_role) if isinstance(optimizer, MuonParams) else set()
-    rule: Updates = "linear" if isinstance(optimizer, SGDParams) or (optimizer and optimizer.name == "SGD") else "elementwise"
+    rule: Updates = "linear" if optimizer is not None and optimizer.name.lower() == "sgd" else "elementwise"
     momenta: dict[str, Pattern] = dict.fromkeys(state, ZERO)
     schedule: Schedule = dict.fromkeys(state)
     for step in range(steps):
         gradients = gradient_flow(model, state)
         for role, gradient in gradients.items():
-            if gradient != "zero" and schedule[role] is None:
+            if not gradient.zero and schedule[role] is None:
                 schedule[role] = step
-        momenta = {role: updated(momentum, gradients[role]) for role, momentum in momenta.items()}
-        updates = gradients | _orthogonalised(momenta, every_role, hidden)
-        state = {role: updated(weight, updates[role]) for role, weight in state.items()}
+        momenta = {role: updated(momentum, gradients[role], "linear") for role, momentum in momenta.items()}
+        moved = gradients | _orthogonalised(momenta, every_role, hidden)
+        state = {role: updated(weight, moved[role], rule) for role, weight in state.items()}
     return schedule
 
 

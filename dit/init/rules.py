@@ -59,6 +59,8 @@ class BaseRule(BaseModel, ABC):
 
     init: str
     role: str | Selectors
+    optional: bool = False
+    """Skip this rule for a network that has no such role, such as weights of norms."""
 
     @property
     def selectors(self) -> tuple[str, ...]:

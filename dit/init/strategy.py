@@ -89,7 +89,7 @@ def claims(strategy: Strategy, every_role: Sequence[Role]) -> dict[Role, BaseRul
     """Which rule sets each of a network's roles.
 
     A role of which a rule takes some rows comes in parts, each a role. Raises `ConfigError`, naming the rule, where a selector
-    names nothing, no rule claims a role, or one claims a role that it cannot draw.
+    names nothing and its rule is not optional, where no rule claims a role, or where one claims a role that it cannot draw.
     """
     every_role = parts([strategy], every_role)
     claimed: dict[Role, BaseRule] = {}
@@ -99,7 +99,8 @@ def claims(strategy: Strategy, every_role: Sequence[Role]) -> dict[Role, BaseRul
             try:
                 claimed.update(dict.fromkeys(select(selector, every_role), rule))
             except ConfigError as error:
-                raise ConfigError(f"rules[{index}]: {error}") from None
+                if not rule.optional:
+                    raise ConfigError(f"rules[{index}]: {error}") from None
     unclaimed = [role.path for role in every_role if role not in claimed]
     if unclaimed:
         raise ConfigError(f"rules: no rule claims {_listed(unclaimed)}; a first rule with role 'all' claims everything")

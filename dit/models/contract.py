@@ -18,6 +18,9 @@ from dit.models.gradient_flow import Pattern
 from dit.models.roles import Role
 from dit.seeding import seeded
 
+OBJECTIVES = ("eps", "x0", "v", "flow")
+FLOW_ONLY = ("flow",)
+
 
 class Denoiser(nn.Module):
     """Base of every network: class-conditional, on square latents (B, latent_channels, latent_size, latent_size).
@@ -103,6 +106,10 @@ class Backbone:
     roles: Callable[[Any], list[Role]]
     """The roles of every trainable row, each row in exactly one."""
     options: type[Options] = Options
+    objectives: tuple[str, ...] = OBJECTIVES
+    """Which `diffusion.objective` its networks can be trained with. Only eps has a learned sigma."""
+    num_timesteps: int | None = None
+    """The only `diffusion.num_timesteps` that its networks understand; None for any."""
     blocks: Callable[[Any], list[Block]] = lambda _model: []
     """The residual blocks, in order."""
     units: Callable[[Any], dict[str, Tensor]] = lambda _model: {}

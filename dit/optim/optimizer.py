@@ -89,13 +89,6 @@ def make_optimizer(
             return torch.optim.SGD(groups, learning_rate, params.momentum, nesterov=params.nesterov, **kernels)
         case MuonParams():
             hidden = hidden_weights(params, every_role)
-<<<<<<< HEAD
-            matrices = grouped(
-                [name for name in weights if name in hidden], params.weight_decay, params.learning_rate_multiplier
-            )
-            rest = grouped([name for name in weights if name not in hidden], params.adamw_weight_decay)
-            muon = {"momentum": params.momentum, "nesterov": params.nesterov, "adjust_lr_fn": params.adjust_lr_fn}
-=======
             matrices, rest = ([name for name in weights if (name in hidden) is wanted] for wanted in (True, False))
             muon = torch.optim.Muon(
                 grouped(matrices, params.weight_decay, params.learning_rate_multiplier),
@@ -104,7 +97,6 @@ def make_optimizer(
                 nesterov=params.nesterov,
                 adjust_lr_fn=params.adjust_lr_fn,
             )
->>>>>>> optim
             return Together(
                 muon, torch.optim.AdamW(grouped(rest, params.adamw_weight_decay), learning_rate, params.betas, **kernels)
             )
