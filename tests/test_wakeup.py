@@ -39,9 +39,7 @@ OPTIMIZERS: dict[str, tuple[OptimizerParams, float]] = {
     "AdamW": (ADAMW, 1e-2),
     "SGD": (SGDParams(name="sgd", momentum=0.9, nesterov=True, weight_decay=0.1, **GROUPS), 0.1),
     "Muon": (
-        MuonParams(
-            name="muon", hidden="block", weight_decay=0.1, betas=(0.9, 0.999), adamw_weight_decay=0.1, **MUON, **GROUPS
-        ),
+        MuonParams(name="muon", hidden="block", weight_decay=0.1, betas=(0.9, 0.999), adamw_weight_decay=0.1, **MUON, **GROUPS),
         1e-2,
     ),
 }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,10 +16,9 @@ from torch import nn
 from dit import yamlfile
 from dit.errors import ConfigError, explain
 from dit.init import weights
-from dit.init.rules import BaseRule, Rule
-from dit.init.selectors import select
+from dit.init.rules import BaseRule, Draws, Rule
+from dit.init.selectors import cuts, select
 from dit.models import Role, roles
-from dit.seeding import generator
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -88,9 +88,10 @@ def _no_rules(name: str) -> tuple[BaseRule, ...]:
 def claims(strategy: Strategy, every_role: Sequence[Role]) -> dict[Role, BaseRule]:
     """Which rule sets each of a network's roles.
 
-    Raises `ConfigError`, naming the rule, where a selector names nothing, no rule claims a role, or one claims a role that it
-    cannot draw.
+    A role of which a rule takes some rows comes in parts, each a role. Raises `ConfigError`, naming the rule, where a selector
+    names nothing, no rule claims a role, or one claims a role that it cannot draw.
     """
+    every_role = parts([strategy], every_role)
     claimed: dict[Role, BaseRule] = {}
     rule: BaseRule
     for index, rule in enumerate(strategy.rules):
@@ -110,6 +111,19 @@ def claims(strategy: Strategy, every_role: Sequence[Role]) -> dict[Role, BaseRul
     return {role: claimed[role] for role in every_role}
 
 
+def parts(strategies: Iterable[Strategy], every_role: Sequence[Role]) -> list[Role]:
+    """A network's roles, cut where a rule of any of `strategies` takes some rows of one."""
+    ends: dict[str, set[int]] = defaultdict(set)
+    for strategy in strategies:
+        for index, rule in enumerate(strategy.rules):
+            try:
+                for path, found in cuts(rule.selectors, every_role).items():
+                    ends[path] |= found
+            except ConfigError as error:
+                raise ConfigError(f"rules[{index}]: {error}") from None
+    return [role.part(*rows) for role in every_role for rows in pairwise(sorted({0, role.count} | ends.get(role.path, set())))]
+
+
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
@@ -124,14 +138,15 @@ def apply(model: Network, strategy: str | Mapping | Strategy, seed: int) -> Netw
     chosen.verify()
     claimed = claims(chosen, roles(model))
     parameters = dict(model.named_parameters())
+    draws = Draws(model, seed)
     with torch.no_grad():
-        for name, parts in groupby(claimed, key=lambda role: role.parameter):
+        for name, of_one in groupby(claimed, key=lambda role: role.parameter):
             drawn: dict[BaseRule, torch.Tensor] = {}
-            for role in parts:
+            for role in of_one:
                 rule = claimed[role]
                 if rule not in drawn:
-                    drawn[rule] = rule.draw(role, generator(seed, name))
-                rows = parameters[name][role.rows]
+                    drawn[rule] = rule.draw(role, draws)
+                rows = role.of(parameters[name])
                 rows.copy_(rule.part(drawn[rule], role).reshape(rows.shape))
     weights.forget()
     return model

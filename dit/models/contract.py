@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from dit.models.gradient_flow import Pattern
 from dit.models.roles import Role
+from dit.seeding import seeded
 
 
 class Denoiser(nn.Module):
@@ -28,6 +30,18 @@ class Denoiser(nn.Module):
     latent_channels: int
     num_classes: int
     learn_sigma: bool
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        """Keep what the constructor is given, for `constructed`."""
+        network = super().__new__(cls)
+        network.__dict__["_given"] = arguments, options
+        return network
+
+    def constructed(self, seed: int) -> Self:
+        """The same network, made anew on the CPU with the weights that its constructor draws: a pure function of `seed`."""
+        arguments, options = self.__dict__["_given"]
+        with seeded(seed, "constructor"), torch.device("cpu"):
+            return type(self)(*arguments, **options)
 
 
 class Options(BaseModel):

@@ -48,7 +48,7 @@ def gates(model: DiT, timesteps: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Every gate (B, D) for timesteps (B,) and labels (B,): alpha of Peebles & Xie (2023), figure 3."""
     conditioning = F.silu(model.t_embedder(timesteps) + model.y_embedder(labels))  # (B, D)
     weights = dict(model.named_parameters())
-    rows = {role.path: weights[role.parameter].detach()[role.rows] for role in roles(model)}
+    rows = {role.path: role.of(weights[role.parameter].detach()) for role in roles(model)}
     return {
         path: F.linear(conditioning, weight, rows[path.removesuffix("weight") + "bias"])
         for path, weight in rows.items()
