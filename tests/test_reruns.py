@@ -53,21 +53,27 @@ def test_an_edit_of_a_strategy_reruns_its_own_stages_and_a_comment_none(
     strategies: Path, tmp_path: Path, way: tuple[str, str]
 ) -> None:
     root = shutil.copytree(strategies, tmp_path / "project")
-    edits = [
-        ("dit/library.yaml", "xavier_uniform}\n\nhead_n", "xavier_normal}\n\nhead_n", ["head_xavier", "all"]),
-        ("params.yaml", "std: 0.5", "std: 0.25", ["mine", "all"]),
-        ("dit/library.yaml", "head_xavier:\n", "head_xavier:  # the question\n", []),
-        ("dit/library.yaml", "The question itself.", "The question.", ["all"]),
+    rounds = [
+        (
+            [
+                ("dit/library.yaml", "xavier_uniform}\n\nhead_n", "xavier_normal}\n\nhead_n"),
+                ("params.yaml", "std: 0.5", "std: 0.25"),
+            ],
+            ["head_xavier", "mine", "all"],
+        ),
+        ([("dit/library.yaml", "head_xavier:\n", "head_xavier:  # the question\n")], []),
+        ([("dit/library.yaml", "The question itself.", "The question.")], ["all"]),
     ]
-    for file, old, new, reruns in edits:
-        text = (root / file).read_text()
-        assert text.count(old) == 1
-        (root / file).write_text(text.replace(old, new))
+    for edits, reruns in rounds:
+        for file, old, new in edits:
+            text = (root / file).read_text()
+            assert text.count(old) == 1
+            (root / file).write_text(text.replace(old, new))
         (root / "log").unlink()
         (root / "log").touch()
         done = command(root, *way)
         assert done.returncode == 0, done.stdout
-        assert (root / "log").read_text().split() == reruns
+        assert sorted((root / "log").read_text().split()) == sorted(reruns)
         if way[0] == "pipelines":  # whatever has nothing to do starts no process
             assert f"{1 + len(reruns)} stages ran, {4 - len(reruns)} were cached" in done.stdout
             assert done.stdout.count("| started") == 1 + len(reruns)
