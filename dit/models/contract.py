@@ -1,20 +1,25 @@
 """The contract of a backbone: what the laboratory must know of a network, and what it may know.
 
 All parts but the first four are optional. Where one is missing, the rest works: wake-up is measured and not predicted, a
-diagnosis has no gates, units or attention, training has no fused path.
+diagnosis has no gates or units, training has no fused path.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from dit.models.gradient_flow import Pattern
 from dit.models.roles import Role
+from dit.seeding import seeded
+
+OBJECTIVES = ("eps", "x0", "v", "flow")
+FLOW_ONLY = ("flow",)
 
 
 class Denoiser(nn.Module):
@@ -29,11 +34,23 @@ class Denoiser(nn.Module):
     num_classes: int
     learn_sigma: bool
 
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        """Keep what the constructor is given, for `constructed`."""
+        network = super().__new__(cls)
+        network.__dict__["_given"] = arguments, options
+        return network
+
+    def constructed(self, seed: int) -> Self:
+        """The same network, made anew on the CPU with the weights that its constructor draws: a pure function of `seed`."""
+        arguments, options = self.__dict__["_given"]
+        with seeded(seed, "constructor"), torch.device("cpu"):
+            return type(self)(*arguments, **options)
+
 
 class Options(BaseModel):
     """What `model` in params.yaml may hold beside the name; a backbone adds its own fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 @dataclass(frozen=True)
@@ -89,14 +106,16 @@ class Backbone:
     roles: Callable[[Any], list[Role]]
     """The roles of every trainable row, each row in exactly one."""
     options: type[Options] = Options
+    objectives: tuple[str, ...] = OBJECTIVES
+    """Which `diffusion.objective` its networks can be trained with. Only eps has a learned sigma."""
+    num_timesteps: int | None = None
+    """The only `diffusion.num_timesteps` that its networks understand; None for any."""
     blocks: Callable[[Any], list[Block]] = lambda _model: []
     """The residual blocks, in order."""
     units: Callable[[Any], dict[str, Tensor]] = lambda _model: {}
     """Matrices (units, weights of each) whose rows are compared for symmetry, by the role that records their count."""
     gates: Callable[[Any, Tensor, Tensor], dict[str, Tensor]] = lambda _model, _timesteps, _labels: {}
     """The gates (B, D) of a batch's timesteps (B,) and labels (B,), by the role of their weights."""
-    attention: Callable[[Any, Tensor, Tensor, Tensor], list[tuple[Tensor, Tensor]]] | None = None
-    """`attention(model, x, t, y)` calls the network: what `attention_statistics` measures of it in each of its `blocks`."""
     resized: Callable[..., Denoiser] | None = None
     """`resized(model, hidden_size=, depth=, num_heads=)`: the same network in another size, for the coordinate check."""
     gradient_flow: Callable[[Any, Mapping[str, Pattern]], dict[str, Pattern]] | None = None

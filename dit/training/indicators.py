@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from dit.devices import autocast
 from dit.models import backbone_of
 from dit.optim.optimizer import SecondMoment
+from dit.training.attention import Attention
 
 SAMPLES = 16
 """Samples of the batch that the network is called on, as their attention weights are held all at once."""
@@ -23,7 +25,7 @@ SAMPLES = 16
 class BlockState:
     """One block at one step; `block` is None for all weights outside of blocks. What does not apply, or is not finite, is None.
 
-    - `max_attention_logit`, `attention_entropy`: of `dit.models.attention.attention_statistics`;
+    - `max_attention_logit`, `attention_entropy`: of `dit.training.attention.statistics`;
     - `residual_rms`: root mean square of the residual stream after the block;
     - `second_moment_ratio`: the root mean square of g / sqrt(v) over the block's weights, g the gradient and v the second
       moment that Adam divides by. It is RMS_t of Wortsman et al. (2023), "Stable and low-precision training for large-scale
@@ -54,11 +56,14 @@ def block_states(
     `inputs` are noisy latents, timesteps and labels, `moments` those of the optimiser, and `clip_factor` is what clipping will
     multiply the gradients by. The host waits for the device once.
     """
-    streams, logits, entropies = _activations(model, inputs, precision)
+    activations = _Activations(model)
+    with activations, autocast(inputs[0].device, precision):
+        model(*inputs)
     ratios = _second_moment_ratios(model, moments, clip_factor)
-    blocks: list[int | None] = [*range(len(backbone_of(model).blocks(model))), None]
+    blocks = [*activations.blocks, None]
     missing = inputs[0].new_full((), math.nan, dtype=torch.float32)
-    columns = [[values.get(block, missing).float() for block in blocks] for values in (logits, entropies, streams, ratios)]
+    found = (activations.logits, activations.entropies, activations.streams, ratios)
+    columns = [[values.get(block, missing).float() for block in blocks] for values in found]
     read = torch.stack([torch.stack(column) for column in columns]).tolist()
     logit, entropy, stream, ratio = ([value if math.isfinite(value) else None for value in column] for column in read)
     return [BlockState(*values, clipped_share) for values in zip(blocks, logit, entropy, stream, ratio, strict=True)]
@@ -67,39 +72,42 @@ def block_states(
 ByBlock = dict[int | None, Tensor]
 
 
-def _activations(
-    model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], precision: torch.dtype
-) -> tuple[ByBlock, ByBlock, ByBlock]:
-    """The RMS of the stream after each block, the largest logit and the mean entropy of its attention, where there are any."""
-    backbone = backbone_of(model)
-    streams: ByBlock = {}
-    attention: list[tuple[Tensor, Tensor]] = []
-    with _watched(model, streams), autocast(inputs[0].device, precision):
-        if backbone.attention is not None:
-            attention = backbone.attention(model, *inputs)
-        else:
-            model(*inputs)
-    logits: ByBlock = {block: logit for block, (logit, _) in enumerate(attention)}
-    entropies: ByBlock = {block: entropy for block, (_, entropy) in enumerate(attention)}
-    return streams, logits, entropies
+class _Activations:
+    """What a call of the network within the block shows of its blocks: scalars on the device.
 
+    Where a block attends several times, `logits` has its largest logit, and `entropies` the entropy of its last attention.
+    """
 
-@contextmanager
-def _watched(model: nn.Module, streams: ByBlock) -> Iterator[None]:
-    """Within the block, calls of the network leave the RMS of its stream after each block in `streams`."""
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = [block.module for block in backbone_of(model).blocks(model)]
+        self.blocks = range(len(self.modules))
+        self.streams: ByBlock = {}
+        self.logits: ByBlock = {}
+        self.entropies: ByBlock = {}
+        self._inside: int | None = None
 
-    def watch(index: int, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def read(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            streams[index] = output.float().norm() / math.sqrt(output.numel())
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            for block, module in enumerate(self.modules):
+                stack.callback(module.register_forward_pre_hook(partial(self._enter, block)).remove)
+                stack.callback(module.register_forward_hook(partial(self._leave, block)).remove)
+            stack.enter_context(Attention(self._attended))
+            self._watching = stack.pop_all()
 
-        return module.register_forward_hook(read)
+    def __exit__(self, *_error: object) -> None:
+        self._watching.close()
 
-    hooks = [watch(index, block.module) for index, block in enumerate(backbone_of(model).blocks(model))]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def _enter(self, block: int, *_call: object) -> None:
+        self._inside = block
+
+    def _leave(self, block: int, _module: nn.Module, _inputs: object, output: Tensor) -> None:
+        self._inside = None
+        self.streams[block] = output.float().norm() / math.sqrt(output.numel())
+
+    def _attended(self, logit: Tensor, entropy: Tensor) -> None:
+        seen = self.logits.get(self._inside)
+        self.logits[self._inside] = logit if seen is None else torch.maximum(seen, logit)
+        self.entropies[self._inside] = entropy
 
 
 def _second_moment_ratios(model: nn.Module, moments: Mapping[str, SecondMoment], clip_factor: Tensor) -> ByBlock:

@@ -11,7 +11,7 @@ from torch import nn
 from dit.models.contract import Backbone, Block, FastNetwork, FastPath, Options
 from dit.models.dit.gradient_flow import Flow
 from dit.models.dit.network import DiT, DiTBlock
-from dit.models.dit.probes import attention, gates, units
+from dit.models.dit.probes import gates, units
 from dit.models.dit.roles import roles
 from dit.models.gradient_flow import Pattern
 from dit.models.sizes import SIZES, parse_name
@@ -66,7 +66,7 @@ def blocks(model: DiT) -> list[Block]:
 
 def gradient_flow(model: DiT, weights: Mapping[str, Pattern]) -> dict[str, Pattern]:
     """The pattern of every role's gradient, from those of the weights."""
-    return Flow(weights, model.depth, (model.latent_size // model.patch_size) ** 2).gradients
+    return Flow(weights, model.depth, model.num_heads, (model.latent_size // model.patch_size) ** 2).gradients
 
 
 def _supports(model: DiT) -> bool:
@@ -92,7 +92,6 @@ BACKBONE = Backbone(
     blocks=blocks,
     units=units,
     gates=gates,
-    attention=attention,
     resized=resized,
     gradient_flow=gradient_flow,
     fast_path=FAST_PATH,
