@@ -56,9 +56,11 @@ def block_states(
     `inputs` are noisy latents, timesteps and labels, `moments` those of the optimiser, and `clip_factor` is what clipping will
     multiply the gradients by. The host waits for the device once.
     """
-    activations = _Activations(model)
+    activations, training = _Activations(model), model.training
+    model.eval()  # nothing is dropped, so that nothing is drawn
     with activations, autocast(inputs[0].device, precision):
         model(*inputs)
+    model.train(training)
     ratios = _second_moment_ratios(model, moments, clip_factor)
     blocks = [*activations.blocks, None]
     missing = inputs[0].new_full((), math.nan, dtype=torch.float32)

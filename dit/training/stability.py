@@ -73,7 +73,7 @@ class Stability:
     - `errors`: the last `COLLAPSE_STEPS` errors; `best`: the lowest median of so many;
     - `spiking`: what began the present spike; `limits`: of loss and gradient norm, in logarithms, when it began; `duration`:
       for how many steps it has lasted; `quiet`: for how many steps both have been back below the limits;
-    - `recent`: the last `KEPT` steps; `kept_until`: the last step that was kept for a spike;
+    - `recent`: the last step and the `KEPT` before it; `kept_until`: the last step that was kept for a spike;
     - `count`: of events.
     """
 
@@ -100,7 +100,8 @@ class Stability:
 
     def clipped_share(self, limit: float) -> float | None:
         """The fraction of the last steps, at most `KEPT`, whose gradient norm was above `limit`; None before the first step."""
-        return sum(seen.gradient_norm > limit for seen in self.recent) / len(self.recent) if self.recent else None
+        last = self.recent[-KEPT:]
+        return sum(seen.gradient_norm > limit for seen in last) / len(last) if last else None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers for a checkpoint."""
@@ -118,7 +119,8 @@ def observe(state: Stability, seen: Observation) -> tuple[Stability, Event | Non
     Returns the next state, the event that this step decided, and for a spike the rows of the steps up to it that no earlier
     spike has kept. The event of a recovery or a collapse names the step at which it began.
     """
-    state = replace(state, errors=(*state.errors, seen.mse)[-COLLAPSE_STEPS:])
+    state = replace(state, errors=(*state.errors, seen.mse)[-COLLAPSE_STEPS:], recent=(*state.recent, seen)[-KEPT - 1 :])
+    event: Event | None
     if state.phase == "collapse":
         state, event = _collapsed(state, seen)
     elif len(state.errors) == COLLAPSE_STEPS and min(state.errors) > state.collapse_limit:
@@ -126,26 +128,27 @@ def observe(state: Stability, seen: Observation) -> tuple[Stability, Event | Non
         event = Event(state.count, began, "collapse", "mse", median(state.errors), state.collapse_limit)
         state = replace(state, phase="collapse")
     else:
-        if len(state.errors) == COLLAPSE_STEPS:
-            state = replace(state, best=min(state.best, median(state.errors)))
+        if len(state.errors) == COLLAPSE_STEPS and (level := median(state.errors)) < state.best:
+            state = replace(state, best=level)
         state, event = _calm(state, seen) if state.phase == "calm" else _spiking(state, seen)
-    kept: list[Row] = []
-    if event is not None:
-        state = replace(state, count=state.count + 1)
-        if event.kind == "spike":
-            kept = [{"event": event.event, **asdict(row)} for row in (*state.recent, seen) if row.step > state.kept_until]
-            state = replace(state, kept_until=seen.step)
-    return replace(state, recent=(*state.recent, seen)[-KEPT:]), event, kept
+    if event is None:
+        return state, None, []
+    state = replace(state, count=state.count + 1)
+    if event.kind != "spike":
+        return state, event, []
+    kept = [{"event": event.event, **asdict(row)} for row in state.recent if row.step > state.kept_until]
+    return replace(state, kept_until=seen.step), event, kept
 
 
 def _calm(state: Stability, seen: Observation) -> tuple[Stability, Event | None]:
     """Look for the first step of a spike; any other belongs to the past that the next is judged by."""
-    limits = _limit(state.losses, LEAST_LOSS_RATIO), _limit(state.norms, LEAST_NORM_RATIO)
-    beyond = _beyond(seen, limits)
-    if beyond is not None:
-        value, limit = (seen.loss, limits[0]) if beyond == "loss" else (seen.gradient_norm, limits[1])
-        event = Event(state.count, seen.step, "spike", beyond, value, math.exp(limit))
-        return replace(state, phase="spike", spiking=beyond, limits=limits, duration=1, quiet=0), event
+    if _unusual(seen.loss, state.losses, LEAST_LOSS_RATIO) or _unusual(seen.gradient_norm, state.norms, LEAST_NORM_RATIO):
+        limits = _limit(state.losses, LEAST_LOSS_RATIO), _limit(state.norms, LEAST_NORM_RATIO)
+        beyond = _beyond(seen, limits)
+        if beyond is not None:
+            value, limit = (seen.loss, limits[0]) if beyond == "loss" else (seen.gradient_norm, limits[1])
+            event = Event(state.count, seen.step, "spike", beyond, value, math.exp(limit))
+            return replace(state, phase="spike", spiking=beyond, limits=limits, duration=1, quiet=0), event
     norms = (*state.norms, _log(seen.gradient_norm))[-WINDOW:] if math.isfinite(seen.gradient_norm) else state.norms
     return replace(state, losses=(*state.losses, _log(seen.loss))[-WINDOW:], norms=norms), None
 
@@ -154,7 +157,7 @@ def _spiking(state: Stability, seen: Observation) -> tuple[Stability, Event | No
     """Wait until values have been below the limits for long enough; where they stay beyond, their new level is learnt."""
     quiet = 0 if _beyond(seen, state.limits) else state.quiet + 1
     if quiet == RECOVERY_STEPS:
-        first = (*state.recent, seen)[-RECOVERY_STEPS]
+        first = state.recent[-RECOVERY_STEPS]
         value, limit = (first.loss, state.limits[0]) if state.spiking == "loss" else (first.gradient_norm, state.limits[1])
         return replace(state, phase="calm"), Event(state.count, first.step, "recovery", state.spiking, value, math.exp(limit))
     if state.duration + 1 == WINDOW:
@@ -175,6 +178,11 @@ def _beyond(seen: Observation, limits: tuple[float, float]) -> Watched | None:
     if _log(seen.loss) > limits[0]:
         return "loss"
     return "gradient_norm" if math.isfinite(seen.gradient_norm) and _log(seen.gradient_norm) > limits[1] else None
+
+
+def _unusual(value: float, past: Sequence[float], least_ratio: float) -> bool:
+    """Whether a value may be a spike, before the work of finding the limit."""
+    return len(past) >= MIN_HISTORY and math.isfinite(value) and _log(value) > median(past) + math.log(least_ratio)
 
 
 def _limit(past: Sequence[float], least_ratio: float) -> float:
