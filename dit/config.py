@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from dit import models
+from dit import models, yamlfile
 from dit.errors import ConfigError, explain
-from dit.init.strategy import Strategy, claims
+from dit.init.strategy import Strategy, claims, named_strategies
 from dit.models import Denoiser
 from dit.optim.optimizer import check as check_optimizer
 from dit.sections import (
@@ -51,15 +50,27 @@ class Params(Section):
     evaluate: EvaluateParams
     features: FeaturesParams
     strategies: dict[Name, Strategy]
+    """The library's, then those of the file itself, which must have other names."""
 
     @property
     def latent_size(self) -> int:
         """Height and width of a latent, in latent pixels."""
         return self.images.size // self.autoencoder.downsample
 
+    @field_validator("strategies")
+    @classmethod
+    def _with_library(cls, own: dict[Name, Strategy]) -> dict[Name, Strategy]:
+        library = named_strategies()
+        for name in own.keys() & library.keys():
+            raise ValueError(
+                f"the library has a strategy called '{name}' (dit/library.yaml); give yours another name, or edit that one"
+            )
+        return {**library, **own}
+
     @model_validator(mode="after")
     def _consistent(self) -> Params:
         self._check_shapes()
+        self._check_objective()
         self._check_strategies()
         self._check_optimizer()
         self._check_evaluation()
@@ -68,11 +79,14 @@ class Params(Section):
     def network(self, sizes: Mapping[str, int], name: str | None = None) -> Denoiser:
         """The network of the study, or one called `name` in its place.
 
-        `sizes` are the number of classes, and the size and channels of latents where they are not those of the study.
+        `sizes` are the number of classes, and the size and channels of latents where they are not those of the study. A network
+        in its place may be one that the objective of the study cannot train, such as one without a learned sigma.
         """
         study = {"latent_size": self.latent_size, "latent_channels": self.autoencoder.latent_channels}
         options = {} if name else self.model.options
-        return models.build(name or self.model.name, learn_sigma=self.diffusion.learn_sigma, **{**study, **sizes}, **options)
+        chosen = name or self.model.name
+        learn_sigma = self.diffusion.learn_sigma and "eps" in models.backbone_named(chosen).objectives
+        return models.build(chosen, learn_sigma=learn_sigma, **{**study, **sizes}, **options)
 
     def skeleton(self, name: str | None = None, num_classes: int = 1) -> Denoiser:
         """As `network`, without memory for its weights: to check parameters against."""
@@ -92,6 +106,20 @@ class Params(Section):
                 f"model.name = '{self.model.name}', on latents of {self.latent_size} x {self.latent_size} "
                 f"(images.size {self.images.size} / autoencoder.downsample {self.autoencoder.downsample}): {error}"
             ) from None
+
+    def _check_objective(self) -> None:
+        backbone, objective = models.backbone_named(self.model.name), self.diffusion.objective
+        if objective not in backbone.objectives:
+            raise ValueError(
+                f"diffusion.objective = '{objective}' does not fit model.name = '{self.model.name}': "
+                f"expected {' or '.join(backbone.objectives)}, and diffusion.learn_sigma false unless the objective is eps"
+            )
+        steps = self.diffusion.num_timesteps
+        if backbone.num_timesteps not in (None, steps):
+            raise ValueError(
+                f"diffusion.num_timesteps = {steps} does not fit model.name = '{self.model.name}', "
+                f"whose time is t / {backbone.num_timesteps}: expected {backbone.num_timesteps}"
+            )
 
     def _check_strategies(self) -> None:
         for name in self.study.strategies:
@@ -161,27 +189,12 @@ class Params(Section):
             )
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that a section has twice; YAML forbids it, PyYAML takes the last, and DVC stops."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is there twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def load(path: str | Path = "params.yaml") -> Params:
-    """Read and check a parameter file. Raises `ConfigError` that names every wrong key, its value and what is accepted."""
+    """Read and check a parameter file. Raises `ConfigError` that names every wrong key, its value and what is expected."""
     try:
-        with Path(path).open() as file:
-            data: Any = yaml.load(file, Loader=_Loader)
+        data = yamlfile.read(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; run this in a folder with a params.yaml") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
     return parse(data, path)
 
 

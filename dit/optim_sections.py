@@ -10,8 +10,8 @@ from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, mode
 from dit.parameter_types import Count, Fraction, NonNegativeFloat, Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Betas = tuple[Decay, Decay]
-Selectors = str | Annotated[tuple[str, ...], Field(min_length=1)]
+Betas = Annotated[tuple[Decay, Decay], Field(strict=False)]
+Selectors = str | Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
 """One role selector, or several; see `dit.init.selectors`."""
 
 
@@ -28,7 +28,7 @@ class ParameterGroup(Section):
 class OptimizerSection(Section):
     """What every optimiser has. `weight_decay` is multiplied by the learning rate where the optimiser decouples it."""
 
-    groups: tuple[ParameterGroup, ...]
+    groups: Annotated[tuple[ParameterGroup, ...], Field(strict=False)]
     """Later groups override earlier ones; weights that no group names have multipliers of 1."""
 
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from networks import dit_roles
 from PIL import Image
 
+from dit import yamlfile
 from dit.analysis import wakeup
 from dit.analysis.series import diagnosed
 from dit.config import Params, parse
@@ -49,7 +49,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     monkeypatch.chdir(tmp_path)
 
     def write(strategies: list[str], seeds: list[int], diverged: tuple[str, ...] = (), at: int = 120) -> Params:
-        data = yaml.safe_load(SHIPPED.read_text())
+        data = yamlfile.read(SHIPPED)
         data["study"] |= {"strategies": strategies, "seeds": seeds, "baseline": strategies[0]}
         data["train"]["steps"] = STEPS
         params = parse(data)
@@ -144,7 +144,7 @@ def write_run(params: Params, strategy: str, seed: int, *, until: int) -> None:
     curve = Curve(strategy, seed, until)
     curve.write(params, train)
     settings = {name: getattr(params, name).model_dump(mode="json") for name in ("model", "diffusion", "train")}
-    settings["rules"] = params.strategies[strategy].model_dump(mode="json", exclude_defaults=True)["rules"]
+    settings["rules"] = params.strategies[strategy].resolved
     run = {
         "strategy": strategy,
         "seed": seed,

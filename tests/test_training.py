@@ -19,7 +19,7 @@ from dit.diffusion import Diffusion
 from dit.models.dit.network import DiT
 from dit.sections import TrainParams
 from dit.training.loop import Trainer
-from pipelines.stages.entry import complete_directory
+from pipelines.files import complete_directory
 
 Build = Callable[..., Trainer]
 

@@ -54,9 +54,9 @@ def whole_weights(selectors: Selectors, every_role: Sequence[Role], where: str) 
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
     found = {role.parameter: role for role in every_role if role.parameter in parts}
-    for name, role in found.items():
-        if len(parts[name]) < role.chunks:
-            missing = next(part.path for part in every_role if part.parameter == name and part not in parts[name])
+    for name in found:
+        missing = next((part.path for part in every_role if part.parameter == name and part not in parts[name]), None)
+        if missing:
             raise ConfigError(
                 f"{where}: role {selectors!r} names only some rows of '{name}', which an optimiser updates as one tensor; "
                 f"name its other rows too, such as '{missing}', or none of them"

@@ -145,7 +145,8 @@ class Optimizer:
     def gradients_of(self, loss: Tensor) -> list[Tensor]:
         """The gradients that `backward` would set, without setting them."""
         factor = self.scaler.scale(torch.ones_like(loss))
-        gradients = torch.autograd.grad(self.scaler.scale(loss), list(self.weights.values()))
+        weights = list(self.weights.values())
+        gradients = torch.autograd.grad(self.scaler.scale(loss), weights, allow_unused=True, materialize_grads=True)
         return [gradient.contiguous() / factor if self.scaler.is_enabled() else gradient.contiguous() for gradient in gradients]
 
     def step(self, learning_rate: float) -> None:
