@@ -43,7 +43,7 @@ up: $(INSTALLED) ## Start a Prefect server, a worker and the MLflow UI on 127.0.
 down: $(INSTALLED) ## Stop what `make up` started
 	@$(RUN) pipelines down
 
-test: $(INSTALLED) browser ## Run the tests [TESTS=tests/test_model.py] [CHROMIUM=/path/to/chrome]
+test: $(INSTALLED) browser ## Run the tests [TESTS=tests/test_model.py] [TESTS='-m slow'] [CHROMIUM=/path/to/chrome]
 	$(RUN) pytest -n 2 --dist loadfile $$TESTS
 
 browser: # The report's page test opens it in Chromium or Chrome.

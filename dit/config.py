@@ -70,6 +70,7 @@ class Params(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Params:
         self._check_shapes()
+        self._check_objective()
         self._check_strategies()
         self._check_optimizer()
         self._check_evaluation()
@@ -78,11 +79,14 @@ class Params(Section):
     def network(self, sizes: Mapping[str, int], name: str | None = None) -> Denoiser:
         """The network of the study, or one called `name` in its place.
 
-        `sizes` are the number of classes, and the size and channels of latents where they are not those of the study.
+        `sizes` are the number of classes, and the size and channels of latents where they are not those of the study. A network
+        in its place may be one that the objective of the study cannot train, such as one without a learned sigma.
         """
         study = {"latent_size": self.latent_size, "latent_channels": self.autoencoder.latent_channels}
         options = {} if name else self.model.options
-        return models.build(name or self.model.name, learn_sigma=self.diffusion.learn_sigma, **{**study, **sizes}, **options)
+        chosen = name or self.model.name
+        learn_sigma = self.diffusion.learn_sigma and "eps" in models.backbone_named(chosen).objectives
+        return models.build(chosen, learn_sigma=learn_sigma, **{**study, **sizes}, **options)
 
     def skeleton(self, name: str | None = None, num_classes: int = 1) -> Denoiser:
         """As `network`, without memory for its weights: to check parameters against."""
@@ -102,6 +106,20 @@ class Params(Section):
                 f"model.name = '{self.model.name}', on latents of {self.latent_size} x {self.latent_size} "
                 f"(images.size {self.images.size} / autoencoder.downsample {self.autoencoder.downsample}): {error}"
             ) from None
+
+    def _check_objective(self) -> None:
+        backbone, objective = models.backbone_named(self.model.name), self.diffusion.objective
+        if objective not in backbone.objectives:
+            raise ValueError(
+                f"diffusion.objective = '{objective}' does not fit model.name = '{self.model.name}': "
+                f"expected {' or '.join(backbone.objectives)}, and diffusion.learn_sigma false unless the objective is eps"
+            )
+        steps = self.diffusion.num_timesteps
+        if backbone.num_timesteps not in (None, steps):
+            raise ValueError(
+                f"diffusion.num_timesteps = {steps} does not fit model.name = '{self.model.name}', "
+                f"whose time is t / {backbone.num_timesteps}: expected {backbone.num_timesteps}"
+            )
 
     def _check_strategies(self) -> None:
         for name in self.study.strategies:

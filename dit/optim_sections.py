@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
 from dit.parameter_types import Count, Fraction, NonNegativeFloat, Section
 
@@ -52,8 +52,7 @@ class SGDParams(OptimizerSection):
 class MuonParams(OptimizerSection):
     """Muon for the matrices that `hidden` names, AdamW for all other weights; Jordan et al. (2024), `torch.optim.Muon`.
 
-    `learning_rate_multiplier` and `weight_decay` are those of the hidden matrices; `betas` and `adamw_weight_decay` those of the
-    rest.
+    `learning_rate_multiplier` and `weight_decay` belong to the hidden matrices, `betas` and `adamw_weight_decay` to the rest.
     """
 
     name: Literal["muon"]
@@ -72,6 +71,17 @@ class NamedOptimizerParams(OptimizerSection):
 
     name: str
     arguments: dict[str, Any]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_arguments(cls, data: Any) -> Any:
+        """Name the choices at once: the keys of another optimiser would each be an error too."""
+        if isinstance(data, Mapping) and "arguments" not in data:
+            raise ValueError(
+                f"name = {data.get('name')!r}: expected adamw, sgd or muon, or a class of torch.optim beside its `arguments`, "
+                "such as {}"
+            )
+        return data
 
 
 def _kind(data: Any) -> str:

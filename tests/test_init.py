@@ -170,7 +170,7 @@ def test_a_rule_sets_its_own_rows_as_predicted_and_leaves_all_others_bit_identic
     own = after[role.parameter][rows].clone()
     before[role.parameter][rows] = own
     assert all(torch.equal(before[name], after[name]) for name in before)
-    found = patterns(init.Strategy(rules=rules), dit_roles(DEPTH))[role.path]
+    found = patterns(init.Strategy(rules=rules), micro())[role.path]
     assert found == pattern_of(own if role.is_vector else own.flatten(1))
 
 
@@ -368,7 +368,7 @@ def test_diffusers_default_is_what_the_constructor_of_diffusers_leaves() -> None
             reference = theirs[f"{fused[layer.removeprefix('qkv.')]}.{kind}"]
         else:
             stem = layer if layer in layers else re.split(r"\.(?:attn|mlp|shift|scale)", layer)[0]
-            reference = theirs[f"{layers[stem]}.{kind}"].chunk(role.chunks)[role.chunk]
+            reference = role.of(theirs[f"{layers[stem]}.{kind}"])
         assert own.shape == reference.shape, role.path
         assert ks_2samp(own.flatten(), reference.flatten()).pvalue > 1e-3, role.path
 

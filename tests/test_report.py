@@ -102,6 +102,7 @@ def write_start(params: Params, strategy: str) -> None:
         "awake_step": wakeup.awake(schedule),
         "predicted_equals_measured": True,
         "predicted": schedule,
+        "not_predicted": None,
         "measured": schedule,
         "signal": {
             "output_rms": mse - 1,
@@ -397,7 +398,7 @@ def test_runs_that_left_the_study_leave_the_workspace_too(workspace: Workspace, 
 def test_a_network_without_a_prediction_is_measured_all_the_same(workspace: Workspace) -> None:
     params = workspace(["adaln_zero", "adaln"], [0])
     for strategy in params.study.strategies:
-        unpredicted = {"predicted": None, "predicted_equals_measured": None}
+        unpredicted = {"predicted": None, "predicted_equals_measured": None, "not_predicted": "No prediction for Adafactor."}
         change(f"runs/analyse/{strategy}/start.json", lambda record, new=unpredicted: record.update(new))
     compare(params)
     assert any("This is measured, not predicted" in text for text in summary()["headline"])

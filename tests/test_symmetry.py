@@ -15,7 +15,7 @@ from dit.analysis.symmetry import distinct_units, factors
 from dit.config import Params
 from dit.diffusion import Diffusion
 from dit.models.dit.network import DiT
-from dit.models.dit.probes import attention_heads, mlp_units, output_units
+from dit.models.probes import attention_heads, mlp_units, output_units
 
 Optimiser = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 OPTIMISERS: dict[str, Optimiser] = {

@@ -209,6 +209,7 @@ def test_a_strategys_start_is_on_all_its_runs_whenever_it_was_analysed(study: Pa
         awake_step=2,
         predicted_equals_measured=True,
         predicted=schedule,
+        not_predicted=None,
         measured=schedule,
         signal=Signal(0.0, 0.0, 1.0, 0.98, 1.0, 0.0, 0.0, [BlockSignal(0, 0.0, 0.0, 1.0, 0.1)]),
         early=[EarlyStep(step, 1.0, 0.0, float(step)) for step in range(2)],

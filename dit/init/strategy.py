@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,10 +16,9 @@ from torch import nn
 from dit import yamlfile
 from dit.errors import ConfigError, explain
 from dit.init import weights
-from dit.init.rules import BaseRule, Rule
-from dit.init.selectors import select
+from dit.init.rules import BaseRule, Draws, Rule
+from dit.init.selectors import cuts, select
 from dit.models import Role, roles
-from dit.seeding import generator
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -48,7 +48,7 @@ class Strategy(BaseModel):
 
     @property
     def resolved(self) -> list[dict[str, Any]]:
-        """The rules as JSON-able data, without defaults: equal where two strategies set every weight alike."""
+        """The rules as JSON-able data, without what is left at its default, and without what is for readers."""
         rules: list[dict[str, Any]] = self.model_dump(mode="json", exclude_defaults=True)["rules"]
         return rules
 
@@ -76,9 +76,10 @@ def _flattened(rules: list | tuple, library: Mapping[str, Strategy]) -> Iterator
 def claims(strategy: Strategy, every_role: Sequence[Role]) -> dict[Role, BaseRule]:
     """Which rule sets each of a network's roles.
 
-    Raises `ConfigError`, naming the rule, where a selector names nothing, no rule claims a role, or one claims a role that it
-    cannot draw.
+    A role of which a rule takes some rows comes in parts, each a role. Raises `ConfigError`, naming the rule, where a selector
+    names nothing and its rule is not optional, where no rule claims a role, or where one claims a role that it cannot draw.
     """
+    every_role = parts([strategy], every_role)
     claimed: dict[Role, BaseRule] = {}
     rule: BaseRule
     for index, rule in enumerate(strategy.rules):
@@ -86,7 +87,8 @@ def claims(strategy: Strategy, every_role: Sequence[Role]) -> dict[Role, BaseRul
             try:
                 claimed.update(dict.fromkeys(select(selector, every_role), rule))
             except ConfigError as error:
-                raise ConfigError(f"rules[{index}]: {error}") from None
+                if not rule.optional:
+                    raise ConfigError(f"rules[{index}]: {error}") from None
     unclaimed = [role.path for role in every_role if role not in claimed]
     if unclaimed:
         raise ConfigError(f"rules: no rule claims {_listed(unclaimed)}; a first rule with role 'all' claims everything")
@@ -96,6 +98,19 @@ def claims(strategy: Strategy, every_role: Sequence[Role]) -> dict[Role, BaseRul
         except ConfigError as error:
             raise ConfigError(f"rules[{strategy.rules.index(rule)}]: {error}") from None
     return {role: claimed[role] for role in every_role}
+
+
+def parts(strategies: Iterable[Strategy], every_role: Sequence[Role]) -> list[Role]:
+    """A network's roles, cut where a rule of any of `strategies` takes some rows of one."""
+    ends: dict[str, set[int]] = defaultdict(set)
+    for strategy in strategies:
+        for index, rule in enumerate(strategy.rules):
+            try:
+                for path, found in cuts(rule.selectors, every_role).items():
+                    ends[path] |= found
+            except ConfigError as error:
+                raise ConfigError(f"rules[{index}]: {error}") from None
+    return [role.part(*rows) for role in every_role for rows in pairwise(sorted({0, role.count} | ends.get(role.path, set())))]
 
 
 def _listed(names: list[str]) -> str:
@@ -112,14 +127,15 @@ def apply(model: Network, strategy: str | Mapping | Strategy, seed: int) -> Netw
     chosen.verify()
     claimed = claims(chosen, roles(model))
     parameters = dict(model.named_parameters())
+    draws = Draws(model, seed)
     with torch.no_grad():
-        for name, parts in groupby(claimed, key=lambda role: role.parameter):
+        for name, of_one in groupby(claimed, key=lambda role: role.parameter):
             drawn: dict[BaseRule, torch.Tensor] = {}
-            for role in parts:
+            for role in of_one:
                 rule = claimed[role]
                 if rule not in drawn:
-                    drawn[rule] = rule.draw(role, generator(seed, name))
-                rows = parameters[name][role.rows]
+                    drawn[rule] = rule.draw(role, draws)
+                rows = role.of(parameters[name])
                 rows.copy_(rule.part(drawn[rule], role).reshape(rows.shape))
     weights.forget()
     return model

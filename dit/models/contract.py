@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from dit.models.gradient_flow import Pattern
 from dit.models.roles import Role
+from dit.seeding import seeded
+
+OBJECTIVES = ("eps", "x0", "v", "flow")
+FLOW_ONLY = ("flow",)
 
 
 class Denoiser(nn.Module):
@@ -28,6 +33,18 @@ class Denoiser(nn.Module):
     latent_channels: int
     num_classes: int
     learn_sigma: bool
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        """Keep what the constructor is given, for `constructed`."""
+        network = super().__new__(cls)
+        network.__dict__["_given"] = arguments, options
+        return network
+
+    def constructed(self, seed: int) -> Self:
+        """The same network, made anew on the CPU with the weights that its constructor draws: a pure function of `seed`."""
+        arguments, options = self.__dict__["_given"]
+        with seeded(seed, "constructor"), torch.device("cpu"):
+            return type(self)(*arguments, **options)
 
 
 class Options(BaseModel):
@@ -89,6 +106,10 @@ class Backbone:
     roles: Callable[[Any], list[Role]]
     """The roles of every trainable row, each row in exactly one."""
     options: type[Options] = Options
+    objectives: tuple[str, ...] = OBJECTIVES
+    """Which `diffusion.objective` its networks can be trained with. Only eps has a learned sigma."""
+    num_timesteps: int | None = None
+    """The only `diffusion.num_timesteps` that its networks understand; None for any."""
     blocks: Callable[[Any], list[Block]] = lambda _model: []
     """The residual blocks, in order."""
     units: Callable[[Any], dict[str, Tensor]] = lambda _model: {}

@@ -1,41 +1,74 @@
 """Which weights receive a gradient: the chain rule read on what is known of each weight matrix, not on numbers.
 
-A product with a zero factor passes nothing. Three more products vanish, whatever the numbers: a matrix with equal columns, or
-the transpose of one with equal rows, times a vector that sums to zero; and 1 + scale where the scale is -1. Vectors that sum to
-zero come from layer norm: forwards, as it subtracts the mean; backwards, as it does not see one. And softmax does not see what
-all its logits share. All other sums are taken not to cancel.
+A product with a zero factor passes nothing. Some others vanish too, whatever the numbers, as the entries of a vector are all
+equal (it is uniform) or sum to zero (it is centred): a matrix with equal columns times a centred vector; a matrix whose rows
+each sum to zero times a uniform one; and 1 + scale where the scale is -1. Centred vectors come from layer norm: forwards, as it
+subtracts the mean; backwards, as it does not see one. Where the rows, or columns, of a matrix have equal sums, as those of an
+identity have, a uniform, or centred, vector stays one. And softmax does not see what all its logits share. All other sums are
+taken not to cancel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
 
-Pattern = Literal["zero", "constant", "minus_one", "equal_rows", "equal_columns", "generic"]
-"""What is known of a role's weights.
+Kind = Literal["zero", "uniform", "centred", "generic"]
+"""A vector over features that is zero, has equal entries, has entries that sum to zero, or is none of these."""
 
-All entries are zero, or one other number (`constant`; `minus_one` for that number, in a bias), or all rows, or all columns, of
-a matrix are equal; `generic`: none of these.
-"""
+Sums = Literal["zero", "equal", "any"]
+
+Updates = Literal["elementwise", "linear"]
+"""How an optimiser turns gradients into steps: entry by entry, such as Adam, or as a linear map of them, such as SGD."""
+
+ROUNDING = 1e-14
+"""Sums that differ by less than this fraction of the absolute values in them are equal, in float64."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What is known of a role's weights, a matrix (out, in); a vector is a matrix with one column."""
+
+    zero: bool = False
+    minus_one: bool = False
+    """All entries are -1."""
+    equal_rows: bool = False
+    equal_columns: bool = False
+    row_sums: Sums = "any"
+    column_sums: Sums = "any"
+
+    @property
+    def transposed(self) -> Pattern:
+        """That of the transpose."""
+        return Pattern(self.zero, self.minus_one, self.equal_columns, self.equal_rows, self.column_sums, self.row_sums)
+
+
+ZERO = Pattern(zero=True, equal_rows=True, equal_columns=True, row_sums="zero", column_sums="zero")
 
 
 def pattern_of(weights: Tensor) -> Pattern:
     """The pattern of a matrix (out, in) or a vector that is there."""
-    first = weights.flatten()[0]
-    if (weights == first).all():
-        return "zero" if first == 0 else "minus_one" if weights.dim() == 1 and first == -1 else "constant"
-    if weights.dim() == 1:
-        return "generic"
-    if (weights == weights[:1]).all():
-        return "equal_rows"
-    return "equal_columns" if (weights == weights[:, :1]).all() else "generic"
+    matrix = weights.double().reshape(len(weights), -1)
+    first = matrix[0, 0]
+    if (matrix == first).all() and first == 0:
+        return ZERO
+    return Pattern(
+        minus_one=bool((matrix == -1).all()),
+        equal_rows=bool((matrix == matrix[:1]).all()),
+        equal_columns=bool((matrix == matrix[:, :1]).all()),
+        row_sums=_sums(matrix),
+        column_sums=_sums(matrix.T),
+    )
 
 
-Kind = Literal["zero", "uniform", "centred", "generic"]
-"""A vector over features that is zero, has equal entries, has entries that sum to zero, or is none of these."""
+def _sums(matrix: Tensor) -> Sums:
+    sums, tolerance = matrix.sum(1), ROUNDING * matrix.abs().sum(1).max()
+    if (sums.abs() <= tolerance).all():
+        return "zero"
+    return "equal" if ((sums - sums[0]).abs() <= tolerance).all() else "any"
 
 
 @dataclass(frozen=True)
@@ -49,6 +82,11 @@ class Vector:
     def kind(self) -> Kind:
         """That of the whole."""
         return _sum(self.own, self.shared)
+
+    @property
+    def averaged(self) -> Vector:
+        """Its mean over tokens, which all tokens share."""
+        return Vector(shared=self.kind)
 
     def __bool__(self) -> bool:
         return self.kind != "zero"
@@ -65,6 +103,7 @@ class Vector:
 NOTHING = Vector()
 ANYTHING = Vector(own="generic")
 PER_SAMPLE = Vector(shared="generic")
+ONE = Vector(shared="uniform")
 
 
 def _sum(one: Kind, other: Kind) -> Kind:
@@ -93,64 +132,141 @@ def slope(x: Vector) -> Vector:
     return Vector(own=kind) if x.own != "zero" else Vector(shared=kind)
 
 
-def linear(x: Vector, weight: Pattern, bias: Pattern) -> Vector:
+def linear(x: Vector, weight: Pattern, bias: Pattern = ZERO) -> Vector:
     """`weight @ x + bias`."""
-    constant: Kind = bias if bias in ("zero", "generic") else "uniform"
-    return _through(x, weight, "equal_columns", "equal_rows") + Vector(shared=constant)
+    return Vector(_through(x.own, weight), _through(x.shared, weight)) + Vector(shared=_through("uniform", bias))
 
 
 def transposed(delta: Vector, weight: Pattern) -> Vector:
     """`weight.T @ delta`: the gradient of a linear layer's input, from that of its output."""
-    return _through(delta, weight, "equal_rows", "equal_columns")
+    return linear(delta, weight.transposed)
 
 
-def _through(x: Vector, weight: Pattern, summing: Pattern, repeating: Pattern) -> Vector:
-    """A matrix that is `summing` sees only the sum of a vector; what comes of one that is `repeating` is uniform."""
-
-    def part(kind: Kind) -> Kind:
-        if "zero" in (kind, weight) or (kind == "centred" and has(weight, summing)):
-            return "zero"
-        return "uniform" if has(weight, repeating) else "generic"
-
-    return Vector(part(x.own), part(x.shared))
-
-
-def has(weight: Pattern, pattern: Pattern) -> bool:
-    """Whether a matrix has a pattern: a constant matrix has both equal rows and equal columns."""
-    return weight in (pattern, "constant", "minus_one")
+def _through(x: Kind, weight: Pattern) -> Kind:
+    """`weight @ x`. Equal columns see only the sum of x, and equal rows make a uniform vector."""
+    sees_nothing = (x == "centred" and weight.equal_columns) or (x == "uniform" and weight.row_sums == "zero")
+    if x == "zero" or weight.zero or sees_nothing:
+        return "zero"
+    if weight.equal_rows or (x == "uniform" and weight.row_sums == "equal"):
+        return "uniform"
+    if weight.column_sums == "zero" or (x == "centred" and weight.column_sums == "equal"):
+        return "centred"
+    return "generic"
 
 
 def outer(delta: Vector, x: Vector) -> Pattern:
     """The gradient of a weight matrix: the sum over tokens of `delta` times `x` transposed."""
     if not (delta and x):
-        return "zero"
+        return ZERO
     rows, columns = delta.kind == "uniform", x.kind == "uniform"
-    return "constant" if rows and columns else "equal_rows" if rows else "equal_columns" if columns else "generic"
+    return Pattern(
+        equal_rows=rows,
+        equal_columns=columns,
+        row_sums="zero" if x.kind == "centred" else "equal" if rows else "any",
+        column_sums="zero" if delta.kind == "centred" else "equal" if columns else "any",
+    )
 
 
 def total(delta: Vector) -> Pattern:
     """The gradient of a bias: the sum over tokens of `delta`."""
-    return "zero" if not delta else "constant" if delta.kind == "uniform" else "generic"
+    return outer(delta, ONE)
 
 
 def orthogonalised(parts: Sequence[Pattern]) -> list[Pattern]:
     """The update of Muon from a momentum matrix X, both as the row parts that have roles of their own.
 
-    It is a polynomial X (a + b X'X + c (X'X)^2), applied several times, whose factor is positive definite for Muon's a, b, c, as
-    b^2 < 4ac. So rows that are zero stay zero, others do not become it, and equal rows stay equal, also those of one part. It is
-    as well (a + b XX' + c (XX')^2) X, so that equal columns of the whole matrix stay equal; those of one part do not.
+    It is a polynomial X (a + b X'X + c (X'X)^2), several times over, whose factor is positive definite for Muon's a, b, c, as
+    b^2 < 4ac. So zero rows stay zero, others do not become zero, and equal rows stay equal, also those of one part. It is also
+    (a + b XX' + c (XX')^2) X, so that equal columns of the whole matrix stay equal; those of one part alone do not.
+    Sums would stay zero, but torch computes it in bfloat16, where they do not.
     """
-    if all(part == "zero" or has(part, "equal_columns") for part in parts):
-        return list(parts)
-    mixed: dict[Pattern, Pattern] = {"equal_columns": "generic", "constant": "equal_rows"}
-    return [mixed.get(part, part) for part in parts]
+    columns = all(part.equal_columns for part in parts)
+    return [part if part.zero else _equal(part.equal_rows, columns) for part in parts]
 
 
-def updated(weight: Pattern, gradient: Pattern) -> Pattern:
-    """A weight after an optimiser step, elementwise such as those of SGD and Adam, along `gradient`."""
-    if gradient in ("zero", weight):
+def _equal(rows: bool, columns: bool) -> Pattern:
+    """Equal rows, or columns, of which no more is known."""
+    sums: dict[bool, Sums] = {True: "equal", False: "any"}
+    return Pattern(equal_rows=rows, equal_columns=columns, row_sums=sums[rows], column_sums=sums[columns])
+
+
+def updated(weight: Pattern, gradient: Pattern, updates: Updates) -> Pattern:
+    """A weight after an optimiser step along `gradient`. Sums stay known where steps are linear, or follow from equal rows."""
+    if gradient.zero:
         return weight
-    if weight == "zero":
-        return gradient
-    shared = [pattern for pattern in ("equal_rows", "equal_columns") if has(weight, pattern) and has(gradient, pattern)]
-    return "constant" if len(shared) == 2 else shared[0] if shared else "generic"  # type: ignore[return-value]
+    equal = _equal(weight.equal_rows and gradient.equal_rows, weight.equal_columns and gradient.equal_columns)
+    if updates == "elementwise":
+        return equal
+
+    def sums(one: Sums, other: Sums, known: Sums) -> Sums:
+        return known if "any" in (one, other) else "zero" if one == other == "zero" else "equal"
+
+    return replace(
+        equal,
+        row_sums=sums(weight.row_sums, gradient.row_sums, equal.row_sums),
+        column_sums=sums(weight.column_sums, gradient.column_sums, equal.column_sums),
+    )
+
+
+@dataclass(frozen=True)
+class Attention:
+    """softmax(query @ key) @ value in `heads` heads, where `rotary` turns queries and keys by their positions first.
+
+    A uniform vector is uniform in each head; a centred one need not be, unless there is one head. Where all heads attend alike,
+    their output is what is known of the values.
+    """
+
+    query: Vector
+    key: Vector
+    value: Vector
+    heads: int
+    rotary: bool = False
+
+    @property
+    def key_differences(self) -> Kind:
+        """What tells the keys of different tokens from each other; all else shifts every logit of a query alike."""
+        if self.rotary:
+            return "generic" if self.key else "zero"
+        return self.key.own
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether all logits of a query are the same, so that every token receives the mean of the values."""
+        seen = "zero" not in (self.query.kind, self.key_differences)
+        return not seen or (not self.rotary and self._orthogonal(self.query.kind, self.key.own))
+
+    @property
+    def alike(self) -> bool:
+        """Whether all heads attend alike."""
+        key = self.key.kind if self.rotary else self.key.own
+        return self.heads == 1 or self.is_mean or self.query.kind == key == "uniform"
+
+    @property
+    def mixed(self) -> Vector:
+        """The output. Softmax weights sum to one, so that what all values share passes as it is."""
+        if self.is_mean:
+            return self.value.averaged
+        own = self.value.own if self.alike or self.value.own == "zero" else "generic"
+        return Vector(own, self.value.shared)
+
+    def gradients(self, delta: Vector) -> tuple[Vector, Vector, Vector]:
+        """Those of queries, keys and values, from that of the output.
+
+        Logits receive one where values differ between tokens, and queries where keys do. What all keys share receives none, so
+        that without `rotary` the gradients of the keys sum to zero over tokens.
+        """
+        logits = bool(delta) and self.value.own != "zero" and not self._orthogonal(delta.kind, self.value.own)
+        same = self.heads == 1 or (self.alike and delta.kind == self.value.own == "uniform")
+        to_query = self._of_others(self.key_differences, same) if logits else NOTHING
+        to_key = self._of_others(self.query.kind, same) if logits else NOTHING
+        if self.is_mean or not delta:
+            return to_query, to_key, delta.averaged
+        return to_query, to_key, Vector(own=delta.kind if self.alike else "generic")
+
+    def _of_others(self, kind: Kind, alike: bool) -> Vector:
+        """A sum of keys or queries of other tokens, by factors that are `alike` in all heads or not."""
+        return Vector(own=kind if kind == "zero" or (alike and not self.rotary) else "generic")
+
+    def _orthogonal(self, one: Kind, other: Kind) -> bool:
+        """Whether the product of two vectors vanishes in each head."""
+        return self.heads == 1 and {one, other} == {"uniform", "centred"}

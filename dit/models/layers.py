@@ -1,13 +1,20 @@
-"""Layers that several backbones share: embedders of patches, timesteps and labels, positions, and modulation."""
+"""Layers that several backbones share: embedders of patches, timesteps and labels, positions, MLP, and modulation."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 FREQUENCY_SIZE = 256
+
+MLP_RATIO = 4
+"""Hidden units of an MLP for each feature of the residual stream; Peebles & Xie (2023)."""
+
+FLOW_TIMESTEPS = 1000
+"""The `num_timesteps` of networks whose own time is in [0, 1]; see `own_time`."""
 
 
 class PatchEmbedder(nn.Module):
@@ -50,9 +57,32 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer norm: tokens `x` (B, T, D) scaled and shifted per sample by (B, D)."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+class MLP(nn.Module):
+    """Two layers with a tanh-approximated GELU between them."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def own_time(t: Tensor) -> Tensor:
+    """Timesteps (B,) in [0, 1000), noise at the end -> the time (B,) in (0, 1] of SiT and LightningDiT, data at the end.
+
+    Their velocity is that of their time, data - noise; willisma/SiT `transport/path.py`, `ICPlan`. So a network with their
+    arithmetic returns minus what it computes: noise - data, the velocity of `dit.diffusion`.
+    """
+    return 1 - t / FLOW_TIMESTEPS
+
+
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
+    """Adaptive layer norm: tokens `x` (B, T, D) scaled and, but for None, shifted per sample by (B, D)."""
+    scaled = x * (1 + scale.unsqueeze(1))
+    return scaled if shift is None else scaled + shift.unsqueeze(1)
 
 
 def unpatchify(x: Tensor, patch_size: int, channels: int) -> Tensor:

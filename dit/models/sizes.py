@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from dit.errors import ConfigError
@@ -28,13 +28,13 @@ SIZES = {
 """S to XL: Peebles & Xie (2023), table 1, and `DiT_models` of facebookresearch/DiT. Micro and Tiny are for CPUs."""
 
 
-def parse_name(name: str, family: str, patch_sizes: Collection[int]) -> tuple[Size, int]:
+def parse_name(name: str, family: str, patch_sizes: Collection[int], sizes: Mapping[str, Size] = SIZES) -> tuple[Size, int]:
     """`"DiT-XL/2"` of family `DiT` -> (size, patch size). Raises `ConfigError` where there is no such network."""
     stem, _, patch = name.partition("/")
-    size = SIZES.get(stem.removeprefix(f"{family}-"))
+    size = sizes.get(stem.removeprefix(f"{family}-"))
     if not stem.startswith(f"{family}-") or size is None or patch not in map(str, patch_sizes):
-        sizes, patches = ", ".join(SIZES), ", ".join(map(str, patch_sizes))
+        known, patches = ", ".join(sizes), ", ".join(map(str, patch_sizes))
         raise ConfigError(
-            f"unknown model '{name}'; expected {family}-SIZE/PATCH with a SIZE of {sizes}, and a PATCH of {patches}"
+            f"unknown model '{name}'; expected {family}-SIZE/PATCH with a SIZE of {known}, and a PATCH of {patches}"
         )
     return size, int(patch)

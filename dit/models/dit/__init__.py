@@ -66,7 +66,7 @@ def blocks(model: DiT) -> list[Block]:
 
 def gradient_flow(model: DiT, weights: Mapping[str, Pattern]) -> dict[str, Pattern]:
     """The pattern of every role's gradient, from those of the weights."""
-    return Flow(weights, model.depth, (model.latent_size // model.patch_size) ** 2).gradients
+    return Flow(weights, model.depth, model.num_heads, (model.latent_size // model.patch_size) ** 2).gradients
 
 
 def _supports(model: DiT) -> bool:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit.fused.operations import attention, linear, mlp, residual_norm, write_gradient
-from dit.models.dit.network import MLP, Attention, DiT, DiTBlock
-from dit.models.layers import unpatchify
+from dit.models.dit.network import Attention, DiT, DiTBlock
+from dit.models.layers import MLP, unpatchify
 
 ALIGNMENT = 64
 """Elements, 128 bytes in bf16: where the gradient of a weight may begin."""

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dit.models.gradient_flow import (
     ANYTHING,
     NOTHING,
+    ONE,
     PER_SAMPLE,
-    Kind,
+    ZERO,
+    Attention,
     Pattern,
     Vector,
     activation,
-    has,
     linear,
     outer,
     slope,
@@ -24,13 +25,17 @@ from dit.models.gradient_flow import (
 class Flow:
     """One forward and backward pass of a DiT of `depth` blocks on `tokens` tokens; `gradients` is what each role receives.
 
-    Inputs, positions, and the loss gradient of the output are generic; tokens and their norms are never zero.
+    Inputs, positions, and the loss gradient of the output are generic; tokens and their norms are never zero. What another
+    network may have in its place, such as a norm with weights, is a method of its own.
     """
 
-    def __init__(self, weights: Mapping[str, Pattern], depth: int, tokens: int) -> None:
+    rotary = False
+
+    def __init__(self, weights: Mapping[str, Pattern], depth: int, num_heads: int, tokens: int) -> None:
         self.weights = weights
-        self.gradients: dict[str, Pattern] = dict.fromkeys(weights, "zero")
-        self.normed = Vector(shared="centred") if tokens == 1 else Vector(own="centred")
+        self.gradients: dict[str, Pattern] = dict.fromkeys(weights, ZERO)
+        self.num_heads = num_heads
+        self.one_token = tokens == 1
         self.conditioning_gradient = NOTHING
         self._embed_conditioning()
         stream = self._final_layer()
@@ -43,48 +48,72 @@ class Flow:
     def _embed_conditioning(self) -> None:
         """SiLU(timestep_mlp.out(SiLU(timestep_mlp.in(features))) + label); attributes are what comes before each SiLU."""
         self.timestep_hidden = self._linear("timestep_mlp.in", PER_SAMPLE)
-        table = self.weights["label_table.weight"]
-        label: Kind = "zero" if table == "zero" else "uniform" if has(table, "equal_columns") else "generic"
-        self.embedding = self._linear("timestep_mlp.out", activation(self.timestep_hidden)) + Vector(shared=label)
+        label = transposed(PER_SAMPLE, self.weights["label_table.weight"])  # a row of the table
+        self.embedding = self._linear("timestep_mlp.out", activation(self.timestep_hidden)) + label
         self.conditioning = activation(self.embedding)
 
     def _final_layer(self) -> Vector:
         """projection(norm(x) * (1 + scale) + shift); the gradient of the residual stream x."""
-        modulated = self._modulate("final.modulation")
-        return self._modulate_backward("final.modulation", self._receive("final.projection", ANYTHING, modulated))
+        modulated = self._modulate("final.modulation", "final.norm")
+        delta = self._receive("final.projection", ANYTHING, modulated)
+        return self._modulate_backward("final.modulation", "final.norm", delta)
 
     def _mlp(self, block: str, stream: Vector) -> None:
-        """x + gate * mlp_out(GELU(mlp_in(norm(x) * (1 + scale) + shift)))."""
-        role = f"{block}.modulation.mlp"
-        modulated = self._modulate(role)
-        hidden = self._linear(f"{block}.mlp_in", modulated)
-        active = activation(hidden)
+        """x + gate * mlp_out(hidden(norm(x) * (1 + scale) + shift))."""
+        role, norm = f"{block}.modulation.mlp", f"{block}.norm.mlp"
+        modulated = self._modulate(role, norm)
+        active = self._hidden(block, modulated)
         branch = self._gate(f"{role}.gate", stream, self._linear(f"{block}.mlp_out", active))
-        hidden_gradient = self._receive(f"{block}.mlp_out", branch, active) * slope(hidden)
-        self._modulate_backward(role, self._receive(f"{block}.mlp_in", hidden_gradient, modulated))
+        delta = self._receive(f"{block}.mlp_out", branch, active)
+        self._modulate_backward(role, norm, self._hidden_backward(block, modulated, delta))
+
+    def _hidden(self, block: str, x: Vector) -> Vector:
+        """GELU(mlp_in(x))."""
+        return activation(self._linear(f"{block}.mlp_in", x))
+
+    def _hidden_backward(self, block: str, x: Vector, delta: Vector) -> Vector:
+        return self._receive(f"{block}.mlp_in", delta * slope(self._linear(f"{block}.mlp_in", x)), x)
 
     def _attention(self, block: str, stream: Vector) -> None:
-        """x + gate * attn_out(softmax(query @ key) @ value), of h = norm(x) * (1 + scale) + shift.
-
-        Softmax weights sum to one, so that logits receive no gradient where all values are the same, nor queries where all keys
-        are, and a shift that all keys share, such as their bias, never does.
-        """
-        role = f"{block}.modulation.attn"
-        modulated = self._modulate(role)
+        """x + gate * attn_out(attention(query(h), key(h), value(h))), of h = norm(x) * (1 + scale) + shift."""
+        role, norm = f"{block}.modulation.attn", f"{block}.norm.attn"
+        modulated = self._modulate(role, norm)
         query, key, value = (self._linear(f"{block}.qkv.{name}", modulated) for name in ("query", "key", "value"))
-        mixed = Vector("generic", value.shared) if value.own != "zero" else value
-        branch = self._gate(f"{role}.gate", stream, self._linear(f"{block}.attn_out", mixed))
-        mixed_gradient = self._receive(f"{block}.attn_out", branch, mixed)
-        logits = mixed_gradient and value.own != "zero"
-        to_query = ANYTHING if logits and key.own != "zero" else NOTHING
-        to_key = ANYTHING if logits and query else NOTHING
-        to_value = mixed_gradient if self.normed.own == "zero" or not mixed_gradient else ANYTHING
-        received = [
-            self._receive(f"{block}.qkv.{name}", delta, modulated)
-            for name, delta in (("query", to_query), ("key", to_key), ("value", to_value))
-        ]
-        self.gradients[f"{block}.qkv.key.bias"] = "zero"
-        self._modulate_backward(role, received[0] + received[1] + received[2])
+        attention = Attention(
+            self._head_norm(f"{block}.norm.query", query),
+            self._head_norm(f"{block}.norm.key", key),
+            value,
+            heads=self.num_heads,
+            rotary=self.rotary and not self.one_token,
+        )
+        branch = self._gate(f"{role}.gate", stream, self._linear(f"{block}.attn_out", attention.mixed))
+        delta = self._receive(f"{block}.attn_out", branch, attention.mixed)
+        to_query, to_key, to_value = attention.gradients(delta)
+        to_query = self._head_norm_backward(f"{block}.norm.query", query, to_query)
+        received = self._receive(f"{block}.qkv.query", to_query, modulated)
+        received = received + self._receive(f"{block}.qkv.value", to_value, modulated)
+        from_key = self._receive_keys(block, key, to_key, modulated)
+        self._modulate_backward(role, norm, received + from_key, received if self._sum_vanishes(key) else None)
+
+    def _receive_keys(self, block: str, key: Vector, delta: Vector, modulated: Vector) -> Vector:
+        """As `_receive`; where the gradients of all keys sum to zero, what they have in common receives none."""
+        delta = self._head_norm_backward(f"{block}.norm.key", key, delta)
+        if not self._sum_vanishes(key):
+            return self._receive(f"{block}.qkv.key", delta, modulated)
+        received = self._receive(f"{block}.qkv.key", delta, Vector(own=modulated.own))
+        self.gradients[f"{block}.qkv.key.bias"] = ZERO
+        return received
+
+    def _sum_vanishes(self, key: Vector) -> bool:
+        """Whether the gradients of a layer's keys, before any norm or position, sum to zero over tokens."""
+        return True
+
+    def _head_norm(self, norm: str, x: Vector) -> Vector:
+        """The norm of each head's queries or keys; DiT has none."""
+        return x
+
+    def _head_norm_backward(self, norm: str, x: Vector, delta: Vector) -> Vector:
+        return delta
 
     def _conditioning_backward(self) -> None:
         delta = self.conditioning_gradient * slope(self.embedding)
@@ -101,24 +130,31 @@ class Flow:
         self.gradients[f"{layer}.bias"] = total(delta)
         return transposed(delta, self.weights[f"{layer}.weight"])
 
+    def _norm(self, norm: str) -> Vector:
+        """norm(x) of the residual stream: layer norm without weights."""
+        return Vector(shared="centred") if self.one_token else Vector(own="centred")
+
+    def _norm_backward(self, norm: str, delta: Vector) -> Vector:
+        """The gradient of x, from which layer norm removes what all features share."""
+        return self._norm(norm) if {delta.own, delta.shared} - {"zero", "uniform"} else NOTHING
+
     def _scale(self, role: str) -> Vector:
         """1 + scale."""
         weight, bias = (self.weights[f"{role}.scale.{kind}"] for kind in ("weight", "bias"))
-        varying = linear(self.conditioning, weight, "zero")
-        if not varying and bias == "minus_one":
+        varying = linear(self.conditioning, weight)
+        if not varying and bias.minus_one:
             return NOTHING
-        return Vector(shared="uniform") + varying + linear(NOTHING, weight, bias)
+        return ONE + varying + linear(NOTHING, weight, bias)
 
-    def _modulate(self, role: str) -> Vector:
+    def _modulate(self, role: str, norm: str) -> Vector:
         """norm(x) * (1 + scale) + shift."""
-        return self.normed * self._scale(role) + self._linear(f"{role}.shift", self.conditioning)
+        return self._norm(norm) * self._scale(role) + self._linear(f"{role}.shift", self.conditioning)
 
-    def _modulate_backward(self, role: str, delta: Vector) -> Vector:
-        """Note what shift and scale receive; the gradient of x, of which the norm removes what all features share."""
-        self._modulation_receives(f"{role}.shift", delta)
-        self._modulation_receives(f"{role}.scale", delta * self.normed)
-        inner = delta * self._scale(role)
-        return self.normed if {inner.own, inner.shared} - {"zero", "uniform"} else NOTHING
+    def _modulate_backward(self, role: str, norm: str, delta: Vector, summed: Vector | None = None) -> Vector:
+        """Note what shift and scale receive, shift from the sum over tokens of `summed`; the gradient of the stream x."""
+        self._modulation_receives(f"{role}.shift", delta if summed is None else summed)
+        self._modulation_receives(f"{role}.scale", delta * self._norm(norm))
+        return self._norm_backward(norm, delta * self._scale(role))
 
     def _gate(self, role: str, stream: Vector, branch: Vector) -> Vector:
         """Note what the gate of `stream + gate * branch` receives; the gradient of the branch."""

@@ -12,9 +12,16 @@ from torch import Tensor, nn
 
 from dit.errors import ConfigError
 from dit.models.contract import Denoiser
-from dit.models.layers import LabelEmbedder, PatchEmbedder, TimestepEmbedder, modulate, sincos_positions, unpatchify
-
-MLP_RATIO = 4
+from dit.models.layers import (
+    MLP,
+    MLP_RATIO,
+    LabelEmbedder,
+    PatchEmbedder,
+    TimestepEmbedder,
+    modulate,
+    sincos_positions,
+    unpatchify,
+)
 
 
 class DiT(Denoiser):
@@ -55,10 +62,14 @@ class DiT(Denoiser):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Noisy latents `x` (B, C, H, W), timesteps `t` (B,), labels `y` (B,) -> (B, C or 2C, H, W)."""
         x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
-        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        c = self.conditioning(t, y)  # (B, D)
         for block in self.blocks:
             x = block(x, c)
         return unpatchify(self.final_layer(x, c), self.patch_size, self.out_channels)
+
+    def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
+        """What timesteps (B,) and labels (B,) tell every block, (B, D)."""
+        return self.t_embedder(t) + self.y_embedder(y)
 
 
 class DiTBlock(nn.Module):
@@ -109,16 +120,3 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, T, D / heads)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    """Two layers with a tanh-approximated GELU between them."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, intermediate_size)
-        self.fc2 = nn.Linear(intermediate_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))

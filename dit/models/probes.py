@@ -1,0 +1,57 @@
+"""What diagnostics read in transformers of several backbones beside their weights: the units of their layers, and gates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit.models.layers import MLP
+from dit.models.roles import Role
+
+
+class Attention(Protocol):
+    """An attention layer with one fused projection to queries, keys and values."""
+
+    num_heads: int
+    qkv: nn.Linear
+    proj: nn.Linear
+
+
+def mlp_units(mlp: MLP) -> Tensor:
+    """The hidden units of an MLP (H, 2D + 1): incoming weights, bias and outgoing weights of each."""
+    return torch.cat([mlp.fc1.weight, mlp.fc1.bias[:, None], mlp.fc2.weight.T], dim=1)
+
+
+def attention_heads(attention: Attention, key_bias: bool = False) -> Tensor:
+    """The heads of an attention layer (heads, K): all weights of each, with its columns of the output projection.
+
+    A key's bias is left out unless `key_bias`: alone, it shifts all logits of a query alike, which softmax does not see. Its
+    gradient is rounding, which AdamW enlarges to steps of full size, so that heads which do the same would not look it.
+    """
+    heads = attention.num_heads
+    rows = attention.qkv.weight.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(1)  # (heads, 3 * D / heads * D)
+    query, key, value = attention.qkv.bias.unflatten(0, (3, heads, -1))  # each (heads, D / heads)
+    biases = [query, key, value] if key_bias else [query, value]
+    columns = attention.proj.weight.T.unflatten(0, (heads, -1)).flatten(1)  # (heads, D / heads * D)
+    return torch.cat([rows, *biases, columns], dim=1)
+
+
+def output_units(linear: nn.Linear) -> Tensor:
+    """The units of an output layer (out, in + 1): its rows, each with its bias."""
+    return torch.cat([linear.weight, linear.bias[:, None]], dim=1)
+
+
+def gates_of(model: nn.Module, every_role: Iterable[Role], conditioning: Tensor) -> dict[str, Tensor]:
+    """Every gate (B, D) for `conditioning` (B, D): alpha of Peebles & Xie (2023), figure 3, by the role of its weights."""
+    conditioning = F.silu(conditioning)
+    weights = dict(model.named_parameters())
+    rows = {role.path: role.of(weights[role.parameter].detach()) for role in every_role}
+    return {
+        path: F.linear(conditioning, weight, rows[path.removesuffix("weight") + "bias"])
+        for path, weight in rows.items()
+        if path.endswith(".gate.weight")
+    }

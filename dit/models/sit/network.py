@@ -1,0 +1,34 @@
+"""SiT (Ma et al. 2024): a DiT that predicts a velocity; willisma/SiT `models.py` and `transport/`.
+
+A published checkpoint loads with `strict=True`. It is called as every network here: timesteps grow with noise, and the velocity
+is noise - data; see `dit.models.layers.own_time`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from dit.models.dit.network import DiT
+from dit.models.layers import own_time
+
+
+class SiT(DiT):
+    """A DiT whose time is in [0, 1] and whose velocity is data - noise, wrapped to be called as every network here.
+
+    With `sigma_head`, as published, its head has channels for a sigma as well, which are computed and dropped.
+    """
+
+    def __init__(self, *, sigma_head: bool, **sizes: Any) -> None:
+        super().__init__(learn_sigma=sigma_head, **sizes)
+        self.sigma_head = sigma_head
+        self.learn_sigma = False
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Noisy latents `x` (B, C, H, W), timesteps `t` (B,) in [0, 1000), labels `y` (B,) -> noise - data (B, C, H, W)."""
+        return -super().forward(x, t, y)[:, : self.latent_channels]
+
+    def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
+        """What timesteps (B,) and labels (B,) tell every block, (B, D)."""
+        return super().conditioning(own_time(t), y)
