@@ -28,6 +28,7 @@ from dit.models import build
 from dit.sampling import sample
 from dit.training.loop import Trainer
 from pipelines.experiments import override
+from pipelines.stages import strategies
 
 ROOT = Path(__file__).parents[1]
 STEPS = 24
@@ -55,6 +56,8 @@ def workspace(tmp_path: Path, latents_directory: Path) -> Path:
 def furnished(folder: Path, latents_directory: Path) -> Path:
     shutil.copytree(latents_directory, folder / "data" / "latents")
     shutil.copy(ROOT / "dvc.yaml", folder)
+    (folder / "runs" / "strategies").mkdir(parents=True)
+    strategies.write(init.named("adaln_zero"), folder / "runs" / "strategies", "adaln_zero")
     return folder
 
 
