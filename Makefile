@@ -43,7 +43,7 @@ up: $(INSTALLED) ## Start a Prefect server, a worker and the MLflow UI on 127.0.
 down: $(INSTALLED) ## Stop what `make up` started
 	@$(RUN) pipelines down
 
-test: $(INSTALLED) browser ## Run the tests [TESTS=tests/test_model.py] [CHROMIUM=/path/to/chrome]
+test: $(INSTALLED) browser ## Run the tests [TESTS=tests/test_model.py] [TESTS='-m slow'] [CHROMIUM=/path/to/chrome]
 	$(RUN) pytest -n 2 --dist loadfile $$TESTS
 
 browser: # The report's page test opens it in Chromium or Chrome.
@@ -57,10 +57,11 @@ bench: $(INSTALLED) ## Measure speed on this machine, into .scratch/bench [BENCH
 	@for name in $${BENCH:-train sample encode diagnostics stages}; do \
 		$(VENV)/bin/python benchmarks/$$name.py --output .scratch/bench/$$name.json || exit; done
 
-lint: $(INSTALLED) ## Check style and types
+lint: $(INSTALLED) ## Check style, types, and which way imports point
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
+	$(VENV)/bin/lint-imports --no-cache
 
 format: $(INSTALLED) ## Bring the code into style
 	$(RUN) ruff check --fix-only --quiet .

@@ -187,7 +187,7 @@ def forward_flops(name: str, size: int) -> int:
 def train_three(trainer: Trainer) -> None:
     """Three steps of training and nothing else."""
     for step in range(3):
-        trainer.gradients(trainer.batches(step))
+        trainer.engine.gradients(trainer.batches(step))
         trainer._update(step)
 
 

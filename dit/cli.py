@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +13,7 @@ import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from dit import config, init, models
 from dit.analysis import tables
@@ -112,6 +113,16 @@ def _strategy(loaded: Params, name: str, params: Path, network: str | None) -> S
     return loaded.strategies[name]
 
 
+def _fitting(loaded: Params, network: nn.Module) -> list[str]:
+    """The strategies whose rules fit the network; some may be written for another."""
+    found, every_role = [], models.roles(network)
+    for name, strategy in loaded.strategies.items():
+        with suppress(ConfigError):
+            claims(strategy, every_role)
+            found.append(name)
+    return found
+
+
 def _library(loaded: Params) -> Table:
     table = Table("strategy", "what it does", "source", title="Strategies", title_justify="left", show_lines=True)
     for name, strategy in loaded.strategies.items():
@@ -171,10 +182,10 @@ def wakeup(
     """Predict, without running anything, from which optimiser step on each kind of weight receives a gradient."""
     with _user_errors_shown():
         loaded = config.load(params)
-        chosen = {each: _strategy(loaded, each, params, name) for each in strategies or loaded.strategies}
         network = loaded.skeleton(name)
         if reason := not_predicted(network, loaded.train.optimizer):
             raise ConfigError(f"{reason} Stage `analyse` measures the schedule")
+        chosen = {each: _strategy(loaded, each, params, name) for each in strategies or _fitting(loaded, network)}
         predicted = {each: predict(strategy, network, steps, loaded.train.optimizer) for each, strategy in chosen.items()}
         schedules = {each: by_kind(schedule) for each, schedule in predicted.items() if schedule is not None}
     kinds = list(next(iter(schedules.values())))

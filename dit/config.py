@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from dit import models
+from dit import models, yamlfile
 from dit.errors import ConfigError, explain
-from dit.init.strategy import Strategy, claims
+from dit.init.strategy import Strategy, claims, named_strategies
 from dit.models import Denoiser
 from dit.optim.optimizer import check as check_optimizer
 from dit.sections import (
@@ -51,11 +50,22 @@ class Params(Section):
     evaluate: EvaluateParams
     features: FeaturesParams
     strategies: dict[Name, Strategy]
+    """The library's, then those of the file itself, which must have other names."""
 
     @property
     def latent_size(self) -> int:
         """Height and width of a latent, in latent pixels."""
         return self.images.size // self.autoencoder.downsample
+
+    @field_validator("strategies")
+    @classmethod
+    def _with_library(cls, own: dict[Name, Strategy]) -> dict[Name, Strategy]:
+        library = named_strategies()
+        for name in own.keys() & library.keys():
+            raise ValueError(
+                f"the library has a strategy called '{name}' (dit/library.yaml); give yours another name, or edit that one"
+            )
+        return {**library, **own}
 
     @model_validator(mode="after")
     def _consistent(self) -> Params:
@@ -179,27 +189,12 @@ class Params(Section):
             )
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that a section has twice; YAML forbids it, PyYAML takes the last, and DVC stops."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is there twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def load(path: str | Path = "params.yaml") -> Params:
-    """Read and check a parameter file. Raises `ConfigError` that names every wrong key, its value and what is accepted."""
+    """Read and check a parameter file. Raises `ConfigError` that names every wrong key, its value and what is expected."""
     try:
-        with Path(path).open() as file:
-            data: Any = yaml.load(file, Loader=_Loader)
+        data = yamlfile.read(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; run this in a folder with a params.yaml") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
     return parse(data, path)
 
 

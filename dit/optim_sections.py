@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
 from dit.parameter_types import Count, Fraction, NonNegativeFloat, Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Betas = tuple[Decay, Decay]
-Selectors = str | Annotated[tuple[str, ...], Field(min_length=1)]
+Betas = Annotated[tuple[Decay, Decay], Field(strict=False)]
+Selectors = str | Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
 """One role selector, or several; see `dit.init.selectors`."""
 
 
@@ -28,7 +28,7 @@ class ParameterGroup(Section):
 class OptimizerSection(Section):
     """What every optimiser has. `weight_decay` is multiplied by the learning rate where the optimiser decouples it."""
 
-    groups: tuple[ParameterGroup, ...]
+    groups: Annotated[tuple[ParameterGroup, ...], Field(strict=False)]
     """Later groups override earlier ones; weights that no group names have multipliers of 1."""
 
 
@@ -52,8 +52,7 @@ class SGDParams(OptimizerSection):
 class MuonParams(OptimizerSection):
     """Muon for the matrices that `hidden` names, AdamW for all other weights; Jordan et al. (2024), `torch.optim.Muon`.
 
-    `learning_rate_multiplier` and `weight_decay` are those of the hidden matrices; `betas` and `adamw_weight_decay` those of the
-    rest.
+    `learning_rate_multiplier` and `weight_decay` belong to the hidden matrices, `betas` and `adamw_weight_decay` to the rest.
     """
 
     name: Literal["muon"]
@@ -72,6 +71,17 @@ class NamedOptimizerParams(OptimizerSection):
 
     name: str
     arguments: dict[str, Any]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_arguments(cls, data: Any) -> Any:
+        """Name the choices at once: the keys of another optimiser would each be an error too."""
+        if isinstance(data, Mapping) and "arguments" not in data:
+            raise ValueError(
+                f"name = {data.get('name')!r}: expected adamw, sgd or muon, or a class of torch.optim beside its `arguments`, "
+                "such as {}"
+            )
+        return data
 
 
 def _kind(data: Any) -> str:

@@ -5,7 +5,6 @@ Nothing here has a default. Each value stands once, in `params.yaml`; `dit.confi
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -15,6 +14,7 @@ from dit.parameter_types import (
     Backend,
     Count,
     Device,
+    FilePath,
     Fraction,
     Name,
     NonNegativeFloat,
@@ -66,8 +66,8 @@ class FolderSource(Section):
     """Image files as `root/class/*.{jpg,png,webp}`; `dit.data.sources.folder`."""
 
     kind: Literal["folder"]
-    root: Path
-    validation_root: Path | None
+    root: FilePath
+    validation_root: FilePath | None
     validation_fraction: OpenFraction
 
 
@@ -148,7 +148,7 @@ class LatentsParams(Section):
 class ModelParams(Section):
     """The network: its name, and any options of its backbone, such as `depth`."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow")
 
     name: str
     label_dropout: Annotated[float, Field(ge=0, lt=1)]
@@ -278,7 +278,7 @@ class FeaturesParams(Section):
 
     extractor: Literal["efficientnet_lite0", "inception"]
     size: Annotated[int, Field(ge=32)]
-    weights: Path | None
+    weights: FilePath | None
     batch_size: PositiveInt
     threads: PositiveInt
     device: Device

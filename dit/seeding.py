@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -16,3 +20,22 @@ def derive_seed(*parts: int | str) -> int:
 def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator on `device`, seeded by `derive_seed(*parts)`."""
     return torch.Generator(device=device).manual_seed(derive_seed(*parts))
+
+
+@contextmanager
+def seeded(*parts: int | str) -> Iterator[None]:
+    """Within the block, the global generators of torch on the CPU, NumPy and Python start from `derive_seed(*parts)`.
+
+    For other people's code, which draws from those; afterwards they are as they were before.
+    """
+    seed = derive_seed(*parts)
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dit.errors import UserError
+from dit.errors import ConfigError, UserError
 from dit.terminal import plain
 from pipelines import services
 from pipelines.redaction import redacted, shown
@@ -92,16 +92,15 @@ def down() -> None:
 
 def _assignment(text: str) -> tuple[str, Any]:
     """`train.steps=300` -> ("train.steps", 300): the value is YAML."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError as YAMLError
+    from dit import yamlfile
 
     key, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--set {text}; accepted: KEY=VALUE, such as train.steps=300")
     try:
-        return key, YAML(typ="safe").load(value)
-    except YAMLError as error:
-        raise UserError(f"--set {text}: not valid YAML ({error.problem}); make's SET splits at spaces") from None
+        return key, yamlfile.parse(value, f"--set {text}")
+    except ConfigError as error:
+        raise UserError(f"{error}; make's SET splits at spaces") from None
 
 
 class _Lines(logging.Formatter):

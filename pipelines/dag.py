@@ -13,8 +13,9 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -87,6 +88,27 @@ def read(root: Path) -> dict[str, Stage]:
     except DvcException as error:
         raise ConfigError(f"{root / 'dvc.yaml'}: {error}") from None
     return _in_order(stages)
+
+
+@contextmanager
+def checking(root: Path) -> Iterator[Callable[[str], bool]]:
+    """Says of a stage that has not run, once those above it are done, whether `dvc repro` has nothing to do for it.
+
+    It is DVC's own comparison, in this process and on a project that stays open: below outputs that came out as they were, no
+    process has to start to find that.
+    """
+    with Repo(str(root), _wait_for_lock=True) as repo:
+        with repo.lock:
+            stages = {stage.name: stage for stage in _pipeline(repo.index.stages)}
+
+        def unchanged(name: str) -> bool:
+            try:
+                with repo.lock:
+                    return not stages[name].status()
+            except DvcException:  # a dependency is in use, say; `dvc repro` waits, or tells what is wrong
+                return False
+
+        yield unchanged
 
 
 def _pipeline(nodes: Iterable[Any]) -> list[Any]:

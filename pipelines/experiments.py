@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from dit import config
+from dit import config, yamlfile
 from dit.config import Params
 from dit.devices import resolve_backend, resolve_device, resolve_precision
 from dit.errors import ConfigError, UserError
@@ -37,7 +35,7 @@ from pipelines import dag
 EXPERIMENTS = Path(".scratch/experiments")
 PROFILES = Path("profiles")
 WORD = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
-"""Most of these need no quotes; `yes` and `off` do."""
+"""Most of these need no quotes; `true` and `null` do."""
 DEVICES = ("autoencoder", "latents", "analyse", "train", "evaluate", "features")
 """Sections of the parameters that choose a device."""
 IDENTITY = {
@@ -57,7 +55,7 @@ def parameters(root: Path, overrides: Mapping[str, Any] | None = None) -> Params
     params, where = config.load(path), "params.yaml"
     if overrides:
         where = "params.yaml with overrides"
-        params = config.parse(YAML(typ="safe").load(override(path.read_text(), overrides)), where)
+        params = config.parse(yamlfile.parse(override(path.read_text(), overrides), where), where)
     for name in DEVICES:
         section = getattr(params, name)
         try:
@@ -83,14 +81,11 @@ def profile(root: Path, name: str) -> dict[str, Any]:
     path = PROFILES / f"{name}.yaml"
     if name not in known:
         raise ConfigError(f"{path}: no such profile; accepted: {', '.join(known) or 'none: the folder is empty'}")
-    try:
-        overrides = YAML(typ="safe").load((root / path).read_text())
-    except YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    overrides = yamlfile.parse((root / path).read_text(), path)
     if not isinstance(overrides, dict) or not all(isinstance(key, str) and "." in key for key in overrides):
         raise ConfigError(f"{path}: accepted: dotted keys of params.yaml with their values, such as train.steps: 300")
     text = (root / "params.yaml").read_text()
-    config.parse(YAML(typ="safe").load(override(text, overrides, str(path))), path)
+    config.parse(yamlfile.parse(override(text, overrides, str(path)), path), path)
     return overrides
 
 
@@ -115,13 +110,11 @@ def override(text: str, overrides: Mapping[str, Any], where: str = "overrides") 
 
 
 def _layout() -> YAML:
-    """Reads and writes YAML in the layout of `params.yaml`, with numbers as every version of YAML reads them."""
+    """Reads and writes YAML in the layout of `params.yaml`."""
     layout = YAML()
     layout.width = 4096
     layout.indent(mapping=2, sequence=4, offset=2)
-    add = layout.representer.add_representer
-    add(type(None), lambda made, _: made.represent_scalar("tag:yaml.org,2002:null", "null"))
-    add(float, lambda made, value: made.represent_scalar("tag:yaml.org,2002:float", yaml.safe_dump(value).split()[0]))
+    layout.representer.add_representer(type(None), lambda made, _: made.represent_scalar("tag:yaml.org,2002:null", "null"))
     return layout
 
 
@@ -131,7 +124,7 @@ def _as_written(value: Any) -> Any:
         value = CommentedMap({key: _as_written(entry) for key, entry in value.items()})
     elif isinstance(value, list):
         value = CommentedSeq(map(_as_written, value))
-    elif isinstance(value, str) and not (WORD.fullmatch(value) and yaml.safe_load(value) == value):
+    elif isinstance(value, str) and not (WORD.fullmatch(value) and yamlfile.parse(value, "") == value):
         return DoubleQuotedScalarString(value)
     else:
         return value
@@ -141,9 +134,10 @@ def _as_written(value: Any) -> Any:
 
 @contextmanager
 def workspace(root: Path, overrides: Mapping[str, Any], name: str) -> Iterator[Path]:
-    """A worktree with the files of `root` as they are, `overrides` in its parameters, and the outputs that still hold.
+    """A worktree with the files and outputs of `root` as they are, and `overrides` in its parameters.
 
-    It is gone when the block is left, however it is left.
+    Outputs may be stale until stages have run, so that what is below an output that came out as it was holds still; then comes
+    `forget_stale`. The worktree is gone when the block is left, however it is left.
     """
     _remove_abandoned(root)
     path = root / EXPERIMENTS / f"{name}.{os.getpid()}"
@@ -154,10 +148,26 @@ def workspace(root: Path, overrides: Mapping[str, Any], name: str) -> Iterator[P
         _share_cache(root, path)
         parameters_file = path / "params.yaml"
         parameters_file.write_text(override(parameters_file.read_text(), overrides))
-        _restore(path)
+        if (path / "dvc.lock").exists():
+            dag.dvc(path, "checkout", "--quiet", "--allow-missing")
         yield path
     finally:
         _remove(root, path)
+
+
+def forget_stale(path: Path) -> None:
+    """Drop the outputs of the worktree at `path` that are not up to date: none of them must be taken for a result."""
+    lock = path / "dvc.lock"
+    stale = [stage for stage in dag.read(path).values() if not stage.up_to_date]
+    if not stale or not lock.exists():
+        return
+    layout = _layout()
+    recorded = layout.load(lock)
+    for stage in stale:
+        recorded["stages"].pop(stage.name, None)
+        for out in stage.outs:
+            shutil.rmtree(path / out) if (path / out).is_dir() else (path / out).unlink(missing_ok=True)
+    layout.dump(recorded, lock)
 
 
 def save(root: Path, path: Path, name: str, stages: Collection[str]) -> None:
@@ -197,22 +207,6 @@ def _share_cache(root: Path, path: Path) -> None:
         settings["cache"]["dir"] = cache
         settings["cache"]["type"] = ["reflink", "hardlink", "copy"]
         settings["core"]["site_cache_dir"] = str(path / ".dvc" / "tmp" / "site")
-
-
-def _restore(path: Path) -> None:
-    """Bring the outputs that still hold from the cache, and forget the others: a stale one must not be taken for a result."""
-    lock = path / "dvc.lock"
-    if not lock.exists():
-        return
-    dag.dvc(path, "checkout", "--quiet", "--allow-missing")
-    stale = [stage for stage in dag.read(path).values() if not stage.up_to_date]
-    layout = _layout()
-    recorded = layout.load(lock)
-    for stage in stale:
-        recorded["stages"].pop(stage.name, None)
-        for out in stage.outs:
-            shutil.rmtree(path / out) if (path / out).is_dir() else (path / out).unlink(missing_ok=True)
-    layout.dump(recorded, lock)
 
 
 def _remove_abandoned(root: Path) -> None:

@@ -11,8 +11,9 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from graphlib import TopologicalSorter
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated, Any
@@ -133,8 +134,10 @@ def _run(workspace: Path, stages: Mapping[str, dag.Stage], pool: DevicePool, exp
     fresh = sum(stage.up_to_date for stage in stages.values())
     _log().info("%d of %d stages are up to date; %d at a time", fresh, len(stages), pool.max_parallel)
     scratch = Path(os.environ.get("DIT_SCRATCH", ".scratch")).resolve()
-    with dag.Processes(workspace, {"DIT_SCRATCH": str(scratch)}) as processes:
-        states = run_all(stages, processes, pool)
+    with dag.Processes(workspace, {"DIT_SCRATCH": str(scratch)}) as processes, dag.checking(workspace) as unchanged:
+        states = run_all(stages, processes, pool, unchanged)
+    if experiment:
+        experiments.forget_stale(workspace)
     dag.order_lock(workspace)
     mlflow = fill_mlflow(workspace, {"dvc_experiment": experiment} if experiment else {}, return_state=True)
     if not all(state.is_completed() for state in states.values()):
@@ -152,33 +155,47 @@ def _run(workspace: Path, stages: Mapping[str, dag.Stage], pool: DevicePool, exp
     return Completed(message=f"{len(stages) - cached} stages ran, {cached} were cached")
 
 
-def run_all(stages: Mapping[str, dag.Stage], processes: dag.Processes, pool: DevicePool) -> dict[str, State[Any]]:
+def run_all(
+    stages: Mapping[str, dag.Stage], processes: dag.Processes, pool: DevicePool, unchanged: Callable[[str], bool]
+) -> dict[str, State[Any]]:
     """Run every stage as a task once those above it are done and a device is free; the state in which each ended.
 
-    Stages acquire devices in order. A stage below one that failed ends as NotReady; the others go on.
+    A stage that is `unchanged` when those above it are done needs no device and no process. Stages acquire devices in order.
+    One below a stage that failed ends as NotReady; the others go on.
     """
+    graph = TopologicalSorter({name: stage.upstream for name, stage in stages.items()})
+    graph.prepare()
     futures: dict[str, PrefectFuture[Any]] = {}
     states: dict[str, State[Any]] = {}
     taken: dict[str, list[str]] = {}
+    waiting: list[str] = []
     finished: SimpleQueue[str] = SimpleQueue()
-    while len(states) < len(stages):
-        full = False
-        for name, stage in stages.items():
-            if name in futures or not states.keys() >= set(stage.upstream):
-                continue
-            if not stage.up_to_date and all(states[above].is_completed() for above in stage.upstream):
-                gpus = None if full else pool.acquire(name)
-                if gpus is None:
-                    full = True
-                    continue
-                taken[name] = gpus
-            above = [futures[upstream] for upstream in stage.upstream]
-            named = run_stage.with_options(name=name.partition("@")[0])
-            where = environment(taken.get(name, []))
-            futures[name] = named.submit(name, stage.up_to_date, processes, where, wait_for=above)  # type: ignore[call-overload]
-            futures[name].add_done_callback(lambda _future, name=name: finished.put(name))  # type: ignore[misc]
+
+    def submit(name: str, up_to_date: bool) -> None:
+        above = [futures[upstream] for upstream in stages[name].upstream]
+        named = run_stage.with_options(name=name.partition("@")[0])
+        where = environment(taken.get(name, []))
+        futures[name] = named.submit(name, up_to_date, processes, where, wait_for=above)  # type: ignore[call-overload]
+        futures[name].add_done_callback(lambda _future: finished.put(name))
+
+    while graph.is_active():
+        for name in graph.get_ready():
+            stage = stages[name]
+            runs = all(states[upstream].is_completed() for upstream in stage.upstream)
+            if runs and not stage.up_to_date and not unchanged(name):
+                waiting.append(name)
+            else:
+                submit(name, up_to_date=True)
+        for name in sorted(waiting, key=list(stages).index):
+            gpus = pool.acquire(name)
+            if gpus is None:
+                break
+            taken[name] = gpus
+            waiting.remove(name)
+            submit(name, up_to_date=False)
         name = finished.get()
         states[name] = _final_state(futures[name])
+        graph.done(name)
         if name in taken:
             pool.release(taken.pop(name))
     return {name: states[name] for name in stages}

@@ -14,11 +14,11 @@ import pandas as pd
 from dit.analysis.diagnostics import noise_scale
 from dit.analysis.series import DIAGNOSED, diagnosed, gradient_rms, group, mean_over_weights, noise_estimates
 from dit.analysis.wakeup import by_kind
+from pipelines.files import scratch
 from pipelines.records.analysis import ANALYSE, COORDINATES, GRADIENTS, StartRecord
 from pipelines.records.base import Timing
 from pipelines.records.evaluation import EVALUATE, EvaluateRecord
 from pipelines.records.training import DIAGNOSTICS, GRADIENT_NOISE, METRICS, TRAIN, VALIDATION, TrainRecord
-from pipelines.stages.entry import scratch
 
 Value = tuple[str, int, float]
 """The name of a series, a step, and the number there."""

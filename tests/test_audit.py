@@ -527,7 +527,7 @@ def test_a_function_of_the_user_is_called(tmp_path: Path, monkeypatch: pytest.Mo
         (["missing.pt"], "missing.pt: no such file"),
         (["no_such_module:f"], "No module named 'no_such_module'"),
         (["dit.audit:f"], "dit.audit has no function 'f'"),
-        (["diffusers:Nothing"], "diffusers has no network 'Nothing'; accepted: AceStep"),
+        (["diffusers:Nothing"], "diffusers has no network 'Nothing'; expected one such as AceStep"),
         (
             ["diffusers:DiTTransformer2DModel", "--config", '{"depth": 3}'],
             "DiTTransformer2DModel has no argument 'depth'; accepted: num",

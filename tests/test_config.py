@@ -8,18 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import ROOT
+from dvc.utils.serialize import load_yaml
 
-from dit import config
+from dit import config, yamlfile
 from dit.devices import resolve_backend
 from dit.errors import ConfigError
 
-SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())
+SHIPPED = yamlfile.read(ROOT / "params.yaml")
 
 
 def with_value(key: str, value: Any) -> dict[str, Any]:
+    """The shipped parameters with another value, and a strategy of the user's own studied where there is one."""
     data = copy.deepcopy(SHIPPED)
+    if key.startswith("strategies."):
+        data["study"]["strategies"].append("mine")
+        data["strategies"][key.removeprefix("strategies.")] = value
+        return data
     *path, last = key.split(".")
     section = data
     for part in path:
@@ -38,11 +43,8 @@ def test_the_shipped_parameters_are_valid() -> None:
         ("study.strategies", ["adaln_zero", "nope"], r"unknown strategy 'nope'; expected one of adaln_zero, head_xavier"),
         ("study.baseline", "nope", r"study: baseline = 'nope'; accepted: one of study.strategies"),
         ("study.seeds", [0, 0], r"seeds = \[0, 0\]; accepted: each entry once"),
-        (
-            "strategies",
-            {**SHIPPED["strategies"], "a.b": SHIPPED["strategies"]["adaln"]},
-            r"strategies.a.b.*accepted: .*pattern",
-        ),
+        ("strategies.a.b", {"rules": ["adaln"]}, r"strategies.a.b.*accepted: .*pattern"),
+        ("strategies.adaln", {"rules": []}, r"strategies: the library has a strategy called 'adaln' .*give yours another name"),
         ("model.name", "DiT-Q/2", r"unknown model 'DiT-Q/2'; expected DiT-SIZE/PATCH with a SIZE of Micro"),
         ("images.size", 36, r"patch size 2 does not divide the latent size 9"),
         ("images.size", 34, r"images.size = 34: expected a multiple of autoencoder.downsample = 4"),
@@ -61,13 +63,18 @@ def test_the_shipped_parameters_are_valid() -> None:
         ("evaluate.scheduler", "euler", r"evaluate.scheduler = 'euler'; accepted: 'ddpm', 'ddim'"),
         ("evaluate.scheduler", "flow_euler", r"'flow_euler' does not fit diffusion.objective = 'eps'; accepted: ddpm, ddim"),
         ("evaluate.kernel_subset_size", 10**6, r"kernel_subset_size = 1000000; accepted: at most evaluate.num_samples"),
-        ("strategies.adaln", {"rules": [{"role": "gate", "init": "zeros"}]}, r"strategies.adaln.rules: no rule claims"),
         (
-            "strategies.adaln",
-            {"rules": [{"role": "all", "init": "zeros"}, {"role": "modulaton", "init": "zeros"}]},
-            r"strategies.adaln.rules\[1\]: role 'modulaton' names no weight.*did you mean modulation",
+            "strategies.mine",
+            {"rules": ["adaln_0"]},
+            r"strategies.mine.rules: unknown strategy 'adaln_0'; expected .* adaln_zero",
         ),
-        ("strategies.adaln", {"rules": [{"role": "all", "init": "zero"}]}, r"rules\[0\].init = 'zero'; accepted: 'zeros'"),
+        ("strategies.mine", {"rules": [{"role": "gate", "init": "zeros"}]}, r"strategies.mine.rules: no rule claims"),
+        (
+            "strategies.mine",
+            {"rules": ["adaln_zero", {"role": "modulaton", "init": "zeros"}]},
+            r"strategies.mine.rules\[6\]: role 'modulaton' names no weight.*did you mean modulation",
+        ),
+        ("strategies.mine", {"rules": [{"role": "all", "init": "zero"}]}, r"rules\[0\].init = 'zero'; accepted: 'zeros'"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key_and_what_is_accepted(key: str, value: Any, message: str) -> None:
@@ -79,8 +86,9 @@ def test_a_wrong_value_is_named_with_its_key_and_what_is_accepted(key: str, valu
 
 def test_a_mistake_in_shared_rules_is_told_once() -> None:
     data = copy.deepcopy(SHIPPED)
-    data["strategies"]["adaln_zero"]["rules"][1]["init"] = "zeroes"  # of rules that others refer to
-    with pytest.raises(ConfigError, match=r"rules\[1\].init = 'zeroes'.*the same in head_xavier, .* more\)$") as caught:
+    shared = [{"role": "all", "init": "zeroes"}]  # as a YAML alias gives it
+    data["strategies"] = {name: {"rules": [shared]} for name in ("a", "b", "c", "d", "e")}
+    with pytest.raises(ConfigError, match=r"a.rules\[0\].init = 'zeroes'.*the same in b, c, d and 1 more\)$") as caught:
         config.parse(data)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -113,8 +121,40 @@ def test_a_missing_or_broken_file_is_one_clear_message(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"params.yaml: not valid YAML"):
         config.load(broken)
     broken.write_text("train:\n  steps: 350\n  seed: 0\n  steps: 20\n")
-    with pytest.raises(ConfigError, match=r"not valid YAML: 'steps' is there twice\n.*params.yaml\", line 4"):
+    with pytest.raises(ConfigError, match=r"params.yaml: not valid YAML: line 4: found duplicate key \"steps\""):
         config.load(broken)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("350", None),
+        ("0350", None),
+        ("true", r"train.steps = True; .*valid integer"),
+        ("350.0", r"train.steps = 350.0; .*valid integer"),
+        ("1:30", r"train.steps = '1:30'; .*valid integer"),
+        ("'350'", r"train.steps = '350'; .*valid integer"),
+    ],
+)
+def test_a_count_is_a_whole_number_as_dvc_reads_it(tmp_path: Path, written: str, message: str | None) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text((ROOT / "params.yaml").read_text().replace("steps: 350", f"steps: {written}"))
+    assert load_yaml(file) == yamlfile.read(file)  # DVC's reader
+    if message:
+        with pytest.raises(ConfigError, match=message):
+            config.load(file)
+    else:
+        assert config.load(file).train.steps == 350
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train.learning_rate", True), ("train.learning_rate", "1e-3"), ("study.seeds", [True]), ("train.deterministic", "yes")],
+)
+def test_no_value_is_turned_into_another_kind(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"valid (number|integer|boolean)"):
+        config.parse(with_value(key, value))
+    assert yamlfile.parse("1e-3", "text") == 1e-3 == config.parse(with_value("train.learning_rate", 1e-3)).train.learning_rate
 
 
 @pytest.mark.parametrize(

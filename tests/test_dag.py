@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit import yamlfile
 from dit.errors import ConfigError
 from pipelines import dag, experiments, guard
 
@@ -115,6 +115,19 @@ def test_one_strategys_edit_reruns_its_stages_alone(project: Path) -> None:
     assert [name for name, outcome in outcomes.items() if outcome is dag.Outcome.RAN] == ["train@b"]
 
 
+def test_a_stage_below_an_output_that_came_out_as_it_was_is_unchanged(project: Path) -> None:
+    run_all(project)
+    (project / "train.sh").write_text("echo $1 > out/$1  # another way to the same\n")
+    assert [name for name, stage in dag.read(project).items() if not stage.up_to_date] == ["train@a", "train@b", "compare"]
+    with dag.checking(project) as unchanged, dag.Processes(project, {}) as processes:
+        assert not unchanged("train@a")
+        for name in ("train@a", "train@b"):
+            assert processes.run(name, print) is dag.Outcome.RAN
+        assert unchanged("compare")
+        (project / "out" / "a").write_text("another")
+        assert not unchanged("compare")
+
+
 def test_side_by_side_gives_the_lock_file_of_dvc_repro(project: Path) -> None:
     twin = project.with_name("twin")
     shutil.copytree(project, twin)
@@ -192,7 +205,8 @@ def test_experiment_has_uncommitted_work_and_overrides_and_leaves_no_trace(proje
         with experiments.workspace(project, {"train.steps": 9}, "name") as workspace:
             assert (workspace / "source.txt").read_text() == "edited\n"
             assert (workspace / "new.txt").read_text() == "new"
-            assert yaml.safe_load((workspace / "params.yaml").read_text())["train"] == {"steps": 9}
+            assert yamlfile.read(workspace / "params.yaml")["train"] == {"steps": 9}
+            experiments.forget_stale(workspace)
             assert not (workspace / "out" / "a").exists()
             raise KeyboardInterrupt
 
@@ -233,15 +247,14 @@ def test_override_changes_one_value_and_keeps_the_rest(key: str, data: st.DataOb
     scalars = st.none() | st.booleans() | numbers | st.text() | st.text(" a#:'\"\n\t\x85\u2028")
     value = data.draw(scalars | st.lists(scalars, max_size=3))
     text = (ROOT / "params.yaml").read_text()
-    expected = yaml.safe_load(text)
+    expected = yamlfile.parse(text, "text")
     section, name = expected, key
     while "." in name:
         head, _, name = name.partition(".")
         section = section[head]
     section[name] = value
     changed = experiments.override(text, {key: value})
-    assert yaml.safe_load(changed) == expected
-    assert experiments.YAML(typ="safe").load(changed) == expected  # as DVC reads it
+    assert yamlfile.parse(changed, "changed") == expected
     assert changed.count("#") >= text.count("#") - 1
 
 
@@ -253,7 +266,7 @@ def test_override_changes_one_value_and_keeps_the_rest(key: str, data: st.DataOb
         ({"train.steps": -3}, r"train\.steps = -3; accepted"),
         ({"evaluate.scheduler": "nope"}, r"evaluate\.scheduler = 'nope'; accepted: 'ddpm', 'ddim'"),
         ({"model.name": "DiT-Tiny/8", "images.size": 16}, "patch size 8 does not divide the latent size 4"),
-        ({"study.strategies": ["adaln_zero", "nope"]}, r"unknown strategy 'nope'; accepted: adaln_zero"),
+        ({"study.strategies": ["adaln_zero", "nope"]}, r"unknown strategy 'nope'; expected one of adaln_zero"),
     ],
 )
 def test_wrong_override_is_one_clear_error(overrides: dict[str, object], message: str) -> None:
@@ -263,8 +276,8 @@ def test_wrong_override_is_one_clear_error(overrides: dict[str, object], message
 
 def test_every_parameter_counts_for_dvcs_run_cache() -> None:
     """DVC's run cache ignores keys called `size` and `nfiles` inside a section: such a key must be named by itself."""
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    stages = yamlfile.read(ROOT / "dvc.yaml")["stages"]
+    params = yamlfile.read(ROOT / "params.yaml")
     for stage in stages.values():
         for section in stage.get("params", []):
             ignored = {"size", "nfiles"} & set(params.get(section, {}))

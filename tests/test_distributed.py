@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -65,9 +66,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory, latents_directory: Path) -> 
     return folder
 
 
-def train(workspace: Path, processes: int, parallel: str = "ddp", **environment: str) -> subprocess.Popen[str]:
+def train(
+    workspace: Path, processes: int, parallel: str = "ddp", changes: Mapping[str, Any] | None = None, **environment: str
+) -> subprocess.Popen[str]:
     """Start stage `train` on so many processes."""
-    given = {**SMALL, "train.processes": processes, "train.parallel": parallel}
+    given = {**SMALL, "train.processes": processes, "train.parallel": parallel, **(changes or {})}
     (workspace / "params.yaml").write_text(override((ROOT / "params.yaml").read_text(), given))
     command = [sys.executable, "-m", "pipelines.stages.train", "adaln_zero", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
@@ -110,6 +113,26 @@ def test_any_number_of_processes_takes_the_steps_of_one(workspace: Path, alone: 
         assert list(found.columns) == list(expected.columns)
         if parallel == "ddp":  # weights that are sharded are not diagnosed
             np.testing.assert_allclose(found.select_dtypes("number"), expected.select_dtypes("number"), rtol=1e-3, atol=1e-5)
+
+
+def test_muon_takes_the_same_steps_on_sharded_weights_up_to_the_rounding_of_bf16(workspace: Path) -> None:
+    muon = {
+        "name": "muon",
+        "hidden": "block",
+        "momentum": 0.95,
+        "nesterov": True,
+        "adjust_lr_fn": "match_rms_adamw",
+        "learning_rate_multiplier": 1.0,
+        "weight_decay": 0.1,
+        "betas": [0.9, 0.999],
+        "adamw_weight_decay": 0.0,
+        "groups": [{"role": "modulation", "learning_rate_multiplier": 0.5}],
+    }
+    found = []
+    for processes, parallel in ((1, "ddp"), (2, "fsdp")):
+        finished(train(workspace, processes, parallel, {"train.optimizer": muon}))
+        found.append(losses(workspace))
+    np.testing.assert_allclose(*found, rtol=1e-2)
 
 
 def test_a_killed_process_ends_the_stage_and_another_number_of_them_goes_on(workspace: Path, alone: Path) -> None:

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage.transform import resize
 
-from dit import autoencoder, config, init, models, sections
+from dit import autoencoder, config, init, models, sections, yamlfile
 from dit.data.store import StoreWriter
 from dit.errors import ConfigError, DataError, InputError
 from dit.evaluation import distances
@@ -42,7 +41,7 @@ def cloud() -> torch.Tensor:
 
 
 def changed(**sections: dict[str, Any]) -> config.Params:
-    data = yaml.safe_load((ROOT / "params.yaml").read_text())
+    data = yamlfile.read(ROOT / "params.yaml")
     for section, values in sections.items():
         data[section].update(values)
     return config.parse(data)
@@ -283,7 +282,7 @@ def test_samples_that_overflow_are_a_result_too(workspace: config.Params, capsys
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (lambda: None, ConfigError, "unknown strategy 'nonsense'; accepted: adaln_zero, "),
+        (lambda: None, ConfigError, "unknown strategy 'nonsense'; expected one of adaln_zero, "),
         (
             lambda: shutil.rmtree("runs/train/head_xavier-0"),
             InputError,

@@ -19,41 +19,13 @@ from urllib.request import Request, urlopen
 
 import psutil
 import pytest
+from imported import declared, imported
+from studies import MICRO, ROOT, command, environment, free_port, git
 
 from pipelines.experiments import override
 from pipelines.gate import authorization
 
-ROOT = Path(__file__).parents[1]
-MICRO = {
-    "study.strategies": ["adaln_zero", "symmetric"],
-    "study.seeds": [0, 1],
-    "images.size": 16,
-    "images.source.train_per_class": 8,
-    "images.source.validation_per_class": 4,
-    "autoencoder.channels": [8, 8, 8],
-    "autoencoder.steps": 2,
-    "autoencoder.threads": 1,
-    "latents.threads": 1,
-    "model.name": "DiT-Micro/2",
-    "analyse.steps": 3,
-    "analyse.batch_size": 4,
-    "analyse.widths": [64, 128],
-    "train.steps": 60,
-    "train.batch_size": 8,
-    "train.log_every": 10,
-    "train.diagnose_every": 20,
-    "train.validate_every": 20,
-    "train.validation.samples": 16,
-    "train.checkpoint_every": 4,
-    "evaluate.num_samples": 8,
-    "evaluate.steps": 2,
-    "evaluate.kernel_subset_size": 4,
-    "evaluate.kernel_subsets": 2,
-    "evaluate.nearest_k": 2,
-    "evaluate.grid_rows": 1,
-    "features.size": 32,
-}
-STAGES = 15
+STAGES = 16
 SHELL_STAGES = """
 stages:
   fine:
@@ -79,32 +51,6 @@ stages:
 """
 
 
-def command(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m ...` in `root` as a person would, with stdout and stderr together."""
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=root,
-        env=environment(root) | variables,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-
-
-def environment(root: Path) -> dict[str, str]:
-    """This environment without anybody's settings of the tools, and with this interpreter as `python`."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW", "DVC", "DIT"))}
-    own = {"PYTHONPATH": str(root if (root / "pipelines").exists() else ROOT), "DVC_SITE_CACHE_DIR": str(root.parent / "site")}
-    return {**kept, **own, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
-
-
-def git(root: Path, *arguments: str) -> str:
-    person = ["-c", "user.name=t", "-c", "user.email=t@t"]
-    return subprocess.run(["git", *person, *arguments], cwd=root, check=True, capture_output=True, text=True).stdout
-
-
 @pytest.fixture(scope="session")
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """The micro study, run once from nothing, then committed; and what the command printed."""
@@ -118,7 +64,12 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
     git(root, "init", "--quiet")
     git(root, "add", ".")
     git(root, "commit", "--quiet", "--message", "micro")
-    done = command(root, "pipelines", "study")
+    recorder = {
+        "PYTHONPATH": f"{root}{os.pathsep}{ROOT / 'tests' / 'imports'}",
+        "IMPORTS_FOLDER": str(root / ".scratch/imports"),
+    }
+    (root / ".scratch" / "imports").mkdir(parents=True)
+    done = command(root, "pipelines", "study", **recorder)
     assert done.returncode == 0, done.stdout
     git(root, "add", "dvc.lock")
     git(root, "commit", "--quiet", "--message", "study")
@@ -149,6 +100,20 @@ def test_study_ends_with_report_and_comparison(first: tuple[Path, subprocess.Com
     assert "4 runs added, 0 already there" in done.stdout
     assert "http://127.0.0.1:5000/#/experiments/1/runs?viewStateShareKey=photos-32" in done.stdout
     assert f"{STAGES} stages ran, 0 were cached" in done.stdout
+
+
+def test_every_stage_declares_the_code_that_it_imports_and_no_other(study: Path) -> None:
+    ran, said = imported(study / ".scratch" / "imports", study), declared(study)
+    assert ran.keys() == said.keys()
+    missing = {stage: {file for file in ran[stage] if not any(holds(dep, file) for dep in said[stage])} for stage in said}
+    superfluous = {stage: {dep for dep in said[stage] if not any(holds(dep, file) for file in ran[stage])} for stage in said}
+    assert {stage: sorted(files) for stage, files in missing.items() if files} == {}
+    assert {stage: sorted(deps) for stage, deps in superfluous.items() if deps} == {}
+
+
+def holds(dependency: str, file: str) -> bool:
+    """Whether a file is the dependency, or lies in it."""
+    return file == dependency or file.startswith(f"{dependency}/")
 
 
 def test_repeating_it_computes_nothing(study: Path) -> None:
@@ -314,9 +279,3 @@ def post(password: str, url: str, body: dict[str, Any]) -> Any:
     request = Request(url, json.dumps(body).encode(), headers)
     with urlopen(request, timeout=20) as answer:
         return json.load(answer)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from dit.models.dit.fast import FusedDiT
 from dit.models.dit.network import DiT
 from dit.optim.ema import EMA
 from dit.optim.schedule import learning_rate
+from dit.sections import TrainParams
 from dit.training.engines import Eager, Fused
 from dit.training.loop import Trainer
 
@@ -223,9 +225,19 @@ def test_a_captured_network_takes_batches_of_any_size(micro: Callable[..., DiT])
         assert error(captured(x, t, y), network(x, t, y)) < 2e-2
 
 
-def test_optimiser_is_torchs_adamw_and_average(params: Params, micro: Callable[..., DiT]) -> None:
-    settings = {"weight_decay": 0.1, "gradient_clip": 0.5, "warmup_steps": 3, "ema_decay": 0.9}
-    settings = params.train.model_copy(update=settings)
+GROUPS = [
+    {"role": "modulation", "learning_rate_multiplier": 0.1, "weight_decay_multiplier": 0.0},
+    {"role": ["qkv.weight", "final.projection.weight"], "base_fan_in": 16, "weight_decay_multiplier": 2.0},
+]
+
+
+@pytest.mark.parametrize("groups", [[], GROUPS], ids=["one rate", "groups"])
+def test_optimiser_is_torchs_adamw_and_average(params: Params, micro: Callable[..., DiT], groups: list[dict[str, Any]]) -> None:
+    section = {
+        "optimizer": {"name": "adamw", "betas": [0.9, 0.99], "weight_decay": 0.1, "groups": groups},
+        "schedule": {"name": "cosine", "warmup_steps": 3, "final_fraction": 0.1},
+    }
+    settings = TrainParams.model_validate(params.train.model_dump() | section | {"gradient_clip": 0.5, "ema_decay": 0.9})
     plain, ours = (init.apply(micro(), "head_xavier", 0).cuda() for _ in range(2))
     device = torch.device("cuda")
     averages = [EMA(network, settings.ema_decay) for network in (plain, ours)]

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
-from test_flows import ROOT, command, environment, free_port, git
+from studies import ROOT, command, environment, free_port, git
 from test_report import CHROMIUM
 
 from dit.errors import UserError

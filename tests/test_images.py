@@ -13,15 +13,15 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import TypeAdapter
 
-from dit import config
+from dit import config, yamlfile
 from dit.data.decoding import CHUNK, MOST_BYTES, Encoded, Rejected, center_crop, decode_all
-from dit.data.images import ImageStore, load_images, write_images
+from dit.data.images import ImageStore, load_images
+from dit.data.ingest import write_images
 from dit.data.sources import hold_out
 from dit.data.sources.photos import Box, crop_box, split_regions
 from dit.data.store import Store, StoreWriter
@@ -374,11 +374,13 @@ def test_a_missing_library_is_named(read: Read, saved: Path, monkeypatch: Any) -
 
 def test_every_block_of_the_documentation_can_be_pasted_into_params_yaml() -> None:
     root = Path(__file__).parents[1]
-    blocks = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", (root / "docs/data.md").read_text(), re.S)]
+    blocks = [
+        yamlfile.parse(text, "docs") for text in re.findall(r"```yaml\n(.*?)```", (root / "docs/data.md").read_text(), re.S)
+    ]
     pasted = [block for block in blocks if block.keys() & {"images", "source", "autoencoder"} and "deps" not in str(block)]
     assert len(pasted) == 7
     for block in pasted:
-        params = yaml.safe_load((root / "params.yaml").read_text())
+        params = yamlfile.read(root / "params.yaml")
         params["images"]["size"] = 256
         params["images"]["source"] = block.pop("source", params["images"]["source"])
         config.parse(params | block)

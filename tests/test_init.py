@@ -25,6 +25,7 @@ from dit import init, models
 from dit.analysis.wakeup import patterns
 from dit.cli import app
 from dit.errors import ConfigError
+from dit.init import strategy as strategies
 from dit.init.selectors import select
 from dit.models import Role, roles
 from dit.models.dit.network import DiT
@@ -169,7 +170,7 @@ def test_a_rule_sets_its_own_rows_as_predicted_and_leaves_all_others_bit_identic
     own = after[role.parameter][rows].clone()
     before[role.parameter][rows] = own
     assert all(torch.equal(before[name], after[name]) for name in before)
-    found = patterns(init.Strategy(rules=rules), dit_roles(DEPTH))[role.path]
+    found = patterns(init.Strategy(rules=rules), micro())[role.path]
     assert found == pattern_of(own if role.is_vector else own.flatten(1))
 
 
@@ -292,7 +293,7 @@ def test_a_wrong_rule_is_refused_by_number_and_with_what_is_accepted(
 
 
 def test_an_unknown_strategy_is_refused_with_the_known_ones(micro: Callable[..., DiT]) -> None:
-    with pytest.raises(ConfigError, match=r"unknown strategy 'adaln_0'; accepted: adaln_zero, head_xavier"):
+    with pytest.raises(ConfigError, match=r"unknown strategy 'adaln_0'; expected a mapping with 'rules', or one of adaln_zero"):
         init.apply(micro(), "adaln_0", seed=0)
 
 
@@ -300,6 +301,35 @@ def test_lists_of_rules_within_rules_are_joined(micro: Callable[..., DiT]) -> No
     own = {"role": "final", "init": "zeros"}
     nested, flat = (tensors(init.apply(micro(), {"rules": each}, 0)) for each in ([[BASE], own], [*BASE, own]))
     assert all(torch.equal(nested[name], flat[name]) for name in flat)
+
+
+def test_the_name_of_a_library_strategy_stands_for_its_rules(micro: Callable[..., DiT]) -> None:
+    own = {"role": "final.projection.weight", "init": "xavier_uniform"}
+    named, shipped = (tensors(init.apply(micro(), each, 0)) for each in ({"rules": ["adaln_zero", own]}, "head_xavier"))
+    assert all(torch.equal(named[name], shipped[name]) for name in shipped)
+    with pytest.raises(ConfigError, match=r"strategy: rules: unknown strategy 'adaln_0'; expected .* adaln_zero"):
+        init.apply(micro(), {"rules": ["adaln_0", own]}, 0)
+
+
+@pytest.mark.parametrize(
+    ("library", "message"),
+    [
+        ("a: {rules: [b]}\nb: {rules: []}\n", r"library\.yaml: a\.rules: 'b' is a name; within the library, .* alias"),
+        ("a: {rules: []}\na: {rules: []}\n", r"library\.yaml: not valid YAML: line 2: found duplicate key"),
+        ("a: {rules: [{role: all, init: normal, std: true}]}\n", r"library\.yaml: a\.rules\[0\]\.std = True; .*valid number"),
+    ],
+)
+def test_a_mistake_in_the_library_is_told_with_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, message: str
+) -> None:
+    (tmp_path / "library.yaml").write_text(library)
+    monkeypatch.setattr(strategies, "LIBRARY", tmp_path / "library.yaml")
+    strategies.named_strategies.cache_clear()
+    try:
+        with pytest.raises(ConfigError, match=message):
+            init.named("a")
+    finally:
+        strategies.named_strategies.cache_clear()
 
 
 @pytest.mark.parametrize("name", init.named_strategies())
@@ -355,7 +385,7 @@ def test_diffusers_default_is_what_the_constructor_of_diffusers_leaves() -> None
             reference = theirs[f"{fused[layer.removeprefix('qkv.')]}.{kind}"]
         else:
             stem = layer if layer in layers else re.split(r"\.(?:attn|mlp|shift|scale)", layer)[0]
-            reference = theirs[f"{layers[stem]}.{kind}"].chunk(role.chunks)[role.chunk]
+            reference = role.of(theirs[f"{layers[stem]}.{kind}"])
         assert own.shape == reference.shape, role.path
         assert ks_2samp(own.flatten(), reference.flatten()).pvalue > 1e-3, role.path
 

@@ -42,6 +42,7 @@ def test_a_start_is_read_as_it_was_written_and_what_is_not_finite_is_null(
         awake_step=None,
         predicted_equals_measured=True,
         predicted={"role": 1},
+        not_predicted=None,
         measured={"role": None},
         signal=signal(value),
         early=[EarlyStep(0, value, value, value)],

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from networks import dit_roles
 from PIL import Image
 
+from dit import yamlfile
 from dit.analysis import wakeup
 from dit.analysis.series import diagnosed
 from dit.config import Params, parse
@@ -49,7 +49,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     monkeypatch.chdir(tmp_path)
 
     def write(strategies: list[str], seeds: list[int], diverged: tuple[str, ...] = (), at: int = 120) -> Params:
-        data = yaml.safe_load(SHIPPED.read_text())
+        data = yamlfile.read(SHIPPED)
         data["study"] |= {"strategies": strategies, "seeds": seeds, "baseline": strategies[0]}
         data["train"]["steps"] = STEPS
         params = parse(data)
@@ -102,6 +102,7 @@ def write_start(params: Params, strategy: str) -> None:
         "awake_step": wakeup.awake(schedule),
         "predicted_equals_measured": True,
         "predicted": schedule,
+        "not_predicted": None,
         "measured": schedule,
         "signal": {
             "output_rms": mse - 1,
@@ -143,7 +144,7 @@ def write_run(params: Params, strategy: str, seed: int, *, until: int) -> None:
     curve = Curve(strategy, seed, until)
     curve.write(params, train)
     settings = {name: getattr(params, name).model_dump(mode="json") for name in ("model", "diffusion", "train")}
-    settings["rules"] = params.strategies[strategy].model_dump(mode="json", exclude_defaults=True)["rules"]
+    settings["rules"] = params.strategies[strategy].resolved
     run = {
         "strategy": strategy,
         "seed": seed,
@@ -397,7 +398,7 @@ def test_runs_that_left_the_study_leave_the_workspace_too(workspace: Workspace, 
 def test_a_network_without_a_prediction_is_measured_all_the_same(workspace: Workspace) -> None:
     params = workspace(["adaln_zero", "adaln"], [0])
     for strategy in params.study.strategies:
-        unpredicted = {"predicted": None, "predicted_equals_measured": None}
+        unpredicted = {"predicted": None, "predicted_equals_measured": None, "not_predicted": "No prediction for Adafactor."}
         change(f"runs/analyse/{strategy}/start.json", lambda record, new=unpredicted: record.update(new))
     compare(params)
     assert any("This is measured, not predicted" in text for text in summary()["headline"])

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dit import config, init
+from dit import config, init, yamlfile
 from dit.errors import ConfigError
 from dit.models.dit.network import DiT
 from dit.sampling import PREDICTION_TYPES, ancestral_step, balanced_labels, build_scheduler, guided, sample
@@ -376,7 +375,7 @@ def test_another_number_of_timesteps_samples_the_data_distribution(scheduler: st
     ],
 )
 def test_what_cannot_be_sampled_is_refused_before_any_work(changes: dict[str, dict[str, Any]], message: str) -> None:
-    data = yaml.safe_load((ROOT / "params.yaml").read_text())
+    data = yamlfile.read(ROOT / "params.yaml")
     for section, values in changes.items():
         data[section].update(values)
     with pytest.raises(ConfigError, match=message):

@@ -17,6 +17,7 @@ from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
 from dit.init import Strategy, named
 from dit.models.dit.network import DiT
+from dit.optim_sections import NamedOptimizerParams
 
 
 @pytest.fixture
@@ -82,7 +83,8 @@ def test_an_examined_strategy_is_described_from_prediction_to_width(
     micro: Callable[..., DiT], latents: LatentStore, diffusion: Diffusion, params: Params
 ) -> None:
     analyse = params.analyse.model_copy(update={"steps": 3, "batch_size": 8, "widths": [64, 128]})
-    examine = Examiner(micro(), latents, diffusion, analyse, label_dropout=0.1, learning_rate=1e-3, betas=(0.9, 0.999))
+    chosen = {"label_dropout": 0.1, "learning_rate": 1e-3, "optimizer": params.train.optimizer}
+    examine = Examiner(micro(), latents, diffusion, analyse, **chosen)
     found = examine(named("adaln_zero"))
     assert found.predicted == found.measured
     assert [step.label_sensitivity > 0 for step in found.early] == [False, False, True]
@@ -96,6 +98,19 @@ def test_a_strategy_that_diverges_is_described_up_to_there(
     micro: Callable[..., DiT], latents: LatentStore, diffusion: Diffusion, params: Params
 ) -> None:
     analyse = params.analyse.model_copy(update={"steps": 3, "batch_size": 8, "widths": [64, 128]})
-    examine = Examiner(micro(), latents, diffusion, analyse, label_dropout=0.1, learning_rate=1e-3, betas=(0.9, 0.999))
+    chosen = {"label_dropout": 0.1, "learning_rate": 1e-3, "optimizer": params.train.optimizer}
+    examine = Examiner(micro(), latents, diffusion, analyse, **chosen)
     huge = Strategy.model_validate({"rules": [{"role": "all", "init": "normal", "std": 1e20}]})
     assert len(examine(huge).early) == 1
+
+
+def test_under_an_optimiser_without_a_prediction_the_schedule_is_measured_and_says_why(
+    micro: Callable[..., DiT], latents: LatentStore, diffusion: Diffusion, params: Params
+) -> None:
+    analyse = params.analyse.model_copy(update={"steps": 3, "batch_size": 8, "widths": [64, 128]})
+    strange = NamedOptimizerParams(name="Adafactor", arguments={}, groups=())
+    examine = Examiner(micro(), latents, diffusion, analyse, label_dropout=0.1, learning_rate=1e-3, optimizer=strange)
+    found = examine(named("adaln_zero"))
+    assert found.predicted is None
+    assert "Adafactor" in (found.not_predicted or "")
+    assert set(found.measured.values()) == {0, 1, 2, None}

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
+from dit import init, yamlfile
 from dit.analysis.signal import BlockSignal, Coordinates, Signal
 from dit.analysis.start import EarlyStep
 from dit.analysis.wakeup import RoleGradient
-from dit.config import parse
 from dit.errors import UserError
 from dit.training.records import Divergence, Final, Initial
 from pipelines import tracking
+from pipelines.files import scratch
 from pipelines.records.analysis import COORDINATES, GRADIENTS, StartRecord
 from pipelines.records.base import Status, Timing
 from pipelines.records.evaluation import EvaluateRecord, FeatureSpace
@@ -34,7 +34,6 @@ from pipelines.records.training import (
     TrainRecord,
     TrainSettings,
 )
-from pipelines.stages.entry import scratch
 
 ROOT = Path(__file__).parents[1]
 STRATEGIES, SEEDS = ["adaln_zero", "symmetric"], [0, 1]
@@ -46,14 +45,14 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("DIT_SCRATCH", raising=False)
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = yamlfile.read(ROOT / "params.yaml")
     params["study"] |= {"strategies": STRATEGIES, "seeds": SEEDS}
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    (tmp_path / "params.yaml").write_text(json.dumps(params))
     for strategy in STRATEGIES:
         for seed in SEEDS:
             make_run(tmp_path, params, strategy, seed, diverged=(strategy, seed) == ("symmetric", 1))
     outs = {f"{stage}@adaln_zero-0": {"outs": [{"md5": f"{stage}.dir"}]} for stage in ("train", "evaluate")}
-    (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": outs}))
+    (tmp_path / "dvc.lock").write_text(json.dumps({"stages": outs}))
     return tmp_path
 
 
@@ -62,7 +61,7 @@ def make_run(root: Path, params: dict[str, Any], strategy: str, seed: int, *, di
     train.mkdir(parents=True, exist_ok=True)
     evaluate.mkdir(parents=True, exist_ok=True)
     key = f"train-{strategy}-{seed}{version}"
-    rules = parse(params).strategies[strategy].model_dump(mode="json", exclude_defaults=True)["rules"]
+    rules = init.named(strategy).resolved
     settings = {name: params[name] for name in ("model", "diffusion", "train")}
     status: Status = "diverged" if diverged else "finished"
     TrainRecord(
@@ -146,7 +145,7 @@ def test_every_run_is_there_once_with_all_about_it(study: Path) -> None:
     assert {
         "strategy": "adaln_zero",
         "seed": "0",
-        "train.steps": str(yaml.safe_load((study / "params.yaml").read_text())["train"]["steps"]),
+        "train.steps": str(yamlfile.read(study / "params.yaml")["train"]["steps"]),
         "train.validation.seed": "0",
     }.items() <= run.data.params.items()
     assert json.loads(run.data.params["rules"])[0] == {"role": "all", "init": "xavier_uniform"}
@@ -210,6 +209,7 @@ def test_a_strategys_start_is_on_all_its_runs_whenever_it_was_analysed(study: Pa
         awake_step=2,
         predicted_equals_measured=True,
         predicted=schedule,
+        not_predicted=None,
         measured=schedule,
         signal=Signal(0.0, 0.0, 1.0, 0.98, 1.0, 0.0, 0.0, [BlockSignal(0, 0.0, 0.0, 1.0, 0.1)]),
         early=[EarlyStep(step, 1.0, 0.0, float(step)) for step in range(2)],
@@ -268,7 +268,7 @@ def test_run_that_was_cut_short_is_made_again_unless_somebody_else_is_at_it(stud
 
 def test_view_shows_the_runs_of_this_study_by_strategy(study: Path) -> None:
     tracking.sync(study)
-    params = yaml.safe_load((study / "params.yaml").read_text())
+    params = yamlfile.read(study / "params.yaml")
     make_run(study, params, "adaln_zero", 0, diverged=False, version="-edited")
     synced = tracking.sync(study)
     assert synced.added == ["adaln_zero-0"]

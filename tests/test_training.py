@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from dit.data.batches import Batches, epoch_order
 from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
 from dit.models.dit.network import DiT
+from dit.sections import TrainParams
 from dit.training.loop import Trainer
-from pipelines.stages.entry import complete_directory
+from pipelines.files import complete_directory
 
 Build = Callable[..., Trainer]
 
@@ -51,9 +53,48 @@ class KilledError(Exception):
 
 @pytest.mark.parametrize("killed_at", [3, 7, 11])
 def test_a_killed_run_resumes_and_ends_bit_identical(trainer: Build, monkeypatch: pytest.MonkeyPatch, killed_at: int) -> None:
-    whole = trainer(scratch="whole")
+    killed_and_resumed(trainer, monkeypatch, killed_at)
+
+
+GROUPS = [{"role": "final", "learning_rate_multiplier": 0.5, "weight_decay_multiplier": 2.0}]
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"name": "adamw", "betas": [0.9, 0.99], "weight_decay": 0.1},
+    "sgd": {"name": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    "muon": {
+        "name": "muon",
+        "hidden": "block",
+        "momentum": 0.95,
+        "nesterov": True,
+        "adjust_lr_fn": "match_rms_adamw",
+        "learning_rate_multiplier": 1.0,
+        "weight_decay": 0.1,
+        "betas": [0.9, 0.99],
+        "adamw_weight_decay": 0.1,
+    },
+    "RAdam": {"name": "RAdam", "arguments": {"weight_decay": 0.1}},
+    "NAdam": {"name": "NAdam", "arguments": {}},
+    "Adafactor": {"name": "Adafactor", "arguments": {}},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_resumes_exactly_with_every_optimiser_and_a_schedule(
+    trainer: Build, params: Params, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    section = {"optimizer": OPTIMIZERS[name] | {"groups": GROUPS}, "learning_rate": 1e-2}
+    section["schedule"] = {"name": "wsd", "warmup_steps": 2, "decay_steps": 4, "final_fraction": 0.1}
+    chosen = TrainParams.model_validate(params.train.model_dump() | section)
+    made = {key: getattr(chosen, key) for key in section}
+    whole = killed_and_resumed(trainer, monkeypatch, 7, **made)
+    assert [row["learning_rate"] for row in whole.records.metrics] == pytest.approx([5e-3, 1e-2, 1e-2, 7.75e-3])
+    assert whole.records.validation[-1]["mse"] < whole.records.validation[0]["mse"]
+
+
+def killed_and_resumed(trainer: Build, monkeypatch: pytest.MonkeyPatch, killed_at: int, **changes: object) -> Trainer:
+    """A whole run, after the assertion that a run which was killed at a step ends as it does."""
+    whole = trainer(scratch="whole", **changes)
     whole.run("whole")
-    interrupted = trainer()
+    interrupted = trainer(**changes)
     train = interrupted._train
 
     def train_until_killed(step: int) -> None:
@@ -64,10 +105,11 @@ def test_a_killed_run_resumes_and_ends_bit_identical(trainer: Build, monkeypatch
     monkeypatch.setattr(interrupted, "_train", train_until_killed)
     with pytest.raises(KilledError):
         interrupted.run("interrupted")
-    resumed = trainer()
+    resumed = trainer(**changes)
     resumed.run("resumed")
     assert resumed.records == whole.records
     assert all(torch.equal(whole.ema.tensors[name], resumed.ema.tensors[name]) for name in whole.ema.tensors)
+    return whole
 
 
 def test_an_ended_run_leaves_no_checkpoint_so_that_a_forced_rerun_computes(trainer: Build) -> None:

@@ -10,13 +10,15 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 CONFIDENCE = 0.95
+FEWEST = 3
+"""Seeds below which no interval is drawn from an estimate, and no verdict from pairs."""
 
 Verdict = Literal["better", "worse", "not distinguishable", "one seed", "no pair"]
 
@@ -63,6 +65,23 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A mean over `n` seeds and the bounds of its 95 % interval, which are None for fewer than three seeds."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the interval lies above or below zero, 0 where it does not exclude zero or there is none."""
+        if self.low is None or self.high is None:
+            return 0
+        return int(self.low > 0) - int(self.high < 0)
+
+
+@dataclass(frozen=True)
 class Difference:
     """Mean of `n` paired differences, the bounds of its 95 % interval (None for fewer than two), and what they allow to say."""
 
@@ -73,11 +92,25 @@ class Difference:
     verdict: Verdict
 
 
+def ended(value: float | None) -> TypeGuard[float]:
+    """Whether a run that ends with `value` ended well: it has a value, and a finite one."""
+    return value is not None and math.isfinite(value)
+
+
 def spread(values: Iterable[float | None]) -> Spread:
     """Describe the runs that have a value."""
     present = [value for value in values if value is not None]
     mean = statistics.fmean(present) if present else None
     return Spread(mean, statistics.stdev(present) if len(present) > 1 else None, len(present))
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of one value for each seed, with Student's interval.
+
+    It assumes that seeds are independent and that their values are about normal; three to five seeds cannot test the latter.
+    """
+    low, high = interval(values) if len(values) >= FEWEST else (None, None)
+    return Estimate(statistics.fmean(values), low, high, len(values))
 
 
 def paired_difference(

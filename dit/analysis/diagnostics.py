@@ -46,7 +46,11 @@ def diagnose(model: nn.Module, update: Callable[[], None], timesteps: Tensor, la
     backbone = backbone_of(model)
     found = backbone.roles(model)
     parameters = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
-    held = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    held = {
+        name: torch.zeros_like(weight) if weight.grad is None else weight.grad  # None where nothing uses the weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
     weights, gradients = _by_role(found, parameters), _by_role(found, held)
     measured = [torch._foreach_norm(gradients), torch._foreach_norm(gradients, 0), torch._foreach_norm(weights)]
     by_path = {role.path: weight for role, weight in zip(found, weights, strict=True)}
@@ -80,7 +84,7 @@ def diagnose(model: nn.Module, update: Callable[[], None], timesteps: Tensor, la
 
 
 def _by_role(found: list[Role], tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    return [tensors[role.parameter][role.rows] for role in found]
+    return [role.of(tensors[role.parameter]) for role in found]
 
 
 def _finite(value: float | None) -> float | None:
@@ -88,7 +92,8 @@ def _finite(value: float | None) -> float | None:
 
 
 def _effective_ranks(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {path: effective_rank(weight) for path, weight in weights.items() if path == HEAD or path.endswith(GATE)}
+    special = (path for path, weight in weights.items() if (path == HEAD or path.endswith(GATE)) and weight.dim() == 2)
+    return {path: effective_rank(weights[path]) for path in special}
 
 
 def effective_rank(weight: Tensor) -> Tensor:

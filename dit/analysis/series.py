@@ -13,7 +13,7 @@ from itertools import pairwise
 import pandas as pd
 
 from dit.analysis.diagnostics import GradientNoise, noise_scale
-from dit.analysis.wakeup import kind
+from dit.analysis.wakeup import is_weight, kind
 
 NOISE_WINDOW = 5
 """Diagnosed steps over which the gradient noise scale is averaged."""
@@ -32,6 +32,9 @@ GROUPS = {
 }
 """Parts of the network, coarser than kinds of weight: a role belongs to the last group that has a part of its path."""
 
+GROUPED = ("block", "final", "patch_embed", "timestep_mlp", "label_table")
+"""How the roles of this project's own networks start; the roles of others are names of tensors."""
+
 DIAGNOSED = {
     "gates/attention": ("gate_rms", ".attn.gate.weight"),
     "gates/mlp": ("gate_rms", ".mlp.gate.weight"),
@@ -45,7 +48,10 @@ DIAGNOSED = {
 
 
 def group(role: str) -> str:
-    """The group in `GROUPS` that a role belongs to, `other` where there is none."""
+    """The group in `GROUPS` that a role belongs to; for the name of a tensor, that of the network's part that holds it."""
+    part = role.partition(".")[0]
+    if part.partition("[")[0] not in GROUPED:
+        return part
     return next((name for name in reversed(GROUPS) if any(part in role for part in GROUPS[name])), "other")
 
 
@@ -95,7 +101,7 @@ def mean_over_weights(table: pd.DataFrame, column: str, key: Callable[[str], str
 
 
 def _weights(table: pd.DataFrame) -> pd.DataFrame:
-    return table[table["role"].str.endswith(".weight")] if len(table) else table
+    return table[table["role"].map(is_weight).astype(bool)] if len(table) else table
 
 
 def noise_by_step(gradient_noise: pd.DataFrame) -> pd.Series:

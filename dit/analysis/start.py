@@ -46,8 +46,8 @@ class EarlyStep:
 class Start:
     """What an `Examiner` found.
 
-    `predicted` is None where there is no prediction, and `not_predicted` then says why. `coordinates` is empty for a strategy that a checkpoint ties to one
-    width, and for a backbone that cannot be made in other sizes.
+    `predicted` is None where there is no prediction, and `not_predicted` then says why. `coordinates` is empty for a strategy
+    that a checkpoint ties to one width, and for a backbone that cannot be made in other sizes.
     """
 
     predicted: wakeup.Schedule | None

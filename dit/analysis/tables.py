@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.init.rules import BaseRule
-from dit.init.strategy import Strategy, claims
+from dit.init.strategy import Strategy, claims, parts
 from dit.models import Role, roles
 
 
@@ -41,7 +40,7 @@ class Change:
 
 def rows(model: nn.Module, strategy: Strategy, every_block: bool = False) -> list[Row]:
     """The roles of `model`, whose weights `strategy` has set. Blocks of one rule share a row, unless `every_block`."""
-    claimed = claims(strategy, roles(model))
+    claimed = claims(strategy, roles(model))  # in parts, where a rule takes some rows of a role
     weights = dict(model.named_parameters())
 
     def drawn_by(role: Role) -> Hashable:
@@ -49,13 +48,13 @@ def rows(model: nn.Module, strategy: Strategy, every_block: bool = False) -> lis
 
     return [
         Row(_path(alike), _shape(alike[0]), describe(claimed[alike[0]]), *_moments(weights, alike))
-        for alike in _grouped(roles(model), drawn_by)
+        for alike in _grouped(claimed, drawn_by)
     ]
 
 
 def changes(model: nn.Module, before: Strategy, after: Strategy, every_block: bool = False) -> list[Change]:
     """The roles of `model` whose rules differ, as `rows` groups them; its weights are not looked at."""
-    found = roles(model)
+    found = parts([before, after], roles(model))
     old, new = claims(before, found), claims(after, found)
 
     def drawn_by(role: Role) -> Hashable:
@@ -83,7 +82,7 @@ def _grouped(found: Iterable[Role], key: Callable[[Role], Hashable]) -> Iterator
     """Each role apart, and of the same role in several blocks those together that follow each other with equal keys."""
     kin: dict[str, list[Role]] = {}
     for role in found:
-        kin.setdefault(re.sub(r"^block\[\d+\]", "block", role.path), []).append(role)
+        kin.setdefault(role.beyond_blocks, []).append(role)
     for relatives in kin.values():
         yield from (list(alike) for _, alike in groupby(relatives, key))
 
@@ -92,15 +91,15 @@ def _path(alike: list[Role]) -> str:
     first, last = alike[0], alike[-1]
     if first.block is None or last.block is None or len(alike) == 1:
         return first.path
-    return first.path.replace(f"[{first.block}]", f"[{first.block}:{last.block + 1}]", 1)
+    return first.in_blocks(f"[{first.block}:{last.block + 1}]")
 
 
 def _shape(role: Role) -> tuple[int, ...]:
-    return (role.shape[0] // role.chunks, *role.shape[1:])
+    return (role.count, *role.shape[1:]) if role.shape else ()
 
 
 def _moments(weights: Mapping[str, Tensor], alike: list[Role]) -> tuple[float, float, float]:
-    parts = [weights[role.parameter].detach()[role.rows] for role in alike]
+    parts = [role.of(weights[role.parameter].detach()) for role in alike]
     count = sum(part.numel() for part in parts)
     mean = sum(part.sum(dtype=torch.float64).item() for part in parts) / count
     square = sum(part.square().sum(dtype=torch.float64).item() for part in parts) / count

@@ -5,26 +5,31 @@ The prediction knows the architecture, and which weights are zero or equal at th
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
+from dit.init.rules import Draws
 from dit.init.strategy import Strategy, claims
 from dit.models import Role, backbone_of, roles
 from dit.models.gradient_flow import ZERO, Pattern, Updates, orthogonalised, pattern_of, updated
 from dit.optim.by_name import is_elementwise
 from dit.optim.optimizer import hidden_weights
 from dit.optim_sections import MuonParams, OptimizerParams
-from dit.seeding import generator
 
 SCALING = 1e-3
 """The gradient of three times the loss is three times the gradient, to this relative difference, unless it is mere rounding."""
 
 FLOOR = 1e-14
 """Below this fraction of the network's largest gradient, one is rounding of the forward pass, in float64."""
+
+KEY_BIASES = (".qkv.key.bias", ".to_k.bias")
+"""How roles of biases of keys end, here and in diffusers: they shift all logits of a query, which softmax does not see."""
 
 Schedule = dict[str, int | None]
 """By role, the first optimiser step with a gradient, counted from 0; None where there is none within the steps looked at."""
@@ -41,7 +46,7 @@ def predict(strategy: Strategy, model: nn.Module, steps: int, optimizer: Optimiz
     if gradient_flow is None or not_predicted(model, optimizer):
         return None
     every_role = roles(model)
-    state = patterns(strategy, every_role)
+    state = patterns(strategy, model)
     hidden = hidden_weights(optimizer, every_role) if isinstance(optimizer, MuonParams) else set()
     rule: Updates = "linear" if optimizer is not None and optimizer.name.lower() == "sgd" else "elementwise"
     momenta: dict[str, Pattern] = dict.fromkeys(state, ZERO)
@@ -60,7 +65,7 @@ def predict(strategy: Strategy, model: nn.Module, steps: int, optimizer: Optimiz
 def not_predicted(model: nn.Module, optimizer: OptimizerParams | None = None) -> str | None:
     """Why there is no prediction for this network and optimiser, as a sentence; None where there is one."""
     if backbone_of(model).gradient_flow is None:
-        return f"There is no prediction for {type(model).__name__}."
+        return f"There is no prediction for {model._get_name()}."
     if optimizer is None or is_elementwise(optimizer) or isinstance(optimizer, MuonParams):
         return None
     return f"There is no prediction for {optimizer.name}, which is not known to move each weight along its own gradient alone."
@@ -79,18 +84,21 @@ def _orthogonalised(momenta: Mapping[str, Pattern], every_role: Sequence[Role], 
     }
 
 
-def patterns(strategy: Strategy, every_role: Sequence[Role]) -> dict[str, Pattern]:
-    """What `strategy` makes of each role, by role path, read off weights that are drawn for it.
+def patterns(strategy: Strategy, model: nn.Module) -> dict[str, Pattern]:
+    """What `strategy` makes of each role of `model`, by role path, read off weights that are drawn for it.
 
     Blocks differ by their random numbers alone, in which no pattern lies, so that weights of one rule and shape are drawn once.
     """
+    claimed = claims(strategy, roles(model))
+    draws = Draws(model, seed=0)
     known: dict[Hashable, Pattern] = {}
     found: dict[str, Pattern] = {}
-    for role, rule in claims(strategy, every_role).items():
-        alike = (rule.distribution(role), role.shape, role.rows.start)
+    for whole, group in groupby(claimed, key=lambda role: role.whole):
+        parts = [(role, claimed[role]) for role in group]
+        alike = tuple((rule.distribution(role), role.shape, role.start, role.count) for role, rule in parts)
         if alike not in known:
-            known[alike] = pattern_of(rule.part(rule.draw(role, generator(0, role.parameter)), role))
-        found[role.path] = known[alike]
+            known[alike] = pattern_of(torch.cat([rule.part(rule.draw(role, draws), role) for role, rule in parts]))
+        found[whole] = known[alike]
     return found
 
 
@@ -148,7 +156,7 @@ def schedule(gradients: list[RoleGradient]) -> Schedule:
 
 def awake(schedule: Schedule) -> int | None:
     """The first step at which every role receives a gradient, but for biases of keys, which never can; None if never."""
-    steps = [step for role, step in schedule.items() if not role.endswith(".key.bias")]
+    steps = [step for role, step in schedule.items() if not role.endswith(KEY_BIASES)]
     return None if None in steps else max(step for step in steps if step is not None)
 
 
@@ -159,7 +167,7 @@ def by_kind(schedule: Schedule) -> Schedule:
     """
     found: Schedule = {}
     for role, step in schedule.items():
-        if role.endswith(".weight"):
+        if is_weight(role):
             name = kind(role)
             known = found.get(name, 0)
             found[name] = None if step is None or known is None else max(known, step)
@@ -167,9 +175,16 @@ def by_kind(schedule: Schedule) -> Schedule:
 
 
 def kind(role: str) -> str:
-    """`block[3].modulation.attn.gate.weight` -> `modulation.gate`."""
-    parts = [part for part in role.removesuffix(".weight").split(".") if part not in ("attn", "mlp")]
-    return ".".join(parts[1:] if parts[0].startswith("block[") else parts)
+    """`block[3].modulation.attn.gate.weight` -> `modulation.gate`; `blocks.3.mlp.0.weight` -> `blocks.mlp.0`."""
+    path = role.removesuffix(".weight")
+    if not path.startswith("block["):
+        return re.sub(r"\.\d+(?=\.|$)", "", path, count=1)
+    return ".".join(part for part in path.split(".")[1:] if part not in ("attn", "mlp"))
+
+
+def is_weight(role: str) -> bool:
+    """Whether it is anything but a bias."""
+    return not role.endswith("bias")
 
 
 def _set_gradients(loss: Tensor, weights: Mapping[str, Tensor], parts: list[Role]) -> list[tuple[Role, Tensor]]:
@@ -183,7 +198,7 @@ def _set_gradients(loss: Tensor, weights: Mapping[str, Tensor], parts: list[Role
     floor = FLOOR * torch.stack([gradient.abs().max() for gradient in once]).max()
     found = []
     for role in parts:
-        gradient, three_times = (whole[role.parameter][role.rows] for whole in (plain, scaled))
+        gradient, three_times = (role.of(whole[role.parameter]) for whole in (plain, scaled))
         if gradient.abs().max() <= floor or (three_times / 3 - gradient).norm() > SCALING * gradient.norm():
             gradient.zero_()
         found.append((role, gradient))
@@ -201,5 +216,5 @@ def _ranks(gradient: Tensor) -> tuple[float | None, int | None]:
 
 
 def _update_ratio(role: Role, before: Tensor, after: Tensor) -> float | None:
-    weight = before[role.rows].norm()
-    return ((after[role.rows] - before[role.rows]).norm() / weight).item() if weight else None
+    weight = role.of(before).norm()
+    return (role.of(after - before).norm() / weight).item() if weight else None

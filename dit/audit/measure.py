@@ -72,7 +72,7 @@ def _audit(probe: Probe, loss: LossFunction | None, model: nn.Module, steps: int
     end = _phase(probe)
     blocks = _blocks(start.base, probe.dtype)
     return AuditReport(
-        model=type(model).__name__,
+        model=model._get_name(),
         parameters=sum(weight.numel() for weight in model.parameters()),
         trainable=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
         precision=str(probe.dtype).removeprefix("torch."),

@@ -15,6 +15,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dit.errors import UserError
+from dit.models.external.blocks import containers
 
 Batch = Sequence[Any] | Mapping[str, Any]
 """What the network is called with: a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -197,24 +198,15 @@ def rms(tensor: Tensor) -> float:
     return tensor.detach().double().square().mean().sqrt().item()
 
 
-def _containers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Lists, and dictionaries, of layers that are themselves made of layers: where blocks are kept, in nearly every network."""
-    for path, module in model.named_modules():
-        held = isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict)
-        elements = list(module.children()) if held else []
-        if elements and all(type(item) is type(elements[0]) for item in elements) and any(elements[0].children()):
-            yield path, module
-
-
 def _possible_blocks(model: nn.Module) -> set[str]:
-    return {f"{path}.{name}".lstrip(".") for path, module in _containers(model) for name, _ in module.named_children()}
+    return {f"{path}.{name}".lstrip(".") for path, module in containers(model) for name, _ in module.named_children()}
 
 
 def repeated(model: nn.Module) -> set[str]:
     """Paths of lists whose elements are alike, so that their indices can be left out when results are told."""
     return {
         path
-        for path, module in _containers(model)
+        for path, module in containers(model)
         if len(list(module.children())) > 1 and all(name.isdigit() for name, _ in module.named_children())
     }
 

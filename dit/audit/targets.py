@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
 import json
-import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +20,7 @@ from dit.errors import ConfigError, DataError, UserError
 from dit.init import weights as files
 from dit.models import Denoiser
 from dit.models.dit.network import DiT
+from dit.models.external.sources import built, diffusers_class, function, working_directory_searched
 from dit.models.sizes import SIZES
 from dit.seeding import generator
 
@@ -91,43 +88,22 @@ def _diffusers(name: str, config: Mapping[str, Any]) -> AuditTarget:
     """A transformer of diffusers, built by its constructor: small where `config` does not say otherwise."""
     from dit.audit import synthesis
 
-    constructor = _diffusers_class(name)
+    constructor = diffusers_class(name)
     arguments = synthesis.small_config(constructor, config)
-    network = _built(constructor, arguments)
+    network = built(constructor, arguments, "--config")
     return AuditTarget(network, synthesis.inputs(network, arguments))
 
 
-def _built(constructor: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
-    try:
-        return constructor(**arguments)
-    except Exception as error:
-        shown = json.dumps(arguments, default=str)
-        raise ConfigError(
-            f"{constructor.__name__} cannot be built: {type(error).__name__}: {error}; give the arguments that it needs with "
-            f"--config; it was given {shown}"
-        ) from None
-
-
-def _diffusers_class(name: str) -> type[nn.Module]:
-    import diffusers
-
-    found = getattr(diffusers, name, None) if name and not name.startswith("_") else None
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        known = ", ".join(sorted(each for each in diffusers.__all__ if "Transformer" in each and each.endswith("Model")))
-        raise ConfigError(f"diffusers has no network '{name}'; accepted: {known}")
-    return found
-
-
 def _strategy(name: str, model_name: str | None, seed: int, params: Path) -> AuditTarget:
-    """The published network, for the latents of a parameter file, with one of that file's strategies."""
+    """The network of a parameter file, for its latents, or the one called `model_name`, with one of that file's strategies."""
     loaded = settings.load(params)
     if name not in loaded.strategies:
         raise ConfigError(f"{params}: unknown strategy '{name}'; accepted: {', '.join(loaded.strategies)}")
     network = init.apply(loaded.network({"num_classes": CLASSES}, model_name), loaded.strategies[name], seed)
-    return AuditTarget(network, _dit_batch(network))
+    return AuditTarget(network, _latent_batch(network))
 
 
-def _dit_batch(network: Denoiser) -> Batch:
+def _latent_batch(network: Denoiser) -> Batch:
     draws = generator("audit", "batch")
     x = torch.randn(BATCH, network.latent_channels, network.latent_size, network.latent_size, generator=draws)
     labels = torch.randint(network.num_classes, (BATCH,), generator=draws)
@@ -163,7 +139,7 @@ def _checkpoint(path: Path, config: Mapping[str, Any]) -> AuditTarget:
         learn_sigma=out_channels == 2 * channels,
     )
     _fill(network, weights, path)
-    return AuditTarget(network, _dit_batch(network))
+    return AuditTarget(network, _latent_batch(network))
 
 
 def _heads(path: Path, depth: int, width: int, config: Mapping[str, Any]) -> int:
@@ -218,8 +194,8 @@ def _directory(path: Path, config: Mapping[str, Any]) -> AuditTarget:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise DataError(f"{path} holds no *.safetensors; other formats are not read from a directory")
-    arguments = synthesis.small_config(constructor := _diffusers_class(str(saved.get("_class_name", ""))), saved)
-    network = _built(constructor, arguments)
+    arguments = synthesis.small_config(constructor := diffusers_class(str(saved.get("_class_name", ""))), saved)
+    network = built(constructor, arguments, "--config")
     weights: dict[str, Tensor] = {}
     for file in files:
         weights |= read_weights(file)
@@ -230,33 +206,19 @@ def _directory(path: Path, config: Mapping[str, Any]) -> AuditTarget:
 def _function(module: str, name: str) -> AuditTarget:
     """What somebody's function returns: (model, batch) or (model, batch, loss). The working directory is searched too."""
     where = f"{module}:{name}"
-    sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(_imported(module), name, None)
-        if not callable(function):
-            raise ConfigError(f"'{where}': {module} has no function '{name}'")
-        if _needs_arguments(function):
-            raise ConfigError(f"'{where}' needs arguments; accepted: a function that needs none")
-        returned = function()
+        with working_directory_searched():
+            found = function(module, name)
+            if _needs_arguments(found):
+                raise ConfigError(f"'{where}' needs arguments; expected a function that needs none")
+            returned = found()
     except UserError:
         raise
     except Exception as error:
         raise ConfigError(f"'{where}' raised {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
     if not isinstance(returned, tuple) or len(returned) not in (2, 3) or not isinstance(returned[0], nn.Module):
         raise ConfigError(f"'{where}' returned {type(returned).__name__}; accepted: (model, batch) or (model, batch, loss)")
     return AuditTarget(*returned)
-
-
-def _imported(module: str) -> ModuleType:
-    """The module of that name. Raises `ConfigError` where there is none; an import that it lacks itself is its own error."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and f"{module}.".startswith(f"{error.name}."):
-            raise ConfigError(f"'{module}': {error}; accepted: {ACCEPTED}") from None
-        raise
 
 
 def _needs_arguments(function: Callable[..., Any]) -> bool:

@@ -1,3 +1,1 @@
 """Image sources, uint8 images on disk, and the latents that training reads."""
-
-SPLITS = ("train", "validation")

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit.data import SPLITS
-from dit.data.store import Store, StoreWriter
+from dit.data.store import SPLITS, Store, StoreWriter
 from dit.distributed import Ranks
 from dit.errors import DataError
 from dit.progress import progress

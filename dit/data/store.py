@@ -17,6 +17,7 @@ from numpy.typing import DTypeLike
 
 from dit.errors import DataError, InputError
 
+SPLITS = ("train", "validation")
 FORMAT = 1
 MANIFEST = "manifest.json"
 READ_BYTES = 1 << 22

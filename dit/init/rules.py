@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -19,15 +21,35 @@ from torch import Generator, Tensor, nn
 
 from dit.errors import ConfigError
 from dit.init import weights
-from dit.models.roles import Role
+from dit.models import Denoiser, Role
+from dit.seeding import generator
 
 LARGEST = 1e38
 """Weights are float32, whose largest number is 3.4e38."""
 
-Finite = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
-NonNegative = Annotated[float, Field(ge=0, le=LARGEST)]
-Positive = Annotated[float, Field(gt=0, le=LARGEST)]
+Finite = Annotated[float, Field(strict=True, ge=-LARGEST, le=LARGEST)]
+NonNegative = Annotated[float, Field(strict=True, ge=0, le=LARGEST)]
+Positive = Annotated[float, Field(strict=True, gt=0, le=LARGEST)]
 Selectors = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+@dataclass
+class Draws:
+    """Where the weights of one network come from: generators by tensor, and what its constructor draws. Pure in the seed."""
+
+    model: nn.Module
+    seed: int
+
+    def generator(self, tensor: str) -> Generator:
+        """A generator of its own for a tensor."""
+        return generator(self.seed, tensor)
+
+    @cached_property
+    def constructed(self) -> dict[str, Tensor]:
+        """The weights that the constructor draws, by the names of the tensors."""
+        if not isinstance(self.model, Denoiser):
+            raise ConfigError(f"{type(self.model).__name__} cannot be made anew, as init: constructor needs")
+        return {name: weight.detach() for name, weight in self.model.constructed(self.seed).named_parameters()}
 
 
 class BaseRule(BaseModel, ABC):
@@ -51,28 +73,35 @@ class BaseRule(BaseModel, ABC):
     def verify(self) -> None:
         """Raise `ConfigError` where a file that this rule reads is missing, or is not the one it names."""
 
-    def draw(self, role: Role, generator: Generator) -> Tensor:
-        """The whole parameter, of which `role` is some rows, as a float32 CPU matrix or vector drawn from `generator` alone."""
-        shape = role.shape if role.is_vector else (role.shape[0], math.prod(role.shape[1:]))
-        matrix = torch.empty(shape)
-        with torch.no_grad():
-            self.fill(matrix, role, generator)
-        return matrix
-
     @abstractmethod
-    def fill(self, matrix: Tensor, role: Role, generator: Generator) -> None:
-        """Fill a matrix (out, in), or a vector, in place."""
+    def draw(self, role: Role, draws: Draws) -> Tensor:
+        """The whole parameter, of which `role` is some rows, as a float32 CPU matrix or vector drawn from `draws` alone."""
 
     def part(self, matrix: Tensor, role: Role) -> Tensor:
         """The rows of the role `role`, from what `draw` returned."""
-        return matrix[role.rows]
+        return role.of(matrix)
 
     def distribution(self, role: Role) -> Hashable:
         """Two roles of one shape with equal values have weights of one distribution."""
         return self.model_copy(update={"role": "", "optional": False})
 
 
-class Zeros(BaseRule):
+class FilledRule(BaseRule, ABC):
+    """A rule that fills an empty matrix."""
+
+    def draw(self, role: Role, draws: Draws) -> Tensor:
+        shape = role.shape if role.is_vector else (role.shape[0], math.prod(role.shape[1:]))
+        matrix = torch.empty(shape)
+        with torch.no_grad():
+            self.fill(matrix, role, draws.generator(role.parameter))
+        return matrix
+
+    @abstractmethod
+    def fill(self, matrix: Tensor, role: Role, generator: Generator) -> None:
+        """Fill a matrix (out, in), or a vector, in place."""
+
+
+class Zeros(FilledRule):
     """All zero."""
 
     init: Literal["zeros"]
@@ -81,7 +110,7 @@ class Zeros(BaseRule):
         matrix.zero_()
 
 
-class ModifiableRule(BaseRule, ABC):
+class ModifiableRule(FilledRule, ABC):
     """A rule whose weights can be made equal, on purpose, or smaller with depth."""
 
     needs_matrix: ClassVar[bool] = False
@@ -111,6 +140,8 @@ class ModifiableRule(BaseRule, ABC):
                 f"'{role.path}' is a vector, which a rule with a fan or columns cannot draw; "
                 f"add a later rule for it, such as {{role: bias, init: zeros}}"
             )
+        if not role.shape and self.equal:
+            raise ConfigError(f"'{role.path}' is one number, which has no {self.equal}; leave 'equal' out for it")
         if self.equal == "heads" and role.heads is None:
             raise ConfigError(
                 f"'{role.path}' belongs to no attention head, as equal: heads needs; accepted: roles of qkv, or attn_out.weight"
@@ -152,8 +183,12 @@ class Identity(ModifiableRule):
     gain: NonNegative = 1.0
 
     def fill(self, matrix: Tensor, role: Role, generator: Generator) -> None:
-        for part in matrix.chunk(role.chunks):
-            nn.init.eye_(part).mul_(self.gain)
+        matrix.zero_()
+
+    def part(self, matrix: Tensor, role: Role) -> Tensor:
+        diagonal = torch.zeros_like(matrix)
+        nn.init.eye_(role.of(diagonal)).mul_(self.gain)
+        return super().part(diagonal, role)
 
 
 class Normal(ModifiableRule):
@@ -263,7 +298,7 @@ class Orthogonal(ModifiableRule):
         nn.init.orthogonal_(matrix, self.gain, generator=generator)
 
 
-class FromCheckpoint(BaseRule):
+class FromCheckpoint(FilledRule):
     """The values of a checkpoint in the names and shapes of facebookresearch/DiT; see `dit.init.weights`.
 
     `sha256` is that of the file, so that the parameters alone say which weights these are. `prefix` stands before each name in
@@ -289,6 +324,22 @@ class FromCheckpoint(BaseRule):
         return values if role.is_vector else values.flatten(1)
 
 
+class Constructor(BaseRule):
+    """What the network's own constructor draws, in all its tensors at once, from a seed derived from that of the run.
+
+    Tensors that are not trained, and buffers, have no role: they keep what they had.
+    """
+
+    init: Literal["constructor"]
+
+    def draw(self, role: Role, draws: Draws) -> Tensor:
+        values = draws.constructed[role.parameter].float()
+        return values if role.is_vector else values.flatten(1)
+
+    def distribution(self, role: Role) -> Hashable:
+        return super().distribution(role), role.beyond_blocks
+
+
 Rule = Annotated[
     Zeros
     | Constant
@@ -303,6 +354,7 @@ Rule = Annotated[
     | FanInUniform
     | FanInNormal
     | Orthogonal
-    | FromCheckpoint,
+    | FromCheckpoint
+    | Constructor,
     Field(discriminator="init"),
 ]

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo, field_validator
 from torch import nn
 
+from dit import yamlfile
 from dit.errors import ConfigError, explain
 from dit.init import weights
-from dit.init.rules import BaseRule, Rule
-from dit.init.selectors import select
+from dit.init.rules import BaseRule, Draws, Rule
+from dit.init.selectors import cuts, select
 from dit.models import Role, roles
-from dit.seeding import generator
 
 Network = TypeVar("Network", bound=nn.Module)
+
+LIBRARY = Path(__file__).parents[1] / "library.yaml"
+"""The strategies that this package brings along."""
+IN_LIBRARY = "library"
+"""The validation context of these strategies: none of them can be named before all are read."""
 
 
 class Strategy(BaseModel):
     """A named initialisation of the whole network. Later rules override earlier ones.
 
-    `rules` may hold lists of rules, such as those of another strategy by a YAML alias; they are joined into one, and messages
-    count the rules of that one. `description` and `source` are for readers; only `rules` decide a weight.
+    `rules` may hold lists of rules, such as those of another strategy by a YAML alias, and names of strategies of the library,
+    which stand for their rules; all are joined into one list, and messages count the rules of that one. `description` and
+    `source` are for readers; only `rules` decide a weight.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,8 +44,15 @@ class Strategy(BaseModel):
 
     @field_validator("rules", mode="before")
     @classmethod
-    def _join(cls, rules: Any) -> Any:
-        return tuple(_flattened(rules)) if isinstance(rules, (list, tuple)) else rules
+    def _join(cls, rules: Any, info: ValidationInfo) -> Any:
+        named_rules = _no_rules if info.context is IN_LIBRARY else _rules_of
+        return tuple(_flattened(rules, named_rules)) if isinstance(rules, (list, tuple)) else rules
+
+    @property
+    def resolved(self) -> list[dict[str, Any]]:
+        """The rules as JSON-able data, without defaults: equal where two strategies set every weight alike."""
+        rules: list[dict[str, Any]] = self.model_dump(mode="json", exclude_defaults=True)["rules"]
+        return rules
 
     def verify(self) -> None:
         """Raise `ConfigError` where a file that a rule reads is missing, or is not the one it names. It reads whole files."""
@@ -50,20 +63,35 @@ class Strategy(BaseModel):
                 raise ConfigError(f"rules[{index}]: {error}") from None
 
 
-def _flattened(rules: list | tuple) -> Iterator[Any]:
+def _flattened(rules: list | tuple, named_rules: Callable[[str], tuple[BaseRule, ...]]) -> Iterator[Any]:
     for entry in rules:
         if isinstance(entry, (list, tuple)):
-            yield from _flattened(entry)
+            yield from _flattened(entry, named_rules)
+        elif isinstance(entry, str):
+            yield from named_rules(entry)
         else:
             yield entry
+
+
+def _rules_of(name: str) -> tuple[BaseRule, ...]:
+    """Those of a strategy of the library, for another one that starts with them."""
+    try:
+        return named(name).rules
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+def _no_rules(name: str) -> tuple[BaseRule, ...]:
+    raise ValueError(f"'{name}' is a name; within the library, a strategy builds on another by a YAML alias such as *published")
 
 
 def claims(strategy: Strategy, every_role: Sequence[Role]) -> dict[Role, BaseRule]:
     """Which rule sets each of a network's roles.
 
-    Raises `ConfigError`, naming the rule, where a selector names nothing and its rule is not optional, where no rule claims a
-    role, or where one claims a role that it cannot draw.
+    A role of which a rule takes some rows comes in parts, each a role. Raises `ConfigError`, naming the rule, where a selector
+    names nothing and its rule is not optional, where no rule claims a role, or where one claims a role that it cannot draw.
     """
+    every_role = parts([strategy], every_role)
     claimed: dict[Role, BaseRule] = {}
     rule: BaseRule
     for index, rule in enumerate(strategy.rules):
@@ -84,6 +112,19 @@ def claims(strategy: Strategy, every_role: Sequence[Role]) -> dict[Role, BaseRul
     return {role: claimed[role] for role in every_role}
 
 
+def parts(strategies: Iterable[Strategy], every_role: Sequence[Role]) -> list[Role]:
+    """A network's roles, cut where a rule of any of `strategies` takes some rows of one."""
+    ends: dict[str, set[int]] = defaultdict(set)
+    for strategy in strategies:
+        for index, rule in enumerate(strategy.rules):
+            try:
+                for path, found in cuts(rule.selectors, every_role).items():
+                    ends[path] |= found
+            except ConfigError as error:
+                raise ConfigError(f"rules[{index}]: {error}") from None
+    return [role.part(*rows) for role in every_role for rows in pairwise(sorted({0, role.count} | ends.get(role.path, set())))]
+
+
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
@@ -98,14 +139,15 @@ def apply(model: Network, strategy: str | Mapping | Strategy, seed: int) -> Netw
     chosen.verify()
     claimed = claims(chosen, roles(model))
     parameters = dict(model.named_parameters())
+    draws = Draws(model, seed)
     with torch.no_grad():
-        for name, parts in groupby(claimed, key=lambda role: role.parameter):
+        for name, of_one in groupby(claimed, key=lambda role: role.parameter):
             drawn: dict[BaseRule, torch.Tensor] = {}
-            for role in parts:
+            for role in of_one:
                 rule = claimed[role]
                 if rule not in drawn:
-                    drawn[rule] = rule.draw(role, generator(seed, name))
-                rows = parameters[name][role.rows]
+                    drawn[rule] = rule.draw(role, draws)
+                rows = role.of(parameters[name])
                 rows.copy_(rule.part(drawn[rule], role).reshape(rows.shape))
     weights.forget()
     return model
@@ -124,16 +166,18 @@ def resolve(strategy: str | Mapping | Strategy) -> Strategy:
 
 
 def named(name: str) -> Strategy:
-    """The strategy called `name` in the shipped `params.yaml`. Raises `ConfigError` where there is none."""
+    """The strategy called `name` in the library. Raises `ConfigError` where there is none."""
     library = named_strategies()
     if name not in library:
-        raise ConfigError(f"unknown strategy '{name}'; accepted: {', '.join(library)}, or a mapping with 'rules'")
+        raise ConfigError(f"unknown strategy '{name}'; expected a mapping with 'rules', or one of {', '.join(library)}")
     return library[name]
 
 
 @cache
 def named_strategies() -> dict[str, Strategy]:
-    """The shipped strategies by name: the `strategies` of the `params.yaml` that this package came with."""
-    inside, beside = Path(__file__).parents[1] / "params.yaml", Path(__file__).parents[2] / "params.yaml"
-    data = yaml.safe_load((inside if inside.exists() else beside).read_text())["strategies"]
-    return {name: Strategy.model_validate(value) for name, value in data.items()}
+    """The strategies of the library, by name. Raises `ConfigError` that names a wrong rule."""
+    data = yamlfile.read(LIBRARY)
+    try:
+        return TypeAdapter(dict[str, Strategy]).validate_python(data, context=IN_LIBRARY)
+    except ValidationError as error:
+        raise ConfigError(explain(error, str(LIBRARY), data)) from None

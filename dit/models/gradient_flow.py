@@ -175,9 +175,9 @@ def total(delta: Vector) -> Pattern:
 def orthogonalised(parts: Sequence[Pattern]) -> list[Pattern]:
     """The update of Muon from a momentum matrix X, both as the row parts that have roles of their own.
 
-    It is a polynomial X (a + b X'X + c (X'X)^2), applied several times, whose factor is positive definite for Muon's a, b, c,
-    as b^2 < 4ac. So rows that are zero stay zero, others do not become it, and equal rows stay equal, also those of one part.
-    It is as well (a + b XX' + c (XX')^2) X, so that equal columns of the whole matrix stay equal; those of one part do not.
+    It is a polynomial X (a + b X'X + c (X'X)^2), several times over, whose factor is positive definite for Muon's a, b, c, as
+    b^2 < 4ac. So zero rows stay zero, others do not become zero, and equal rows stay equal, also those of one part. It is also
+    (a + b XX' + c (XX')^2) X, so that equal columns of the whole matrix stay equal; those of one part alone do not.
     Sums would stay zero, but torch computes it in bfloat16, where they do not.
     """
     columns = all(part.equal_columns for part in parts)

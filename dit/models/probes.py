@@ -49,7 +49,7 @@ def gates_of(model: nn.Module, every_role: Iterable[Role], conditioning: Tensor)
     """Every gate (B, D) for `conditioning` (B, D): alpha of Peebles & Xie (2023), figure 3, by the role of its weights."""
     conditioning = F.silu(conditioning)
     weights = dict(model.named_parameters())
-    rows = {role.path: weights[role.parameter].detach()[role.rows] for role in every_role}
+    rows = {role.path: role.of(weights[role.parameter].detach()) for role in every_role}
     return {
         path: F.linear(conditioning, weight, rows[path.removesuffix("weight") + "bias"])
         for path, weight in rows.items()

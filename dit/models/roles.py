@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
+
+ROWS = r"\[\d+:\d+\]$"
+"""How the path of a role ends that is some rows of another."""
 
 
 @dataclass(frozen=True)
 class Role:
-    """One role in one network: chunk `chunk` of `chunks` equal row chunks of the parameter `parameter`."""
+    """One role in one network: the rows from `start` to `stop` of the parameter `parameter`."""
 
     path: str
     parameter: str
@@ -28,27 +31,53 @@ class Role:
     depth: int
     """Blocks of the network."""
     num_heads: int
-    chunk: int = 0
-    chunks: int = 1
+    start: int = 0
+    stop: int | None = None
+    """None for the end of the parameter."""
     heads: Literal["rows", "columns"] | None = None
     """Whether each attention head has rows of its own (queries, keys, values) or columns of its own (the output)."""
+    block: int | None = None
+    """The index of its block; None outside the blocks."""
 
     @property
     def rows(self) -> slice:
         """The rows of the parameter that play this role."""
-        step = self.shape[0] // self.chunks
-        return slice(self.chunk * step, (self.chunk + 1) * step)
+        return slice(self.start, self.count + self.start)
+
+    @property
+    def count(self) -> int:
+        """How many rows they are; a number that stands alone is one row."""
+        return (self.stop if self.stop is not None else (*self.shape, 1)[0]) - self.start
 
     @property
     def is_vector(self) -> bool:
-        """Whether it is a bias, or another vector, rather than a matrix."""
-        return len(self.shape) == 1
+        """Whether it is a bias, another vector, or one number, rather than a matrix."""
+        return len(self.shape) < 2
 
     @property
-    def block(self) -> int | None:
-        """The index of its block; None outside the blocks."""
-        found = re.match(r"block\[(\d+)\]", self.path)
-        return int(found[1]) if found else None
+    def whole(self) -> str:
+        """The path of the role of which a rule took some rows; its own path where it is no such part."""
+        return re.sub(ROWS, "", self.path)
+
+    @property
+    def beyond_blocks(self) -> str:
+        """Its path without the index of its block: roles that differ in nothing else have the same."""
+        return self.in_blocks("")
+
+    def in_blocks(self, index: str) -> str:
+        """Its path with `index` in place of that of its block; its own path outside the blocks."""
+        own = rf"(\[{self.block}\]|\.{self.block})(?=\.)"
+        return self.path if self.block is None else re.sub(own, index, self.path, count=1)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part of `tensor`, which has the shape of the whole parameter, that plays this role; a view."""
+        return tensor[self.rows] if tensor.dim() else tensor
+
+    def part(self, start: int, stop: int) -> Role:
+        """Some of its rows, counted from its first, as a role."""
+        if (start, stop) == (0, self.count):
+            return self
+        return replace(self, path=f"{self.path}[{start}:{stop}]", start=self.start + start, stop=self.start + stop)
 
 
 @dataclass(frozen=True)
@@ -72,9 +101,20 @@ def roles_of(model: nn.Module, layers: Iterable[Layer], *, depth: int, num_heads
             if parameter not in shapes:
                 continue
             heads = None if layer.heads == "columns" and kind == "bias" else layer.heads
-            for chunk, name in enumerate(layer.chunks or ("",)):
-                path = ".".join(filter(None, (layer.path, name, kind)))
-                count = len(layer.chunks) or 1
-                yield Role(path, parameter, shapes[parameter], fan_in, depth, num_heads, chunk, count, heads)
+            names = layer.chunks or ("",)
+            rows = shapes[parameter][0] // len(names)
+            for chunk, name in enumerate(names):
+                yield Role(
+                    path=".".join(filter(None, (layer.path, name, kind))),
+                    parameter=parameter,
+                    shape=shapes[parameter],
+                    fan_in=fan_in,
+                    depth=depth,
+                    num_heads=num_heads,
+                    start=chunk * rows,
+                    stop=(chunk + 1) * rows,
+                    heads=heads,
+                    block=int(found[1]) if (found := re.match(r"block\[(\d+)\]", layer.path)) else None,
+                )
 
     return [role for layer in layers for role in of(layer)]

@@ -83,4 +83,3 @@ def _check_arguments(name: str, make: Make, arguments: Mapping[str, Any]) -> Non
         make([torch.nn.Parameter(torch.zeros(1, 1))], lr=1.0, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"arguments = {dict(arguments)}: {name} refuses them: {error}") from None
-

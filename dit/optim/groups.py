@@ -35,7 +35,7 @@ def multipliers(groups: Sequence[ParameterGroup], every_role: Sequence[Role]) ->
 def _multipliers(group: ParameterGroup, role: Role) -> Multipliers:
     """With `base_fan_in`, weight decay grows as the learning rate falls, so that their product stays.
 
-    Yang et al. (2022), "Tensor Programs V", table 3, Adam; microsoft/mup mup/optim.py, `MuAdam`, on matrices that grow with width.
+    Yang et al. (2022), "Tensor Programs V", table 3, Adam; microsoft/mup mup/optim.py, `MuAdam`, on matrices that grow.
     """
     width = role.fan_in / group.base_fan_in if group.base_fan_in else 1.0
     return Multipliers(group.learning_rate_multiplier / width, group.weight_decay_multiplier * width)
@@ -54,9 +54,9 @@ def whole_weights(selectors: Selectors, every_role: Sequence[Role], where: str) 
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
     found = {role.parameter: role for role in every_role if role.parameter in parts}
-    for name, role in found.items():
-        if len(parts[name]) < role.chunks:
-            missing = next(part.path for part in every_role if part.parameter == name and part not in parts[name])
+    for name in found:
+        missing = next((part.path for part in every_role if part.parameter == name and part not in parts[name]), None)
+        if missing:
             raise ConfigError(
                 f"{where}: role {selectors!r} names only some rows of '{name}', which an optimiser updates as one tensor; "
                 f"name its other rows too, such as '{missing}', or none of them"

@@ -42,8 +42,8 @@ def _refuse_weight_decay(params: NamedOptimizerParams) -> None:
     for index, group in enumerate(params.groups):
         if group.weight_decay_multiplier != 1:
             raise ConfigError(
-                f"groups[{index}].weight_decay_multiplier = {group.weight_decay_multiplier}: {params.name} has no weight decay; "
-                "expected a group without this key"
+                f"groups[{index}].weight_decay_multiplier = {group.weight_decay_multiplier}: {params.name} has no weight "
+                "decay; expected a group without this key"
             )
 
 
@@ -89,12 +89,16 @@ def make_optimizer(
             return torch.optim.SGD(groups, learning_rate, params.momentum, nesterov=params.nesterov, **kernels)
         case MuonParams():
             hidden = hidden_weights(params, every_role)
-            matrices = grouped([name for name in weights if name in hidden], params.weight_decay, params.learning_rate_multiplier)
-            rest = grouped([name for name in weights if name not in hidden], params.adamw_weight_decay)
-            muon = {"momentum": params.momentum, "nesterov": params.nesterov, "adjust_lr_fn": params.adjust_lr_fn}
+            matrices, rest = ([name for name in weights if (name in hidden) is wanted] for wanted in (True, False))
+            muon = torch.optim.Muon(
+                grouped(matrices, params.weight_decay, params.learning_rate_multiplier),
+                learning_rate,
+                momentum=params.momentum,
+                nesterov=params.nesterov,
+                adjust_lr_fn=params.adjust_lr_fn,
+            )
             return Together(
-                torch.optim.Muon(matrices, learning_rate, **muon),
-                torch.optim.AdamW(rest, learning_rate, params.betas, **kernels),
+                muon, torch.optim.AdamW(grouped(rest, params.adamw_weight_decay), learning_rate, params.betas, **kernels)
             )
         case _:
             make = maker(params)
@@ -141,7 +145,8 @@ class Optimizer:
     def gradients_of(self, loss: Tensor) -> list[Tensor]:
         """The gradients that `backward` would set, without setting them."""
         factor = self.scaler.scale(torch.ones_like(loss))
-        gradients = torch.autograd.grad(self.scaler.scale(loss), list(self.weights.values()))
+        weights = list(self.weights.values())
+        gradients = torch.autograd.grad(self.scaler.scale(loss), weights, allow_unused=True, materialize_grads=True)
         return [gradient.contiguous() / factor if self.scaler.is_enabled() else gradient.contiguous() for gradient in gradients]
 
     def step(self, learning_rate: float) -> None:

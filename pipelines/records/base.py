@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from dit.errors import DataError, InputError, explain
-from pipelines.stages.entry import write_json
+from pipelines.files import write_json
 
 if TYPE_CHECKING:
     import pandas as pd

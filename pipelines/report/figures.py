@@ -22,7 +22,11 @@ def figures(study: Study, summary: dict[str, Any]) -> dict[str, Figure]:
     """Every figure for which the study has data, by name."""
     drawn = [differences, validation, early, relative, training, buckets, *MECHANISM]
     found = (draw(study, summary, looks(study)) for draw in drawn)
-    return {figure.name: figure for figure in found if figure.plot.data}
+    return {figure.name: figure for figure in found if _shows_something(figure)}
+
+
+def _shows_something(figure: Figure) -> bool:
+    return any(trace.x is not None and len(trace.x) for trace in figure.plot.data)
 
 
 def differences(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:

@@ -13,7 +13,7 @@ import pandas as pd
 from dit.config import Params
 from dit.errors import DataError, InputError
 from dit.init import Strategy
-from pipelines.records.analysis import ANALYSE, COORDINATES, GRADIENTS, StartRecord
+from pipelines.records.analysis import ANALYSE, COORDINATES, GRADIENTS, BlockEntry, EarlyEntry, StartRecord
 from pipelines.records.base import Entry
 from pipelines.records.evaluation import EVALUATE, EvaluateRecord
 from pipelines.records.training import DIAGNOSTICS, GRADIENT_NOISE, METRICS, TRAIN, VALIDATION, TrainRecord
@@ -79,12 +79,12 @@ class Analysis:
     @property
     def early(self) -> pd.DataFrame:
         """The first optimiser steps, by step."""
-        return _by(self.record.early, "step")
+        return _by(EarlyEntry, self.record.early, "step")
 
     @property
     def blocks(self) -> pd.DataFrame:
         """The signal in every block, by block."""
-        return _by(self.record.signal.blocks, "block")
+        return _by(BlockEntry, self.record.signal.blocks, "block")
 
     @property
     def gradients(self) -> pd.DataFrame:
@@ -97,8 +97,9 @@ class Analysis:
         return COORDINATES.read(ANALYSE / self.strategy)
 
 
-def _by(entries: Sequence[Entry], key: str) -> pd.DataFrame:
-    return pd.DataFrame([entry.model_dump() for entry in entries], dtype=float).set_index(key)
+def _by(kind: type[Entry], entries: Sequence[Entry], key: str) -> pd.DataFrame:
+    columns = list(kind.model_fields)
+    return pd.DataFrame([entry.model_dump() for entry in entries], columns=columns, dtype=float).set_index(key)
 
 
 @dataclass(frozen=True)

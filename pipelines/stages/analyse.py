@@ -14,8 +14,9 @@ from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.devices import float64_device, make_deterministic, resolve_device
 from dit.diffusion import Diffusion
+from pipelines.files import complete_directory
 from pipelines.records.analysis import ANALYSE, COORDINATES, GRADIENTS, StartRecord
-from pipelines.stages.entry import complete_directory, run_dvc_stage, run_key, strategy_of
+from pipelines.stages.entry import run_dvc_stage, run_key, strategy_of
 
 
 def analyse(params: Params, strategy: str) -> None:
@@ -29,7 +30,7 @@ def analyse(params: Params, strategy: str) -> None:
         "analyse": settings.model_dump(mode="json"),
         "learning_rate": params.train.learning_rate,
         "optimizer": params.train.optimizer.model_dump(mode="json"),
-        "rules": rules.model_dump(mode="json", exclude_defaults=True)["rules"],
+        "rules": rules.resolved,
     }
     store = LatentStore(Path("data/latents"))
     network = params.network(store.sizes)

@@ -6,7 +6,8 @@ from dit.autoencoder import make_autoencoder, reconstruction_quality, save, side
 from dit.config import Params
 from dit.data.images import load_images
 from dit.devices import make_deterministic, resolve_device
-from pipelines.stages.entry import complete_directory, run_dvc_stage, run_key, scratch, write_json
+from pipelines.files import complete_directory, scratch, write_json
+from pipelines.stages.entry import run_dvc_stage, run_key
 
 
 def autoencoder(params: Params) -> None:

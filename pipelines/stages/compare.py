@@ -12,12 +12,13 @@ import pandas as pd
 
 from dit.config import Params
 from dit.data.images import load_images
+from pipelines.files import complete_directory, write_json
 from pipelines.report.figures import figures
 from pipelines.report.headline import headline
 from pipelines.report.page import Autoencoder, render
 from pipelines.report.runs import Run, Study, departed, read_study
 from pipelines.report.summary import mean_curves, metric_means, summarise
-from pipelines.stages.entry import complete_directory, run_dvc_stage, write_json
+from pipelines.stages.entry import run_dvc_stage
 
 CURVES: dict[str, Callable[[Run], pd.Series]] = {
     "validation_mse": lambda run: run.validation("ema")["mse"],

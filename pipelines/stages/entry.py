@@ -9,17 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from dit import yamlfile
 from dit.config import Params, load
 from dit.errors import ConfigError, InputError, UserError
 from dit.init import Strategy
@@ -59,40 +57,24 @@ def run_dvc_stage(stage: Callable[[Params], None], section: str = "") -> None:
         sys.exit(TRANSIENT)
 
 
-@contextmanager
-def complete_directory(path: str | Path) -> Iterator[Path]:
-    """A new directory that appears at `path` by one rename, complete, or not at all; what was there is moved away before."""
-    path = Path(path)
-    partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
-    for left in (partial, old):
-        shutil.rmtree(left, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+def check_strategy(params: Params, name: str) -> None:
+    """Raises `ConfigError` where there is no strategy called `name`."""
+    if name not in params.strategies:
+        raise ConfigError(f"unknown strategy '{name}'; expected one of {', '.join(params.strategies)}")
 
 
 def strategy_of(params: Params, name: str) -> Strategy:
-    """The strategy called `name`. Raises `ConfigError` where `params.yaml` has none."""
-    if name not in params.strategies:
-        raise ConfigError(f"unknown strategy '{name}'; accepted: {', '.join(params.strategies)}, as in params.yaml: strategies")
+    """The strategy called `name`, whose rules are those that DVC has tracked.
+
+    Raises `ConfigError` where there is none, and `InputError` where stage `strategies` has not written the rules it has now.
+    """
+    check_strategy(params, name)
+    path = Path(f"runs/strategies/{name}.json")
+    if not path.is_file():
+        raise InputError(path)
+    if json.loads(path.read_text()) != params.strategies[name].resolved:
+        raise InputError(path, f"holds other rules than strategy '{name}' has now")
     return params.strategies[name]
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON for people and for diffs: indented, in the given order, refusing NaN."""
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def scratch(run_key: str) -> Path:
-    """The directory for checkpoints and wall-clock logs of one run; `DIT_SCRATCH` moves it."""
-    return Path(os.environ.get("DIT_SCRATCH", ".scratch")) / run_key
 
 
 def run_key(stage: str, settings: object, strategy: str = "", seed: int = 0) -> str:
@@ -124,7 +106,7 @@ def made_by(path: Path) -> str | None:
 
 
 def _stages() -> dict[str, Any]:
-    stages: dict[str, Any] = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
+    stages: dict[str, Any] = yamlfile.read("dvc.yaml")["stages"]
     return stages
 
 

@@ -19,10 +19,11 @@ from dit.errors import InputError
 from dit.evaluation.distances import Distances, check_counts, sample_distances
 from dit.evaluation.features import load_extractor, load_features
 from dit.evaluation.samples import Seen, draw, load_network, look
+from pipelines.files import complete_directory, scratch
 from pipelines.records.base import Timing
 from pipelines.records.evaluation import EVALUATE, EvaluateRecord, FeatureSpace
 from pipelines.records.training import TRAIN, TrainRecord
-from pipelines.stages.entry import complete_directory, run_dvc_stage, run_key, scratch, strategy_of
+from pipelines.stages.entry import check_strategy, run_dvc_stage, run_key
 
 
 def evaluate(params: Params, strategy: str, seed: int) -> None:
@@ -75,7 +76,7 @@ def read_run(strategy: str, seed: int, params: Params) -> TrainRecord:
 
     Raises `ConfigError` for an unknown strategy, `InputError` where there is no such run, or it learned another diffusion.
     """
-    strategy_of(params, strategy)
+    check_strategy(params, strategy)
     directory = TRAIN / f"{strategy}-{seed}"
     run = TrainRecord.read(directory)
     if run.settings.diffusion != params.diffusion.model_dump(mode="json"):

@@ -7,7 +7,8 @@ from dit.data.images import load_images
 from dit.devices import make_deterministic, resolve_device
 from dit.evaluation.distances import check_counts
 from dit.evaluation.features import load_extractor, save_features
-from pipelines.stages.entry import complete_directory, run_dvc_stage
+from pipelines.files import complete_directory
+from pipelines.stages.entry import run_dvc_stage
 
 
 def features(params: Params) -> None:

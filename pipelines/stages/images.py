@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dit.config import Params
-from dit.data.images import write_images
-from pipelines.stages.entry import complete_directory, run_dvc_stage
+from dit.data.ingest import write_images
+from pipelines.files import complete_directory
+from pipelines.stages.entry import run_dvc_stage
 
 
 def images(params: Params) -> None:

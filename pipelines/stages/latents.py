@@ -12,7 +12,8 @@ from dit.devices import make_deterministic, resolve_backend, resolve_device, res
 from dit.distributed import Ranks, joined
 from dit.fused.encoder import NEEDS, supports
 from dit.sections import LatentsParams
-from pipelines.stages.entry import complete_directory, run_dvc_stage
+from pipelines.files import complete_directory
+from pipelines.stages.entry import run_dvc_stage
 
 
 def latents(params: Params) -> None:

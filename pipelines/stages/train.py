@@ -18,9 +18,10 @@ from dit.diffusion import Diffusion
 from dit.distributed import Ranks, joined
 from dit.training.loop import Trainer
 from dit.training.records import outcome
+from pipelines.files import complete_directory, scratch
 from pipelines.records.base import Timing
 from pipelines.records.training import TRAIN, TrainRecord, TrainSettings, write_tables
-from pipelines.stages.entry import complete_directory, run_dvc_stage, run_key, scratch, strategy_of
+from pipelines.stages.entry import run_dvc_stage, run_key, strategy_of
 
 
 def train(params: Params, strategy: str, seed: int) -> None:
@@ -38,7 +39,7 @@ def train_on(ranks: Ranks, params: Params, strategy: str, seed: int) -> None:
         "model": params.model.model_dump(mode="json"),
         "diffusion": params.diffusion.model_dump(mode="json"),
         "train": params.train.model_dump(mode="json"),
-        "rules": rules.model_dump(mode="json", exclude_defaults=True)["rules"],
+        "rules": rules.resolved,
     }
     key = run_key("train", [settings, device.type], strategy, seed)
     anyhow = {**settings, "train": params.train.model_dump(mode="json", exclude={"processes", "parallel"})}

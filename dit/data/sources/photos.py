@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dit.data import SPLITS
 from dit.data.decoding import FORMATS, Rejected, Sample
 from dit.data.sources import Source, Split
+from dit.data.store import SPLITS
 from dit.errors import ConfigError, DataError
 from dit.sections import ImagesParams, PhotosSource
 from dit.seeding import generator

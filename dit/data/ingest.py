@@ -1,0 +1,88 @@
+"""Stage `images`: any source to uint8 images, labels, class names, and a train/validation split, in one store."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from dit.data.decoding import Rejected
+from dit.data.images import ImageStore, load_images
+from dit.data.sources import Source, Split, folder, huggingface, photos
+from dit.data.store import SPLITS, StoreWriter
+from dit.errors import DataError
+from dit.progress import progress
+from dit.sections import FolderSource, ImagesParams, PhotosSource
+
+
+def open_source(images: ImagesParams) -> Source:
+    """The source that `images.source.kind` names. Raises `ConfigError` or `DataError` where it cannot be opened."""
+    source = images.source
+    if isinstance(source, PhotosSource):
+        return photos.open_source(images, source)
+    if isinstance(source, FolderSource):
+        return folder.open_source(images, source)
+    return huggingface.open_source(images, source)
+
+
+def write_images(images: ImagesParams, directory: Path) -> dict[str, int]:
+    """Read a source from beginning to end into a store at `directory`; returns the counts.
+
+    Raises `DataError`, with all rejected items by name, where they are more than `images.max_rejected` of the whole, and for a
+    class without any usable training image.
+    """
+    source = open_source(images)
+    item = (images.size, images.size, 3)
+    writer = StoreWriter(
+        directory,
+        train_images=(np.uint8, item),
+        train_labels=(np.int64, ()),
+        validation_images=(np.uint8, item),
+        validation_labels=(np.int64, ()),
+    )
+    rejected = [*source.rejected]
+    for name, split in zip(SPLITS, (source.train, source.validation), strict=True):
+        rejected += _write_split(writer, name, split)
+    _check_rejected(rejected, len(source.rejected) + source.train.count + source.validation.count, images.max_rejected)
+    counts = {name: writer.count(f"{name}_labels") for name in SPLITS} | {"rejected": len(rejected)}
+    writer.close(
+        class_names=source.class_names,
+        source=images.source.kind,
+        size=images.size,
+        counts=counts,
+        rejected=[asdict(entry) for entry in rejected],
+        notes=source.notes,
+    )
+    _check_classes(load_images(directory))
+    return counts
+
+
+def _write_split(writer: StoreWriter, name: str, split: Split) -> list[Rejected]:
+    rejected = []
+    with progress(split.count, f"{name} images", "image") as bar:
+        for entry in split.stream:
+            if isinstance(entry, Rejected):
+                rejected.append(entry)
+            else:
+                writer.append(f"{name}_images", entry.image[None])
+                writer.append(f"{name}_labels", np.array([entry.label]))
+            bar.update()
+    return rejected
+
+
+def _check_rejected(rejected: list[Rejected], count: int, max_rejected: float) -> None:
+    if len(rejected) > max_rejected * count:
+        items = "\n".join(f"  {entry.item}: {entry.reason}" for entry in rejected)
+        raise DataError(
+            f"{len(rejected)} of {count} items are no usable images; "
+            f"accepted: a fraction of at most images.max_rejected = {max_rejected}\n{items}"
+        )
+
+
+def _check_classes(images: ImageStore) -> None:
+    counts = np.bincount(images.train_labels, minlength=len(images.class_names))
+    if missing := [name for name, count in zip(images.class_names, counts, strict=True) if not count]:
+        raise DataError(f"no usable training image of {', '.join(missing)}; the rejected are:\n{images.manifest['rejected']}")
+    if not len(images.validation_labels):
+        raise DataError(f"no usable validation image; the rejected are:\n{images.manifest['rejected']}")

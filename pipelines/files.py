@@ -1,0 +1,39 @@
+"""How files of the study are written: complete or absent, JSON for diffs, and what no output may hold in scratch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def complete_directory(path: str | Path) -> Iterator[Path]:
+    """A new directory that appears at `path` by one rename, complete, or not at all; what was there is moved away before."""
+    path = Path(path)
+    partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON for people and for diffs: indented, in the given order, refusing NaN."""
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def scratch(run_key: str) -> Path:
+    """The directory for checkpoints and wall-clock logs of one run; `DIT_SCRATCH` moves it."""
+    return Path(os.environ.get("DIT_SCRATCH", ".scratch")) / run_key

@@ -1,0 +1,72 @@
+"""Studies for tests: parameters of a micro study, and commands as a person types them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MICRO = {
+    "study.strategies": ["adaln_zero", "symmetric"],
+    "study.seeds": [0, 1],
+    "images.size": 16,
+    "images.source.train_per_class": 8,
+    "images.source.validation_per_class": 4,
+    "autoencoder.channels": [8, 8, 8],
+    "autoencoder.steps": 2,
+    "autoencoder.threads": 1,
+    "latents.threads": 1,
+    "model.name": "DiT-Micro/2",
+    "analyse.steps": 3,
+    "analyse.batch_size": 4,
+    "analyse.widths": [64, 128],
+    "train.steps": 60,
+    "train.batch_size": 8,
+    "train.log_every": 10,
+    "train.diagnose_every": 20,
+    "train.validate_every": 20,
+    "train.validation.samples": 16,
+    "train.checkpoint_every": 4,
+    "evaluate.num_samples": 8,
+    "evaluate.steps": 2,
+    "evaluate.kernel_subset_size": 4,
+    "evaluate.kernel_subsets": 2,
+    "evaluate.nearest_k": 2,
+    "evaluate.grid_rows": 1,
+    "features.size": 32,
+}
+
+
+def command(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m ...` in `root` as a person would, with stdout and stderr together."""
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=root,
+        env=environment(root) | variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+def environment(root: Path) -> dict[str, str]:
+    """This environment without anybody's settings of the tools, and with this interpreter as `python`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW", "DVC", "DIT"))}
+    own = {"PYTHONPATH": str(root if (root / "pipelines").exists() else ROOT), "DVC_SITE_CACHE_DIR": str(root.parent / "site")}
+    return {**kept, **own, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+
+
+def git(root: Path, *arguments: str) -> str:
+    person = ["-c", "user.name=t", "-c", "user.email=t@t"]
+    return subprocess.run(["git", *person, *arguments], cwd=root, check=True, capture_output=True, text=True).stdout
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
