@@ -314,9 +314,12 @@ def test_the_name_of_a_library_strategy_stands_for_its_rules(micro: Callable[...
 @pytest.mark.parametrize(
     ("library", "message"),
     [
-        ("a: {rules: [b]}\nb: {rules: []}\n", r"library\.yaml: a\.rules: 'b' is a name; within the library, .* alias"),
+        (
+            "b: {rules: []}\na: {rules: [b, c]}\nc: {rules: []}\n",
+            r"library\.yaml: a: rules: unknown strategy 'c'; .* of b$",
+        ),
         ("a: {rules: []}\na: {rules: []}\n", r"library\.yaml: not valid YAML: line 2: found duplicate key"),
-        ("a: {rules: [{role: all, init: normal, std: true}]}\n", r"library\.yaml: a\.rules\[0\]\.std = True; .*valid number"),
+        ("a: {rules: [{role: all, init: normal, std: true}]}\n", r"library\.yaml: a: rules\[0\]\.std = True; .*valid number"),
     ],
 )
 def test_a_mistake_in_the_library_is_told_with_its_file(
