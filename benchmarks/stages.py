@@ -25,7 +25,7 @@ from rich.table import Table
 from pipelines.experiments import override
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("images", "autoencoder", "latents", "features", "analyse", "train", "evaluate", "compare")
+STAGES = ("images", "autoencoder", "latents", "features", "strategies", "analyse", "train", "evaluate", "compare")
 MICRO = {
     "study.strategies": ["adaln_zero", "head_xavier"],
     "study.seeds": [0, 1],
@@ -48,9 +48,9 @@ MICRO = {
 }
 IN_ONE_PROCESS = """
 from dit.config import load
-from pipelines.stages import analyse, autoencoder, compare, evaluate, features, images, latents, train
+from pipelines.stages import analyse, autoencoder, compare, evaluate, features, images, latents, strategies, train
 params = load()
-for stage in (images.images, autoencoder.autoencoder, latents.latents, features.features):
+for stage in (images.images, autoencoder.autoencoder, latents.latents, features.features, strategies.strategies):
     stage(params)
 for strategy in params.study.strategies:
     analyse.analyse(params, strategy)

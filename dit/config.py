@@ -5,12 +5,12 @@ A value that is missing, unknown or out of range is one error that names the fil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field, ValidationError, field_validator, model_validator
+from torch.overrides import TorchFunctionMode
 
 from dit import models, yamlfile
 from dit.errors import ConfigError, explain
@@ -34,6 +34,17 @@ from dit.sections import (
     TrainParams,
 )
 from dit.timesteps import check_sampler
+
+
+class _NoInitialisers(TorchFunctionMode):
+    """`torch.nn.init` does nothing. Building on the meta device would import torch's compiler, which takes seconds."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 class Params(Section):
@@ -89,8 +100,8 @@ class Params(Section):
         return models.build(chosen, learn_sigma=learn_sigma, **{**study, **sizes}, **options)
 
     def skeleton(self, name: str | None = None, num_classes: int = 1) -> Denoiser:
-        """As `network`, without memory for its weights: to check parameters against."""
-        with torch.device("meta"):
+        """As `network`, with whatever memory holds as weights, which so take none: to check parameters against."""
+        with _NoInitialisers():
             return self.network({"num_classes": num_classes}, name)
 
     def _check_shapes(self) -> None:
@@ -126,12 +137,11 @@ class Params(Section):
             if name not in self.strategies:
                 raise ValueError(f"study.strategies: unknown strategy '{name}'; expected one of {', '.join(self.strategies)}")
         every_role = models.roles(self.skeleton())
-        for name, strategy in self.strategies.items():
+        for name in self.study.strategies:
             try:
-                claims(strategy, every_role)
+                claims(self.strategies[name], every_role)
             except ConfigError as error:
-                if name in self.study.strategies:
-                    raise ValueError(f"strategies.{name}.{error}") from None
+                raise ValueError(f"strategies.{name}.{error}") from None
 
     def _check_optimizer(self) -> None:
         try:

@@ -84,7 +84,7 @@ def _written(problem: Any, data: Any) -> Location:
                 continue
             data = ...  # an item of a list that was put together from several of `data`
         keys.append(part)
-    of_value = data is problem["input"] and problem["type"] not in {"missing", "extra_forbidden", "value_error"}
+    of_value = data is problem["input"] and problem["type"] not in {"missing", "extra_forbidden"}
     return tuple(keys) if of_value else (*keys, *problem["loc"][-1:])
 
 

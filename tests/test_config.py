@@ -72,7 +72,7 @@ def test_the_shipped_parameters_are_valid() -> None:
         (
             "strategies.mine",
             {"rules": ["adaln_zero", {"role": "modulaton", "init": "zeros"}]},
-            r"strategies.mine.rules\[6\]: role 'modulaton' names no weight.*did you mean modulation",
+            r"strategies.mine.rules\[7\]: role 'modulaton' names no weight.*did you mean modulation",
         ),
         ("strategies.mine", {"rules": [{"role": "all", "init": "zero"}]}, r"rules\[0\].init = 'zero'; accepted: 'zeros'"),
     ],

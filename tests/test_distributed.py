@@ -28,6 +28,7 @@ from dit.models import build
 from dit.sampling import sample
 from dit.training.loop import Trainer
 from pipelines.experiments import override
+from pipelines.stages import strategies
 
 ROOT = Path(__file__).parents[1]
 STEPS = 24
@@ -55,6 +56,8 @@ def workspace(tmp_path: Path, latents_directory: Path) -> Path:
 def furnished(folder: Path, latents_directory: Path) -> Path:
     shutil.copytree(latents_directory, folder / "data" / "latents")
     shutil.copy(ROOT / "dvc.yaml", folder)
+    (folder / "runs" / "strategies").mkdir(parents=True)
+    strategies.write(init.named("adaln_zero"), folder / "runs" / "strategies", "adaln_zero")
     return folder
 
 
@@ -197,7 +200,7 @@ def resume_apart(rank: int, directory: Path, latents_directory: Path) -> None:
     assert not any(ranks.gather(weight.detach().sum()[None], 2).diff() for weight in network.parameters())  # the first one's
     run.steps_done = 2
     run._save()
-    with pytest.raises(ConfigError, match=r"different steps, \[0, 2\]; .* DIT_SCRATCH"):
+    with pytest.raises(ConfigError, match=r"different steps, \[0, 2\]; all hosts must share the folder of checkpoints"):
         run._resume("run")
 
 
@@ -223,13 +226,13 @@ def test_a_wrong_number_of_processes_is_one_error_before_any_work(workspace: Pat
 def test_rows_are_shared_without_gap_or_overlap() -> None:
     for count in range(9):
         for size in (1, 2, 3, 5):
-            own = [Ranks(torch.device("cpu"), rank, size).own(count) for rank in range(size)]
+            own = [Ranks(torch.device("cpu"), rank, size).local_slice(count) for rank in range(size)]
             assert [row for part in own for row in range(count)[part]] == list(range(count))
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"train\.batch_size = 8 over 3 processes; accepted: a multiple of 3"):
-        Ranks(torch.device("cpu"), 0, 3).share(8, "train.batch_size")
+    with pytest.raises(ConfigError, match=r"train\.batch_size = 8 over 3 processes: expected a multiple of 3"):
+        Ranks(torch.device("cpu"), 0, 3).per_rank(8, "train.batch_size")
 
 
 def test_samples_and_latents_are_those_of_one_process(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_overrides_run_an_experiment_beside_the_workspace(study: Path) -> None:
     before = [(study / name).read_bytes() for name in ("dvc.lock", "params.yaml", "reports/summary.json")]
     done = command(study, "pipelines", "study", "--set", "train.steps=6", "*@adaln_zero-0")
     assert done.returncode == 0, done.stdout
-    assert "2 stages ran, 4 were cached" in done.stdout
+    assert "2 stages ran, 5 were cached" in done.stdout
     assert "1 runs added, 0 already there, 3 not evaluated yet" in done.stdout
     name = done.stdout.partition("dvc exp apply ")[2].partition("`")[0]
     assert name in command(study, "dvc", "exp", "show", "--json").stdout

@@ -174,6 +174,26 @@ def test_a_rule_sets_its_own_rows_as_predicted_and_leaves_all_others_bit_identic
     assert found == pattern_of(own if role.is_vector else own.flatten(1))
 
 
+@pytest.mark.parametrize("network", ["DiT-Micro/2", "SiT-Micro/2", "LightningDiT-Micro/1"])
+@pytest.mark.parametrize("name", init.named_strategies())
+def test_every_named_strategy_fits_every_network_and_starts_norms_at_one(network: str, name: str) -> None:
+    choices = [{"use_qknorm": True, "use_rmsnorm": rms} for rms in (False, True)] if network.startswith("Light") else [{}]
+    for options in choices:
+        sizes = {"latent_size": 8, "latent_channels": 4, "num_classes": 3, "learn_sigma": False}
+        made = init.apply(models.build(network, **sizes, **options), name, 0)
+        norms = {key: weight for key, weight in made.named_parameters() if "norm" in key}
+        assert bool(norms) == bool(options)
+        assert all((weight == (0 if key.endswith("bias") else 1)).all() for key, weight in norms.items())
+
+
+def test_an_optional_rule_is_skipped_where_it_names_nothing_and_another_is_refused(micro: Callable[..., DiT]) -> None:
+    rule = {"role": ["norm.weight", "final.projection"], "init": "constant", "value": 0.5}
+    found = tensors(init.apply(micro(), {"rules": [*BASE, {**rule, "optional": True}]}, seed=0))
+    assert (found["final_layer.linear.weight"] == 0.5).all()
+    with pytest.raises(ConfigError, match=r"rules\[2\]: role 'norm.weight' names no weight"):
+        init.apply(micro(), {"rules": [*BASE, rule]}, seed=0)
+
+
 def test_the_initialisers_have_the_scales_of_their_sources(micro: Callable[..., DiT]) -> None:
     def drawn(role: str, **rule: Any) -> torch.Tensor:
         weights = tensors(init.apply(micro(), {"rules": [*BASE, {"role": role, **rule}]}, seed=0))
@@ -294,9 +314,12 @@ def test_the_name_of_a_library_strategy_stands_for_its_rules(micro: Callable[...
 @pytest.mark.parametrize(
     ("library", "message"),
     [
-        ("a: {rules: [b]}\nb: {rules: []}\n", r"library\.yaml: a\.rules: 'b' is a name; within the library, .* alias"),
+        (
+            "b: {rules: []}\na: {rules: [b, c]}\nc: {rules: []}\n",
+            r"library\.yaml: a: rules: unknown strategy 'c'; .* of b$",
+        ),
         ("a: {rules: []}\na: {rules: []}\n", r"library\.yaml: not valid YAML: line 2: found duplicate key"),
-        ("a: {rules: [{role: all, init: normal, std: true}]}\n", r"library\.yaml: a\.rules\[0\]\.std = True; .*valid number"),
+        ("a: {rules: [{role: all, init: normal, std: true}]}\n", r"library\.yaml: a: rules\[0\]\.std = True; .*valid number"),
     ],
 )
 def test_a_mistake_in_the_library_is_told_with_its_file(

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 from studies import MICRO, ROOT, command, git
 
+from dit.config import Params
+from dit.errors import InputError
 from pipelines.experiments import override
+from pipelines.stages import strategies as stage
+from pipelines.stages.entry import strategy_of
 
 STAGES = """
 stages:
@@ -77,3 +81,16 @@ def test_an_edit_of_a_strategy_reruns_its_own_stages_and_a_comment_none(
         if way[0] == "pipelines":  # whatever has nothing to do starts no process
             assert f"{1 + len(reruns)} stages ran, {4 - len(reruns)} were cached" in done.stdout
             assert done.stdout.count("| started") == 1 + len(reruns)
+
+
+def test_a_run_refuses_rules_other_than_those_that_dvc_tracks(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"runs/strategies/adaln_zero\.json not found"):
+        strategy_of(params, "adaln_zero")
+    stage.strategies(params)
+    assert strategy_of(params, "adaln_zero") is params.strategies["adaln_zero"]
+    Path("runs/strategies/adaln_zero.json").write_text(Path("runs/strategies/head_xavier.json").read_text())
+    with pytest.raises(InputError, match=r"adaln_zero\.json holds other rules than strategy 'adaln_zero' has now"):
+        strategy_of(params, "adaln_zero")

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import Tensor
 
-from dit import config, init, models
+from dit import config, init, models, yamlfile
 from dit.config import Params
 from dit.diffusion import Batch, Diffusion
 from dit.errors import ConfigError
@@ -109,8 +110,8 @@ def test_training_goes_on_from_a_checkpoint_and_leaves_the_dropped_channels_alon
 
 
 @pytest.mark.parametrize("name", ["SiT-S/2", "LightningDiT-S/2"])
-def test_what_does_not_fit_a_velocity_is_refused_in_words(name: str, params: Params) -> None:
-    data = params.model_dump(mode="json")
+def test_what_does_not_fit_a_velocity_is_refused_in_words(name: str) -> None:
+    data = yamlfile.read(ROOT / "params.yaml")
     data["model"]["name"] = name
     with pytest.raises(ConfigError, match=rf"diffusion.objective = 'eps' does not fit model.name = '{name}': expected flow"):
         config.parse(data)

@@ -74,7 +74,7 @@ def changes(model: nn.Module, before: Strategy, after: Strategy, every_block: bo
 
 def describe(rule: BaseRule) -> str:
     """A rule without its role, such as `normal std=0.02`."""
-    arguments = rule.model_dump(exclude={"role", "init", "sha256"}, exclude_defaults=True)
+    arguments = rule.model_dump(exclude={"role", "optional", "init", "sha256"}, exclude_defaults=True)
     return " ".join([rule.init, *(f"{key}={value}" for key, value in arguments.items())])
 
 

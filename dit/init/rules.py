@@ -83,7 +83,7 @@ class BaseRule(BaseModel, ABC):
 
     def distribution(self, role: Role) -> Hashable:
         """Two roles of one shape with equal values have weights of one distribution."""
-        return self.model_copy(update={"role": ""})
+        return self.model_copy(update={"role": "", "optional": False})
 
 
 class FilledRule(BaseRule, ABC):

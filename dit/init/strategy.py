@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -24,8 +24,6 @@ Network = TypeVar("Network", bound=nn.Module)
 
 LIBRARY = Path(__file__).parents[1] / "library.yaml"
 """The strategies that this package brings along."""
-IN_LIBRARY = "library"
-"""The validation context of these strategies: none of them can be named before all are read."""
 
 
 class Strategy(BaseModel):
@@ -45,12 +43,12 @@ class Strategy(BaseModel):
     @field_validator("rules", mode="before")
     @classmethod
     def _join(cls, rules: Any, info: ValidationInfo) -> Any:
-        named_rules = _no_rules if info.context is IN_LIBRARY else _rules_of
-        return tuple(_flattened(rules, named_rules)) if isinstance(rules, (list, tuple)) else rules
+        library = named_strategies() if info.context is None else info.context
+        return tuple(_flattened(rules, library)) if isinstance(rules, (list, tuple)) else rules
 
     @property
     def resolved(self) -> list[dict[str, Any]]:
-        """The rules as JSON-able data, without defaults: equal where two strategies set every weight alike."""
+        """The rules as JSON-able data, without what is left at its default, and without what is for readers."""
         rules: list[dict[str, Any]] = self.model_dump(mode="json", exclude_defaults=True)["rules"]
         return rules
 
@@ -63,26 +61,16 @@ class Strategy(BaseModel):
                 raise ConfigError(f"rules[{index}]: {error}") from None
 
 
-def _flattened(rules: list | tuple, named_rules: Callable[[str], tuple[BaseRule, ...]]) -> Iterator[Any]:
+def _flattened(rules: list | tuple, library: Mapping[str, Strategy]) -> Iterator[Any]:
     for entry in rules:
         if isinstance(entry, (list, tuple)):
-            yield from _flattened(entry, named_rules)
-        elif isinstance(entry, str):
-            yield from named_rules(entry)
-        else:
+            yield from _flattened(entry, library)
+        elif not isinstance(entry, str):
             yield entry
-
-
-def _rules_of(name: str) -> tuple[BaseRule, ...]:
-    """Those of a strategy of the library, for another one that starts with them."""
-    try:
-        return named(name).rules
-    except ConfigError as error:
-        raise ValueError(str(error)) from None
-
-
-def _no_rules(name: str) -> tuple[BaseRule, ...]:
-    raise ValueError(f"'{name}' is a name; within the library, a strategy builds on another by a YAML alias such as *published")
+        elif entry in library:
+            yield from library[entry].rules
+        else:
+            raise ValueError(f"unknown strategy '{entry}'; expected a rule, or one of {', '.join(library)}")
 
 
 def claims(strategy: Strategy, every_role: Sequence[Role]) -> dict[Role, BaseRule]:
@@ -175,9 +163,11 @@ def named(name: str) -> Strategy:
 
 @cache
 def named_strategies() -> dict[str, Strategy]:
-    """The strategies of the library, by name. Raises `ConfigError` that names a wrong rule."""
-    data = yamlfile.read(LIBRARY)
-    try:
-        return TypeAdapter(dict[str, Strategy]).validate_python(data, context=IN_LIBRARY)
-    except ValidationError as error:
-        raise ConfigError(explain(error, str(LIBRARY), data)) from None
+    """The strategies of the library, by name, each built on those above it. Raises `ConfigError` that names a wrong rule."""
+    library: dict[str, Strategy] = {}
+    for name, data in yamlfile.read(LIBRARY).items():
+        try:
+            library[name] = Strategy.model_validate(data, context=library)
+        except ValidationError as error:
+            raise ConfigError(explain(error, f"{LIBRARY}: {name}", data)) from None
+    return library

@@ -10,7 +10,8 @@ from dit.errors import ConfigError
 from dit.models.contract import FLOW_ONLY, Backbone, Block, Options
 from dit.models.layers import FLOW_TIMESTEPS
 from dit.models.lightning_dit.gradient_flow import gradient_flow
-from dit.models.lightning_dit.network import LightningDiT, LightningDiTBlock, Variant
+from dit.models.lightning_dit.layers import Variant
+from dit.models.lightning_dit.network import LightningDiT, LightningDiTBlock
 from dit.models.lightning_dit.probes import gates, units
 from dit.models.lightning_dit.roles import roles
 from dit.models.sizes import SIZES, Size, parse_name

@@ -17,7 +17,8 @@ from dit.models.gradient_flow import (
     slope,
     total,
 )
-from dit.models.lightning_dit.network import LightningDiT, Variant
+from dit.models.lightning_dit.layers import Variant
+from dit.models.lightning_dit.network import LightningDiT
 from dit.models.lightning_dit.roles import SWIGLU
 
 

@@ -1,10 +1,23 @@
-"""Layers that LightningDiT may have where DiT has others: RMSNorm, SwiGLU, and rotary positions."""
+"""The choices of a LightningDiT, and the layers that it may have where DiT has others: RMSNorm, SwiGLU, rotary positions."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The five choices of the published code, by its names; all false is a DiT."""
+
+    use_qknorm: bool
+    use_swiglu: bool
+    use_rope: bool
+    use_rmsnorm: bool
+    wo_shift: bool
 
 
 class RMSNorm(nn.Module):
@@ -59,3 +72,8 @@ class RotaryEmbedding(nn.Module):
         """Queries or keys (B, heads, T, head_size) -> the same, turned."""
         quarter_turn = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
         return x * self.freqs_cos + quarter_turn * self.freqs_sin
+
+
+def block_norm(hidden_size: int, variant: Variant) -> nn.Module:
+    """The norm of a block: RMSNorm with weights, or LayerNorm without."""
+    return RMSNorm(hidden_size) if variant.use_rmsnorm else nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)

@@ -7,8 +7,6 @@ is noise - data; see `dit.models.layers.own_time`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,18 +23,7 @@ from dit.models.layers import (
     sincos_positions,
     unpatchify,
 )
-from dit.models.lightning_dit.layers import RMSNorm, RotaryEmbedding, SwiGLU
-
-
-@dataclass(frozen=True)
-class Variant:
-    """The five choices of the published code, by its names; all false is a DiT."""
-
-    use_qknorm: bool
-    use_swiglu: bool
-    use_rope: bool
-    use_rmsnorm: bool
-    wo_shift: bool
+from dit.models.lightning_dit.layers import RMSNorm, RotaryEmbedding, SwiGLU, Variant, block_norm
 
 
 class LightningDiT(Denoiser):
@@ -91,9 +78,9 @@ class LightningDiTBlock(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, variant: Variant) -> None:
         super().__init__()
-        self.norm1 = _norm(hidden_size, variant)
+        self.norm1 = block_norm(hidden_size, variant)
         self.attn = Attention(hidden_size, num_heads, variant)
-        self.norm2 = _norm(hidden_size, variant)
+        self.norm2 = block_norm(hidden_size, variant)
         width = MLP_RATIO * hidden_size
         self.mlp = SwiGLU(hidden_size, int(2 / 3 * width)) if variant.use_swiglu else MLP(hidden_size, width)
         self.wo_shift = variant.wo_shift
@@ -119,7 +106,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, hidden_size: int, out_features: int, variant: Variant) -> None:
         super().__init__()
-        self.norm_final = _norm(hidden_size, variant)
+        self.norm_final = block_norm(hidden_size, variant)
         self.linear = nn.Linear(hidden_size, out_features)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
@@ -149,8 +136,3 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rope(q), rope(k)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-def _norm(hidden_size: int, variant: Variant) -> nn.Module:
-    """The norm of a block: RMSNorm with weights, or LayerNorm without."""
-    return RMSNorm(hidden_size) if variant.use_rmsnorm else nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dit.models.lightning_dit.network import LightningDiT, Variant
+from dit.models.lightning_dit.layers import Variant
+from dit.models.lightning_dit.network import LightningDiT
 from dit.models.roles import Layer, Role, roles_of
 
 SWIGLU = ("silu.mlp_in", "linear.mlp_in")
