@@ -103,8 +103,9 @@ def losses(workspace: Path) -> np.ndarray:
 
 def diagnoses(workspace: Path) -> list[pd.DataFrame]:
     directory = workspace / "runs" / "train" / "adaln_zero-0"
-    roles, noise = (pd.read_csv(directory / f"{name}.csv") for name in ("diagnostics", "gradient_noise"))
-    return [roles[~roles["role"].str.endswith("key.bias")], noise]  # whose gradient is zero but for rounding
+    tables = ("diagnostics", "gradient_noise", "stability")
+    roles, noise, blocks = (pd.read_csv(directory / f"{name}.csv") for name in tables)
+    return [roles[~roles["role"].str.endswith("key.bias")], noise, blocks]  # whose gradient is zero but for rounding
 
 
 @pytest.mark.parametrize(("processes", "parallel"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
