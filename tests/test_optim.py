@@ -25,8 +25,8 @@ from dit.optim.fused import unserved
 from dit.optim.groups import Multipliers, multipliers
 from dit.optim.optimizer import LEARNING_RATE, Together, make_optimizer, set_learning_rate
 from dit.optim.schedule import learning_rate
-from dit.optim_sections import NamedOptimizerParams, OptimizerParams, ParameterGroup
 from dit.sections import TrainParams
+from dit.sections.optim import NamedOptimizerParams, OptimizerParams, ParameterGroup
 
 SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())
 MUP = yaml.safe_load((ROOT / "profiles" / "mup.yaml").read_text())["train.optimizer.groups"]
