@@ -52,14 +52,18 @@ def test_a_diagnosed_run_ends_bit_identical_to_one_that_is_not(
     diagnosed = trainer(scratch="diagnosed", **changes)
     diagnosed.run("diagnosed")
     assert [row["step"] for row in diagnosed.records.gradient_noise] == [0, 1, 2, 3, 4, 6]
+    assert {row["step"] for row in diagnosed.records.stability} == {0, 1, 2, 3, 4, 6}
     monkeypatch.setattr(Trainer, "_diagnosis_due", lambda self, step: False)
     plain = trainer(scratch="plain", **changes)
     plain.run("plain")
     assert not plain.records.diagnostics
+    assert not plain.records.stability
     weights = dict(plain.model.named_parameters())
     assert all(torch.equal(weight, weights[name]) for name, weight in diagnosed.model.named_parameters())
     assert all(torch.equal(diagnosed.ema.tensors[name], plain.ema.tensors[name]) for name in plain.ema.tensors)
     assert diagnosed.records.metrics == plain.records.metrics
+    assert diagnosed.records.validation == plain.records.validation
+    assert diagnosed.stability == plain.stability
 
 
 def test_the_files_hold_what_was_measured_where_it_applies(trainer: Build, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from dit.errors import ConfigError, DataError, InputError
 from dit.evaluation import distances
 from dit.evaluation.features import EfficientNetLite0, FeatureExtractor, load_extractor
 from dit.evaluation.grids import grid_shape, image_grid
-from dit.training.records import Divergence, Final, Initial
+from dit.training.records import Collapse, Divergence, Final, Initial
 from pipelines.records.base import Status
 from pipelines.records.training import TrainRecord, TrainSettings
 from pipelines.stages.evaluate import evaluate
@@ -202,6 +202,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Params:
     with_latents.close(class_names=CLASSES, num_classes=3, normalize=normalize)
     write_run(params, 0, "finished")
     write_run(params, 1, "diverged")
+    write_run(params, 2, "collapsed")
     return params
 
 
@@ -218,7 +219,8 @@ def write_run(params: config.Params, seed: int, status: Status) -> None:
         device="cpu",
         settings=TrainSettings(model={}, diffusion=params.diffusion.model_dump(mode="json"), train={}, rules=[]),
         status=status,
-        diverged=None if status == "finished" else Divergence(3, "loss", "nan"),
+        diverged=Divergence(3, "loss", "nan") if status == "diverged" else None,
+        collapsed=Collapse(2, 0.9, 0.5, None) if status == "collapsed" else None,
         steps_done=3,
         parameters=7,
         initial=Initial(1.0, 1.0),
@@ -256,13 +258,19 @@ def test_stages_measure_a_finished_run_bit_identically(workspace: config.Params)
     assert outputs("runs/evaluate/head_xavier-0") == first
 
 
-def test_a_diverged_run_is_a_result_without_figures(workspace: config.Params) -> None:
+@pytest.mark.parametrize(
+    ("seed", "status", "said"), [(1, "diverged", "in training: {"), (2, "collapsed", "in training, at step 2")]
+)
+def test_a_run_that_did_not_finish_is_a_result_without_figures(
+    workspace: config.Params, capsys: pytest.CaptureFixture[str], seed: int, status: str, said: str
+) -> None:
     features(workspace)
-    evaluate(workspace, "head_xavier", 1)
-    found = outputs("runs/evaluate/head_xavier-1")
+    evaluate(workspace, "head_xavier", seed)
+    found = outputs(f"runs/evaluate/head_xavier-{seed}")
     assert list(found) == ["metrics.json"]
     result = json.loads(found["metrics.json"])
-    assert result["status"] == "diverged"
+    assert result["status"] == status
+    assert f"{status} {said}" in capsys.readouterr().out
     assert set(result["metrics"].values()) == {None}
 
 

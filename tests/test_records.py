@@ -17,10 +17,22 @@ from dit.analysis.signal import BlockSignal, Coordinates, Signal
 from dit.analysis.start import EarlyStep
 from dit.analysis.wakeup import RoleGradient
 from dit.errors import DataError, InputError
-from dit.training.records import Divergence, Outcome, Records, outcome
+from dit.training.indicators import BlockState
+from dit.training.records import Divergence, Event, Outcome, Records, outcome
+from dit.training.stability import Observation
 from pipelines.records.analysis import COORDINATES, GRADIENTS, EarlyEntry, SignalEntry, StartRecord
 from pipelines.records.base import Record, Table, Timing
-from pipelines.records.training import DIAGNOSTICS, GRADIENT_NOISE, METRICS, TrainRecord, TrainSettings, write_tables
+from pipelines.records.training import (
+    DIAGNOSTICS,
+    EVENTS,
+    GRADIENT_NOISE,
+    METRICS,
+    SPIKES,
+    STABILITY,
+    TrainRecord,
+    TrainSettings,
+    write_tables,
+)
 from pipelines.stages import entry
 
 ROOT = Path(__file__).parents[1]
@@ -62,22 +74,38 @@ def train_record(ended: Outcome) -> TrainRecord:
     return TrainRecord(strategy="a", seed=0, run_key="key", device="cpu", settings=settings, **vars(ended))
 
 
-@pytest.mark.parametrize("divergence", [None, Divergence(2, "loss", "nan")])
-def test_a_training_run_is_read_as_it_was_written(tmp_path: Path, divergence: Divergence | None) -> None:
-    measured = Records(metrics=[{"mse": 0.5}], validation=[{"mse": 1.0}, {"mse": 1.0}, {"mse": 0.25}, {"mse": 0.3}])
+SPIKE = Event(0, 1, "spike", "loss", 2.0, 1.0)
+COLLAPSE = Event(1, 2, "collapse", "mse", 1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "events", "status"),
+    [
+        (None, [], "finished"),
+        (Divergence(2, "loss", "nan"), [], "diverged"),
+        (None, [SPIKE, COLLAPSE], "collapsed"),
+        (Divergence(2, "loss", "nan"), [SPIKE, COLLAPSE], "collapsed"),
+    ],
+)
+def test_a_training_run_is_read_as_it_was_written(
+    tmp_path: Path, divergence: Divergence | None, events: list[Event], status: str
+) -> None:
+    validation = [{"mse": 1.0}, {"mse": 1.0}, {"mse": 0.25}, {"mse": 0.3}]
+    measured = Records(metrics=[{"mse": 0.5}], validation=validation, events=[vars(event) for event in events])
     record = train_record(outcome(measured, divergence, steps_done=3, parameters=7, target_second_moment=0.98))
     record.write(tmp_path)
     found = TrainRecord.read(tmp_path)
     assert found == record
     assert found.diverged == divergence
-    assert found.status == ("diverged" if divergence else "finished")
-    assert (found.final and found.final.ema_validation_mse) == (None if divergence else 0.3)
+    assert found.status == status
+    assert (found.collapsed and found.collapsed.spike) == (SPIKE if events else None)
+    assert (found.final and found.final.ema_validation_mse) == (0.3 if status == "finished" else None)
 
 
 def test_a_table_without_rows_has_the_same_columns(tmp_path: Path) -> None:
     write_tables(tmp_path, Records())
     assert (tmp_path / "diagnostics.csv").read_text() == ",".join(DIAGNOSTICS.columns) + "\n"
-    for table in (METRICS, DIAGNOSTICS, GRADIENT_NOISE):
+    for table in (METRICS, DIAGNOSTICS, GRADIENT_NOISE, STABILITY, EVENTS, SPIKES):
         found = table.read(tmp_path)
         assert (len(found), tuple(found.columns)) == (0, table.columns)
 
@@ -87,6 +115,10 @@ def test_a_table_without_rows_has_the_same_columns(tmp_path: Path) -> None:
     [
         (DIAGNOSTICS, RoleState, ("step",)),
         (GRADIENT_NOISE, GradientNoise, ("step",)),
+        (METRICS, Observation, ()),
+        (STABILITY, BlockState, ("step",)),
+        (EVENTS, Event, ()),
+        (SPIKES, Observation, ("event",)),
         (GRADIENTS, RoleGradient, ()),
         (COORDINATES, Coordinates, ()),
     ],

@@ -325,6 +325,26 @@ def test_any_study_gets_a_report_that_says_what_it_cannot_say(workspace: Workspa
     assert html.unescape(titles[0]).endswith(words[0])
 
 
+def test_a_collapsed_run_is_named_and_belongs_to_no_mean(workspace: Workspace) -> None:
+    params = workspace(HEADS, [0, 1], diverged=("head_xavier-0", "head_xavier-1"))
+    compare(params)
+    before = summary()["strategies"]["head_xavier"]["mean"]
+    spike = {"event": 0, "step": 70, "kind": "spike", "quantity": "loss", "value": 1.0, "reference": 0.5}
+    collapsed = {"step": 77, "mse": 0.97, "limit": 0.5, "spike": spike}
+    change(
+        "runs/train/head_xavier-1/run.json",
+        lambda record: record.update(status="collapsed", diverged=None, collapsed=collapsed),
+    )
+    change("runs/evaluate/head_xavier-1/metrics.json", lambda record: record.update(status="collapsed"))
+    compare(params)
+    page, found = html.unescape(Path("reports/index.html").read_text()), summary()
+    assert "<td>collapsed at step 77</td>" in page
+    assert any("1 run collapsed: head_xavier-1 at step 77 (error 0.97)." in text for text in found["headline"])
+    assert "every run diverged or collapsed" in found["headline"][0]
+    assert found["strategies"]["head_xavier"]["mean"] == before
+    assert found["strategies"]["head_xavier"]["runs"]["1"]["collapsed"] == collapsed
+
+
 def test_a_run_whose_samples_are_not_finite_keeps_its_validation_error(workspace: Workspace) -> None:
     params = workspace(HEADS, [0, 1])
     lost = {"frechet_distance": None, "kernel_distance": None, "kernel_distance_std": None, "precision": None, "recall": None}

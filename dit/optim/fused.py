@@ -12,6 +12,7 @@ from dit.models import roles
 from dit.models.contract import FastNetwork
 from dit.optim.ema import EMA
 from dit.optim.groups import multipliers
+from dit.optim.optimizer import SecondMoment
 from dit.sections import TrainParams
 from dit.sections.optim import AdamWParams, OptimizerParams
 
@@ -66,6 +67,12 @@ class FusedAdamW:
             eps=EPS,
             ema_weight=self.ema_weight,
         )
+
+    def second_moments(self) -> dict[str, SecondMoment]:
+        """As `dit.optim.optimizer.Optimizer`."""
+        decay = self.params.betas[1]
+        moments = self.second_moment if self.updates else {}
+        return {name: SecondMoment(value, decay, self.updates, EPS) for name, value in moments.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """All state, by the name of its weight and under the keys of `torch.optim.AdamW`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -127,6 +128,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate * group[LEARNING_RATE]
 
 
+@dataclass(frozen=True)
+class SecondMoment:
+    """Adam's running mean of the squared gradients of one weight, without the correction of its bias; Kingma & Ba (2015).
+
+    A step multiplies it by `decay` and adds `1 - decay` times the squared gradient; there have been `updates` of them.
+    """
+
+    value: Tensor
+    decay: float
+    updates: float | Tensor
+    eps: float
+
+
 class Optimizer:
     """The optimiser of `params` on the weights of `model`. Its state is keyed by the names of the weights."""
 
@@ -154,6 +168,15 @@ class Optimizer:
         set_learning_rate(self.torch, learning_rate)
         self.scaler.step(self.torch)
         self.scaler.update()
+
+    def second_moments(self) -> dict[str, SecondMoment]:
+        """Those of the weights that Adam or one of its kin updates, by name; none before the first step."""
+        found = {}
+        for group in self.torch.param_groups:
+            for weight in group["params"]:
+                if "exp_avg_sq" in (state := self.torch.state.get(weight, {})):
+                    found[weight] = SecondMoment(state["exp_avg_sq"], group["betas"][1], state["step"], group["eps"])
+        return {name: found[weight] for name, weight in self.weights.items() if weight in found}
 
     def state_dict(self) -> dict[str, Any]:
         """All state, by the name of its weight, for a checkpoint that any engine can go on from."""

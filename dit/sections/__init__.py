@@ -223,6 +223,7 @@ class TrainParams(Section):
     validate_every: PositiveInt
     validation: ValidationParams
     checkpoint_every: PositiveInt
+    stop_on_collapse: bool
     precision: Precision
     backend: Backend
     deterministic: bool

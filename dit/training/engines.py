@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from dit.devices import autocast
 from dit.diffusion import Batch, Denoise, Diffusion
-from dit.distributed import Ranks, whole
+from dit.distributed import Ranks
 from dit.fused.capture import Captured
 from dit.models import fast_path_of
 from dit.optim.ema import EMA
 from dit.optim.fused import FusedAdamW
-from dit.optim.optimizer import Optimizer
+from dit.optim.optimizer import Optimizer, SecondMoment
 from dit.sections import TrainParams
 
 
@@ -26,7 +26,7 @@ class Engine(Protocol):
         """Set the gradients of the training loss, averaged over ranks; this rank's loss and squared error, (2,)."""
 
     def gradient_norm(self) -> Tensor:
-        """Euclidean norm of all gradients, as a scalar tensor on the device."""
+        """Euclidean norm of all gradients, as a scalar tensor on the device; sharded as they are."""
 
     def gradient_norm_of(self, loss: Tensor) -> Tensor:
         """The norm of the gradient of `loss`, averaged over ranks, without a change of any gradient."""
@@ -34,14 +34,22 @@ class Engine(Protocol):
     def publish_gradients(self) -> None:
         """Have the model's own weights hold the gradients, until the next `step`."""
 
-    def step(self, learning_rate: float) -> None:
-        """Clip the gradients, update the weights, and take them into their moving average."""
+    def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
+        """Clip the gradients, whose norm this is, update the weights, and take them into their moving average."""
+
+    def second_moments(self) -> dict[str, SecondMoment]:
+        """Adam's second moments before the next step, by the names of the weights that have one."""
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimiser, by the names of the weights."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what the `state_dict` of any engine returned, after the weights."""
+
+
+def clip_factor(gradient_norm: Tensor, limit: float | None) -> Tensor:
+    """What clipping multiplies gradients of this norm by; as `torch.nn.utils.clip_grad_norm_`."""
+    return torch.ones_like(gradient_norm) if limit is None else (limit / (gradient_norm + 1e-6)).clamp(max=1)
 
 
 def plain_forward(model: Denoise, device: torch.device, precision: torch.dtype) -> Denoise:
@@ -84,7 +92,7 @@ class Eager:
     def gradient_norm(self) -> Tensor:
         """As `Engine`."""
         weights = self.optimizer.weights.values()
-        return whole(nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None]))
+        return nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
 
     def gradient_norm_of(self, loss: Tensor) -> Tensor:
         """As `Engine`."""
@@ -95,12 +103,17 @@ class Eager:
     def publish_gradients(self) -> None:
         """Nothing to do: the gradients are those of the model's own weights."""
 
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
         """As `Engine`."""
         if self.params.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(list(self.optimizer.weights.values()), self.params.gradient_clip)
+            weights = list(self.optimizer.weights.values())
+            nn.utils.clip_grads_with_norm_(weights, self.params.gradient_clip, gradient_norm)
         self.optimizer.step(learning_rate)
         self.ema.update()
+
+    def second_moments(self) -> dict[str, SecondMoment]:
+        """As `Engine`."""
+        return self.optimizer.second_moments()
 
     def state_dict(self) -> dict[str, Any]:
         """As `Engine`."""
@@ -133,26 +146,31 @@ class Fused:
         self.network = path.make(model)
         self.optimizer = FusedAdamW(model, self.network, params, ema)
         self.unclipped = torch.ones((), device=diffusion.device)
+        self._norm: Tensor | None = None
         self._loss = torch.compile(diffusion.loss)
         self._captured = Captured(self._own_gradients)
 
     def _own_gradients(self, *parts: Tensor) -> Tensor:
-        """Set the gradients of this rank's rows of the batch."""
+        """Set the gradients of this rank's rows of the batch; their loss, squared error and gradient norm, (3,)."""
         loss = self.diffusion.training_loss(self.network, Batch(*parts), self._loss)
         total = loss.total.mean()
         total.backward()
         self.network.collect_gradients()
-        return torch.stack([total.detach(), loss.mse.mean().detach()])
+        return torch.stack([total.detach(), loss.mse.mean().detach(), self._norm_of_gradients()])
+
+    def _norm_of_gradients(self) -> Tensor:
+        return torch.linalg.vector_norm(self.network.flat, dtype=torch.float32)
 
     def gradients(self, batch: Batch) -> Tensor:
         """As `Engine`."""
-        losses = self._captured(*vars(batch).values())
+        *losses, norm = self._captured(*vars(batch).values()).unbind()
+        self._norm = norm if self.ranks.size == 1 else None  # of this rank's gradients, before they are averaged
         self.ranks.mean(self.network.flat)
-        return losses
+        return torch.stack(losses)
 
     def gradient_norm(self) -> Tensor:
         """As `Engine`."""
-        return torch.linalg.vector_norm(self.network.flat, dtype=torch.float32)
+        return self._norm_of_gradients() if self._norm is None else self._norm
 
     def gradient_norm_of(self, loss: Tensor) -> Tensor:
         """As `Engine`, by the model's own weights."""
@@ -165,14 +183,16 @@ class Fused:
         for weight, gradient in zip(self.optimizer.weights.values(), self.network.gradients(), strict=True):
             weight.grad = gradient.float()
 
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
         """As `Engine`."""
-        factor, limit = self.unclipped, self.params.gradient_clip
-        if limit is not None:
-            factor = (limit / (self.gradient_norm() + 1e-6)).clamp(max=1)
-        self.optimizer.step(learning_rate, factor)
+        limit = self.params.gradient_clip
+        self.optimizer.step(learning_rate, self.unclipped if limit is None else clip_factor(gradient_norm, limit))
         for weight in self.optimizer.weights.values():
             weight.grad = None
+
+    def second_moments(self) -> dict[str, SecondMoment]:
+        """As `Engine`."""
+        return self.optimizer.second_moments()
 
     def state_dict(self) -> dict[str, Any]:
         """As `Engine`."""

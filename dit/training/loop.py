@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +17,7 @@ from dit.data.batches import Batches
 from dit.data.latents import LatentStore
 from dit.devices import resolve_precision
 from dit.diffusion import Batch, Diffusion
-from dit.distributed import Ranks, restore
+from dit.distributed import Ranks, restore, whole
 from dit.errors import ConfigError
 from dit.models import backbone_of, backend_for
 from dit.optim.ema import EMA
@@ -24,8 +25,10 @@ from dit.optim.fused import unserved
 from dit.optim.schedule import learning_rate
 from dit.progress import progress
 from dit.sections import TrainParams
-from dit.training.engines import ENGINES, plain_forward
+from dit.training.engines import ENGINES, clip_factor, plain_forward
+from dit.training.indicators import SAMPLES, block_states
 from dit.training.records import Divergence, Records
+from dit.training.stability import Observation, Stability, observe
 from dit.training.validation import Validation
 
 EARLY_DIAGNOSES = 5
@@ -39,7 +42,8 @@ class Trainer:
     """One run: a network with its weights set, its data, and all state that a checkpoint holds.
 
     `scratch` holds the checkpoint and belongs to this run alone. Afterwards `ema` holds the averaged weights,
-    `records` what was measured, and `divergence` is None unless the run was stopped by a value that is not finite.
+    `records` what was measured and how stable the run was, and `divergence` is None unless a value that is not
+    finite stopped the run.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class Trainer:
         engine = ENGINES[self.backend]
         self.engine = engine(self.model, diffusion, params, self.ema, self.ranks, self.precision)
         self.records = Records()
+        self.stability = Stability(self.validation.target_second_moment)
         self.divergence: Divergence | None = None
         self.steps_done = 0
         self.images_per_second = math.nan
@@ -87,11 +92,11 @@ class Trainer:
         return cast("dict[str, Tensor]", self.ranks.gather_state(self.ema.tensors))
 
     def run(self, description: str) -> None:
-        """Train from the last checkpoint, or from the start, to the end or to divergence."""
+        """Train from the last checkpoint, or from the start, to the end, to divergence, or to a collapse that shall end it."""
         self._resume(description)
         first, started = self.steps_done, time.monotonic()
         with progress(self.params.steps, description, "step", done=first, shown=self.ranks.is_main) as bar:
-            while self.steps_done < self.params.steps and not self.divergence:
+            while self.steps_done < self.params.steps and not self._ended_early:
                 step = self.steps_done
                 if step > first and step % self.params.checkpoint_every == 0:
                     self._save()
@@ -108,6 +113,10 @@ class Trainer:
         if not self.divergence:
             self._validate(self.steps_done)
 
+    @property
+    def _ended_early(self) -> bool:
+        return self.divergence is not None or (self.params.stop_on_collapse and self.stability.phase == "collapse")
+
     def forget(self) -> None:
         """Remove the checkpoint: for a run that has ended, once all that is wanted of it is on disk."""
         if self.ranks.is_main:
@@ -116,44 +125,57 @@ class Trainer:
     def _train(self, step: int) -> None:
         batch = self.batches(step)
         losses = self.engine.gradients(batch)
-        logged = step % self.params.log_every == 0
-        gradient_norm = self.engine.gradient_norm() if logged else losses.new_zeros(())
-        self._pending.append(torch.cat([losses, gradient_norm[None]]))
+        gradient_norm = self.engine.gradient_norm()
+        self._pending.append(torch.cat([losses, whole(gradient_norm)[None]]))
         if self._diagnosis_due(step):
-            self._diagnosed_update(step, batch)
+            self._diagnosed_update(step, batch, gradient_norm)
         else:
-            self._update(step)
+            self._update(step, gradient_norm)
 
-    def _update(self, step: int) -> None:
-        self.engine.step(learning_rate(self.params, step))
+    def _update(self, step: int, gradient_norm: Tensor) -> None:
+        self.engine.step(learning_rate(self.params, step), gradient_norm)
 
     def _diagnosis_due(self, step: int) -> bool:
         return not self.sharded and (step < EARLY_DIAGNOSES or step % self.params.diagnose_every == 0)
 
-    def _diagnosed_update(self, step: int, batch: Batch) -> None:
+    def _diagnosed_update(self, step: int, batch: Batch, gradient_norm: Tensor) -> None:
         """Take the step, and record what it does. Changes nothing that the run depends on."""
-        whole = self.params.batch_size
-        part = len(range(0, whole, NOISE_PART))
-        norms = self._gradient_norms(batch, part) if part < whole else None
+        whole_size = self.params.batch_size
+        part = len(range(0, whole_size, NOISE_PART))
+        of_part = self._gradient_norm_of_part(batch, part) if part < whole_size else None
         self.engine.publish_gradients()
-        timesteps, labels = (self.ranks.gather(rows, whole) for rows in (batch.timesteps, batch.labels))
-        states = diagnose(self.model, lambda: self._update(step), timesteps, labels)
+        everyone = Batch(*(self.ranks.gather(rows, whole_size) for rows in vars(batch).values()))
+        self._record_blocks(step, everyone.first(SAMPLES), gradient_norm)
+        states = diagnose(self.model, lambda: self._update(step, gradient_norm), everyone.timesteps, everyone.labels)
         self.records.diagnostics += [{"step": step, **vars(state)} for state in states]
-        if norms is not None:
-            whole_norm, part_norm = norms.tolist()
-            noise = gradient_noise(whole_norm, part_norm, whole, part)
+        if of_part is not None:
+            whole_norm, part_norm = torch.stack([gradient_norm, of_part]).tolist()
+            noise = gradient_noise(whole_norm, part_norm, whole_size, part)
             self.records.gradient_noise.append({"step": step, **vars(noise)})
 
-    def _gradient_norms(self, batch: Batch, part: int) -> Tensor:
-        """Norms (2,) of the gradient of the whole batch, and of that of `part` samples of it, whatever ranks they are on.
+    def _record_blocks(self, step: int, batch: Batch, gradient_norm: Tensor) -> None:
+        limit = self.params.gradient_clip
+        x_t = self.diffusion.add_noise(batch.x0, batch.eps, batch.timesteps)
+        states = block_states(
+            self.model,
+            (x_t, batch.timesteps, batch.labels),
+            self.precision,
+            self.engine.second_moments(),
+            clip_factor(gradient_norm, limit),
+            self.stability.clipped_share(limit) if limit is not None else None,
+        )
+        self.records.stability += [{"step": step, **vars(state)} for state in states]
 
-        The second is the work of the plain network: a compiled or captured one would be made again for this size.
+    def _gradient_norm_of_part(self, batch: Batch, part: int) -> Tensor:
+        """The norm of the gradient of `part` samples of the batch, whatever ranks they are on.
+
+        This is the work of the plain network: a compiled or captured one would be made again for this size.
         """
         own = batch.rows(slice(-self.ranks.local_slice(self.params.batch_size).start % NOISE_PART, None, NOISE_PART))
         share = len(own.labels) * self.ranks.size / part  # 0 where all of the part is on other ranks
         plain = plain_forward(self.model, self.diffusion.device, self.precision)
         loss = self.diffusion.training_loss(plain, own if share else batch.first(1)).total.mean() * share
-        return torch.stack([self.engine.gradient_norm(), self.engine.gradient_norm_of(loss)])
+        return self.engine.gradient_norm_of(loss)
 
     def _reading_due(self, step: int) -> bool:
         """Losses stay on the device between these steps, so that it never waits for the host."""
@@ -161,6 +183,7 @@ class Trainer:
         return (
             step % self.params.log_every == 0
             or self._validation_due(after)
+            or self._diagnosis_due(after)  # which tells the share of the steps before it that were clipped
             or after == self.params.steps
             or (after % self.params.checkpoint_every == 0)
         )
@@ -174,12 +197,19 @@ class Trainer:
             if not math.isfinite(total):
                 self.divergence = Divergence(step, "loss", repr(total))
                 break
+            seen = Observation(step, total, mse, gradient_norm, learning_rate(self.params, step))
             if step % self.params.log_every == 0:
-                rate = learning_rate(self.params, step)
-                row = {"step": step, "loss": total, "mse": mse, "gradient_norm": gradient_norm, "learning_rate": rate}
-                self.records.metrics.append(row)
+                self.records.metrics.append(asdict(seen))
+            self._judge(seen)
         self._pending = []
         return mse
+
+    def _judge(self, seen: Observation) -> None:
+        """Record what this step shows of the run's stability."""
+        self.stability, event, kept = observe(self.stability, seen)
+        self.records.spikes += kept
+        if event is not None:
+            self.records.events.append(asdict(event))
 
     def _validation_due(self, step: int) -> bool:
         """At the powers of two, where strategies differ most, and then at equal intervals."""
@@ -207,6 +237,7 @@ class Trainer:
                 "ema": self.ema.tensors,
                 "optimizer": self.engine.state_dict(),
                 "records": vars(self.records),
+                "stability": self.stability.state_dict(),
             }
         )
         if self.ranks.is_main:
@@ -226,5 +257,6 @@ class Trainer:
             restore(self.ema.tensors, state["ema"])
             self.engine.load_state_dict(state["optimizer"])
             self.records = Records(**state["records"])
+            self.stability = Stability.from_state_dict(state["stability"])
             if self.ranks.is_main:
                 print(f"{description}: resumed at step {self.steps_done}")

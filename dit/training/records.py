@@ -16,13 +16,59 @@ class Records:
     - `metrics`: loss, error, gradient norm and learning rate of a logged step;
     - `validation`: errors of the trained and of the averaged weights at a validated step;
     - `diagnostics`: `dit.analysis.diagnostics.RoleState` of every role at a diagnosed step;
-    - `gradient_noise`: `dit.analysis.diagnostics.GradientNoise` at a diagnosed step.
+    - `gradient_noise`: `dit.analysis.diagnostics.GradientNoise` at a diagnosed step;
+    - `stability`: `dit.training.indicators.BlockState` of every block at a diagnosed step;
+    - `events`: every `Event`;
+    - `spikes`: each of the last steps before a spike, with the number of the event that it was kept for.
     """
 
     metrics: list[Row] = field(default_factory=list)
     validation: list[Row] = field(default_factory=list)
     diagnostics: list[Row] = field(default_factory=list)
     gradient_noise: list[Row] = field(default_factory=list)
+    stability: list[Row] = field(default_factory=list)
+    events: list[Row] = field(default_factory=list)
+    spikes: list[Row] = field(default_factory=list)
+
+    @property
+    def collapse(self) -> Collapse | None:
+        """The last collapse, if the run has not recovered from it."""
+        previous: Event | None = None
+        collapse: Collapse | None = None
+        for event in (Event(**row) for row in self.events):
+            if event.kind == "collapse":
+                spike = previous if previous and previous.kind == "spike" else None
+                collapse = Collapse(event.step, event.value, event.reference, spike)
+            elif event.quantity == "mse":  # a recovery from the collapse
+                collapse = None
+            previous = event
+        return collapse
+
+
+@dataclass(frozen=True)
+class Event:
+    """A change in how stable a run is, found by `dit.training.stability`.
+
+    `event` counts them from 0, `step` is the one at which it began, `value` that of `quantity` there (for `mse`, the median of
+    the steps that decided it), and `reference` the limit that it rose above, or fell below in a recovery.
+    """
+
+    event: int
+    step: int
+    kind: Literal["spike", "recovery", "collapse"]
+    quantity: Literal["loss", "gradient_norm", "mse"]
+    value: float
+    reference: float
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """From `step` on the error was above `limit`, at about `mse`. `spike` is the event before it, where that was a spike."""
+
+    step: int
+    mse: float
+    limit: float
+    spike: Event | None
 
 
 @dataclass(frozen=True)
@@ -53,10 +99,14 @@ class Final:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `final` is None where it diverged, and `diverged` is None where it did not."""
+    """How a run ended. `final` is None unless it finished, `diverged` and `collapsed` are None where it did not do so.
 
-    status: Literal["finished", "diverged"]
+    A run that collapsed first and diverged later has the status "collapsed", and both of the others.
+    """
+
+    status: Literal["finished", "diverged", "collapsed"]
     diverged: Divergence | None
+    collapsed: Collapse | None
     steps_done: int
     parameters: int
     initial: Initial
@@ -69,11 +119,13 @@ def outcome(
     """The outcome of a run of a network with so many `parameters`, whose zero output costs `target_second_moment`."""
     before = records.validation[0]["mse"]
     trained, averaged = records.validation[-2:]
+    collapse = records.collapse
     return Outcome(
-        status="diverged" if divergence else "finished",
+        status="collapsed" if collapse else "diverged" if divergence else "finished",
         diverged=divergence,
+        collapsed=collapse,
         steps_done=steps_done,
         parameters=parameters,
         initial=Initial(before if math.isfinite(before) else None, target_second_moment),
-        final=None if divergence else Final(records.metrics[-1]["mse"], trained["mse"], averaged["mse"]),
+        final=None if divergence or collapse else Final(records.metrics[-1]["mse"], trained["mse"], averaged["mse"]),
     )

@@ -18,7 +18,7 @@ from pipelines.files import write_json
 if TYPE_CHECKING:
     import pandas as pd
 
-Status = Literal["finished", "diverged"]
+Status = Literal["finished", "diverged", "collapsed"]
 Settings = dict[str, Any]
 """A section of the parameters, as it was when the run was made."""
 

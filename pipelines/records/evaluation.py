@@ -17,7 +17,7 @@ class FeatureSpace(Entry):
 
 
 class EvaluateRecord(Record):
-    """What stage `evaluate` measured. `metrics` are None where a run diverged, in training or in sampling."""
+    """What stage `evaluate` measured. `metrics` are None where training did not finish, or sampling diverged."""
 
     FILE = "metrics.json"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dit.training.records import Divergence, Final, Initial, Records
+from dit.training.records import Collapse, Divergence, Final, Initial, Records
 from pipelines.records.base import Entry, Record, Settings, Status, Table
 
 TRAIN = Path("runs/train")
@@ -38,6 +38,28 @@ GRADIENT_NOISE = Table(
 """`dit.analysis.diagnostics.GradientNoise` at the diagnosed steps."""
 
 
+STABILITY = Table(
+    "stability.csv",
+    (
+        "step",
+        "block",
+        "max_attention_logit",
+        "attention_entropy",
+        "residual_rms",
+        "second_moment_ratio",
+        "clipped_share",
+    ),
+    header_without_rows=True,
+)
+"""`dit.training.indicators.BlockState` of every block at the diagnosed steps; without a block, of all that is in none."""
+
+EVENTS = Table("events.csv", ("event", "step", "kind", "quantity", "value", "reference"), header_without_rows=True)
+"""`dit.training.records.Event`: every spike, recovery and collapse."""
+
+SPIKES = Table("spikes.csv", ("event", "step", "loss", "mse", "gradient_norm", "learning_rate"), header_without_rows=True)
+"""The steps before each spike and that of the spike, each once: a step before several spikes has the number of the first."""
+
+
 class TrainSettings(Entry):
     """Every parameter that a training run depends on."""
 
@@ -59,6 +81,7 @@ class TrainRecord(Record):
     settings: TrainSettings
     status: Status
     diverged: Divergence | None
+    collapsed: Collapse | None = None
     steps_done: int
     parameters: int
     initial: Initial
@@ -66,8 +89,11 @@ class TrainRecord(Record):
 
 
 def write_tables(directory: Path, measured: Records) -> None:
-    """Write the four tables of a training run."""
+    """Write the tables of a training run."""
     METRICS.write(directory, measured.metrics)
     VALIDATION.write(directory, measured.validation)
     DIAGNOSTICS.write(directory, measured.diagnostics)
     GRADIENT_NOISE.write(directory, measured.gradient_noise)
+    STABILITY.write(directory, measured.stability)
+    EVENTS.write(directory, measured.events)
+    SPIKES.write(directory, measured.spikes)

@@ -65,7 +65,7 @@ def curves(
     position: Callable[[float], float] = float,
     legend: bool = True,
 ) -> Iterator[go.Scatter]:
-    """Mean and range over the finished runs of each strategy; a diverged run by itself, up to its last finite value."""
+    """Mean and range over the finished runs of each strategy; any other by itself, up to its last finite value."""
     for name in [study.baseline, *study.others]:
         finished = study.finished(name)
         if finished:
@@ -78,7 +78,7 @@ def curves(
         for run in study.runs[name].values():
             values = curve(run)
             if not run.finished and len(values):
-                label = f"{name}, seed {run.seed}, diverged"
+                label = f"{name}, seed {run.seed}, {run.train.status}"
                 lost = line_of([position(step) for step in values.index], list(values), label, styles[name], "%{y:.4g}")
                 marker = {"symbol": "x", "size": [0] * (len(values) - 1) + [10], "opacity": 1}
                 yield lost.update(mode="lines+markers", marker=marker, line={"dash": "dot", "width": 1.5}, showlegend=legend)

@@ -62,7 +62,7 @@ def headline(summary: dict[str, Any]) -> Headline:
     """Say what the numbers of `summary` allow to say."""
     question, answer, detail = _head_answer(summary) if _about_heads(summary) else _general_answer(summary)
     found = [_control(summary), _others(summary), _start(summary), _going(summary), _awake(summary), _samples(summary)]
-    warnings = [_diverged(summary), _unsampled(summary), _few_seeds(summary), _averaging(summary), _devices(summary)]
+    warnings = [_lost(summary), _unsampled(summary), _few_seeds(summary), _averaging(summary), _devices(summary)]
     return Headline(question, answer, detail, [finding for finding in (*warnings, *found) if finding])
 
 
@@ -93,11 +93,13 @@ def _head_answer(summary: dict[str, Any]) -> tuple[str, str, str]:
 def _finished_heads(summary: dict[str, Any]) -> str:
     """The answer where no seed finished with both heads."""
     zero, random = (summary["strategies"][name]["n"] for name in (ZERO_HEAD, RANDOM_HEAD))
-    if zero and not random:
-        return "Yes. With the random head every run diverged; with the zero head training came to its end."
-    if random and not zero:
-        return "No. With the zero head every run diverged; with the random head training came to its end."
-    return "Undecided. There is no seed at which both the zero head and the random head finished training."
+    if bool(zero) == bool(random):
+        return "Undecided. There is no seed at which both the zero head and the random head finished training."
+    lost, kept, answer = (RANDOM_HEAD, "zero", "Yes") if zero else (ZERO_HEAD, "random", "No")
+    head = "random" if zero else "zero"
+    return (
+        f"{answer}. With the {head} head every run {_ways_lost(summary, lost)}; with the {kept} head training came to its end."
+    )
 
 
 def _head_detail(summary: dict[str, Any], found: Difference) -> str:
@@ -243,17 +245,25 @@ def _samples(summary: dict[str, Any]) -> Finding | None:
     return Finding("note", f"{text}{len(clear)} can be told apart: {'; '.join(clear)}.")
 
 
-def _diverged(summary: dict[str, Any]) -> Finding | None:
-    runs = [
-        f"{name}-{seed} at step {run['diverged']['step']} ({run['diverged']['quantity']} {run['diverged']['value']})"
-        for name, entry in summary["strategies"].items()
-        for seed, run in entry["runs"].items()
-        if run["diverged"]
-    ]
-    if not runs:
+def _lost(summary: dict[str, Any]) -> Finding | None:
+    """Runs that diverged or collapsed: they belong to no mean."""
+    lost: dict[str, list[str]] = {"diverged": [], "collapsed": []}
+    for name, entry in summary["strategies"].items():
+        for seed, run in entry["runs"].items():
+            if collapsed := run["collapsed"]:
+                lost["collapsed"].append(f"{name}-{seed} at step {collapsed['step']} (error {collapsed['mse']:.2f})")
+            elif diverged := run["diverged"]:
+                how = f"{diverged['quantity']} {diverged['value']}"
+                lost["diverged"].append(f"{name}-{seed} at step {diverged['step']} ({how})")
+    sentences = [f"{counted(len(runs), 'run')} {how}: {listed(runs)}." for how, runs in lost.items() if runs]
+    if not sentences:
         return None
-    text = f"{counted(len(runs), 'run')} diverged: {listed(runs)}. Means and differences are over the runs that finished."
-    return Finding("warning", text)
+    return Finding("warning", " ".join([*sentences, "Means and differences are over the runs that finished."]))
+
+
+def _ways_lost(summary: dict[str, Any], name: str) -> str:
+    """`diverged or collapsed`, as the runs of a strategy did of which none finished."""
+    return " or ".join(sorted({run["status"] for run in summary["strategies"][name]["runs"].values()}, reverse=True))
 
 
 def _unsampled(summary: dict[str, Any]) -> Finding | None:
@@ -326,7 +336,7 @@ def _against(summary: dict[str, Any], name: str) -> str:
     """`symmetric is worse (+6.4 %, 95 % interval +5.1 % to +7.7 %)`."""
     found = _to_baseline(summary, name, ERROR)
     if not summary["strategies"][name]["n"]:
-        return f"{name} diverged at every seed"
+        return f"{name} {_ways_lost(summary, name)} at every seed"
     if found.mean is None:
         return f"{name} has no seed at which both finished"
     base = _paired_mean(summary, summary["baseline"], name)

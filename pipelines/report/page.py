@@ -161,6 +161,6 @@ def _rule(rule: dict[str, Any]) -> str:
 
 
 def _grids(study: Study, seed: int) -> dict[str, str | None]:
-    """The sample grids of one seed, by strategy; None for a run that diverged."""
+    """The sample grids of one seed, by strategy; None for a run that has none."""
     pictures = {name: study.runs[name][seed].grid for name in study.runs}
     return {name: data_uri(picture) if picture else None for name, picture in pictures.items()}

@@ -86,7 +86,7 @@ def _strategy(study: Study, name: str, steps: list[int], limits: dict[int, float
 
 
 def _numbers(run: Run, steps: list[int], limits: dict[int, float]) -> dict[str, float | None]:
-    """Every number of a run that is averaged over seeds. A run that diverged has none but the first."""
+    """Every number of a run that is averaged over seeds. A run that did not finish has none but the first."""
     curve = run.validation("model")["mse"] if run.finished else None
     measured = {metric.name: run.evaluation.metrics[metric.name] for metric in METRICS}
     return {INITIAL.name: run.train.initial.validation_mse, **measured, **on_the_way(curve, steps, limits)}
@@ -105,11 +105,12 @@ def _start(analysis: Analysis) -> dict[str, Any]:
 
 
 def _run(run: Run) -> dict[str, Any]:
-    diverged = run.train.diverged
+    diverged, collapsed = run.train.diverged, run.train.collapsed
     return {
         "status": run.train.status,
         "sampling": run.evaluation.status,
         "diverged": asdict(diverged) if diverged else None,
+        "collapsed": asdict(collapsed) if collapsed else None,
         "train_run_key": run.train.run_key,
         "run_key": run.evaluation.run_key,
     }

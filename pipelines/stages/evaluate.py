@@ -29,7 +29,7 @@ from pipelines.stages.entry import check_strategy, run_dvc_stage, run_key
 def evaluate(params: Params, strategy: str, seed: int) -> None:
     """Evaluate `runs/train/<strategy>-<seed>` and write `runs/evaluate/<strategy>-<seed>`.
 
-    A run that diverged in training, or whose samples are not finite, is a result too: it has no grid and no distances.
+    A run that did not finish training, or whose samples are not finite, is a result too: it has no grid and no distances.
     """
     name = f"{strategy}-{seed}"
     make_deterministic(params.evaluate.threads)
@@ -56,7 +56,7 @@ def evaluate(params: Params, strategy: str, seed: int) -> None:
         seed=seed,
         run_key=key,
         train_run_key=trained.run_key,
-        status="finished" if seen else "diverged",
+        status="diverged" if trained.status == "finished" and not seen else trained.status,
         num_generated=params.evaluate.num_samples,
         num_real=len(real),
         features=FeatureSpace(extractor=extractor.name, size=extractor.size),
@@ -99,6 +99,8 @@ def drawn(params: Params, store: LatentStore, name: str, ranks: Ranks, key: str)
 
 def ending(trained: TrainRecord, distances: Distances | None) -> str:
     """What a person wants to know of an evaluation that is over."""
+    if trained.collapsed:
+        return f"collapsed in training, at step {trained.collapsed.step}"
     if trained.diverged:
         return f"diverged in training: {vars(trained.diverged)}"
     if distances is None:

@@ -17,7 +17,7 @@ from dit.devices import make_deterministic, resolve_device
 from dit.diffusion import Diffusion
 from dit.distributed import Ranks, joined
 from dit.training.loop import Trainer
-from dit.training.records import outcome
+from dit.training.records import Outcome, outcome
 from pipelines.files import complete_directory, scratch
 from pipelines.records.base import Timing
 from pipelines.records.training import TRAIN, TrainRecord, TrainSettings, write_tables
@@ -79,9 +79,16 @@ def train_on(ranks: Ranks, params: Params, strategy: str, seed: int) -> None:
         record.write(out)
     trainer.forget()
     Timing(seconds=seconds, images_per_second=trainer.images_per_second, hostname=socket.gethostname()).write(scratch(key))
-    final, diverged = ended.final, ended.diverged
-    ending = f"validation mse {final.ema_validation_mse:.4f} (EMA)" if final else f"diverged: {diverged and vars(diverged)}"
-    print(f"train {strategy}-{seed}: {ending}, {trainer.images_per_second:.0f} images/s")
+    print(f"train {strategy}-{seed}: {ending(ended)}, {trainer.images_per_second:.0f} images/s")
+
+
+def ending(ended: Outcome) -> str:
+    """What a person wants to know of a training run that is over."""
+    if ended.collapsed:
+        return f"collapsed at step {ended.collapsed.step}: error {ended.collapsed.mse:.4f}"
+    if ended.diverged:
+        return f"diverged: {vars(ended.diverged)}"
+    return f"validation mse {ended.final.ema_validation_mse:.4f} (EMA)" if ended.final else ended.status
 
 
 def main(strategy: str, seed: Annotated[int, typer.Argument(min=0)]) -> None:
