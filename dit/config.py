@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field, ValidationError, field_validator, model_validator
 from torch.overrides import TorchFunctionMode
 
@@ -100,8 +101,9 @@ class Params(Section):
         return models.build(chosen, learn_sigma=learn_sigma, **{**study, **sizes}, **options)
 
     def skeleton(self, name: str | None = None, num_classes: int = 1) -> Denoiser:
-        """As `network`, with whatever memory holds as weights, which so take none: to check parameters against."""
-        with _NoInitialisers():
+        """As `network`, with no values in its weights, which so take no memory: to check parameters against."""
+        called = models.backbone_named(name or self.model.name).called_when_built
+        with torch.device("meta") if called else _NoInitialisers():
             return self.network({"num_classes": num_classes}, name)
 
     def _check_shapes(self) -> None:

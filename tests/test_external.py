@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -11,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import ROOT
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file
@@ -95,14 +95,14 @@ def study(**sections: Any) -> Params:
         for name in path:
             section = section[name]
         section[last] = value
-    Path("params.yaml").write_text(yaml.safe_dump(data | sections))
+    Path("params.yaml").write_text(json.dumps(data | sections))
     return config.load("params.yaml")
 
 
 def mixer_study() -> Params:
     return study(
-        **yaml.safe_load(code("yaml", 'model:\n  name: "conv_mixer')),
-        strategies=yaml.safe_load(code("yaml", "mixer_zero")),
+        **yamlfile.parse(code("yaml", 'model:\n  name: "conv_mixer'), "docs"),
+        strategies=yamlfile.parse(code("yaml", "mixer_zero"), "docs"),
         study=STUDY | {"baseline": "constructor", "strategies": ["constructor", "mixer_zero"]},
     )
 
@@ -110,7 +110,7 @@ def mixer_study() -> Params:
 def diffusers_study() -> Params:
     rules = [CONSTRUCTOR, {"role": ["norm1.linear", "proj_out_1", "proj_out_2"], "init": "zeros"}]
     return study(
-        **yaml.safe_load(code("yaml", 'model:\n  name: "diffusers')),
+        **yamlfile.parse(code("yaml", 'model:\n  name: "diffusers'), "docs"),
         strategies={"zeroed": {"rules": rules}},
         study=STUDY | {"baseline": "constructor", "strategies": ["constructor", "zeroed"]},
     )
@@ -328,7 +328,7 @@ def test_mistakes_are_told_when_parameters_are_checked(prepared: Path) -> None:
 
 
 def test_the_strategy_of_the_docs_says_what_it_changes(micro: Callable[..., DiT]) -> None:
-    strategy = yaml.safe_load(code("yaml", "half_open"))["half_open"]
+    strategy = yamlfile.parse(code("yaml", "half_open"), "docs")["half_open"]
     network = init.apply(micro(), {"rules": strategy["rules"]}, seed=0)
     bias = network.blocks[0].adaLN_modulation[1].bias.chunk(6)  # type: ignore[index,union-attr]
     assert [part.unique().tolist() for part in bias] == [[0], [0], [0.5], [0], [0], [0.5]]

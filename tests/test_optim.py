@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit import config, init, models
+from dit import config, init, models, yamlfile
 from dit.analysis.signal import coordinate_check, width_exponent
 from dit.config import Params
 from dit.diffusion import Batch, Diffusion
@@ -25,11 +24,11 @@ from dit.optim.fused import unserved
 from dit.optim.groups import Multipliers, multipliers
 from dit.optim.optimizer import LEARNING_RATE, Together, make_optimizer, set_learning_rate
 from dit.optim.schedule import learning_rate
-from dit.optim_sections import NamedOptimizerParams, OptimizerParams, ParameterGroup
 from dit.sections import TrainParams
+from dit.sections.optim import NamedOptimizerParams, OptimizerParams, ParameterGroup
 
-SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())
-MUP = yaml.safe_load((ROOT / "profiles" / "mup.yaml").read_text())["train.optimizer.groups"]
+SHIPPED = yamlfile.read(ROOT / "params.yaml")
+MUP = yamlfile.read(ROOT / "profiles" / "mup.yaml")["train.optimizer.groups"]
 SGD = {"name": "sgd", "momentum": 0.9, "nesterov": False, "weight_decay": 0.0}
 MUON = {
     "name": "muon",

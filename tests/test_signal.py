@@ -17,7 +17,7 @@ from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
 from dit.init import Strategy, named
 from dit.models.dit.network import DiT
-from dit.optim_sections import NamedOptimizerParams
+from dit.sections.optim import NamedOptimizerParams
 
 
 @pytest.fixture

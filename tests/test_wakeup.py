@@ -24,7 +24,7 @@ from dit.models import Denoiser
 from dit.models.dit.network import DiT
 from dit.models.gradient_flow import orthogonalised, pattern_of
 from dit.optim.optimizer import make_optimizer
-from dit.optim_sections import AdamWParams, MuonParams, NamedOptimizerParams, OptimizerParams, SGDParams
+from dit.sections.optim import AdamWParams, MuonParams, NamedOptimizerParams, OptimizerParams, SGDParams
 
 SHAPES: list[dict[str, Any]] = [
     {"latent_size": 4, "latent_channels": 3, "patch_size": 2, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 3},

@@ -19,8 +19,8 @@ from dit.diffusion import Batch, Diffusion
 from dit.init import Strategy
 from dit.models import Denoiser, backbone_of
 from dit.optim.optimizer import make_optimizer
-from dit.optim_sections import OptimizerParams
 from dit.sections import AnalyseParams
+from dit.sections.optim import OptimizerParams
 
 HEAD_SIZE = 64
 """Width of an attention head in the coordinate check, that of DiT-S, B and L."""

@@ -20,7 +20,7 @@ from dit.models import Role, backbone_of, roles
 from dit.models.gradient_flow import ZERO, Pattern, Updates, orthogonalised, pattern_of, updated
 from dit.optim.by_name import is_elementwise
 from dit.optim.optimizer import hidden_weights
-from dit.optim_sections import MuonParams, OptimizerParams
+from dit.sections.optim import MuonParams, OptimizerParams
 
 SCALING = 1e-3
 """The gradient of three times the loss is three times the gradient, to this relative difference, unless it is mere rounding."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dit.errors import ConfigError
-from dit.optim_sections import AdamWParams, MuonParams, NamedOptimizerParams, OptimizerParams, SGDParams
+from dit.sections.optim import AdamWParams, MuonParams, NamedOptimizerParams, OptimizerParams, SGDParams
 
 Make = Callable[..., torch.optim.Optimizer]
 """Called with parameter groups, the learning rate `lr`, and the arguments of `train.optimizer`."""

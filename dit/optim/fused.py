@@ -13,8 +13,8 @@ from dit.models.contract import FastNetwork
 from dit.optim.ema import EMA
 from dit.optim.groups import multipliers
 from dit.optim.optimizer import SecondMoment
-from dit.optim_sections import AdamWParams, OptimizerParams
 from dit.sections import TrainParams
+from dit.sections.optim import AdamWParams, OptimizerParams
 
 EPS = 1e-8
 """Kingma & Ba (2015), algorithm 1; also the default of `torch.optim.AdamW`."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dit.errors import ConfigError
 from dit.init.selectors import select
 from dit.models.roles import Role
-from dit.optim_sections import ParameterGroup, Selectors
+from dit.sections.optim import ParameterGroup, Selectors
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from dit.errors import ConfigError
 from dit.models import Role, roles
 from dit.optim.by_name import maker, shards, weight_decay_of
 from dit.optim.groups import Multipliers, multipliers, whole_weights
-from dit.optim_sections import AdamWParams, MuonParams, NamedOptimizerParams, OptimizerParams, SGDParams
 from dit.sections import TrainParams
+from dit.sections.optim import AdamWParams, MuonParams, NamedOptimizerParams, OptimizerParams, SGDParams
 
 LEARNING_RATE = "learning_rate_multiplier"
 """A key of torch's parameter groups, which `set_learning_rate` reads."""

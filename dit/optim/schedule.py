@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from dit.optim_sections import ConstantSchedule, WSDSchedule
 from dit.sections import TrainParams
+from dit.sections.optim import ConstantSchedule, WSDSchedule
 
 
 def learning_rate(params: TrainParams, step: int) -> float:

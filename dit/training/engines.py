@@ -145,26 +145,32 @@ class Fused:
         self.ranks = ranks
         self.network = path.make(model)
         self.optimizer = FusedAdamW(model, self.network, params, ema)
+        self.unclipped = torch.ones((), device=diffusion.device)
+        self._norm: Tensor | None = None
         self._loss = torch.compile(diffusion.loss)
         self._captured = Captured(self._own_gradients)
 
     def _own_gradients(self, *parts: Tensor) -> Tensor:
-        """Set the gradients of this rank's rows of the batch."""
+        """Set the gradients of this rank's rows of the batch; their loss, squared error and gradient norm, (3,)."""
         loss = self.diffusion.training_loss(self.network, Batch(*parts), self._loss)
         total = loss.total.mean()
         total.backward()
         self.network.collect_gradients()
-        return torch.stack([total.detach(), loss.mse.mean().detach()])
+        return torch.stack([total.detach(), loss.mse.mean().detach(), self._norm_of_gradients()])
+
+    def _norm_of_gradients(self) -> Tensor:
+        return torch.linalg.vector_norm(self.network.flat, dtype=torch.float32)
 
     def gradients(self, batch: Batch) -> Tensor:
         """As `Engine`."""
-        losses = self._captured(*vars(batch).values())
+        *losses, norm = self._captured(*vars(batch).values()).unbind()
+        self._norm = norm if self.ranks.size == 1 else None  # of this rank's gradients, before they are averaged
         self.ranks.mean(self.network.flat)
-        return losses
+        return torch.stack(losses)
 
     def gradient_norm(self) -> Tensor:
         """As `Engine`."""
-        return torch.linalg.vector_norm(self.network.flat, dtype=torch.float32)
+        return self._norm_of_gradients() if self._norm is None else self._norm
 
     def gradient_norm_of(self, loss: Tensor) -> Tensor:
         """As `Engine`, by the model's own weights."""
@@ -179,7 +185,8 @@ class Fused:
 
     def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
         """As `Engine`."""
-        self.optimizer.step(learning_rate, clip_factor(gradient_norm, self.params.gradient_clip))
+        limit = self.params.gradient_clip
+        self.optimizer.step(learning_rate, self.unclipped if limit is None else clip_factor(gradient_norm, limit))
         for weight in self.optimizer.weights.values():
             weight.grad = None
 

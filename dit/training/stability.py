@@ -182,7 +182,10 @@ def _beyond(seen: Observation, limits: tuple[float, float]) -> Watched | None:
 
 def _unusual(value: float, past: Sequence[float], least_ratio: float) -> bool:
     """Whether a value may be a spike, before the work of finding the limit."""
-    return len(past) >= MIN_HISTORY and math.isfinite(value) and _log(value) > median(past) + math.log(least_ratio)
+    if len(past) < MIN_HISTORY or not math.isfinite(value):
+        return False
+    least = _log(value) - math.log(least_ratio)
+    return least > min(past) and least > median(past)  # the first is quick, and settles most steps
 
 
 def _limit(past: Sequence[float], least_ratio: float) -> float:

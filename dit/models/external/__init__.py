@@ -79,4 +79,5 @@ BACKBONE = Backbone(
     options=ExternalOptions,
     roles=roles,
     blocks=blocks,
+    called_when_built=True,
 )

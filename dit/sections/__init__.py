@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from dit.optim_sections import DecaySchedule, OptimizerParams, ScheduleParams, WSDSchedule
-from dit.parameter_types import (
+from dit.sections.optim import DecaySchedule, OptimizerParams, ScheduleParams, WSDSchedule
+from dit.sections.types import (
     Backend,
     Count,
     Device,

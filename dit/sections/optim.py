@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
-from dit.parameter_types import Count, Fraction, NonNegativeFloat, Section
+from dit.sections.types import Count, Fraction, NonNegativeFloat, Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Decay, Decay], Field(strict=False)]
