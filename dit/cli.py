@@ -231,7 +231,7 @@ def audit(
     """
     from dit.audit import audit as run_audit
     from dit.audit import targets
-    from dit.audit.report import known
+    from dit.audit.expectations import known
 
     with _user_errors_shown():
         expected = known(expect) if expect else None

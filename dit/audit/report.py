@@ -1,36 +1,23 @@
-"""What an audit found: the findings, what they amount to in words, what may be expected of them, and how they are printed."""
+"""What an audit found: the findings, what they amount to in words, and how they are printed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from dit.errors import ConfigError
-
-Item = TypeVar("Item")
-Key = TypeVar("Key")
+from dit.audit.expectations import EXPECTATIONS, Expectation, asleep, known, symmetric
+from dit.audit.words import brief, capital, grouped, new_table, percent, span, without_effect
 
 Part = Literal["sample", "timestep", "label", "text", "other"]
 State = Literal["zero", "zero weight", "partly zero", "constant", "random"]
 STATES: dict[State, str] = {"zero weight": "the same for every input (zero weight, but not bias)"}
 """In words, where the state itself is none."""
-
-Expectation = Literal["adaln-zero", "zero-output", "identity-blocks", "all-awake", "distinct-units"]
-
-NEGLIGIBLE = 1e-6
-"""An input that changes the output by less than this fraction has no effect: what is left is float32 rounding."""
-
-PUBLISHED_STEPS = 3
-"""Optimiser steps within which every weight of the published adaLN-Zero network has received a gradient."""
-
-LISTED = 3
-"""Names that a sentence lists before it counts the rest."""
 
 
 class AuditFinding(BaseModel):
@@ -142,7 +129,7 @@ class AuditReport(AuditFinding):
     def verdict(self) -> str:
         """What the network is at start, in words."""
         name = "adaLN-Zero" if not self.failures("adaln-zero") else "Not adaLN-Zero"
-        return f"{name}: {' '.join(_capital(sentence) + '.' for sentence in self._sentences())}"
+        return f"{name}: {' '.join(capital(sentence) + '.' for sentence in self._sentences())}"
 
     def failures(self, expectation: Expectation | str) -> list[str]:
         """Why the network is not what is expected; empty where it is. Raises `ConfigError` for an unknown name."""
@@ -176,7 +163,7 @@ class AuditReport(AuditFinding):
         every = {wake.tensor for wake in self.wakes}
         return [
             f"{name}{rows}"
-            for rows, alike in _grouped(wakes, lambda wake: wake.rows)
+            for rows, alike in grouped(wakes, lambda wake: wake.rows)
             for name in self._with_both((wake.tensor for wake in alike), every)
         ]
 
@@ -192,14 +179,14 @@ class AuditReport(AuditFinding):
         yield self._about_blocks()
         for place, words in (("block", "block modulation"), ("shared", "shared modulation"), ("final", "final modulation")):
             layers = [layer for layer in self.modulation if layer.place == place]
-            for state, members in _grouped(layers, lambda layer: (layer.state, layer.zero_rows)):
-                paths = _brief(self.collapse((layer.path for layer in members), (layer.path for layer in layers)))
+            for state, members in grouped(layers, lambda layer: (layer.state, layer.zero_rows)):
+                paths = brief(self.collapse((layer.path for layer in members), (layer.path for layer in layers)))
                 yield f"{words} is {STATES.get(state[0], ' '.join(state).strip())} at start ({paths})"
         yield self._about_output()
-        still = [item.name for item in self.inputs if _without_effect(item.after_steps)]
+        still = [item.name for item in self.inputs if without_effect(item.after_steps)]
         if still:
             yield f"still without effect on the output after {self.steps} steps: {', '.join(still)}"
-        yield from (reason for check in (_asleep, _symmetric) for reason in check(self))
+        yield from (reason for check in (asleep, symmetric) for reason in check(self))
 
     def _about_blocks(self) -> str:
         if not self.blocks:
@@ -212,7 +199,7 @@ class AuditReport(AuditFinding):
             return (
                 f"blocks are not the identity (they change their input by {min(changes):.2g} to {max(changes):.2g} of its size)"
             )
-        paths = _brief(self.collapse((block.path for block in identical), (block.path for block in self.blocks)))
+        paths = brief(self.collapse((block.path for block in identical), (block.path for block in self.blocks)))
         return f"{len(identical)} of {len(self.blocks)} blocks are the identity ({paths})"
 
     def _about_output(self) -> str:
@@ -246,17 +233,17 @@ class AuditReport(AuditFinding):
             yield self._value_table()
 
     def _block_table(self) -> Table:
-        table = _table("Blocks", "block", "class", "relative change>")
+        table = new_table("Blocks", "block", "class", "relative change>")
         every = [block.path for block in self.blocks]
-        for (kind, identity), members in _grouped(self.blocks, lambda block: (block.kind, block.identity)):
+        for (kind, identity), members in grouped(self.blocks, lambda block: (block.kind, block.identity)):
             paths = "\n".join(self.collapse((block.path for block in members), every))
-            table.add_row(paths, kind, "identity" if identity else _span(members))
+            table.add_row(paths, kind, "identity" if identity else span(members))
         return table
 
     def _modulation_table(self) -> Table:
-        table = _table("Modulation", "layer", "place", "at start", "driven by")
+        table = new_table("Modulation", "layer", "place", "at start", "driven by")
         every = [layer.path for layer in self.modulation]
-        for (place, state, rows, drivers), members in _grouped(
+        for (place, state, rows, drivers), members in grouped(
             self.modulation, lambda layer: (layer.place, layer.state, layer.zero_rows, layer.driven_by)
         ):
             paths = "\n".join(self.collapse((layer.path for layer in members), every))
@@ -264,19 +251,19 @@ class AuditReport(AuditFinding):
         return table
 
     def _input_table(self) -> Table:
-        table = _table(
+        table = new_table(
             "Effect of each input on the output", "input", "probably", "shape", "at start>", f"after {self.steps} steps>"
         )
         for item in self.inputs:
-            effects = [_percent(item.at_start), _percent(item.after_steps)]
+            effects = [percent(item.at_start), percent(item.after_steps)]
             table.add_row(item.name, item.part, " x ".join(map(str, item.shape)), *effects)
         return table
 
     def _wake_table(self) -> Table:
-        table = _table("First gradient", "step>", "tensors", "how many>")
+        table = new_table("First gradient", "step>", "tensors", "how many>")
         reasons = {"unused": "unused", "rounding": "rounding", "zero": "never", None: ""}
         for (step, reason), members in sorted(
-            _grouped(self.wakes, lambda wake: (wake.step, wake.reason)), key=lambda item: (item[0][0] is None, item[0][0] or 0)
+            grouped(self.wakes, lambda wake: (wake.step, wake.reason)), key=lambda item: (item[0][0] is None, item[0][0] or 0)
         ):
             table.add_row(reasons[reason] or str(step), "\n".join(self.tensors(members)), str(len(members)))
         return table
@@ -294,9 +281,9 @@ class AuditReport(AuditFinding):
 
     def _unit_table(self) -> Table:
         title = f"Layers with units that start equal, and how many still repeat another after {self.steps} steps"
-        table = _table(title, "layer", "units>", "distinct>", "repeat>", "not moved>", "every>")
+        table = new_table(title, "layer", "units>", "distinct>", "repeat>", "not moved>", "every>")
         every = [item.layer for item in self.units]
-        for key, members in _grouped(
+        for key, members in grouped(
             self.units, lambda item: (item.units, item.distinct, item.still_equal, item.unmoved, item.period)
         ):
             paths = "\n".join(self.collapse((item.layer for item in members), every))
@@ -304,121 +291,8 @@ class AuditReport(AuditFinding):
         return table
 
     def _value_table(self) -> Table:
-        table = _table("Tensors with one value", "value>", "tensors", "how many>")
+        table = new_table("Tensors with one value", "value>", "tensors", "how many>")
         every = [item.tensor for item in self.values]
-        for value, members in _grouped(self.values, lambda item: item.value):
+        for value, members in grouped(self.values, lambda item: item.value):
             table.add_row(f"{value:g}", "\n".join(self._with_both((item.tensor for item in members), every)), str(len(members)))
         return table
-
-
-def _zero_output(report: AuditReport) -> Iterator[str]:
-    if not report.output.zero:
-        yield f"the output is not zero (RMS {report.output.rms:.2g})"
-
-
-def _identity(report: AuditReport) -> Iterator[str]:
-    others = [block.path for block in report.blocks if not block.identity]
-    if others:
-        yield f"not the identity: {_brief(report.collapse(others, (block.path for block in report.blocks)))}"
-    if not report.blocks:
-        yield "no block was found"
-
-
-def _gated(report: AuditReport) -> Iterator[str]:
-    """Modulation of the blocks starts at zero, at least in part, and it is what makes them the identity.
-
-    Where it is, zero gates are the first of the blocks' weights to receive a gradient. Where gates are open and the last layer
-    of every branch is zero, as in a U-Net, that layer is.
-    """
-    modulation = [layer for layer in report.modulation if layer.place != "final"]
-    if report.samples < 2:
-        yield "modulation cannot be told from a batch of one sample; give two or more"
-    elif not modulation:
-        yield "no layer was found that modulates the blocks"
-    elif all(layer.state not in ("zero", "partly zero") for layer in modulation):
-        yield "no modulation starts at zero"
-    elif report.blocks and all(block.identity for block in report.blocks):
-        inside = tuple(f"{block.path}." for block in report.blocks)
-        modulating = tuple(f"{layer.path}." for layer in modulation)
-        gates = [wake.step for wake in report.wakes if wake.tensor.startswith(modulating)]
-        others = [
-            wake.step for wake in report.wakes if wake.tensor.startswith(inside) and not wake.tensor.startswith(modulating)
-        ]
-        first, other = (min((step for step in steps if step is not None), default=None) for steps in (gates, others))
-        if first is None and other is None and report.steps >= PUBLISHED_STEPS:
-            yield f"no block receives a gradient within {report.steps} steps"
-        elif other is not None and (first is None or other < first):
-            yield "other layers of the blocks receive a gradient before any modulation: it is not modulation that is zero"
-
-
-def _asleep(report: AuditReport) -> Iterator[str]:
-    for reason, words in (("zero", f"no gradient within {report.steps} steps"), ("unused", "not in the graph of the loss")):
-        wakes = [wake for wake in report.wakes if wake.step is None and wake.reason == reason]
-        if wakes:
-            yield f"{words}: {_brief(report.tensors(wakes))}"
-
-
-def _symmetric(report: AuditReport) -> Iterator[str]:
-    alike = [item for item in report.units if item.still_equal]
-    for (units, equal), members in _grouped(alike, lambda item: (item.units, item.still_equal)):
-        paths = _brief(report.collapse((item.layer for item in members), (item.layer for item in members)))
-        yield f"symmetric units: {equal} of {units} repeat another, in {paths}, and stay equal while they move"
-
-
-Check = Callable[[AuditReport], Iterator[str]]
-EXPECTATIONS: dict[Expectation, tuple[Check, ...]] = {
-    "adaln-zero": (_zero_output, _identity, _gated, _symmetric),
-    "zero-output": (_zero_output,),
-    "identity-blocks": (_identity,),
-    "all-awake": (_asleep,),
-    "distinct-units": (_symmetric,),
-}
-"""What a report can be held to: every check names the reasons against it."""
-
-
-def known(expectation: str) -> Expectation:
-    """The expectation of that name. Raises `ConfigError` where there is none."""
-    for name in EXPECTATIONS:
-        if name == expectation:
-            return name
-    raise ConfigError(f"unknown expectation '{expectation}'; accepted: {', '.join(EXPECTATIONS)}")
-
-
-def _grouped(items: Sequence[Item], key: Callable[[Item], Key]) -> list[tuple[Key, list[Item]]]:
-    """Items by key, in order of appearance."""
-    groups: dict[Key, list[Item]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return list(groups.items())
-
-
-def _span(blocks: Sequence[Block]) -> str:
-    """The smallest and the largest change that the blocks make."""
-    ends = [f"{end([block.change for block in blocks]):.2g}" for end in (min, max)]
-    return " to ".join(dict.fromkeys(ends))
-
-
-def _brief(names: list[str]) -> str:
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
-
-
-def _capital(sentence: str) -> str:
-    return sentence[0].upper() + sentence[1:]
-
-
-def _without_effect(change: float | None) -> bool:
-    return change is not None and change < NEGLIGIBLE
-
-
-def _percent(change: float | None) -> str:
-    if change is None:
-        return "not varied"
-    return "none" if _without_effect(change) else f"{100 * change:.{0 if change >= 0.1 else 2}f} %"
-
-
-def _table(title: str, *columns: str) -> Table:
-    """A table whose columns are aligned to the right where their name ends in `>`."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in columns:
-        table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
-    return table

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit import config as settings
-from dit import init
+from dit import config, init
 from dit.audit.measure import Batch, LossFunction
+from dit.diffusion import Batch as TrainingBatch
+from dit.diffusion import Diffusion
 from dit.errors import ConfigError, DataError, UserError
 from dit.init import weights as files
-from dit.models import Denoiser
+from dit.models import Denoiser, backbone_of
 from dit.models.dit.network import DiT
 from dit.models.external.sources import built, diffusers_class, function, working_directory_searched
 from dit.models.sizes import SIZES
@@ -95,15 +96,29 @@ def _diffusers(name: str, config: Mapping[str, Any]) -> AuditTarget:
 
 
 def _strategy(name: str, model_name: str | None, seed: int, params: Path) -> AuditTarget:
-    """The network of a parameter file, for its latents, or the one called `model_name`, with one of that file's strategies."""
-    loaded = settings.load(params)
+    """The network of a parameter file, or the one called `model_name`, with one of that file's strategies.
+
+    It is asked and charged as in training, by the file's objective: `dit.diffusion.Diffusion.training_loss`.
+    """
+    loaded = config.load(params)
     if name not in loaded.strategies:
         raise ConfigError(f"{params}: unknown strategy '{name}'; accepted: {', '.join(loaded.strategies)}")
     network = init.apply(loaded.network({"num_classes": CLASSES}, model_name), loaded.strategies[name], seed)
-    return AuditTarget(network, _latent_batch(network))
+    x0, timesteps, labels = _latent_batch(network)
+    objective = loaded.diffusion.objective if loaded.diffusion.objective in backbone_of(network).objectives else "flow"
+    settings = {"objective": objective, "learn_sigma": network.learn_sigma}
+    diffusion = Diffusion(loaded.diffusion.model_copy(update=settings))
+    eps = torch.randn(x0.shape, generator=generator("audit", "noise"))
+    batch = TrainingBatch(x0, eps, timesteps, labels)
+
+    def loss(output: Any, _batch: Batch) -> Tensor:
+        return diffusion.training_loss(lambda _x, _t, _y: output, batch).total.mean()
+
+    return AuditTarget(network, (diffusion.add_noise(x0, eps, timesteps), timesteps, labels), loss)
 
 
-def _latent_batch(network: Denoiser) -> Batch:
+def _latent_batch(network: Denoiser) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents (4, C, H, W), timesteps (4,) and labels (4,)."""
     draws = generator("audit", "batch")
     x = torch.randn(BATCH, network.latent_channels, network.latent_size, network.latent_size, generator=draws)
     labels = torch.randint(network.num_classes, (BATCH,), generator=draws)

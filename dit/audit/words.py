@@ -1,0 +1,64 @@
+"""How an audit report says things: items that are alike together, numbers and names in short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from dit.audit.report import Block
+
+NEGLIGIBLE = 1e-6
+"""An input that changes the output by less than this fraction has no effect: what is left is float32 rounding."""
+
+LISTED = 3
+"""Names that a sentence lists before it counts the rest."""
+
+Item = TypeVar("Item")
+Key = TypeVar("Key")
+
+
+def grouped(items: Sequence[Item], key: Callable[[Item], Key]) -> list[tuple[Key, list[Item]]]:
+    """Items by key, in order of appearance."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.items())
+
+
+def span(blocks: Sequence[Block]) -> str:
+    """The smallest and the largest change that the blocks make."""
+    ends = [f"{end([block.change for block in blocks]):.2g}" for end in (min, max)]
+    return " to ".join(dict.fromkeys(ends))
+
+
+def brief(names: list[str]) -> str:
+    """The first `LISTED` names, and how many more there are."""
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+def capital(sentence: str) -> str:
+    """A sentence with a capital at its start."""
+    return sentence[0].upper() + sentence[1:]
+
+
+def without_effect(change: float | None) -> bool:
+    """Whether a change of an input, as a fraction of the output, is none but for rounding."""
+    return change is not None and change < NEGLIGIBLE
+
+
+def percent(change: float | None) -> str:
+    """A fraction as per cent, or why there is none."""
+    if change is None:
+        return "not varied"
+    return "none" if without_effect(change) else f"{100 * change:.{0 if change >= 0.1 else 2}f} %"
+
+
+def new_table(title: str, *columns: str) -> Table:
+    """A table whose columns are aligned to the right where their name ends in `>`."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
+    return table
