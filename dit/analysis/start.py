@@ -134,13 +134,12 @@ class Examiner:
             optimiser.step()
 
     def _coordinates(self, strategy: Strategy) -> list[Coordinates]:
-        resized = backbone_of(self.model).resized
-        if resized is None:
+        if not backbone_of(self.model).resizable:
             return []
-        sizes = {width: {"hidden_size": width, "num_heads": width // HEAD_SIZE} for width in self.params.widths}
-        networks = {
-            width: self._network(strategy, resized(self.model, depth=COORDINATE_DEPTH, **size)) for width, size in sizes.items()
-        }
+        networks = {}
+        for width in self.params.widths:
+            model = self.model.resized(hidden_size=width, depth=COORDINATE_DEPTH, num_heads=width // HEAD_SIZE)
+            networks[width] = self._network(strategy, model)
         return coordinate_check(networks, self._few, self.diffusion, self._optimiser, self.params.steps)
 
     def _few(self, step: int) -> Batch:

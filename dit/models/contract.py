@@ -35,7 +35,7 @@ class Denoiser(nn.Module):
     learn_sigma: bool
 
     def __new__(cls, *arguments: Any, **options: Any) -> Self:
-        """Keep what the constructor is given, for `constructed`."""
+        """Keep what the constructor is given, for `constructed` and `resized`."""
         network = super().__new__(cls)
         network.__dict__["_given"] = arguments, options
         return network
@@ -45,6 +45,11 @@ class Denoiser(nn.Module):
         arguments, options = self.__dict__["_given"]
         with seeded(seed, "constructor"), torch.device("cpu"):
             return type(self)(*arguments, **options)
+
+    def resized(self, **sizes: int) -> Self:
+        """The same network with other arguments of its constructor, such as `hidden_size`."""
+        arguments, options = self.__dict__["_given"]
+        return type(self)(*arguments, **{**options, **sizes})
 
 
 class Options(BaseModel):
@@ -116,8 +121,8 @@ class Backbone:
     """Matrices (units, weights of each) whose rows are compared for symmetry, by the role that records their count."""
     gates: Callable[[Any, Tensor, Tensor], dict[str, Tensor]] = lambda _model, _timesteps, _labels: {}
     """The gates (B, D) of a batch's timesteps (B,) and labels (B,), by the role of their weights."""
-    resized: Callable[..., Denoiser] | None = None
-    """`resized(model, hidden_size=, depth=, num_heads=)`: the same network in another size, for the coordinate check."""
+    resizable: bool = False
+    """Whether its networks take `hidden_size`, `depth` and `num_heads`, as the coordinate check needs."""
     gradient_flow: Callable[[Any, Mapping[str, Pattern]], dict[str, Pattern]] | None = None
     """From the pattern of every role's weights, that of its gradient; see `dit.models.gradient_flow`."""
     fast_path: FastPath | None = None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dit.models.contract import Block
 from dit.models.layers import MLP
 from dit.models.roles import Role
 
@@ -55,3 +56,8 @@ def gates_of(model: nn.Module, every_role: Iterable[Role], conditioning: Tensor)
         for path, weight in rows.items()
         if path.endswith(".gate.weight")
     }
+
+
+def two_branch_blocks(model: Any) -> list[Block]:
+    """The blocks of a network like DiT: the second norm of each reads the stream between attention and MLP."""
+    return [Block(block, block.norm2) for block in model.blocks]

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from pydantic import PositiveInt
+
 from dit.errors import ConfigError
+from dit.models.contract import Options
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,27 @@ SIZES = {
     "XL": Size(28, 1152, 16),
 }
 """S to XL: Peebles & Xie (2023), table 1, and `DiT_models` of facebookresearch/DiT. Micro and Tiny are for CPUs."""
+
+
+class SizedOptions(Options):
+    """Sizes that replace those of the name."""
+
+    depth: PositiveInt | None = None
+    hidden_size: PositiveInt | None = None
+    num_heads: PositiveInt | None = None
+
+
+def sizes_of(
+    name: str, family: str, options: SizedOptions, patch_sizes: Collection[int], sizes: Mapping[str, Size] = SIZES
+) -> dict[str, int]:
+    """The sizes that a name of a family stands for, with those of `options` in their place, as a constructor takes them."""
+    size, patch_size = parse_name(name, family, patch_sizes, sizes)
+    return {
+        "patch_size": patch_size,
+        "hidden_size": options.hidden_size or size.hidden_size,
+        "depth": options.depth or size.depth,
+        "num_heads": options.num_heads or size.num_heads,
+    }
 
 
 def parse_name(name: str, family: str, patch_sizes: Collection[int], sizes: Mapping[str, Size] = SIZES) -> tuple[Size, int]:

@@ -23,7 +23,6 @@ from dit.data.batches import Batches
 from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
 from dit.init import Strategy
-from dit.models.dit import resized
 from dit.models.dit.network import DiT
 from dit.models.dit.probes import output_units
 
@@ -52,7 +51,7 @@ def network(params: Params, store: LatentStore, width: int | None = None) -> DiT
     plain = params.network(store.sizes)
     if width is None:
         return plain
-    return resized(plain, hidden_size=width, depth=plain.depth, num_heads=width // 32)
+    return plain.resized(hidden_size=width, depth=plain.depth, num_heads=width // 32)
 
 
 def wake_up(params: Params, plain: DiT) -> plt.Figure:

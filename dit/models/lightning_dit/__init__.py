@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import cast
-
-from pydantic import PositiveInt
-
 from dit.errors import ConfigError
-from dit.models.contract import FLOW_ONLY, Backbone, Block, Options
+from dit.models.contract import FLOW_ONLY, Backbone
 from dit.models.layers import FLOW_TIMESTEPS
 from dit.models.lightning_dit.gradient_flow import gradient_flow
 from dit.models.lightning_dit.layers import Variant
-from dit.models.lightning_dit.network import LightningDiT, LightningDiTBlock
+from dit.models.lightning_dit.network import LightningDiT
 from dit.models.lightning_dit.probes import gates, units
 from dit.models.lightning_dit.roles import roles
-from dit.models.sizes import SIZES, Size, parse_name
+from dit.models.probes import two_branch_blocks
+from dit.models.sizes import SIZES, Size, SizedOptions, sizes_of
 
 PATCH_SIZES = (1, 2, 4, 8)
 
@@ -22,16 +19,13 @@ LIGHTNING_SIZES = {**SIZES, "1p0B": Size(24, 1536, 24), "1p6B": Size(28, 1792, 2
 """Those of DiT, and two more of `LightningDiT_models` in hustvl/LightningDiT."""
 
 
-class LightningDiTOptions(Options):
+class LightningDiTOptions(SizedOptions):
     """Sizes that replace those of the name, and the five choices of the published code.
 
     Their defaults are those of the published configuration, `configs/lightningdit_xl_vavae_f16d32.yaml`: rotary positions,
     SwiGLU and RMSNorm, with shifts and without normalised queries and keys.
     """
 
-    depth: PositiveInt | None = None
-    hidden_size: PositiveInt | None = None
-    num_heads: PositiveInt | None = None
     use_qknorm: bool = False
     use_swiglu: bool = True
     use_rope: bool = True
@@ -39,41 +33,11 @@ class LightningDiTOptions(Options):
     wo_shift: bool = False
 
 
-def _build(
-    name: str, options: LightningDiTOptions, *, latent_size: int, latent_channels: int, num_classes: int, learn_sigma: bool
-) -> LightningDiT:
+def _build(name: str, options: LightningDiTOptions, *, learn_sigma: bool, **latents: int) -> LightningDiT:
     if learn_sigma:
         raise ConfigError(f"{name} predicts a velocity and no sigma; set diffusion.learn_sigma to false")
-    size, patch_size = parse_name(name, "LightningDiT", PATCH_SIZES, LIGHTNING_SIZES)
-    return LightningDiT(
-        latent_size=latent_size,
-        patch_size=patch_size,
-        latent_channels=latent_channels,
-        hidden_size=options.hidden_size or size.hidden_size,
-        depth=options.depth or size.depth,
-        num_heads=options.num_heads or size.num_heads,
-        num_classes=num_classes,
-        variant=Variant(**options.model_dump(exclude={"depth", "hidden_size", "num_heads"})),
-    )
-
-
-def resized(model: LightningDiT, *, hidden_size: int, depth: int, num_heads: int) -> LightningDiT:
-    """A LightningDiT of the same variant, for the same latents and labels, in another size."""
-    return LightningDiT(
-        latent_size=model.latent_size,
-        patch_size=model.patch_size,
-        latent_channels=model.latent_channels,
-        hidden_size=hidden_size,
-        depth=depth,
-        num_heads=num_heads,
-        num_classes=model.num_classes,
-        variant=model.variant,
-    )
-
-
-def blocks(model: LightningDiT) -> list[Block]:
-    """The blocks; the second norm reads the stream between attention and MLP."""
-    return [Block(block, block.norm2) for block in cast("list[LightningDiTBlock]", list(model.blocks))]
+    variant = Variant(**options.model_dump(exclude=set(SizedOptions.model_fields)))
+    return LightningDiT(**sizes_of(name, "LightningDiT", options, PATCH_SIZES, LIGHTNING_SIZES), **latents, variant=variant)
 
 
 BACKBONE = Backbone(
@@ -83,10 +47,10 @@ BACKBONE = Backbone(
     build=_build,
     options=LightningDiTOptions,
     roles=roles,
-    blocks=blocks,
+    blocks=two_branch_blocks,
     units=units,
     gates=gates,
-    resized=resized,
+    resizable=True,
     gradient_flow=gradient_flow,
     objectives=FLOW_ONLY,
     num_timesteps=FLOW_TIMESTEPS,

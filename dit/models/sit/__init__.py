@@ -7,52 +7,26 @@ from torch import Tensor
 from dit.errors import ConfigError
 from dit.models import dit
 from dit.models.contract import FLOW_ONLY, Backbone
-from dit.models.dit import PATCH_SIZES, DiTOptions
+from dit.models.dit import PATCH_SIZES
 from dit.models.dit.probes import gates
 from dit.models.dit.probes import units as dit_units
 from dit.models.dit.roles import roles
 from dit.models.layers import FLOW_TIMESTEPS
-from dit.models.probes import output_units
+from dit.models.probes import output_units, two_branch_blocks
 from dit.models.sit.network import SiT
-from dit.models.sizes import SIZES, parse_name
+from dit.models.sizes import SIZES, SizedOptions, sizes_of
 
 
-class SiTOptions(DiTOptions):
+class SiTOptions(SizedOptions):
     """Sizes that replace those of the name, and the head: the published checkpoints have `sigma_head` true."""
 
     sigma_head: bool = True
 
 
-def _build(
-    name: str, options: SiTOptions, *, latent_size: int, latent_channels: int, num_classes: int, learn_sigma: bool
-) -> SiT:
+def _build(name: str, options: SiTOptions, *, learn_sigma: bool, **latents: int) -> SiT:
     if learn_sigma:
         raise ConfigError(f"{name} predicts a velocity and no sigma; set diffusion.learn_sigma to false")
-    size, patch_size = parse_name(name, "SiT", PATCH_SIZES)
-    return SiT(
-        latent_size=latent_size,
-        patch_size=patch_size,
-        latent_channels=latent_channels,
-        hidden_size=options.hidden_size or size.hidden_size,
-        depth=options.depth or size.depth,
-        num_heads=options.num_heads or size.num_heads,
-        num_classes=num_classes,
-        sigma_head=options.sigma_head,
-    )
-
-
-def resized(model: SiT, *, hidden_size: int, depth: int, num_heads: int) -> SiT:
-    """A SiT for the same latents and labels, in another size."""
-    return SiT(
-        latent_size=model.latent_size,
-        patch_size=model.patch_size,
-        latent_channels=model.latent_channels,
-        hidden_size=hidden_size,
-        depth=depth,
-        num_heads=num_heads,
-        num_classes=model.num_classes,
-        sigma_head=model.sigma_head,
-    )
+    return SiT(**sizes_of(name, "SiT", options, PATCH_SIZES), **latents, sigma_head=options.sigma_head)
 
 
 def units(model: SiT) -> dict[str, Tensor]:
@@ -68,10 +42,10 @@ BACKBONE = Backbone(
     build=_build,
     options=SiTOptions,
     roles=roles,
-    blocks=dit.blocks,
+    blocks=two_branch_blocks,
     units=units,
     gates=gates,
-    resized=resized,
+    resizable=True,
     gradient_flow=dit.gradient_flow,
     objectives=FLOW_ONLY,
     num_timesteps=FLOW_TIMESTEPS,
