@@ -18,6 +18,14 @@ ROOT = Path(__file__).parents[1]
 
 collect_ignore = [] if torch.cuda.is_available() else ["test_fused_cuda.py"]
 
+LONG = ("test_flows.py", "test_reruns.py", "test_gate.py", "test_external.py", "test_distributed.py", "test_dag.py")
+"""Files that run whole studies: they come first, so that no worker ends with one of them while another has nothing to do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of `LONG` files first."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:

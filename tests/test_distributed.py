@@ -145,7 +145,7 @@ def test_a_killed_process_ends_the_stage_and_another_number_of_them_goes_on(work
     output, _ = begun.communicate(timeout=60)
     assert begun.returncode == os.EX_TEMPFAIL, output
     assert "was killed by SIGKILL; the others were ended, and no output was written" in output
-    assert not (workspace / "runs").exists()
+    assert not (workspace / "runs" / "train").exists()
     kept = shutil.copytree(workspace / ".scratch", workspace / "kept")
     for processes, parallel in ((1, "ddp"), (4, "ddp"), (2, "fsdp")):
         shutil.rmtree(workspace / ".scratch")
@@ -176,7 +176,7 @@ def test_ranks_end_with_their_launcher_and_the_next_run_goes_on(
     output, _ = begun.communicate(timeout=60)
     assert begun.returncode == code, output
     assert psutil.wait_procs(ranks, timeout=5)[1] == []
-    assert not (workspace / "runs").exists()
+    assert not (workspace / "runs" / "train").exists()
     assert not list(workspace.glob("torchelastic*"))
     assert "resumed at step" in finished(train(workspace, 2))
     np.testing.assert_allclose(losses(workspace), losses(alone), rtol=1e-5)
