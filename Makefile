@@ -44,7 +44,7 @@ down: $(INSTALLED) ## Stop what `make up` started
 	@$(RUN) pipelines down
 
 test: $(INSTALLED) browser ## Run the tests [TESTS=tests/test_model.py] [TESTS='-m slow'] [CHROMIUM=/path/to/chrome]
-	$(RUN) pytest -n 2 --dist loadfile $$TESTS
+	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $$TESTS
 
 browser: # The report's page test opens it in Chromium or Chrome.
 	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome google-chrome-stable; do \
