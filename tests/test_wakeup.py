@@ -251,8 +251,8 @@ def test_a_single_precision_network_is_refused() -> None:
 
 
 def test_the_command_shows_the_schedule_of_a_strategy_and_names_one_that_is_not_there() -> None:
-    arguments = ["--params", str(Path(__file__).parents[1] / "params.yaml"), "--model", "DiT-XL/2"]
-    shown = CliRunner().invoke(app, ["wakeup", "adaln_zero", *arguments])
+    arguments = ["--params", str(Path(__file__).parents[1] / "params.yaml")]
+    shown = CliRunner().invoke(app, ["wakeup", "adaln_zero", "--model", "DiT-XL/2", *arguments])
     assert shown.exit_code == 0, shown.output
     assert [line.split()[-1] for line in shown.output.splitlines()[-17:-1]] == list("1222222222221110")
     every = CliRunner().invoke(app, ["wakeup", *arguments], env={"COLUMNS": "200"})
