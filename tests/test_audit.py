@@ -543,7 +543,7 @@ def test_a_function_of_the_user_is_called(tmp_path: Path, monkeypatch: pytest.Mo
         (["diffusers:DiTTransformer2DModel", "--config", "{"], "--config = {: not a file, and not JSON"),
         (["strategy:nothing"], "unknown strategy 'nothing'; accepted: adaln_zero"),
         (["strategy:adaln_zero", "--model", "DiT-Q/2"], "unknown model 'DiT-Q/2'"),
-        (["strategy:adaln_zero", "--expect", "zero"], "unknown expectation 'zero'; accepted: adaln-zero"),
+        (["strategy:adaln_zero", "--expect", "zero"], "unknown expectation 'zero'; expected one of adaln-zero"),
     ],
 )
 def test_wrong_input_is_told_in_one_message(arguments: list[str], message: str) -> None:

@@ -1,8 +1,8 @@
 """Main effects and two-way interactions of a full factorial study, with seeds as blocks.
 
 Every effect is a contrast that is computed within each seed, so what a seed adds to all its runs cancels; its interval is
-Student's over seeds. That assumes that seeds are independent and that the contrasts are about normal, which three to five
-seeds cannot test. Effects are exploratory: no interval is corrected for the number of effects.
+Student's over seeds. The interval assumes independent seeds and roughly normal contrasts, and three to five seeds cannot
+test either. Effects are exploratory: no interval is corrected for the number of effects.
 """
 
 from __future__ import annotations

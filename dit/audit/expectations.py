@@ -89,4 +89,4 @@ def known(expectation: str) -> Expectation:
     for name in EXPECTATIONS:
         if name == expectation:
             return name
-    raise ConfigError(f"unknown expectation '{expectation}'; accepted: {', '.join(EXPECTATIONS)}")
+    raise ConfigError(f"unknown expectation '{expectation}'; expected one of {', '.join(EXPECTATIONS)}")

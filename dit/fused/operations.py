@@ -17,7 +17,7 @@ from torch.autograd import Function
 from dit.fused.gelu import CUBE, ROOT
 
 EPS = 1e-6
-"""That of the model's layer norms."""
+"""The epsilon of the model's layer norms."""
 
 PLACE = "_gradient_place"
 

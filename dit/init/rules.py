@@ -75,7 +75,7 @@ class BaseRule(BaseModel, ABC):
 
     @abstractmethod
     def draw(self, role: Role, draws: Draws) -> Tensor:
-        """The whole parameter, of which `role` is some rows, as a float32 CPU matrix or vector drawn from `draws` alone."""
+        """Draw the whole parameter that holds the rows of `role`: a float32 CPU matrix or vector, from `draws` alone."""
 
     def part(self, matrix: Tensor, role: Role) -> Tensor:
         """The rows of the role `role`, from what `draw` returned."""

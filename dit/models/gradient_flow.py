@@ -42,7 +42,7 @@ class Pattern:
 
     @property
     def transposed(self) -> Pattern:
-        """That of the transpose."""
+        """The pattern of the transposed matrix."""
         return Pattern(self.zero, self.minus_one, self.equal_columns, self.equal_rows, self.column_sums, self.row_sums)
 
 
@@ -80,7 +80,7 @@ class Vector:
 
     @property
     def kind(self) -> Kind:
-        """That of the whole."""
+        """The kind of the sum of both parts."""
         return _sum(self.own, self.shared)
 
     @property
@@ -185,7 +185,7 @@ def orthogonalised(parts: Sequence[Pattern]) -> list[Pattern]:
 
 
 def _equal(rows: bool, columns: bool) -> Pattern:
-    """Equal rows, or columns, of which no more is known."""
+    """The pattern of a matrix that is only known to have equal rows, equal columns, both or neither."""
     sums: dict[bool, Sums] = {True: "equal", False: "any"}
     return Pattern(equal_rows=rows, equal_columns=columns, row_sums=sums[rows], column_sums=sums[columns])
 
@@ -250,7 +250,7 @@ class Attention:
         return Vector(own, self.value.shared)
 
     def gradients(self, delta: Vector) -> tuple[Vector, Vector, Vector]:
-        """Those of queries, keys and values, from that of the output.
+        """The gradients of queries, keys and values, from the gradient of the output.
 
         Logits receive one where values differ between tokens, and queries where keys do. What all keys share receives none, so
         that without `rotary` the gradients of the keys sum to zero over tokens.

@@ -25,7 +25,7 @@ class Role:
     path: str
     parameter: str
     shape: tuple[int, ...]
-    """Shape of the whole parameter, of which the role may be some rows."""
+    """Shape of the whole parameter; the role may be only some of its rows."""
     fan_in: int
     """Inputs of its layer. A bias has those of its weight; a vector without a matrix, such as the scale of a norm, has 1."""
     depth: int

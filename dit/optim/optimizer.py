@@ -170,7 +170,7 @@ class Optimizer:
         self.scaler.update()
 
     def second_moments(self) -> dict[str, SecondMoment]:
-        """Those of the weights that Adam or one of its kin updates, by name; none before the first step."""
+        """Second moments of the weights that Adam, or an optimiser like it, updates, by name; empty before the first step."""
         found = {}
         for group in self.torch.param_groups:
             for weight in group["params"]:

@@ -16,7 +16,7 @@ from dit.models.sizes import SIZES, Size, SizedOptions, sizes_of
 PATCH_SIZES = (1, 2, 4, 8)
 
 LIGHTNING_SIZES = {**SIZES, "1p0B": Size(24, 1536, 24), "1p6B": Size(28, 1792, 28)}
-"""Those of DiT, and two more of `LightningDiT_models` in hustvl/LightningDiT."""
+"""The sizes of DiT, and two larger ones from `LightningDiT_models` in hustvl/LightningDiT."""
 
 
 class LightningDiTOptions(SizedOptions):
