@@ -54,6 +54,7 @@ def evaluate(params: Params, strategy: str, seed: int) -> None:
     record = EvaluateRecord(
         strategy=strategy,
         seed=seed,
+        run=name,
         run_key=key,
         train_run_key=trained.run_key,
         status="diverged" if trained.status == "finished" and not seen else trained.status,
