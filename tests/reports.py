@@ -290,7 +290,7 @@ class Curve:
         self._write_stability(directory)
 
     def _write_stability(self, directory: Path) -> None:
-        """A spike and a collapse: the gradient norm rises 20 steps ahead of the spike, the loss 4 steps, a logit at the last diagnosis."""
+        """Before a spike, the gradient norm rises 20 steps ahead, the loss 4 steps, and a logit at the last diagnosis."""
         events, spikes = [], []
         columns = ("max_attention_logit", "attention_entropy", "residual_rms", "second_moment_ratio", "clipped_share")
         stability = [

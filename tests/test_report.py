@@ -2,247 +2,49 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import html
 import json
-import math
 import os
-import random
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from networks import dit_roles
-from PIL import Image
+from reports import FINAL, STEPS, Fate, study, write_json, write_run, write_study
 
-from dit import yamlfile
-from dit.analysis import wakeup
 from dit.analysis.series import diagnosed
-from dit.config import Params, parse
-from dit.data.store import StoreWriter
+from dit.config import Params
+from dit.design import Run, Setting
 from dit.errors import DataError
-from dit.models import build
-from pipelines.report.runs import read_run, read_study
+from pipelines.report.reading import read_run, read_study
 from pipelines.stages.compare import compare
 
-SHIPPED = Path(__file__).parents[1] / "params.yaml"
-STEPS = 400
-FINAL = {"adaln_zero": 0.115, "head_xavier": 0.1178, "adaln": 0.1149, "gates_only_zero": 0.1151, "symmetric": 0.1223}
-START = {"head_xavier": 2.15}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
 
 Workspace = Callable[..., Params]
 
 
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    """Write a study of given strategies and seeds into an empty folder, which becomes the current one."""
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
+
+@pytest.fixture
+def workspace() -> Workspace:
+    """Write a study of given strategies and seeds."""
+
     def write(strategies: list[str], seeds: list[int], diverged: tuple[str, ...] = (), at: int = 120) -> Params:
-        data = yamlfile.read(SHIPPED)
-        data["study"] |= {"strategies": strategies, "seeds": seeds, "baseline": strategies[0]}
-        data["train"]["steps"] = STEPS
-        params = parse(data)
-        write_images(params)
-        write_autoencoder()
-        for strategy in strategies:
-            write_start(params, strategy)
-            for seed in seeds:
-                write_run(params, strategy, seed, until=at if f"{strategy}-{seed}" in diverged else STEPS)
-        return params
+        params = study({"strategies": strategies, "seeds": seeds})
+        return write_study(params, fates=dict.fromkeys(diverged, Fate(at)))
 
     return write
-
-
-def write_images(params: Params, classes: int = 4) -> None:
-    size, names = params.images.size, [f"class{index}" for index in range(classes)]
-    item = (np.uint8, (size, size, 3))
-    label = (np.int64, ())
-    directory = Path("data/images")
-    writer = StoreWriter(directory, train_images=item, train_labels=label, validation_images=item, validation_labels=label)
-    draws = np.random.default_rng(0)
-    for split, each in (("train", 8), ("validation", 4)):
-        writer.append(f"{split}_images", draws.integers(0, 256, (each * classes, size, size, 3), dtype=np.uint8))
-        writer.append(f"{split}_labels", np.repeat(np.arange(classes, dtype=np.int64), each))
-    counts = {"train": 8 * classes, "validation": 4 * classes, "rejected": 1}
-    rejected = [{"item": "class1/broken.jpg", "reason": "truncated file"}]
-    writer.close(class_names=names, source="folder", size=size, counts=counts, rejected=rejected, notes=[])
-
-
-def write_autoencoder() -> None:
-    directory = Path("data/autoencoder")
-    (directory / "model").mkdir(parents=True)
-    write_json(directory / "model/config.json", {"latent_channels": 4, "block_out_channels": [32, 64, 64]})
-    write_json(directory / "metrics.json", {"psnr": 27.43, "ssim": 0.901, "num_images": 512})
-    Image.fromarray(np.full((64, 256, 3), 130, np.uint8)).save(directory / "reconstructions.png")
-
-
-def write_start(params: Params, strategy: str) -> None:
-    """What stage `analyse` writes: the schedule that the architecture predicts, and a plausible signal."""
-    directory = Path(f"runs/analyse/{strategy}")
-    directory.mkdir(parents=True)
-    network = build("DiT-Tiny/2", latent_size=8, latent_channels=4, num_classes=4, learn_sigma=True)
-    schedule = wakeup.predict(params.strategies[strategy], network, steps=5)
-    sensitivity = {"timestep_sensitivity": 0.0, "label_sensitivity": 0.0}
-    mse = START.get(strategy, 1.0)
-    block = {"attn_contribution": 0.0, "mlp_contribution": 0.0, "stream_rms": 0.9, "gradient_rms": 1e-3}
-    start = {
-        "strategy": strategy,
-        "run_key": hashlib.sha256(strategy.encode()).hexdigest()[:16],
-        "awake_step": wakeup.awake(schedule),
-        "predicted_equals_measured": True,
-        "predicted": schedule,
-        "not_predicted": None,
-        "measured": schedule,
-        "signal": {
-            "output_rms": mse - 1,
-            "output_variance": (mse - 1) ** 2,
-            "mse": mse,
-            "zero_output_mse": 1.0,
-            "expected_zero_output_mse": 1.0,
-            **sensitivity,
-            "blocks": [{"block": index, **block} for index in range(4)],
-        },
-        "early": [
-            {"step": step, "mse": mse, "timestep_sensitivity": step / 9, "label_sensitivity": step / 9} for step in range(5)
-        ],
-        "width_exponent": 0.5,
-    }
-    write_json(directory / "start.json", start)
-    gradient = {"norm": 0.1, "stable_rank": 3.5, "numerical_rank": 32.0, "update_ratio": 0.01}
-    write_csv(
-        directory / "gradients.csv",
-        [{"step": step, "role": role, **gradient} for step in range(5) for role in schedule if role.endswith("weight")],
-    )
-    write_csv(
-        directory / "coordinates.csv",
-        [
-            {"width": width, "step": step, "activation": name, "rms": 1.0, "change_rms": 0.01 * step * width**0.5}
-            for width in (384, 768, 1024)
-            for step in (1, 2)
-            for name in ("block[0]", "block[1]", "prediction")
-        ],
-    )
-
-
-def write_run(params: Params, strategy: str, seed: int, *, until: int) -> None:
-    diverged = until < STEPS
-    key = hashlib.sha256(f"{strategy}-{seed}".encode()).hexdigest()[:16]
-    train, evaluate = Path(f"runs/train/{strategy}-{seed}"), Path(f"runs/evaluate/{strategy}-{seed}")
-    train.mkdir(parents=True)
-    evaluate.mkdir(parents=True)
-    curve = Curve(strategy, seed, until)
-    curve.write(params, train)
-    settings = {name: getattr(params, name).model_dump(mode="json") for name in ("model", "diffusion", "train")}
-    settings["rules"] = params.strategies[strategy].resolved
-    run = {
-        "strategy": strategy,
-        "seed": seed,
-        "run_key": key,
-        "device": "cpu",
-        "settings": settings,
-        "status": "diverged" if diverged else "finished",
-        "diverged": {"step": until, "quantity": "loss", "value": "nan"} if diverged else None,
-        "steps_done": until,
-        "parameters": 1234567,
-        "initial": {"validation_mse": curve(0) if until else None, "target_second_moment": 0.998},
-        "final": None if diverged else dict.fromkeys(("mse", "validation_mse", "ema_validation_mse"), curve(STEPS)),
-    }
-    write_json(train / "run.json", run)
-    names = ["frechet_distance", "kernel_distance", "kernel_distance_std", "precision", "recall", "validation_mse"]
-    chance = [random.Random(f"{strategy}{seed}{name}").gauss(0, 0.02) for name in names]
-    levels = [180 * curve.final / 0.115, 0.9, 0.05, 0.6, 0.3, curve(STEPS)]
-    values = [level * (1 + off) for level, off in zip(levels, [*chance[:-1], 0], strict=True)]
-    record = {
-        "strategy": strategy,
-        "seed": seed,
-        "run_key": key[::-1],
-        "train_run_key": key,
-        "status": run["status"],
-        "num_generated": 256,
-        "num_real": 16,
-        "features": {"extractor": "efficientnet_lite0", "size": 128},
-        "settings": {name: getattr(params, name).model_dump(mode="json") for name in ("evaluate", "features")},
-        "metrics": dict.fromkeys(names) if diverged else dict(zip(names, values, strict=True)),
-    }
-    write_json(evaluate / "metrics.json", record)
-    if not diverged:
-        noise = np.random.default_rng(seed).integers(0, 256, (128, 128, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(evaluate / "grid.png")
-
-
-class Curve:
-    """A plausible error by step: a power law from the strategy's start to its end, with a seed's luck that strategies share."""
-
-    def __init__(self, strategy: str, seed: int, until: int) -> None:
-        self.strategy, self.until = strategy, until
-        draws = random.Random(f"{strategy}{seed}")
-        self.luck = random.Random(seed).gauss(0, 1)
-        self.final = FINAL[strategy] * (1 + 0.004 * self.luck + 0.001 * draws.gauss(0, 1))
-        self.start = START.get(strategy, 1.0) * (1 + 0.01 * draws.gauss(0, 1))
-
-    def __call__(self, step: float) -> float:
-        return self.final * ((STEPS + 40) / (step + 40)) ** 0.25 + (self.start - self.final * 1.82) * math.exp(-step / 12)
-
-    def write(self, params: Params, directory: Path) -> None:
-        steps = [step for step in (0, 1, 2, 4, 8, 16, 32, *range(50, STEPS + 1, 50)) if step <= self.until]
-        validation = [
-            {"step": step, "weights": weights, "mse": self(lag * step) if self.until else math.nan}
-            | {f"mse_t{bucket}": self(lag * step) * 2.5 / (1 + bucket) for bucket in range(params.train.validation.buckets)}
-            for step in steps
-            for weights, lag in (("model", 1.0), ("ema", 0.9))
-        ]
-        noise = random.Random(7)
-        rest = {"gradient_norm": 1.0, "learning_rate": 1e-3}
-        metrics = [
-            {"step": step, "loss": self(step), "mse": self(step) * (1 + 0.1 * noise.gauss(0, 1)), **rest}
-            for step in range(0, self.until, 10)
-        ]
-        write_csv(directory / "validation.csv", validation)
-        write_csv(directory / "metrics.csv", metrics)
-        write_csv(directory / "diagnostics.csv", list(self._diagnostics()))
-        estimates = {"squared_norm": 0.5, "covariance_trace": 40.0, "batch_norm": 1.0, "part_norm": 1.5}
-        write_csv(directory / "gradient_noise.csv", [{"step": step, **estimates} for step in range(0, self.until, 50)])
-
-    def _diagnostics(self) -> Iterator[dict[str, Any]]:
-        for step in [0, 1, 2, 3, 4, *range(50, self.until, 50)] if self.until else []:
-            for role in dit_roles(4):
-                delay = 0 if "final.projection" in role.path else 1 if "gate" in role.path or "final" in role.path else 2
-                asleep = step < max(0, delay - (self.strategy == "head_xavier"))
-                hidden = 1 if self.strategy == "symmetric" else 512
-                units = {"mlp_in.weight": hidden, "attn_out.weight": 4, "final.projection.weight": 32}
-                yield {
-                    "step": step,
-                    "role": role.path,
-                    "gradient_rms": 0.0 if asleep else 1e-3 / (1 + step) * (1 + delay),
-                    "weight_rms": 0.02,
-                    "update_ratio": 0.01 if step else None,
-                    "zero_gradient_fraction": 1.0 if asleep else 0.0,
-                    "distinct_units": next((count for name, count in units.items() if role.path.endswith(name)), None),
-                    "effective_rank": 3.0 if role.path.endswith(("gate.weight", "final.projection.weight")) else None,
-                    "gate_rms": 0.01 * step if role.path.endswith("gate.weight") else None,
-                }
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value))
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0] if rows else (), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def summary() -> dict[str, Any]:
@@ -266,13 +68,19 @@ def test_the_answer_is_read_off_the_numbers(workspace: Workspace) -> None:
     found = summary()
     answer, *others = found["headline"]
     assert answer.startswith("Yes. The zero head ends training with a lower validation error")
-    assert any("The control is caught: symmetric is worse" in text for text in others)
+    assert any("The control is caught in validation error: symmetric is worse" in text for text in others)
     assert any("adaln is not distinguishable" in text for text in others)
     assert any("head_xavier starts at 2.1" in text and "start at the error of a zero output (1.00" in text for text in others)
     assert any("from step 1 on in head_xavier and adaln and from step 2 on in adaln_zero" in text for text in others)
     difference = found["strategies"]["symmetric"]["difference"]["validation_mse"]
     assert 0 < difference["low"] < difference["mean"] < difference["high"]
-    assert found["comparisons"] == 4 * (5 + len(found["compared_steps"]))
+    assert difference["declared"] is False
+    assert found["comparisons"] == 4 * (1 + len(found["compared_steps"])) + sum(
+        found["strategies"][name]["difference"][metric]["verdict"] != "no verdict"
+        for name in ALL[1:]
+        for metric, ranking in found["rankings"].items()
+        if ranking["possible"]
+    )
 
 
 def test_the_opposite_numbers_give_the_opposite_answer(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,11 +113,12 @@ class Case:
 HEADS = ["adaln_zero", "head_xavier"]
 CASES = [
     Case(HEADS, [3], "Undecided. One seed", "One seed: differences"),
-    Case(HEADS, [0, 1], "Yes. The zero head", "12.7 standard errors"),
+    Case(HEADS, [0, 1], "Undecided. There is no verdict, because a verdict needs at least 3", "12.7 standard errors"),
     Case(HEADS, [0, 1], "Yes. With the random head every", "2 runs diverged", diverged=("head_xavier-0", "head_xavier-1")),
     Case(HEADS, [0, 1], "No. With the zero head", "at step 0 (loss nan)", diverged=("adaln_zero-0", "adaln_zero-1"), at=0),
     Case(HEADS, [0, 1], "Undecided. There is no seed", "2 runs diverged", diverged=("adaln_zero-0", "head_xavier-1")),
-    Case(["adaln_zero", "symmetric"], [0, 1, 2], "In final validation error, symmetric is worse", diverged=("symmetric-2",)),
+    Case(["adaln_zero", "symmetric"], [0, 1, 2], "In final validation error, symmetric is worse than adaln_zero."),
+    Case(["adaln_zero", "symmetric"], [0, 1, 2], "Undecided. No comparison", "1 run diverged", diverged=("symmetric-2",)),
     Case(["adaln", "gates_only_zero"], [0, 1, 2], "Not distinguishable. No strategy's"),
     Case(["adaln"], [0, 1], "The study holds one strategy"),
 ]
@@ -362,9 +171,11 @@ def test_a_run_whose_samples_are_not_finite_keeps_its_validation_error(workspace
 
 def test_a_verdict_that_rests_on_the_averaging_alone_is_pointed_out(workspace: Workspace) -> None:
     params = workspace(["adaln_zero", "head_xavier", "adaln"], [0, 1, 2])
-    for seed in params.study.seeds:
-        change(f"runs/evaluate/adaln-{seed}/metrics.json", lambda record: record["metrics"].update(validation_mse=0.125))
-        change(f"runs/evaluate/head_xavier-{seed}/metrics.json", lambda record: record["metrics"].update(validation_mse=0.1))
+    for strategy, error in (("adaln", 0.125), ("head_xavier", 0.1)):
+        for seed in params.study.seeds:
+            change(
+                f"runs/train/{strategy}-{seed}/run.json", lambda record, to=error: record["final"].update(ema_validation_mse=to)
+            )
     compare(params)
     found = summary()
     assert found["headline"][0].startswith(
@@ -376,8 +187,8 @@ def test_a_verdict_that_rests_on_the_averaging_alone_is_pointed_out(workspace: W
 
 
 def test_the_figure_of_hidden_units_leaves_attention_heads_and_rows_of_the_head_out(workspace: Workspace) -> None:
-    study = read_study(workspace(["adaln_zero", "symmetric"], [0]))
-    hidden = {name: set(diagnosed(runs[0].diagnostics, "distinct_units/mlp")) for name, runs in study.runs.items()}
+    found = read_study(workspace(["adaln_zero", "symmetric"], [0]))
+    hidden = {name: set(diagnosed(runs[0].diagnostics, "distinct_units/mlp")) for name, runs in found.runs.items()}
     assert hidden == {"adaln_zero": {512}, "symmetric": {1}}
 
 
@@ -405,8 +216,8 @@ def test_dvc_reads_one_column_for_each_strategy(workspace: Workspace) -> None:
 
 def test_runs_that_left_the_study_leave_the_workspace_too(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     params = workspace(["adaln_zero", "adaln"], [0, 1])
-    write_run(params, "symmetric", 0, until=STEPS)
-    write_run(params, "adaln", 7, until=STEPS)
+    write_run(params, Run("symmetric", Setting(), 0))
+    write_run(params, Run("adaln", Setting(), 7))
     Path("runs/train/notes").mkdir()
     compare(params)
     kept = {"adaln_zero-0", "adaln_zero-1", "adaln-0", "adaln-1"}
@@ -436,7 +247,7 @@ def test_an_evaluation_of_another_training_is_refused(workspace: Workspace) -> N
     workspace(["adaln_zero"], [0])
     change("runs/train/adaln_zero-0/run.json", lambda record: record.update(run_key="feedfacefeedface"))
     with pytest.raises(DataError, match=r"evaluates training run '\w+', but .* holds run 'feedfacefeedface'"):
-        read_run("adaln_zero", 0)
+        read_run(Run("adaln_zero", Setting(), 0))
 
 
 def test_runs_made_with_different_parameters_are_not_compared(workspace: Workspace) -> None:

@@ -11,11 +11,13 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from dit.analysis.comparison import FEWEST, METRICS, Estimate, ended
+from scipy import stats
+
+from dit.analysis.comparison import CONFIDENCE, FEWEST, METRICS, Estimate, ended, interval_reach
 from dit.analysis.delay import CurveComparison, Curves, compare_curves
-from dit.analysis.effects import Factorial, Runs, factorial
+from dit.analysis.effects import Effect, Factorial, Runs, factorial
 from dit.analysis.response import Errors, Response, Tuned, each_at_its_best, learning_rate_sensitivity, response
-from dit.analysis.verdicts import Comparison, Conditions, Judgement, judge
+from dit.analysis.verdicts import Comparison, Conditions, Judgement, holm, judge
 from dit.errors import UserError
 
 ERROR = METRICS[0]
@@ -102,6 +104,13 @@ class Effects:
     left_out: tuple[str, ...]
     problem: str | None
 
+    @property
+    def clear(self) -> list[Effect]:
+        """The interactions that stay distinguishable from none when all of them are corrected together by Holm's method."""
+        tested = [one for one in self.found.interactions if one.estimate.low is not None] if self.found else []
+        corrected = holm([_p_value(one.estimate) for one in tested])
+        return [one for one, p in zip(tested, corrected, strict=True) if p < 1 - CONFIDENCE]
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -137,6 +146,16 @@ def find(runs: Iterable[Trained], question: Question) -> Findings:
     pairs = [Pair(*key[:3], judgement, *key[3]) for key, judgement in zip(paired, judged[: len(paired)], strict=True)]
     best = [AtBest(*found, judgement) for found, judgement in zip(tuned, judged[len(paired) :], strict=True)]
     return Findings(question, tuple(_tunings(table)), tuple(pairs), tuple(best), _effects(table))
+
+
+def _p_value(ratio: Estimate) -> float:
+    """The two-sided p-value that Student's interval of a ratio less one implies, in logarithms."""
+    assert ratio.low is not None
+    assert ratio.high is not None
+    reach = (math.log1p(ratio.high) - math.log1p(ratio.low)) / 2
+    if reach == 0:
+        return 1.0
+    return float(2 * stats.t.sf(abs(math.log1p(ratio.mean)) / reach * interval_reach(ratio.n), ratio.n - 1))
 
 
 class _Table:

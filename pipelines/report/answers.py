@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from dit.analysis.comparison import CONFIDENCE, FEWEST
 from dit.analysis.delay import COURSES, CurveComparison
-from dit.analysis.study import AtBest, Findings, Pair
+from dit.analysis.effects import Effect
+from dit.analysis.study import ERROR, STRATEGY, AtBest, Findings, Pair
 from dit.analysis.verdicts import Judgement
 from pipelines.report.runs import Study
 from pipelines.report.tuning import place_label
@@ -55,6 +56,8 @@ def short_reason(judgement: Judgement) -> str:
     """Why there is no verdict, in a few words."""
     if judgement.comparison.failed:
         return "runs failed"
+    if judgement.comparison.doubts and judgement.comparison.metric == ERROR:
+        return "the best rate of one of them cannot be interpolated"
     if judgement.n < FEWEST:
         return f"there {'is' if judgement.n == 1 else 'are'} {counted(judgement.n, 'pair')} of seeds"
     return judgement.reason or ""
@@ -86,7 +89,7 @@ def scope(found: Sequence[Pair], among: Sequence[Pair]) -> str:
     """Where, in words: `at every learning rate`, `at learning rate 0.001 and 0.004`, `at 5 of 12 settings`."""
     by_rate = len({pair.place for pair in among}) == 1
     by_place = len({pair.rate for pair in among}) == 1
-    noun = "learning rate" if by_rate else "setting"
+    noun = _noun(among)
     if len(found) == len(among):
         return f"at every {noun}" if len(among) > 1 else (f"at learning rate {found[0].rate:g}" if by_rate else "")
     if len(found) > FEW:
@@ -106,7 +109,7 @@ def delay(pairs: Sequence[Pair], subject: str, other: str) -> str | None:
     compared = [pair for pair in pairs if pair.curves]
     if not compared:
         return None
-    where = f", {scope(compared, pairs)}" if len(pairs) > 1 else ""
+    where = f", {_scope_of_curves(compared, pairs)}" if len(pairs) > 1 else ""
     curves = [pair.curves for pair in compared if pair.curves]
     kinds = {one.kind for one in curves}
     late = {one.delay.mean.sign if one.delay else None for one in curves}
@@ -121,6 +124,17 @@ def delay(pairs: Sequence[Pair], subject: str, other: str) -> str | None:
     if kinds == {"not distinguishable"}:
         return f"{subject} is not distinguishably behind or ahead of {other} over training{where}."
     return _mixed(compared, pairs, subject, other)
+
+
+def _scope_of_curves(compared: Sequence[Pair], pairs: Sequence[Pair]) -> str:
+    """Where curves could be compared; at the other settings runs failed, or seeds are too few."""
+    if len(compared) == len(pairs) or len(compared) <= FEW:
+        return scope(compared, pairs)
+    return f"at all {len(compared)} of {len(pairs)} {_noun(pairs)}s at which curves can be compared"
+
+
+def _noun(pairs: Sequence[Pair]) -> str:
+    return "learning rate" if len({pair.place for pair in pairs}) == 1 else "setting"
 
 
 def _mixed(compared: Sequence[Pair], pairs: Sequence[Pair], subject: str, other: str) -> str:
@@ -156,15 +170,23 @@ def _courses(pairs: Sequence[Pair]) -> str:
 
 def _step_range(curves: Sequence[CurveComparison]) -> str:
     means = sorted(abs(one.delay.mean.mean) for one in curves if one.delay)
-    low, high = f"{means[0]:.3g}", f"{means[-1]:.3g}"
+    low, high = (f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in (means[0], means[-1]))
     return f"{low} steps" if low == high else f"{low} to {high} steps"
 
 
 def _at_the_end(curves: Sequence[CurveComparison]) -> str:
-    """What the gap is at the last step: of the trained weights, as they were validated."""
-    gaps = [math.expm1(one.gap.values[-1].mean) for one in curves]
-    shown = dict.fromkeys(percent(value) for value in (min(gaps), max(gaps)))
-    return f"at step {curves[0].gap.steps[-1]:,.0f} that is {' to '.join(shown)} of error"
+    """What the difference in error is at the last step: of the trained weights, as they were validated."""
+    gaps = sorted(math.expm1(one.gap.values[-1].mean) for one in curves)
+    low, high = gaps[0], gaps[-1]
+    step = f"at step {curves[0].gap.steps[-1]:,.0f} its error is"
+    if low < 0 < high:
+        return f"{step} between {_size(low)} lower and {_size(high)} higher"
+    shown = dict.fromkeys(_size(value) for value in sorted((low, high), key=abs))
+    return f"{step} {' to '.join(shown)} {'higher' if high > 0 else 'lower'}"
+
+
+def _size(value: float) -> str:
+    return percent(abs(value), signed=False)
 
 
 def at_best(found: Sequence[AtBest]) -> str | None:
@@ -191,14 +213,34 @@ def not_tuned(study: Study) -> str | None:
     )
 
 
-def reversal(findings: Findings) -> list[str]:
-    """Strategies that are better than the baseline at some setting and worse at another, each in a sentence."""
-    found = []
+def reversed_strategies(findings: Findings) -> list[str]:
+    """Strategies that are better than the baseline at some setting and worse at another."""
+    found: list[str] = []
     for name in findings.question.strategies:
         answers = {pair.judgement.answer for pair in findings.of(name)}
         if {"better", "worse"} <= answers:
-            found.append(f"What {name} does depends on the setting: it {against(findings, name).removeprefix(name).strip()}.")
+            found.append(name)
     return found
+
+
+def interactions(findings: Findings) -> str | None:
+    """The clear interactions with a strategy, the largest for each factor, in a sentence."""
+    effects = findings.effects
+    largest: dict[tuple[str, str], Effect] = {}
+    for one in sorted(effects.clear if effects else [], key=lambda one: -abs(one.estimate.mean)):
+        if one.factors[0] == STRATEGY:
+            largest.setdefault((str(one.levels[0]), one.factors[1]), one)
+    if not largest:
+        return None
+    clauses = [_interaction(name, factor, one) for (name, factor), one in list(largest.items())[: 2 * FEW]]
+    return f"What a start does depends on other factors (exploratory, corrected for all interactions): {'; '.join(clauses)}."
+
+
+def _interaction(name: str, factor: str, one: Effect) -> str:
+    found = one.estimate
+    bounds = "" if found.low is None or found.high is None else f" [{percent(found.low)}, {percent(found.high)}]"
+    change = f"{factor} {one.levels[1]} instead of {one.reference[1]}"
+    return f"against {one.reference[0]}, {name} has {percent(found.mean)}{bounds} error with {change}, n = {found.n}"
 
 
 def failing(study: Study) -> str | None:

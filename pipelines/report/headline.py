@@ -8,11 +8,12 @@ from typing import Any
 from dit.analysis.comparison import (
     ended,
 )
-from dit.analysis.study import Findings, Pair, Question, find
+from dit.analysis.study import AtBest, Findings, Pair, Question, find
 from dit.analysis.verdicts import Judgement
 from pipelines.report import answers, notes
 from pipelines.report.notes import Finding, Kind
 from pipelines.report.runs import Study
+from pipelines.report.tuning import place_label
 from pipelines.report.words import counted, listed
 
 ZERO_HEAD, RANDOM_HEAD, CONTROL = "adaln_zero", "head_xavier", "symmetric"
@@ -61,6 +62,7 @@ def headline(study: Study, summary: dict[str, Any]) -> Headline:
     ]
     found = [
         *_reversals(study),
+        _interactions(study),
         _control(study),
         _others(study, about_heads),
         *_delays(study, about_heads),
@@ -115,7 +117,7 @@ def _head_answer(study: Study, summary: dict[str, Any]) -> tuple[str, str, str]:
         return question, " ".join(filter(None, (answer, delay))), _verdicts(pairs, [])
     return (
         question,
-        _many_settings(pairs, [one.judgement for one in tuned], delay),
+        _many_settings(pairs, tuned, delay),
         _verdicts(pairs, [one.judgement for one in tuned]),
     )
 
@@ -151,27 +153,30 @@ def _undecided(study: Study, found: Judgement) -> str:
     return f"Undecided. There is no verdict, because {found.reason}."
 
 
-def _many_settings(pairs: list[Pair], tuned: list[Judgement], delay: str | None) -> str:
+def _many_settings(pairs: list[Pair], tuned: list[AtBest], delay: str | None) -> str:
     """The answer over several rates or settings: yes or no only where all of them agree."""
-    decisive = tuned or [pair.judgement for pair in pairs]
-    found = {judgement.answer for judgement in decisive}
+    found = {one.judgement.answer for one in tuned or pairs}
     start = {frozenset({"worse"}): "Yes.", frozenset({"better"}): "No."}.get(frozenset(found), "")
     if {"worse", "better"} <= found:
         start = "It depends on the setting."
     if tuned:
-        (first, *more) = tuned
-        level = "" if more else f"Each at its own best learning rate, {_compared(first)}."
+        level = f"Each at its own best learning rate, the random head {_at_best(tuned)}."
     else:
         level = "" if delay else f"The random head {answers.standing(pairs)}."
     return " ".join(filter(None, (start, level, delay))) or "Undecided. No comparison has a verdict."
 
 
-def _compared(found: Judgement) -> str:
-    if found.answer == "no verdict":
-        return f"there is no verdict on the random head, as {answers.short_reason(found)}"
-    return f"the random head is {found.answer} than the zero head ({answers.sizes([found])})".replace(
-        "not distinguishable than", "not distinguishable from"
-    )
+def _at_best(tuned: list[AtBest]) -> str:
+    """`is worse than the zero head (+2.2 %, ...)`, for each place."""
+    clauses = []
+    for one in tuned:
+        where = f" with {place_label(one.place)}" if one.place else ""
+        if one.judgement.answer == "no verdict":
+            clauses.append(f"has no verdict{where}, as {answers.short_reason(one.judgement)}")
+        else:
+            word = "from" if one.judgement.answer == "not distinguishable" else "than"
+            clauses.append(f"is {one.judgement.answer} {word} the zero head{where} ({answers.sizes([one.judgement])})")
+    return ", ".join(clauses)
 
 
 def _verdicts(pairs: list[Pair], tuned: list[Judgement]) -> str:
@@ -210,7 +215,17 @@ def _general_answer(study: Study) -> tuple[str, str, str]:
 
 
 def _reversals(study: Study) -> list[Finding]:
-    return [Finding("note", text) for text in answers.reversal(study.findings)]
+    """Strategies whose verdict turns round between settings."""
+    names = answers.reversed_strategies(study.findings)
+    return [
+        Finding("note", f"What {name} does depends on the setting: it {answers.standing(study.findings.of(name))}.")
+        for name in names
+    ]
+
+
+def _interactions(study: Study) -> Finding | None:
+    text = answers.interactions(study.findings)
+    return Finding("note", text) if text else None
 
 
 def _control(study: Study) -> Finding | None:
@@ -224,7 +239,7 @@ def _control(study: Study) -> Finding | None:
     if worse and len(worse) == len(judged):
         return Finding(
             "better",
-            f"The control is caught: {told} in validation error. A true symmetry failure shows at this size.",
+            f"The control is caught in validation error: {told}. A true symmetry failure shows at this size.",
         )
     if worse:
         return Finding("note", f"The control is caught {answers.scope(worse, pairs)}, and not elsewhere: {told}.")
@@ -232,7 +247,7 @@ def _control(study: Study) -> Finding | None:
         return Finding("warning", f"The control was not put to the test: {told}.")
     return Finding(
         "warning",
-        f"The control is not caught: {told} in validation error. A failure made on purpose does not show, so this study is too "
+        f"The control is not caught in validation error: {told}. A failure made on purpose does not show, so this study is too "
         f"small or too short for a null result to mean anything.",
     )
 
@@ -244,6 +259,7 @@ def _others(study: Study, about_heads: bool) -> Finding | None:
     spoken = {study.baseline, CONTROL}
     if study.baseline in (ZERO_HEAD, RANDOM_HEAD):
         spoken |= {ZERO_HEAD, RANDOM_HEAD}
+    spoken |= set(answers.reversed_strategies(study.findings))
     others = [name for name in study.runs if name not in spoken]
     if not others:
         return None

@@ -11,7 +11,7 @@ from dit.analysis.comparison import Estimate
 from dit.analysis.delay import Trend
 from dit.analysis.effects import Effect
 from dit.analysis.failures import History, before, count, lead, sign
-from dit.analysis.study import Pair, Place, Tuning
+from dit.analysis.study import AtBest, Pair, Place, Tuning
 from dit.analysis.verdicts import Judgement
 from pipelines.report.runs import Study
 from pipelines.report.tuning import place_label
@@ -34,29 +34,40 @@ class Listing:
 def listings(study: Study, summary: dict[str, Any]) -> dict[str, Listing]:
     """Every table that has a row, by name."""
     made = {
+        "tuned": tuned(study),
         "verdicts": verdicts(study),
         "responses": responses(study),
         "delays": delays(study),
         "effects": effects(study),
+        "outcomes": outcomes(study),
         "failures": failures(study),
         "floors": floors(summary),
     }
     return {name: table for name, table in made.items() if table.rows}
 
 
-def verdicts(study: Study) -> Listing:
-    """Every comparison of final errors with its verdict."""
-    rows = [
-        [one.strategy, _where(one.place, "each at its own best rate"), *_judged(one.judgement)]
-        for one in study.findings.at_best
-    ]
-    rows += [[one.strategy, _where(one.place, f"rate {one.rate:g}"), *_judged(one.judgement)] for one in study.findings.pairs]
-    return Listing(
-        f"Final validation error (EMA weights) against {study.baseline}, paired by seed.",
-        ["Strategy", "Where", "Difference", "95 % interval", "n", "p", "Verdict"],
-        rows,
-        _family(study),
+COMPARED = ["Strategy", "Where", "Difference", "95 % interval", "n", "p", "Verdict"]
+
+
+def tuned(study: Study) -> Listing:
+    """Every strategy at its own best rate, with its verdict."""
+    rows = [[one.strategy, _where(one.place, _rates(one)), *_judged(one.judgement)] for one in study.findings.at_best]
+    caption = (
+        f"Final validation error (EMA weights) against {study.baseline}, each at its own best learning rate, paired by seed."
     )
+    return Listing(caption, COMPARED, rows, _family(study))
+
+
+def _rates(one: AtBest) -> str:
+    rates = (one.tuned.rate, one.tuned.baseline_rate)
+    return f"rate {' against '.join(MISSING if rate is None else f'{rate:.2g}' for rate in rates)}"
+
+
+def verdicts(study: Study) -> Listing:
+    """Every comparison of final errors at the same rate, with its verdict."""
+    rows = [[one.strategy, _where(one.place, f"rate {one.rate:g}"), *_judged(one.judgement)] for one in study.findings.pairs]
+    caption = f"Final validation error (EMA weights) against {study.baseline}, at the same learning rate, paired by seed."
+    return Listing(caption, COMPARED, rows, "" if study.findings.at_best else _family(study))
 
 
 def _family(study: Study) -> str:
@@ -184,12 +195,32 @@ def _effect(one: Effect) -> list[str]:
     return [change, percent(found.mean), interval, str(found.n)]
 
 
+def outcomes(study: Study) -> Listing:
+    """How runs ended, by strategy and learning rate."""
+    rates = sorted({rate for _, rate in study.histories})
+    rows = [[name, *(_outcome(study.histories.get((name, rate), [])) for rate in rates)] for name in study.strategies]
+    columns = ["Strategy", *(f"Rate {rate:g}" for rate in rates)]
+    return Listing("How runs ended, by strategy and learning rate, over all seeds and other factors.", columns, rows)
+
+
+def _outcome(histories: Sequence[History]) -> str:
+    if not histories:
+        return "not run"
+    found = count(histories)
+    counts = ((found.collapsed, "collapsed"), (found.diverged, "diverged"), (found.spiked, "spiked"))
+    parts = [f"{number} {word}" for number, word in counts if number]
+    return f"{', '.join(parts) or 'no spike, no failure'} of {found.runs}"
+
+
 def failures(study: Study) -> Listing:
-    """How often runs spiked, collapsed and diverged, when, and what moved before."""
+    """Where runs spiked, collapsed or diverged: how often, when, and what moved before."""
+    eventful = [
+        found for found in study.histories.values() if any(one.spike_steps or one.failed_at is not None for one in found)
+    ]
     return Listing(
-        "Stability: runs by strategy and learning rate.",
+        "Spikes and failures, and what moved before them.",
         ["Strategy", "Rate", "Runs", "Spiked", "Spikes, recovered", "Collapsed", "Diverged", "At step", "What moved before"],
-        [_failure(found) for found in study.histories.values()],
+        [_failure(found) for found in eventful],
         "What moved before: how many steps ahead of the spike each quantity left its past and stayed away (gradient norm 2 "
         "times, loss and error 1.5 times its median), median over runs; and the indicator of a block that had changed most "
         "by the last diagnosis. A spike, a recovery, a collapse: docs/stability.md.",

@@ -48,7 +48,8 @@ def going(summary: dict[str, Any]) -> Finding | None:
     if not later:
         return None
     decimals = decimals_for([limit], digits=3)
-    text = f"The error of {summary['baseline']} at step {step} ({fixed(limit, decimals)}) is reached by {listed(later)}."
+    setting = f"At {summary['study']['setting']}, the" if summary["study"]["setting"] else "The"
+    text = f"{setting} error of {summary['baseline']} at step {step} ({fixed(limit, decimals)}) is reached by {listed(later)}."
     never = [name for name, at in reached.items() if at is None and summary["strategies"][name]["n"]]
     return Finding("note", text + (f" {listed(never)} never reached it." if never else ""))
 
@@ -84,7 +85,10 @@ def samples(summary: dict[str, Any]) -> Finding | None:
         for metric in able
         if (found := entry.get("difference", {}).get(metric, {})).get("verdict") in ("better", "worse")
     ]
-    text = f"Generated samples against {summary['baseline']}: {'; '.join(clear) if clear else 'none is distinguishable'}."
+    setting = f" at {summary['study']['setting']}" if summary["study"]["setting"] else ""
+    text = (
+        f"Generated samples{setting} against {summary['baseline']}: {'; '.join(clear) if clear else 'none is distinguishable'}."
+    )
     return Finding(
         "note" if clear else "same", text + (f" No verdict in {listed(unable)}; section Samples says why." if unable else "")
     )

@@ -72,7 +72,6 @@ def render(
         results=_results(summary),
         going=_going(summary),
         tables=listings(study, summary),
-        unstable=any(one["spikes"] or one["failed_at"] for one in summary["findings"]["failures"]),
         factorial=len(study.everything) > len(study.all_runs),
         extractor=EXTRACTORS[summary["features"]["extractor"]] if evaluation else None,
         settings=_settings(study),

@@ -187,9 +187,9 @@ def at_best(study: Study, _summary: dict[str, Any], styles: dict[str, Look]) -> 
         range=[-0.6, len(found) - 0.4], tickvals=list(range(len(found))), ticktext=labels, showgrid=False, zeroline=False
     )
     finish(plot, height=130 + 34 * len(found), showlegend=False, hovermode="closest", margin={"t": 10})
-    chosen = listed([str(seed) for seed in study.params.study.choose_on])
+    chosen = ", ".join(str(seed) for seed in study.params.study.choose_on)
     caption = (
-        f"Rates chosen on seed {chosen}, errors of the other seeds, paired, with 95 % intervals. Right of zero is worse than "
+        f"Rates chosen on seeds {chosen}; errors of the other seeds, paired, with 95 % intervals. Right of zero is worse than "
         f"{study.baseline}. An open square has no verdict; the table says why."
     )
     return Figure("at-best", "Each strategy at its own best learning rate", caption, plot)
