@@ -74,7 +74,11 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Pair:
-    """A strategy against the baseline at one place and rate: final errors, and curves or why they cannot be compared."""
+    """A strategy against the baseline at one place and rate: final errors, and curves or why they cannot be compared.
+
+    `clear`: the delay, or where there is none the gap, is distinguishable from zero after Holm's correction over all curves
+    of declared strategies, or over those of all others.
+    """
 
     strategy: str
     place: Place
@@ -82,6 +86,7 @@ class Pair:
     judgement: Judgement
     curves: CurveComparison | None
     problem: str | None
+    clear: bool
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class Effects:
     def clear(self) -> list[Effect]:
         """The interactions that stay distinguishable from none when all of them are corrected together by Holm's method."""
         tested = [one for one in self.found.interactions if one.estimate.low is not None] if self.found else []
-        corrected = holm([_p_value(one.estimate) for one in tested])
+        corrected = holm([_log_p_value(one.estimate) for one in tested])
         return [one for one, p in zip(tested, corrected, strict=True) if p < 1 - CONFIDENCE]
 
 
@@ -143,19 +148,43 @@ def find(runs: Iterable[Trained], question: Question) -> Findings:
     paired = [(*key, _curves(table, *key)) for key in table.pairs]
     asked = [_same_rate(table, *key[:3], declared=not tuned) for key in paired]
     judged = judge([*asked, *(_asked_at_best(table, *found) for found in tuned)])
-    pairs = [Pair(*key[:3], judgement, *key[3]) for key, judgement in zip(paired, judged[: len(paired)], strict=True)]
+    clear = _clear([(curves, name in question.declared) for name, _, _, (curves, _) in paired])
+    pairs = [
+        Pair(*key[:3], judgement, *key[3], distinct)
+        for key, judgement, distinct in zip(paired, judged[: len(paired)], clear, strict=True)
+    ]
     best = [AtBest(*found, judgement) for found, judgement in zip(tuned, judged[len(paired) :], strict=True)]
     return Findings(question, tuple(_tunings(table)), tuple(pairs), tuple(best), _effects(table))
 
 
-def _p_value(ratio: Estimate) -> float:
-    """The two-sided p-value that Student's interval of a ratio less one implies, in logarithms."""
+def _p_value(low: float, mean: float, high: float, n: int) -> float:
+    """The two-sided p-value of no difference that Student's interval of a mean implies."""
+    reach = (high - low) / 2
+    return float(2 * stats.t.sf(abs(mean) / reach * interval_reach(n), n - 1)) if reach > 0 else 1.0
+
+
+def _log_p_value(ratio: Estimate) -> float:
+    """The same of an estimate that is a ratio less one, whose interval was made in logarithms."""
     assert ratio.low is not None
     assert ratio.high is not None
-    reach = (math.log1p(ratio.high) - math.log1p(ratio.low)) / 2
-    if reach == 0:
-        return 1.0
-    return float(2 * stats.t.sf(abs(math.log1p(ratio.mean)) / reach * interval_reach(ratio.n), ratio.n - 1))
+    return _p_value(math.log1p(ratio.low), math.log1p(ratio.mean), math.log1p(ratio.high), ratio.n)
+
+
+def _clear(compared: Sequence[tuple[CurveComparison | None, bool]]) -> list[bool]:
+    """Whether each comparison of curves is distinguishable from none, corrected over the declared ones and over the others."""
+    values: list[float | None] = []
+    for curves, _ in compared:
+        found = None if curves is None else (curves.delay or curves.gap).mean
+        if found is None or found.low is None or found.high is None:
+            values.append(None)
+        else:
+            values.append(_p_value(found.low, found.mean, found.high, found.n))
+    clear = [False] * len(compared)
+    for family in (True, False):
+        mine = [(index, p) for index, p in enumerate(values) if p is not None and compared[index][1] == family]
+        for (index, _), corrected in zip(mine, holm([p for _, p in mine]), strict=True):
+            clear[index] = corrected < 1 - CONFIDENCE
+    return clear
 
 
 class _Table:

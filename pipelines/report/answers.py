@@ -111,7 +111,7 @@ def delay(pairs: Sequence[Pair], subject: str, other: str) -> str | None:
         return None
     where = f", {_scope_of_curves(compared, pairs)}" if len(pairs) > 1 else ""
     curves = [pair.curves for pair in compared if pair.curves]
-    kinds = {one.kind for one in curves}
+    kinds = {pair.curves.kind if pair.clear else "not distinguishable" for pair in compared if pair.curves}
     late = {one.delay.mean.sign if one.delay else None for one in curves}
     if kinds == {"delay"} and len(late) == 1 and late <= {1, -1}:
         word = "late" if late == {1} else "early"
@@ -142,7 +142,7 @@ def _mixed(compared: Sequence[Pair], pairs: Sequence[Pair], subject: str, other:
     sides: dict[str, list[Pair]] = {}
     for pair in compared:
         found = pair.curves.delay if pair.curves else None
-        side = "unknown" if found is None else {1: "behind", -1: "ahead of", 0: "same"}[found.mean.sign]
+        side = "unknown" if found is None else {1: "behind", -1: "ahead of", 0: "same"}[found.mean.sign * pair.clear]
         sides.setdefault(side, []).append(pair)
     clauses = []
     for side, found_pairs in sides.items():

@@ -43,6 +43,7 @@ def _pair(one: Pair) -> dict[str, Any]:
         names = one.judgement.comparison.strategy, one.judgement.comparison.baseline
         delay = {
             "kind": one.curves.kind,
+            "clear": one.clear,
             "steps": _trend(one.curves.delay) if one.curves.delay else None,
             "log_ratio": _trend(one.curves.gap),
             "sentence": one.curves.sentence(*names),

@@ -147,8 +147,10 @@ def delays(study: Study) -> Listing:
         f"Against {study.baseline} over training, at equal error: trained weights, from an eighth of training on.",
         ["Strategy", "Where", "Steps behind", "The delay", "The gap in error", "It is", "n"],
         [_delay(pair) for pair in study.findings.pairs],
-        "Means over training with 95 % intervals over seeds, not corrected for their number. Constant: it changes by no more "
-        "than a quarter of its mean. A delay: the steps behind stay and the gap closes. A level: the gap stays.",
+        "Means over training with 95 % intervals over seeds. Whether there is a delay at all is corrected by Holm's method "
+        "over all curves of declared strategies, and over those of all others; the course is not corrected. Constant: it "
+        "changes by no more than a quarter of its mean. A delay: the steps behind stay and the gap closes. A level: the gap "
+        "stays.",
     )
 
 
@@ -160,6 +162,7 @@ def _delay(pair: Pair) -> list[str]:
     steps = "cannot be told" if found is None else _estimate(found.mean, "+.3g")
     n = str(gap.mean.n) + (f", without {len(pair.curves.left_out)} that failed" if pair.curves.left_out else "")
     kind = {"delay": "a delay", "level": "a level", "neither": "neither"}.get(pair.curves.kind, pair.curves.kind)
+    kind = kind if pair.clear else "not distinguishable"
     return [*head, steps, _course(found), f"{_estimate(gap.mean, '+.2%')}, {_course(gap)}", kind, n]
 
 
