@@ -121,17 +121,15 @@ def settings_of(study: StudyParams, strategy: str) -> list[Setting]:
     return settings
 
 
-def check(params: Params, where: str = "params.yaml") -> Design:
-    """The design of `params`, of which every combination is valid. Raises `ConfigError` that names the combination."""
-    found = design(params.study)
-    for setting, strategy in {(_levels_text(run.setting), run.strategy): (run.setting, run.strategy) for run in found.runs}.values():
-        at(params, setting, f"{where}: study, strategy '{strategy}' at {setting.name}" if setting.levels else where)
+def check(params: Params, where: str = "params.yaml") -> dict[str, Params]:
+    """The parameters of every different combination of levels, by any name. Raises `ConfigError` that names a wrong combination."""
+    found: dict[str, Params] = {}
+    for run in design(params.study).runs:
+        levels = repr(sorted(run.setting.levels.items()))
+        if levels not in found:
+            place = f"{where}: {run.strategy} at {run.setting.name or 'its own values'}" if run.setting.levels else where
+            found[levels] = params.with_values(run.setting.levels, place)
     return found
-
-
-def at(params: Params, setting: Setting, where: str = "params.yaml") -> Params:
-    """`params` with the levels of `setting`. Raises `ConfigError` for levels that do not exist or do not fit."""
-    return params.with_values(setting.levels, where)
 
 
 def distinct(settings: Iterable[Setting], keys: Collection[str]) -> dict[str, Setting]:
@@ -186,7 +184,3 @@ def _setting(combination: Iterable[tuple[str, str, Any]], fixed: Mapping[str, An
     same = {key: f"{words[key]}={_level_name(key, value)}" for key, value in fixed.items()}
     levels = {key: level for key, _, level in chosen}
     return Setting(",".join(named.values()), {**levels, **fixed}, {**named, **same})
-
-
-def _levels_text(setting: Setting) -> str:
-    return repr(sorted(setting.levels.items()))

@@ -1,10 +1,11 @@
-"""The one reader of YAML: version 1.2, as DVC reads it.
+"""The one reader and writer of YAML: version 1.2, as DVC reads it.
 
 So `010` is ten, `yes` and `1:30` are words, and `1e-3` is a number, in every file and for every tool.
 """
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +33,13 @@ def parse(text: str, where: str | Path) -> Any:
         raise ConfigError(f"{where}: not valid YAML: {line}{error.problem}") from None
     except (YAMLError, ValueError) as error:  # a ValueError is of a date that no calendar has
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
+
+
+def dump(value: Any) -> str:
+    """YAML text that holds `value`, with keys in their order."""
+    layout = YAML(typ="safe")
+    layout.default_flow_style = False
+    layout.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    stream = io.StringIO()
+    layout.dump(value, stream)
+    return stream.getvalue()

@@ -29,8 +29,9 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 from pydantic import Field
 
+from dit import config
 from dit.errors import UserError
-from pipelines import dag, experiments, services, tracking
+from pipelines import dag, design, experiments, services, tracking
 from pipelines.device_pool import DevicePool, device_pool, environment
 from pipelines.report.words import samples
 
@@ -111,6 +112,7 @@ def study(
         overrides = {**(experiments.profile(root, profile) if profile else {}), **(overrides or {})}
         params = experiments.parameters(root, overrides)
         with _workspace(root, overrides) as (workspace, experiment):
+            design.write(workspace, config.load(workspace / "params.yaml"))
             stages = dag.select(dag.read(workspace), targets)
             return _run(workspace, stages, device_pool(params, workers), experiment)
     except UserError as error:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from pathlib import Path
-from typing import Annotated
 
-import typer
 from safetensors.torch import save_file
 
 from dit import init
@@ -18,33 +15,35 @@ from dit.diffusion import Diffusion
 from dit.distributed import Ranks, joined
 from dit.training.loop import Trainer
 from dit.training.records import Outcome, outcome
+from pipelines.design import Item
 from pipelines.files import complete_directory, scratch
 from pipelines.records.base import Timing
-from pipelines.records.training import TRAIN, TrainRecord, TrainSettings, write_tables
-from pipelines.stages.entry import run_dvc_stage, run_key, strategy_of
+from pipelines.records.training import TrainRecord, TrainSettings, write_tables
+from pipelines.stages.entry import run_dvc_stage, run_key
 
 
-def train(params: Params, strategy: str, seed: int) -> None:
-    """Initialise, train, and write `runs/train/<strategy>-<seed>`: alone, or as one of a group of processes."""
+def train(params: Params, item: Item) -> None:
+    """Initialise, train, and write `runs/train/<run>`: alone, or as one of a group of processes."""
     make_deterministic(params.train.threads, params.train.deterministic)
     with joined(resolve_device(params.train.device)) as ranks:
-        train_on(ranks, params, strategy, seed)
+        train_on(ranks, params, item)
 
 
-def train_on(ranks: Ranks, params: Params, strategy: str, seed: int) -> None:
+def train_on(ranks: Ranks, params: Params, item: Item) -> None:
     """This rank's part of it."""
     device = ranks.device
-    rules = strategy_of(params, strategy)
+    strategy, seed = item.strategy, item.seed or 0
+    rules = params.strategies[strategy]
     settings = {
         "model": params.model.model_dump(mode="json"),
         "diffusion": params.diffusion.model_dump(mode="json"),
         "train": params.train.model_dump(mode="json"),
         "rules": rules.resolved,
     }
-    key = run_key("train", [settings, device.type], strategy, seed)
+    key = run_key(item, [settings, device.type])
     anyhow = {**settings, "train": params.train.model_dump(mode="json", exclude={"processes", "parallel"})}
-    resumable = run_key("train", [anyhow, device.type], strategy, seed)  # by any number of processes
-    store = LatentStore(Path("data/latents"))
+    resumable = run_key(item, [anyhow, device.type])  # by any number of processes
+    store = LatentStore(item.inputs["latents"])
     network = params.network(store.sizes)
     init.apply(network, rules, seed)
     trainer = Trainer(
@@ -58,7 +57,7 @@ def train_on(ranks: Ranks, params: Params, strategy: str, seed: int) -> None:
         ranks=ranks,
     )
     started = time.monotonic()
-    trainer.run(f"train {strategy}-{seed}")
+    trainer.run(f"train {item.key}")
     seconds = time.monotonic() - started
     ema = trainer.averaged_weights()
     if not ranks.is_main:
@@ -73,13 +72,13 @@ def train_on(ranks: Ranks, params: Params, strategy: str, seed: int) -> None:
     record = TrainRecord(
         strategy=strategy, seed=seed, run_key=key, device=device.type, settings=TrainSettings(**settings), **vars(ended)
     )
-    with complete_directory(TRAIN / f"{strategy}-{seed}") as out:
+    with complete_directory(item.out) as out:
         save_file(ema, out / "ema.safetensors")
         write_tables(out, trainer.records)
         record.write(out)
     trainer.forget()
     Timing(seconds=seconds, images_per_second=trainer.images_per_second, hostname=socket.gethostname()).write(scratch(key))
-    print(f"train {strategy}-{seed}: {ending(ended)}, {trainer.images_per_second:.0f} images/s")
+    print(f"train {item.key}: {ending(ended)}, {trainer.images_per_second:.0f} images/s")
 
 
 def ending(ended: Outcome) -> str:
@@ -91,10 +90,5 @@ def ending(ended: Outcome) -> str:
     return f"validation mse {ended.final.ema_validation_mse:.4f} (EMA)" if ended.final else ended.status
 
 
-def main(strategy: str, seed: Annotated[int, typer.Argument(min=0)]) -> None:
-    """Train one DiT from STRATEGY of params.yaml with SEED."""
-    run_dvc_stage(lambda params: train(params, strategy, seed), "train")
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    run_dvc_stage(train, "train", "train")

@@ -1,0 +1,45 @@
+"""Stage `design`: what determines each stage of the study beside its inputs, one file each, so that an edit reruns its own runs.
+
+DVC compares what comes out here. A comment in the code, another layout of params.yaml, or a strategy that the study does not name
+changes nothing below, and the lock file stays small.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dit import design as designs
+from dit.config import Params, load
+from dit.errors import UserError
+from pipelines import design
+from pipelines.files import complete_directory, write_json
+from pipelines.stages.entry import exit_codes
+
+
+def write_design(params: Params) -> None:
+    """Check every combination, and write `runs/design`.
+
+    Raises `UserError` where DVC read a `design.yaml` of other runs: it cannot read it anew within one command.
+    """
+    designs.check(params)
+    stages = design.items(params)
+    if design.write(Path(), params):
+        raise UserError(
+            f"{design.FILE} did not list the runs of params.yaml. It does now ({len(stages['train'])} runs): run the same command again"
+        )
+    known: dict[str, Params] = {}
+    with complete_directory(design.OUT) as out:
+        for stage, items in stages.items():
+            (out / stage).mkdir()
+            for item in items.values():
+                levels = tuple(sorted(item.setting.levels.items(), key=str))
+                if str(levels) not in known:
+                    known[str(levels)] = params.with_values(item.setting.levels)
+                write_json(out / stage / item.identity_file.name, design.identity(known[str(levels)], item))
+        write_json(out / "compare" / f"{design.ALL}.samples.json", {"sampled": params.study.sample})
+    print(f"design: {len(stages['train'])} runs of {len(params.study.strategies)} strategies")
+
+
+if __name__ == "__main__":
+    with exit_codes():
+        write_design(load())
