@@ -85,7 +85,7 @@ class Params(Section):
     def with_values(self, values: Mapping[str, Any], where: str = "params.yaml") -> Params:
         """These parameters with other values of dotted keys such as `train.steps`.
 
-        Raises `ConfigError`, which starts with `where`, for a key whose section does not exist and for a value that does not fit.
+        Raises `ConfigError`, which starts with `where`, for a key that does not exist and for a value that does not fit.
         """
         if not values:
             return self
@@ -96,7 +96,7 @@ class Params(Section):
             for name in sections:
                 section = section.get(name) if isinstance(section, dict) else None
             if not isinstance(section, dict):
-                raise ConfigError(f"{where}: {key} is not a known key; expected a dotted key of params.yaml, such as train.steps")
+                raise ConfigError(f"{where}: {key} is not a known key; expected a key of params.yaml, such as train.steps")
             section[last] = value
         return parse(data, where)
 

@@ -52,7 +52,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """As its stages and folders are called: `adaln_zero-0`, or `adaln_zero-learning_rate=0.001-0` where there are factors."""
+        """As its stages and folders are called: `adaln_zero-0`, with factors `adaln_zero-learning_rate=0.001-0`."""
         return "-".join(part for part in (self.strategy, self.setting.name, str(self.seed)) if part)
 
 
@@ -122,7 +122,7 @@ def settings_of(study: StudyParams, strategy: str) -> list[Setting]:
 
 
 def check(params: Params, where: str = "params.yaml") -> dict[str, Params]:
-    """The parameters of every different combination of levels, by any name. Raises `ConfigError` that names a wrong combination."""
+    """The parameters of every different combination of levels. Raises `ConfigError` that names a wrong combination."""
     found: dict[str, Params] = {}
     for run in design(params.study).runs:
         levels = repr(sorted(run.setting.levels.items()))
@@ -173,7 +173,9 @@ def _level_name(key: str, level: Any) -> str:
     text = str(level).lower() if isinstance(level, bool) or level is None else str(level)
     name = text.replace("/", "_")
     if not isinstance(level, (str, int, type(None))) or not LEVEL_NAME.fullmatch(name):
-        raise ConfigError(f"study.factors.{key}: {level} cannot be part of a name; give the levels names, as in {{small: ..., large: ...}}")
+        raise ConfigError(
+            f"study.factors.{key}: {level} cannot be part of a name; name the levels, as in {{small: ..., large: ...}}"
+        )
     return name
 
 

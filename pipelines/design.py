@@ -23,6 +23,8 @@ from dit.errors import ConfigError, InputError
 
 FILE = "design.yaml"
 OUT = Path("runs/design")
+ROOT = Path(__file__).parents[1]
+"""The project whose code this is."""
 CODE = "pipelines/code.yaml"
 HEADER = """\
 # The stages of the study, which dvc.yaml reads. Made from params.yaml by `make study`, `make plan` and stage `design`: edit
@@ -101,7 +103,9 @@ def _evaluations(params: Params, found: Design, data: Mapping[str, Mapping[str, 
     """Stages `evaluate`. Which run is a strategy's best is known only once all have been trained: it stands in `runs/best`."""
     study = params.study
     if study.sample == "all":
-        return {run.name: _evaluation(run, {kind: _folder(kind, run.setting, data) for kind in EVALUATED}) for run in found.runs}
+        return {
+            run.name: _evaluation(run, {kind: _folder(kind, run.setting, data) for kind in EVALUATED}) for run in found.runs
+        }
     if study.sample == "none":
         return {}
     anywhere = {kind: f"data/{kind}" for kind in EVALUATED}
@@ -146,11 +150,11 @@ def inputs_of(params: Params, run: Run) -> dict[str, str]:
     return {kind: _folder(kind, run.setting, data) for kind in EVALUATED}
 
 
-def analysis_of(params: Params, run: Run) -> str:
-    """The folder with the analysis of a run's strategy at its setting."""
-    variants = designs.distinct(designs.design(params.study).settings(run.strategy), ANALYSED)
-    name = designs.share(run.setting, ANALYSED, variants)
-    return "-".join(filter(None, (f"runs/analyse/{run.strategy}", name)))
+def analyses(params: Params, found: Design) -> dict[str, str]:
+    """The folder with the analysis of each run's strategy at its setting, by the name of the run."""
+    variants = {name: designs.distinct(found.settings(name), ANALYSED) for name in params.study.strategies}
+    parts = {run.name: designs.share(run.setting, ANALYSED, variants[run.strategy]) for run in found.runs}
+    return {run.name: "-".join(filter(None, (f"runs/analyse/{run.strategy}", parts[run.name]))) for run in found.runs}
 
 
 def content(params: Params) -> str:
@@ -189,11 +193,13 @@ def item_named(params: Params, stage: str, key: str) -> Item:
     known = items(params)[stage]
     if key not in known:
         example = next(iter(known), None)
-        raise ConfigError(f"the study has no stage '{stage}@{key}'; expected {'none' if example is None else f'one such as {example}'}")
+        raise ConfigError(
+            f"the study has no stage '{stage}@{key}'; expected {'none' if example is None else f'one such as {example}'}"
+        )
     return known[key]
 
 
-def identity(params: Params, item: Item, root: Path = Path()) -> dict[str, Any]:
+def identity(params: Params, item: Item) -> dict[str, Any]:
     """What determines a stage beside its inputs: parameters, the rules of its strategy, and its code.
 
     `params` are those of its setting.
@@ -204,7 +210,7 @@ def identity(params: Params, item: Item, root: Path = Path()) -> dict[str, Any]:
     elif item.stage == "compare":
         named = {name: params.strategies[name] for name in params.study.strategies}
         about = {"strategies": {name: [strategy.description, strategy.source] for name, strategy in named.items()}}
-    return {"parameters": parameters(params, item.stage), **about, "code": code_digest(item.stage, root)}
+    return {"parameters": parameters(params, item.stage), **about, "code": code_digest(item.stage)}
 
 
 def parameters(params: Params, stage: str) -> dict[str, Any]:
@@ -233,18 +239,18 @@ def checked_identity(params: Params, item: Item) -> dict[str, Any]:
 
 
 @cache
-def code_digest(stage: str, root: Path = Path()) -> str:
+def code_digest(stage: str) -> str:
     """A digest of the files and folders that are the code of `stage`."""
     digest = hashlib.sha256()
-    for file in sorted({file for path in code(stage, root) for file in code_files(root / path)}):
-        digest.update(f"\n{file.relative_to(root).as_posix()}\n".encode())
+    for file in sorted({file for path in code(stage) for file in code_files(ROOT / path)}):
+        digest.update(f"\n{file.relative_to(ROOT).as_posix()}\n".encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
-def code(stage: str, root: Path = Path()) -> list[str]:
+def code(stage: str) -> list[str]:
     """The files and folders that are the code of a stage."""
-    found: list[str] = yamlfile.read(root / CODE)[stage]
+    found: list[str] = yamlfile.read(ROOT / CODE)[stage]
     return found
 
 

@@ -49,15 +49,15 @@ class StudyParams(Section):
     baseline: Name
     strategies: Annotated[list[Name], Field(min_length=1)]
     seeds: Annotated[list[Seed], Field(min_length=1)]
-    factors: Factors = {}
+    factors: Factors = Field(default_factory=dict)
     """Parameters whose levels are crossed with each other and with strategies and seeds."""
-    settings: dict[LevelName, dict[str, Any]] = {}
+    settings: dict[LevelName, dict[str, Any]] = Field(default_factory=dict)
     """In place of `factors`: named combinations of parameters, where the full product is too large."""
-    only: dict[Name, dict[str, Any]] = {}
+    only: dict[Name, dict[str, Any]] = Field(default_factory=dict)
     """By strategy: a value, or levels, that one strategy has in place of those of `params.yaml` and of `factors`."""
-    choose_on: list[Seed] = []
+    choose_on: list[Seed] = Field(default_factory=list)
     """The seeds on which each strategy's best learning rate is chosen. The other seeds report, and these do not."""
-    declared: list[Name] = []
+    declared: list[Name] = Field(default_factory=list)
     """The strategies whose comparison with the baseline is primary. Verdicts are corrected for their number."""
     sample: Literal["all", "best", "none"] = "all"
     """Which runs are sampled and evaluated: all, those at each strategy's best setting, or none."""
@@ -99,7 +99,7 @@ class StudyParams(Section):
             raise ValueError(f"choose_on = {self.choose_on}: expected some of study.seeds = {self.seeds}, and not all of them")
         if len(others) < 3:
             raise ValueError(
-                f"choose_on = {self.choose_on} leaves {len(others)} of study.seeds = {self.seeds} to report: expected at least 3"
+                f"choose_on = {self.choose_on} leaves {len(others)} of the seeds {self.seeds} to report: expected at least 3"
             )
 
 

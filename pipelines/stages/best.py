@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import statistics
 from math import log
-from pathlib import Path
 
 from dit import design as designs
 from dit.config import Params
 from dit.design import Run
-from pipelines import design
 from pipelines.design import Item
 from pipelines.files import complete_directory, write_json
 from pipelines.records.training import TRAIN, TrainRecord

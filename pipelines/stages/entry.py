@@ -38,7 +38,9 @@ def run_dvc_stage(stage: Stage, name: str, section: str = "") -> None:
     A stage whose `section` of the parameters wants several processes runs as a group, in which each process comes here again.
     """
 
-    def main(key: Annotated[str, typer.Argument(help="Which of the stages of this name, as in design.yaml.")] = design.ALL) -> None:
+    def main(
+        key: Annotated[str, typer.Argument(help="Which of the stages of this name, as in design.yaml.")] = design.ALL,
+    ) -> None:
         with exit_codes():
             params = load()
             item = design.item_named(params, name, key)
@@ -99,7 +101,7 @@ def made_by(path: Path) -> str | None:
     for stage, by_key in design.items(load()).items():
         for key, item in by_key.items():
             if item.out and path.is_relative_to(item.out):
-                return f"{stage}@{key}"
+                return stage if key == design.ALL else f"{stage}@{key}"
     return None
 
 

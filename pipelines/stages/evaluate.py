@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dit.autoencoder import load_autoencoder
 from dit import design as designs
+from dit.autoencoder import load_autoencoder
 from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.design import Run
