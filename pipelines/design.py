@@ -1,7 +1,7 @@
 """The stages of a study as data: `design.yaml`, from which `dvc.yaml` makes them, and the parameters of each.
 
-DVC cannot multiply factors that a person names, so the list of stages is a file beside `params.yaml`, written from it whenever a
-study starts. What a stage depends on beside its inputs is one JSON file in `runs/design`: its parameters, the rules of its
+DVC cannot multiply factors that a person names, so the list of stages is a file beside `params.yaml`, written from it whenever
+a study starts. What a stage depends on beside its inputs is one JSON file in `runs/design`: its parameters, the rules of its
 strategy, and a digest of its code.
 """
 
@@ -58,7 +58,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Item:
-    """One stage: `stage` and `key` make its name, such as train@adaln_zero-0. `inputs` are the folders that it reads, by kind."""
+    """One stage. `stage` and `key` make its name, such as train@adaln_zero-0; `inputs` are the folders that it reads, by kind."""
 
     stage: str
     key: str
@@ -103,9 +103,8 @@ def _evaluations(params: Params, found: Design, data: Mapping[str, Mapping[str, 
     """Stages `evaluate`. Which run is a strategy's best is known only once all have been trained: it stands in `runs/best`."""
     study = params.study
     if study.sample == "all":
-        return {
-            run.name: _evaluation(run, {kind: _folder(kind, run.setting, data) for kind in EVALUATED}) for run in found.runs
-        }
+        folders = {run.name: {kind: _folder(kind, run.setting, data) for kind in EVALUATED} for run in found.runs}
+        return {run.name: _evaluation(run, folders[run.name]) for run in found.runs}
     if study.sample == "none":
         return {}
     anywhere = {kind: f"data/{kind}" for kind in EVALUATED}
@@ -193,9 +192,8 @@ def item_named(params: Params, stage: str, key: str) -> Item:
     known = items(params)[stage]
     if key not in known:
         example = next(iter(known), None)
-        raise ConfigError(
-            f"the study has no stage '{stage}@{key}'; expected {'none' if example is None else f'one such as {example}'}"
-        )
+        expected = f"one such as {example}" if example else "none"
+        raise ConfigError(f"the study has no stage '{stage}@{key}'; expected {expected}")
     return known[key]
 
 

@@ -1,4 +1,4 @@
-"""The code that a stage runs, from what `imports/sitecustomize.py` recorded, and the code that `pipelines/code.yaml` declares."""
+"""The code that a stage runs, as `imports/sitecustomize.py` recorded it, and the code that `pipelines/code.yaml` declares."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WITHOUT_VALUES = {
     *("dit.errors", "dit.terminal", "dit.progress"),
     *("pipelines.design", "pipelines.files", "pipelines.stages.entry", "pipelines.stages.launch"),
 }
-"""Modules that are no dependencies, as the head of `pipelines/code.yaml` says; nor is what a stage imports through them alone."""
+"""Modules that are no dependencies, as `pipelines/code.yaml` says; nor is what a stage imports through them alone."""
 
 
 def imported(recorded: Path, root: Path) -> dict[str, set[str]]:

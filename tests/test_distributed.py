@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 
-from dit import config
+from dit import config, init
 from dit.data.images import ImageStore
 from dit.data.latents import LatentStore, write_latents
 from dit.diffusion import Diffusion

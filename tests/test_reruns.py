@@ -1,4 +1,4 @@
-"""An edit reruns what depends on it and nothing else, by DVC alone and by the flow: of a strategy, of a factor, of a parameter."""
+"""An edit of a strategy, a factor or a parameter reruns what depends on it and nothing else, by DVC alone and by the flow."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Stage `design`: what determines each stage of the study beside its inputs, one file each, so that an edit reruns its own runs.
+"""Stage `design`: what determines each stage of the study beside its inputs, one file each.
 
-DVC compares what comes out here. A comment in the code, another layout of params.yaml, or a strategy that the study does not name
-changes nothing below, and the lock file stays small.
+DVC compares what comes out here, so an edit reruns its own runs: another layout of params.yaml or an unused strategy changes
+nothing below, and the lock file stays small.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ def write_design(params: Params) -> None:
     designs.check(params)
     stages = design.items(params)
     if design.write(Path(), params):
+        count = len(stages["train"])
         raise UserError(
-            f"{design.FILE} did not list the runs of params.yaml. It does now ({len(stages['train'])} runs): run the same command again"
+            f"{design.FILE} did not list the runs of params.yaml. It does now ({count} runs): run the same command again"
         )
     known: dict[str, Params] = {}
     with complete_directory(design.OUT) as out:

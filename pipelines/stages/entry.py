@@ -39,7 +39,7 @@ def run_dvc_stage(stage: Stage, name: str, section: str = "") -> None:
     """
 
     def main(
-        key: Annotated[str, typer.Argument(help="Which of the stages of this name, as in design.yaml.")] = design.ALL,
+        key: Annotated[str, typer.Argument(help="Which stage of this name, as in design.yaml.")] = design.ALL,
     ) -> None:
         with exit_codes():
             params = load()
