@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
@@ -246,6 +247,14 @@ def audit(
         print(f"expected {expected}, but {'; '.join(reasons)}", file=sys.stderr)
         raise typer.Exit(1)
 
+
+def _add_commands() -> None:
+    """Add the commands that other installed packages offer, such as `dit plan` of the workflow."""
+    for point in entry_points(group="dit.commands"):
+        app.command(point.name)(point.load())
+
+
+_add_commands()
 
 if __name__ == "__main__":
     app()

@@ -58,7 +58,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Item:
-    """One stage. `stage` and `key` make its name, such as train@adaln_zero-0; `inputs` are the folders that it reads, by kind."""
+    """One stage. `stage` and `key` make its name, such as train@adaln_zero-0; `inputs` are the folders it reads, by kind."""
 
     stage: str
     key: str

@@ -33,6 +33,7 @@ from dit import config
 from dit.errors import UserError
 from pipelines import dag, design, experiments, services, tracking
 from pipelines.device_pool import DevicePool, device_pool, environment
+from pipelines.plan import note_duration
 from pipelines.report.words import samples
 
 LOGGER = "study"
@@ -70,6 +71,7 @@ def run_stage(stage: str, up_to_date: bool, processes: dag.Processes, environmen
         log.info("cached")
         return Completed(name="Cached", message="restored from DVC's cache")
     seconds = time.monotonic() - begin
+    note_duration(stage, seconds)
     log.info("done in %.1f s", seconds)
     return Completed(message=f"{seconds:.1f} s")
 
