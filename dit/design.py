@@ -38,6 +38,11 @@ class Setting:
         named = {key: self.named[key] for key in chosen if key in self.named}
         return Setting(",".join(named.values()) if named else self.name, chosen, named)
 
+    @property
+    def values(self) -> str:
+        """All levels as text: the same for settings that give the same parameters."""
+        return repr(sorted(self.levels.items()))
+
     def __hash__(self) -> int:
         return hash(self.name)
 
@@ -122,13 +127,12 @@ def settings_of(study: StudyParams, strategy: str) -> list[Setting]:
 
 
 def check(params: Params, where: str = "params.yaml") -> dict[str, Params]:
-    """The parameters of every different combination of levels. Raises `ConfigError` that names a wrong combination."""
+    """The parameters of every different combination of levels, by `Setting.values`. Raises `ConfigError` for a wrong one."""
     found: dict[str, Params] = {}
     for run in design(params.study).runs:
-        levels = repr(sorted(run.setting.levels.items()))
-        if levels not in found:
+        if run.setting.values not in found:
             place = f"{where}: {run.strategy} at {run.setting.name or 'its own values'}" if run.setting.levels else where
-            found[levels] = params.with_values(run.setting.levels, place)
+            found[run.setting.values] = params.with_values(run.setting.levels, place)
     return found
 
 

@@ -26,7 +26,7 @@ stages:
   train:
     foreach: ${design.train}
     do:
-      cmd: mkdir -p out && echo ${key} | tee -a log > out/${key}
+      cmd: mkdir -p out && echo ${key} >> log && cp runs/design/train/${key}.json out/${key}
       deps: ["runs/design/train/${key}.json"]
       outs: ["out/${key}"]
   compare_all:

@@ -21,22 +21,19 @@ def write_design(params: Params) -> None:
 
     Raises `UserError` where DVC read a `design.yaml` of other runs: it cannot read it anew within one command.
     """
-    designs.check(params)
+    valid = designs.check(params)
     stages = design.items(params)
     if design.write(Path(), params):
         count = len(stages["train"])
         raise UserError(
             f"{design.FILE} did not list the runs of params.yaml. It does now ({count} runs): run the same command again"
         )
-    known: dict[str, Params] = {}
     with complete_directory(design.OUT) as out:
         for stage, items in stages.items():
             (out / stage).mkdir()
             for item in items.values():
-                levels = tuple(sorted(item.setting.levels.items(), key=str))
-                if str(levels) not in known:
-                    known[str(levels)] = params.with_values(item.setting.levels)
-                write_json(out / stage / item.identity_file.name, design.identity(known[str(levels)], item))
+                here = valid.get(item.setting.values) or params.with_values(item.setting.levels)
+                write_json(out / stage / item.identity_file.name, design.identity(here, item))
         write_json(out / "compare" / f"{design.ALL}.samples.json", {"sampled": params.study.sample})
     print(f"design: {len(stages['train'])} runs of {len(params.study.strategies)} strategies")
 
