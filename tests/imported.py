@@ -11,7 +11,7 @@ from dit import yamlfile
 
 STAGES = "pipelines.stages."
 WITHOUT_VALUES = {
-    *("dit.config", "dit.sections", "dit.sections.optim", "dit.sections.types", "dit.yamlfile"),
+    *("dit.config", "dit.sections", "dit.sections.data", "dit.sections.optim", "dit.sections.types", "dit.yamlfile"),
     *("dit.errors", "dit.terminal", "dit.progress"),
     *("pipelines.files", "pipelines.stages.entry", "pipelines.stages.launch"),
 }
