@@ -6,9 +6,14 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from dit.data.images import ImageStore
+
 ROOT = Path(__file__).parents[1]
+Read = Callable[..., ImageStore]
+"""What fixture `read` gives."""
 MICRO = {
     "study.strategies": ["adaln_zero", "symmetric"],
     "study.seeds": [0, 1],

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from dit.data.decoding import Rejected
+from dit.data.decoding import Rejected, Sample
 from dit.data.sources import Source, Split, folder, huggingface, idx, photos, webdataset
 from dit.data.store import SPLITS, Store, StoreWriter
 from dit.errors import DataError
 from dit.progress import progress
 from dit.sections import FolderSource, IdxSource, ImagesParams, PhotosSource, UnlabelledSource, WebDatasetSource
+
+WRITTEN_TOGETHER = 64
+"""Images between two appends to the files of a store."""
 
 
 def open_source(images: ImagesParams) -> Source:
@@ -65,14 +69,14 @@ def write_images(images: ImagesParams, directory: Path) -> dict[str, int]:
 
 def _write_split(writer: StoreWriter, name: str, split: Split) -> list[Rejected]:
     rejected = []
+    stream = iter(split.stream)
     with progress(split.count, f"{name} images", "image") as bar:
-        for entry in split.stream:
-            if isinstance(entry, Rejected):
-                rejected.append(entry)
-            else:
-                writer.append(f"{name}_images", entry.image[None])
-                writer.append(f"{name}_labels", np.array([entry.label]))
-            bar.update()
+        while entries := list(islice(stream, WRITTEN_TOGETHER)):
+            rejected += [entry for entry in entries if isinstance(entry, Rejected)]
+            if samples := [entry for entry in entries if isinstance(entry, Sample)]:
+                writer.append(f"{name}_images", np.stack([sample.image for sample in samples]))
+                writer.append(f"{name}_labels", np.array([sample.label for sample in samples]))
+            bar.update(len(entries))
     return rejected
 
 

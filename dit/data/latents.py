@@ -180,20 +180,23 @@ def stated_normalization(normalize: Normalize, channels: int, published: dict[st
     if isinstance(normalize, str):
         return None
     if isinstance(normalize, float):
-        if not published or not _is_more_than_a_factor(published):
-            return {"shift": [0.0] * channels, "scale": [normalize] * channels, "source": "latents.normalize"}
-        if not math.isclose(normalize, published["factor"], rel_tol=1e-4):
-            raise ConfigError(
-                f"latents.normalize = {normalize}: published are {published['source']}: expected "
-                "'published', or {shift: ..., scale: ...} for others"
-            )
-        return published
+        return _by_number(normalize, channels, published)
     shift, scale = normalize.factors(channels)
     return {"shift": shift, "scale": scale, "source": "latents.normalize"}
 
 
-def _is_more_than_a_factor(published: dict[str, Any]) -> bool:
-    return any(published["shift"]) or any(value != published["factor"] for value in published["scale"])
+def _by_number(normalize: float, channels: int, published: dict[str, Any] | None) -> dict[str, Any]:
+    scaled = {"shift": [0.0] * channels, "scale": [normalize] * channels, "source": "latents.normalize"}
+    if not published:
+        return scaled
+    if math.isclose(normalize, published["factor"], rel_tol=1e-4):
+        return published
+    if any(published["shift"]) or any(value != published["factor"] for value in published["scale"]):
+        raise ConfigError(
+            f"latents.normalize = {normalize}, where {published['source']} is published: expected 'published', "
+            "or {shift: ..., scale: ...} for others"
+        )
+    return scaled | {"source": f"latents.normalize, where {published['source']} is published"}
 
 
 def one_ahead(values: Iterable[T]) -> Iterator[T]:
