@@ -75,7 +75,8 @@ def parameters(root: Path, overrides: Mapping[str, Any] | None = None) -> Params
 def profile(root: Path, name: str) -> dict[str, Any]:
     """The overrides of `profiles/<name>.yaml`, which fit the parameters of the workspace.
 
-    They are named by dotted key, or, where a section is to be of another kind, such as `autoencoder`, by the whole section. Raises `ConfigError` where there is no such profile, or where it or what it makes of the parameters is wrong.
+    They are named by dotted key, or, where a section is to be of another kind, as `autoencoder` may be, by the whole section.
+    Raises `ConfigError` where there is no such profile, or where it or what it makes of the parameters is wrong.
     """
     known = sorted(file.stem for file in (root / PROFILES).glob("*.yaml"))
     path = PROFILES / f"{name}.yaml"
@@ -84,7 +85,8 @@ def profile(root: Path, name: str) -> dict[str, Any]:
     overrides = yamlfile.parse((root / path).read_text(), path)
     if not isinstance(overrides, dict) or not all(_is_override(key, value) for key, value in overrides.items()):
         raise ConfigError(
-            f"{path}: expected dotted keys of params.yaml with their values, such as train.steps: 300, or a section with its kind"
+            f"{path}: expected dotted keys of params.yaml with their values, such as train.steps: 300, "
+            "or a section with its kind"
         )
     text = (root / "params.yaml").read_text()
     config.parse(yamlfile.parse(override(text, overrides, str(path)), path), path)
