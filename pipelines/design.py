@@ -43,7 +43,7 @@ READS = {"images": (), "autoencoder": ("images",), "latents": ("images", "autoen
 ANALYSED = (*DATA["latents"], "model", "diffusion", "analyse", "train.optimizer")
 """A strategy is analysed once for all settings that agree in these; its first steps use the learning rate of params.yaml."""
 PARAMETERS: dict[str, tuple[str, ...]] = {
-    "images": ("images",),
+    "images": ("images.size", "images.channels", "images.seed", "images.max_rejected", "images.source"),
     "autoencoder": ("autoencoder",),
     "latents": ("latents",),
     "features": ("features", "evaluate.kernel_subset_size", "evaluate.nearest_k"),

@@ -80,8 +80,9 @@ def _check_machine(params: Params, where: str) -> None:
 
 
 def profile(root: Path, name: str) -> dict[str, Any]:
-    """The overrides of `profiles/<name>.yaml`, by dotted key, which fit the parameters of the workspace.
+    """The overrides of `profiles/<name>.yaml`, which fit the parameters of the workspace.
 
+    They are named by dotted key, or, where a section is to be of another kind, as `autoencoder` may be, by the whole section.
     Raises `ConfigError` where there is no such profile, or where it or what it makes of the parameters is wrong.
     """
     known = sorted(file.stem for file in (root / PROFILES).glob("*.yaml"))
@@ -89,11 +90,18 @@ def profile(root: Path, name: str) -> dict[str, Any]:
     if name not in known:
         raise ConfigError(f"{path}: no such profile; accepted: {', '.join(known) or 'none: the folder is empty'}")
     overrides = yamlfile.parse((root / path).read_text(), path)
-    if not isinstance(overrides, dict) or not all(isinstance(key, str) and "." in key for key in overrides):
-        raise ConfigError(f"{path}: accepted: dotted keys of params.yaml with their values, such as train.steps: 300")
+    if not isinstance(overrides, dict) or not all(_is_override(key, value) for key, value in overrides.items()):
+        raise ConfigError(
+            f"{path}: expected dotted keys of params.yaml with their values, such as train.steps: 300, "
+            "or a section with its kind"
+        )
     text = (root / "params.yaml").read_text()
     config.parse(yamlfile.parse(override(text, overrides, str(path)), path), path)
     return overrides
+
+
+def _is_override(key: Any, value: Any) -> bool:
+    return isinstance(key, str) and ("." in key or (isinstance(value, dict) and "kind" in value))
 
 
 def override(text: str, overrides: Mapping[str, Any], where: str = "overrides") -> str:

@@ -12,7 +12,8 @@ from pipelines import design
 
 STAGES = "pipelines.stages."
 WITHOUT_VALUES = {
-    *("dit.config", "dit.design", "dit.sections", "dit.sections.optim", "dit.sections.types", "dit.yamlfile"),
+    *("dit.config", "dit.design", "dit.sections", "dit.sections.data", "dit.sections.optim", "dit.sections.types"),
+    "dit.yamlfile",
     *("dit.errors", "dit.terminal", "dit.progress"),
     *("pipelines.design", "pipelines.files", "pipelines.stages.entry", "pipelines.stages.launch"),
 }

@@ -6,13 +6,17 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from dit.config import Params
+from dit.data.images import ImageStore
 from pipelines import design
 from pipelines.stages.entry import Stage
 
 ROOT = Path(__file__).parents[1]
+Read = Callable[..., ImageStore]
+"""What fixture `read` gives."""
 MICRO = {
     "study.strategies": ["adaln_zero", "symmetric"],
     "study.seeds": [0, 1],

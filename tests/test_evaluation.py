@@ -77,8 +77,15 @@ def test_features_do_not_depend_on_the_batch_size(params: config.Params) -> None
     torch.testing.assert_close(whole, parts, atol=1e-4, rtol=1e-4)
 
 
-def test_only_8_bit_colour_images_have_features(extractor: FeatureExtractor) -> None:
-    with pytest.raises(DataError, match=r"float32 \(2, 8, 8, 3\) .* accepted: uint8"):
+def test_grey_images_have_the_features_of_colour_images_of_equal_channels(params: config.Params) -> None:
+    """mseitzer/pytorch-fid#12 and lucidrains/denoising-diffusion-pytorch#188: networks that want three channels."""
+    small = load_extractor(params.features.model_copy(update={"size": 64}), CPU)
+    grey = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 1), dtype=np.uint8)
+    assert torch.equal(small(grey), small(grey.repeat(3, axis=3)))
+
+
+def test_only_8_bit_images_have_features(extractor: FeatureExtractor) -> None:
+    with pytest.raises(DataError, match=r"float32 \(2, 8, 8, 3\) .*: expected uint8"):
         extractor(np.zeros((2, 8, 8, 3), np.float32))
 
 
@@ -171,6 +178,7 @@ def test_grid_has_a_column_for_each_class() -> None:
     grid = np.asarray(image_grid(images, rows, columns, num_classes=3))
     assert grid.shape == (2 * 2, 3 * 5, 3)
     assert grid[::2, ::5, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    np.testing.assert_array_equal(np.asarray(image_grid(images[..., :1], rows, columns, num_classes=3)), grid[..., 0])
 
 
 @pytest.fixture

@@ -9,16 +9,52 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from dit.sections.data import (
+    FolderSource as FolderSource,
+)
+from dit.sections.data import (
+    HuggingFaceSource as HuggingFaceSource,
+)
+from dit.sections.data import (
+    IdentityAutoencoder as IdentityAutoencoder,
+)
+from dit.sections.data import (
+    IdxSource as IdxSource,
+)
+from dit.sections.data import (
+    ImagesParams as ImagesParams,
+)
+from dit.sections.data import (
+    LatentsParams as LatentsParams,
+)
+from dit.sections.data import (
+    MeanAndStd as MeanAndStd,
+)
+from dit.sections.data import (
+    PhotosSource as PhotosSource,
+)
+from dit.sections.data import (
+    PretrainedAutoencoder as PretrainedAutoencoder,
+)
+from dit.sections.data import (
+    ShiftAndScale as ShiftAndScale,
+)
+from dit.sections.data import (
+    TrainedAutoencoder as TrainedAutoencoder,
+)
+from dit.sections.data import (
+    UnlabelledSource as UnlabelledSource,
+)
+from dit.sections.data import (
+    WebDatasetSource as WebDatasetSource,
+)
 from dit.sections.optim import DecaySchedule, OptimizerParams, ScheduleParams, WSDSchedule
 from dit.sections.types import (
     Backend,
-    Count,
     Device,
     FilePath,
-    Fraction,
     LevelName,
     Name,
-    NonNegativeFloat,
     OpenFraction,
     Precision,
     Section,
@@ -101,99 +137,6 @@ class StudyParams(Section):
             raise ValueError(
                 f"choose_on = {self.choose_on} leaves {len(others)} of the seeds {self.seeds} to report: expected at least 3"
             )
-
-
-class PhotosSource(Section):
-    """Class-conditional crops of the pictures that scikit-image ships; `dit.data.sources.photos`."""
-
-    kind: Literal["photos"]
-    train_per_class: PositiveInt
-    validation_per_class: PositiveInt
-    validation_region: OpenFraction
-    max_zoom: Annotated[float, Field(ge=1, allow_inf_nan=False)]
-
-
-class FolderSource(Section):
-    """Image files as `root/class/*.{jpg,png,webp}`; `dit.data.sources.folder`."""
-
-    kind: Literal["folder"]
-    root: FilePath
-    validation_root: FilePath | None
-    validation_fraction: OpenFraction
-
-
-class HuggingFaceSource(Section):
-    """A data set of the `datasets` library; `dit.data.sources.huggingface`."""
-
-    kind: Literal["huggingface"]
-    path: str
-    config: str | None
-    image_column: str
-    label_column: str
-    train_split: str
-    validation_split: str | None
-    validation_fraction: OpenFraction
-
-
-class ImagesParams(Section):
-    """Stage `images`."""
-
-    size: Annotated[int, Field(ge=8)]
-    seed: Seed
-    workers: Count
-    max_rejected: Fraction
-    source: Annotated[PhotosSource | FolderSource | HuggingFaceSource, Field(discriminator="kind")]
-
-
-class TrainedAutoencoder(Section):
-    """Stage `autoencoder`, trained on the images of the study."""
-
-    kind: Literal["train"]
-    latent_channels: PositiveInt
-    downsample: PositiveInt
-    channels: Annotated[list[PositiveInt], Field(min_length=1)]
-    steps: PositiveInt
-    batch_size: PositiveInt
-    learning_rate: PositiveFloat
-    kl_weight: NonNegativeFloat
-    seed: Seed
-    threads: PositiveInt
-    device: Device
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TrainedAutoencoder:
-        if self.downsample != 2 ** (len(self.channels) - 1):
-            accepted = 2 ** (len(self.channels) - 1)
-            raise ValueError(
-                f"downsample = {self.downsample}; accepted: {accepted}, as channels has {len(self.channels)} entries"
-            )
-        return self
-
-
-class PretrainedAutoencoder(Section):
-    """Stage `autoencoder`, loaded from a hub id or a local directory in diffusers format."""
-
-    kind: Literal["pretrained"]
-    path: str
-    revision: str | None
-    latent_channels: PositiveInt
-    downsample: PositiveInt
-    threads: PositiveInt
-    device: Device
-
-
-class LatentsParams(Section):
-    """Stage `latents`."""
-
-    flip: bool
-    normalize: Literal["per_channel", "global"] | PositiveFloat
-    dtype: Literal["float32", "float16"]
-    batch_size: PositiveInt
-    precision: Precision
-    backend: Backend
-    processes: PositiveInt
-    threads: PositiveInt
-    device: Device
 
 
 class ModelParams(Section):

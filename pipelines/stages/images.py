@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dit.config import Params
-from dit.data.ingest import write_images
+from dit.data.images import write_images
 from pipelines.design import Item
 from pipelines.files import complete_directory
 from pipelines.stages.entry import run_dvc_stage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 from dit.autoencoder import Encoder, load_autoencoder
 from dit.config import Params
@@ -24,13 +25,11 @@ def latents(params: Params, item: Item) -> None:
     with joined(resolve_device(settings.device)) as ranks:
         normalize = encode_on(ranks, settings, item)
         if ranks.is_main:
-            factors = ", ".join(
-                f"{name} [{' '.join(f'{value:.4g}' for value in values)}]" for name, values in normalize.items()
-            )
-            print(f"latents: {factors}")
+            shift, scale = (" ".join(f"{value:.4g}" for value in normalize[name]) for name in ("shift", "scale"))
+            print(f"latents: (z - shift) * scale with shift [{shift}], scale [{scale}]; from {normalize['source']}")
 
 
-def encode_on(ranks: Ranks, settings: LatentsParams, item: Item) -> dict[str, list[float]]:
+def encode_on(ranks: Ranks, settings: LatentsParams, item: Item) -> dict[str, Any]:
     """This rank's part of it; the first one writes."""
     device = ranks.device
     autoencoder = load_autoencoder(item.inputs["autoencoder"], device)
