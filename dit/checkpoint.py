@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -43,7 +43,7 @@ def save(directory: Path, state: dict[str, Any]) -> None:
     try:
         with partial.open("wb") as file:
             summed = _Summed(file)
-            torch.save(state, summed)
+            torch.save(state, cast("IO[bytes]", summed))
             file.write(END % summed.checksum)
             file.flush()
             os.fsync(file.fileno())
