@@ -81,7 +81,7 @@ def profile(root: Path, name: str) -> dict[str, Any]:
     path = PROFILES / f"{name}.yaml"
     if name not in known:
         raise ConfigError(f"{path}: no such profile; accepted: {', '.join(known) or 'none: the folder is empty'}")
-    overrides = yamlfile.parse((root / path).read_text(), path)
+    overrides = yamlfile.read(root / path, path)
     if not isinstance(overrides, dict) or not all(isinstance(key, str) and "." in key for key in overrides):
         raise ConfigError(f"{path}: accepted: dotted keys of params.yaml with their values, such as train.steps: 300")
     text = (root / "params.yaml").read_text()
