@@ -74,8 +74,8 @@ def _check(text: str) -> None:
             if anchor:
                 lengths[anchor] = count - before
         elif isinstance(event, NodeEvent):
-            if event.tag:
-                tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            if tag := getattr(event, "tag", None):
+                tag = str(tag).replace("tag:yaml.org,2002:", "!!")
                 raise _problem(f"the tag {tag} is not read here; write the value without it", event)
             count += 1
             if isinstance(event, CollectionStartEvent):

@@ -92,8 +92,6 @@ SCALARS = (
     | st.binary(max_size=4)
 )
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3))
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3), max_leaves=6
-)
 
 
 @settings(deadline=None, max_examples=300)
