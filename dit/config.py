@@ -255,6 +255,8 @@ def load(path: str | Path = "params.yaml") -> Params:
 
 def parse(data: Any, where: str | Path = "params.yaml") -> Params:
     """Check parameters that were already read; `where` stands in the messages."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected sections such as `study:` and `train:`, and found {type(data).__name__}")
     try:
         params = Params.model_validate(data)
         params._written = data

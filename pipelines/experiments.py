@@ -89,7 +89,7 @@ def profile(root: Path, name: str) -> dict[str, Any]:
     path = PROFILES / f"{name}.yaml"
     if name not in known:
         raise ConfigError(f"{path}: no such profile; accepted: {', '.join(known) or 'none: the folder is empty'}")
-    overrides = yamlfile.parse((root / path).read_text(), path)
+    overrides = yamlfile.read(root / path, path)
     if not isinstance(overrides, dict) or not all(_is_override(key, value) for key, value in overrides.items()):
         raise ConfigError(
             f"{path}: expected dotted keys of params.yaml with their values, such as train.steps: 300, "

@@ -31,7 +31,7 @@ from pydantic import Field
 
 from dit import config
 from dit.errors import UserError
-from pipelines import dag, design, experiments, services, tracking
+from pipelines import dag, design, experiments, recovery, services, tracking
 from pipelines.device_pool import DevicePool, device_pool, environment
 from pipelines.plan import note_duration
 from pipelines.report.words import samples
@@ -65,6 +65,7 @@ def run_stage(stage: str, up_to_date: bool, processes: dag.Processes, environmen
     begin = time.monotonic()
     try:
         outcome = processes.run(stage, log.info, environment)
+        recovery.keep_lock(processes.root)
     except (dag.StageError, dag.StoppedError) as error:
         again = isinstance(error, dag.StageError) and error.transient and runtime.task_run.run_count <= RETRIES
         log.error("%s%s", error, f"; it runs again in {RETRY_DELAY_SECONDS} s" if again else "")
@@ -128,6 +129,7 @@ def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[P
     """Where the stages run, and the name of the DVC experiment, if it is one."""
     if not overrides:
         with _exclusively(root):
+            recovery.workspace(root, _log().warning)
             yield root, None
         return
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{runtime.flow_run.name}-{runtime.flow_run.id[-6:]}")
@@ -145,6 +147,7 @@ def _run(workspace: Path, stages: Mapping[str, dag.Stage], pool: DevicePool, exp
     if experiment:
         experiments.forget_stale(workspace)
     dag.order_lock(workspace)
+    recovery.keep_lock(workspace)
     mlflow = fill_mlflow(workspace, {"dvc_experiment": experiment} if experiment else {}, return_state=True)
     if not all(state.is_completed() for state in states.values()):
         return Failed(message=_failure(states))

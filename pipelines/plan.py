@@ -124,11 +124,12 @@ def _costly(params: Params) -> dict[str, Any]:
 
 def up_to_date(root: Path, params: Params) -> dict[str, bool]:
     """For each stage, whether it ran with what it would have with `params`, as `dvc.lock` says, and its output is there."""
-    from dit import yamlfile
+    from dvc.utils.serialize import load_yaml
+
     from pipelines import design
 
     lock = root / "dvc.lock"
-    recorded: dict[str, Any] = yamlfile.read(lock)["stages"] if lock.exists() else {}
+    recorded: dict[str, Any] = load_yaml(lock)["stages"] if lock.exists() else {}
     made: dict[str, str] = {}
     same: dict[str, bool] = {}
     for stage, items in design.items(params).items():

@@ -22,12 +22,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
+from dvc.utils.serialize import load_yaml
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, Metric, Param, Run, RunStatus
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from dit import config, yamlfile
+from dit import config
 from dit import design as designs
 from dit.errors import UserError
 from dit.terminal import plain
@@ -234,7 +235,7 @@ def _add_start(client: MlflowClient, run: Run, directory: Path) -> None:
 def _provenance(root: Path, runs: Sequence[Finished]) -> dict[str, dict[str, str]]:
     """For each run, by name: the commit, and what `dvc.lock` says about the outputs of its two stages."""
     lock = root / "dvc.lock"
-    stages = yamlfile.read(lock)["stages"] if runs and lock.exists() else {}
+    stages = load_yaml(lock)["stages"] if runs and lock.exists() else {}
     commit = _commit(root)
     found = {}
     for run in runs:
