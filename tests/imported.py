@@ -13,6 +13,7 @@ STAGES = "pipelines.stages."
 WITHOUT_VALUES = {
     *("dit.config", "dit.sections", "dit.sections.optim", "dit.sections.types", "dit.yamlfile"),
     *("dit.errors", "dit.terminal", "dit.progress"),
+    "dit.csvfile",
     *("pipelines.files", "pipelines.stages.entry", "pipelines.stages.launch"),
 }
 """Modules that are no dependencies, as the head of `dvc.yaml` says; nor is what a stage imports through them alone."""

@@ -16,11 +16,12 @@ from dit.data.latents import LatentStore
 from dit.devices import make_deterministic, resolve_device
 from dit.diffusion import Diffusion
 from dit.distributed import Ranks, joined
+from dit.training.kept import RunSettings
 from dit.training.loop import Trainer
-from dit.training.records import Outcome, outcome
+from dit.training.records import outcome
 from pipelines.files import complete_directory, scratch
 from pipelines.records.base import Timing
-from pipelines.records.training import TRAIN, TrainRecord, TrainSettings, write_tables
+from pipelines.records.training import TRAIN, TrainRecord, TrainSettings
 from pipelines.stages.entry import run_dvc_stage, run_key, strategy_of
 
 
@@ -42,8 +43,14 @@ def train_on(ranks: Ranks, params: Params, strategy: str, seed: int) -> None:
         "rules": rules.resolved,
     }
     key = run_key("train", [settings, device.type], strategy, seed)
-    anyhow = {**settings, "train": params.train.model_dump(mode="json", exclude={"processes", "parallel"})}
-    resumable = run_key("train", [anyhow, device.type], strategy, seed)  # by any number of processes
+    beside = {"processes", "parallel", "keep_checkpoints"}  # what a run may be resumed with another value of
+    longer = beside if params.train.depends_on_length else {*beside, "steps"}
+    resumable, shared = (
+        run_key(
+            "train", [{**settings, "train": params.train.model_dump(mode="json", exclude=keys)}, device.type], strategy, seed
+        )
+        for keys in (beside, longer)
+    )
     store = LatentStore(Path("data/latents"))
     network = params.network(store.sizes)
     init.apply(network, rules, seed)
@@ -55,6 +62,10 @@ def train_on(ranks: Ranks, params: Params, strategy: str, seed: int) -> None:
         label_dropout=params.model.label_dropout,
         seed=seed,
         scratch=scratch(resumable),
+        ended=scratch(shared),
+        settings=RunSettings(
+            name=f"{strategy}-{seed}", seed=seed, model=params.model, diffusion=params.diffusion, train=params.train
+        ),
         ranks=ranks,
     )
     started = time.monotonic()
@@ -75,20 +86,11 @@ def train_on(ranks: Ranks, params: Params, strategy: str, seed: int) -> None:
     )
     with complete_directory(TRAIN / f"{strategy}-{seed}") as out:
         save_file(ema, out / "ema.safetensors")
-        write_tables(out, trainer.records)
+        trainer.records.write(out)
         record.write(out)
     trainer.forget()
     Timing(seconds=seconds, images_per_second=trainer.images_per_second, hostname=socket.gethostname()).write(scratch(key))
-    print(f"train {strategy}-{seed}: {ending(ended)}, {trainer.images_per_second:.0f} images/s")
-
-
-def ending(ended: Outcome) -> str:
-    """What a person wants to know of a training run that is over."""
-    if ended.collapsed:
-        return f"collapsed at step {ended.collapsed.step}: error {ended.collapsed.mse:.4f}"
-    if ended.diverged:
-        return f"diverged: {vars(ended.diverged)}"
-    return f"validation mse {ended.final.ema_validation_mse:.4f} (EMA)" if ended.final else ended.status
+    print(f"train {strategy}-{seed}: {ended.sentence}, {trainer.images_per_second:.0f} images/s")
 
 
 def main(strategy: str, seed: Annotated[int, typer.Argument(min=0)]) -> None:
