@@ -21,7 +21,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from dit import checkpoint
+from dit import checkpoint, checksums
 from dit.devices import autocast, resolve_device, send
 from dit.errors import ConfigError, DataError, InputError
 from dit.fused.encoder import FusedEncoder
@@ -181,11 +181,13 @@ def _unreachable(error: BaseException | None) -> bool:
 def load_autoencoder(directory: str | Path, device: torch.device | str) -> AutoencoderKL:
     """What stage `autoencoder` left in `directory`: float32, in eval mode, without gradients, on `device`.
 
-    Raises `InputError` where the directory holds no autoencoder, `DataError` where its weights do not fit.
+    Raises `InputError` where the directory holds no autoencoder, or a file has changed since it was written, `DataError` where
+    its weights do not fit.
     """
     model = Path(directory) / MODEL
     if not (model / "config.json").is_file():
         raise InputError(model / "config.json")
+    checksums.verify(model)
     return _from_pretrained(str(model)).to(device)
 
 

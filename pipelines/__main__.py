@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -75,19 +76,28 @@ def mlflow() -> None:
 
 @app.command()
 def up(
-    prefect_port: Annotated[int, typer.Option(envvar="PREFECT_PORT")] = services.PREFECT_PORT,
-    mlflow_port: Annotated[int, typer.Option(envvar="MLFLOW_PORT")] = services.MLFLOW_PORT,
+    prefect_port: Annotated[str, typer.Option(envvar="PREFECT_PORT")] = str(services.PREFECT_PORT),
+    mlflow_port: Annotated[str, typer.Option(envvar="MLFLOW_PORT")] = str(services.MLFLOW_PORT),
 ) -> None:
     """Start a Prefect server, a worker and the MLflow UI in the background, on 127.0.0.1."""
+    ports = _port("PREFECT_PORT", prefect_port), _port("MLFLOW_PORT", mlflow_port)
+    if ports[0] == ports[1]:
+        raise UserError(f"PREFECT_PORT and MLFLOW_PORT are both {ports[0]}: expected two different ports")
     from pipelines import tracking
 
-    services.up(prefect_port, mlflow_port, tracking.tracking_uri(), print)
+    services.up(*ports, tracking.tracking_uri(), print)
 
 
 @app.command()
 def down() -> None:
     """Stop what `up` started, and nothing else."""
     services.down(print)
+
+
+def _port(name: str, text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 2**16:
+        raise UserError(f"{name} = {text[:40]}: expected a whole number from 1 to 65535")
+    return int(text)
 
 
 def _assignment(text: str) -> tuple[str, Any]:

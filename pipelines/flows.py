@@ -30,7 +30,7 @@ from prefect.tasks import Task
 from pydantic import Field
 
 from dit.errors import UserError
-from pipelines import dag, experiments, services, tracking
+from pipelines import dag, experiments, recovery, services, tracking
 from pipelines.device_pool import DevicePool, device_pool, environment
 from pipelines.report.words import samples
 
@@ -61,6 +61,7 @@ def run_stage(stage: str, up_to_date: bool, processes: dag.Processes, environmen
     begin = time.monotonic()
     try:
         outcome = processes.run(stage, log.info, environment)
+        recovery.keep_lock(processes.root)
     except (dag.StageError, dag.StoppedError) as error:
         again = isinstance(error, dag.StageError) and error.transient and runtime.task_run.run_count <= RETRIES
         log.error("%s%s", error, f"; it runs again in {RETRY_DELAY_SECONDS} s" if again else "")
@@ -122,6 +123,7 @@ def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[P
     """Where the stages run, and the name of the DVC experiment, if it is one."""
     if not overrides:
         with _exclusively(root):
+            recovery.workspace(root, _log().warning)
             yield root, None
         return
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{runtime.flow_run.name}-{runtime.flow_run.id[-6:]}")
@@ -139,6 +141,7 @@ def _run(workspace: Path, stages: Mapping[str, dag.Stage], pool: DevicePool, exp
     if experiment:
         experiments.forget_stale(workspace)
     dag.order_lock(workspace)
+    recovery.keep_lock(workspace)
     mlflow = fill_mlflow(workspace, {"dvc_experiment": experiment} if experiment else {}, return_state=True)
     if not all(state.is_completed() for state in states.values()):
         return Failed(message=_failure(states))

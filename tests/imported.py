@@ -12,7 +12,7 @@ from dit import yamlfile
 STAGES = "pipelines.stages."
 WITHOUT_VALUES = {
     *("dit.config", "dit.sections", "dit.sections.optim", "dit.sections.types", "dit.yamlfile"),
-    *("dit.errors", "dit.terminal", "dit.progress"),
+    *("dit.errors", "dit.terminal", "dit.progress", "dit.checksums"),
     "dit.csvfile",
     *("pipelines.files", "pipelines.stages.entry", "pipelines.stages.launch"),
 }

@@ -61,9 +61,8 @@ class LatentStore:
         return {"latent_size": self.latent_size, "latent_channels": self.latent_channels, "num_classes": self.num_classes}
 
     def split(self, name: Literal["train", "validation"]) -> Latents:
-        """The posteriors of `"train"` or `"validation"`."""
-        arrays = self.store.arrays
-        return Latents(arrays[f"{name}_mean"], arrays[f"{name}_std"], arrays[f"{name}_labels"])
+        """The posteriors of `"train"` or `"validation"`. Raises `DamagedError` where the bytes of a file have changed."""
+        return Latents(*(self.store.verified(f"{name}_{part}") for part in ("mean", "std", "labels")))
 
     def normalize(self, z: Tensor) -> Tensor:
         """Raw latents (B, C, h, w) -> what the diffusion model sees: `(z - shift) * scale`, per channel."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from dit import csvfile
+from dit import checksums, csvfile
 from dit.errors import DataError, InputError, explain
 from pipelines.files import write_json
 
@@ -49,8 +49,12 @@ class Record(Entry):
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """Read the file. Raises `InputError` where it is missing, and `DataError` that names each wrong key."""
+        """Read the file.
+
+        Raises `InputError` where it is missing or damaged, and `DataError` that names each wrong key.
+        """
         path = directory / cls.FILE
+        checksums.verify(path)
         try:
             data = json.loads(path.read_text())
         except FileNotFoundError:
@@ -92,11 +96,12 @@ class Table:
     def read(self, directory: Path) -> pd.DataFrame:
         """Read the file, where values that are not finite become NaN.
 
-        Raises `InputError` where it is missing, and `DataError` where a column is.
+        Raises `InputError` where it is missing or damaged, and `DataError` where it lacks a column.
         """
         import pandas as pd
 
         path = directory / self.file
+        checksums.verify(path)
         try:
             table = pd.read_csv(path).replace([float("inf"), float("-inf")], float("nan"))
         except FileNotFoundError:

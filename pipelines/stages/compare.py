@@ -39,7 +39,7 @@ def compare(params: Params) -> None:
     summary |= {"headline": words.sentences, "autoencoder": autoencoder.metrics, "images": described}
     drawn = figures(study, summary)
     page = render(study, summary, headline=words, figures=drawn, images=images, autoencoder=autoencoder)
-    with complete_directory("reports") as out:
+    with complete_directory("reports", sealed=False) as out:
         write_json(out / "summary.json", summary)
         write_json(out / "metrics.json", metric_means(summary))
         (out / "plots").mkdir()
