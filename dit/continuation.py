@@ -47,6 +47,9 @@ OF_BATCHES = (
 )
 """The parameters that decide which samples, noise, timesteps and dropped labels a step has."""
 
+ABSENT = "(absent)"
+"""Stands for the value of a key that an optimiser or a schedule does not have."""
+
 FILE = "continuation.json"
 COMPARISON = "comparison.csv"
 
@@ -62,7 +65,8 @@ class Variant:
     @property
     def words(self) -> str:
         """What differs, such as "train.precision: bf16 -> fp32"."""
-        return ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in self.changes.items()) or "nothing"
+        changes = (f"{key}: {_word(old)} -> {_word(new)}" for key, (old, new) in self.changes.items())
+        return ", ".join(changes) or "the run's own parameters"
 
 
 @dataclass(frozen=True)
@@ -160,8 +164,16 @@ def _variant(name: str, before: RunSettings, values: Mapping[str, Any]) -> Varia
     except ValidationError as error:
         raise ConfigError(explain(error, name, data)) from None
     old, new = (_flat(each.model_dump(mode="json")) for each in (before, settings))
-    changes = {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+    keys = [key for key in {**old, **new} if old.get(key, ABSENT) != new.get(key, ABSENT)]
+    changes = {key: (old.get(key, ABSENT), new.get(key, ABSENT)) for key in keys}
     return Variant(name, settings, changes)
+
+
+def _word(value: Any) -> str:
+    """A value as `params.yaml` would have it, near enough to read."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def _flat(section: Mapping[str, Any], above: str = "") -> dict[str, Any]:
@@ -196,9 +208,9 @@ def go_on(kept: Kept, chosen: Sequence[Variant], steps: int, output: Path | None
                 results.append(result)
                 if output is not None:
                     _write(output / variant.name if len(chosen) > 1 else output, kept, result, records)
-        if output is not None and len(results) > 1:
-            rows = [_row(result) for result in results]
-            csvfile.write(output / COMPARISON, tuple(rows[0]), rows)
+                if output is not None and len(chosen) > 1:
+                    rows = [_row(result) for result in results]
+                    csvfile.write(output / COMPARISON, tuple(rows[0]), rows)
     return results
 
 
@@ -245,7 +257,7 @@ def _continued(kept: Kept, variant: Variant, store: LatentStore, until: int, ran
         _network(settings, kept.run),
         store,
         Diffusion(settings.diffusion, ranks.device),
-        unsaved,
+        unsaved,  # so that nothing is written into the folder of the checkpoint
         label_dropout=settings.model.label_dropout,
         seed=settings.seed,
         scratch=kept.path,
@@ -375,7 +387,7 @@ def comparison(results: Sequence[Result]) -> Table:
     """All continuations side by side."""
     table = Table(title=f"From step {results[0].from_step:,}", title_justify="left", box=SIMPLE)
     table.add_column("variant", no_wrap=True)
-    table.add_column("what changed")
+    table.add_column("parameters")
     for column in ("first spike", "collapse", "last error"):
         table.add_column(column, justify="right")
     for result in results:

@@ -148,7 +148,7 @@ def test_variants_are_compared_and_say_what_they_carry_over(trainer: Build, scra
     assert set(found["status"]) == {"finished"}
     assert found["mse"].nunique() == 5
     assert (
-        "betas: train.optimizer.betas: [0.9, 0.999] -> [0.9, 0.95], train.gradient_clip: None -> 1.0, train.log_every" in said
+        "betas: train.optimizer.betas: [0.9, 0.999] -> [0.9, 0.95], train.gradient_clip: null -> 1.0, train.log_every" in said
     )
     assert re.search(r"the optimiser's state of all \d+ weights, which starts empty: adamw left another kind", said)
     assert "arithmetic: eager bf16 cpu, where the run had eager fp32 cpu" in said
