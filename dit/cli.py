@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
@@ -282,6 +283,14 @@ def resume_from(
     if len(results) > 1:
         _show(continuation.comparison(results))
 
+
+def _add_commands() -> None:
+    """Add the commands that other installed packages offer, such as `dit plan` of the workflow."""
+    for point in entry_points(group="dit.commands"):
+        app.command(point.name)(point.load())
+
+
+_add_commands()
 
 if __name__ == "__main__":
     app()

@@ -1,7 +1,7 @@
 """DVC whose lock files are complete at every moment: `python atomic_dvc.py ARGUMENTS` is `dvc ARGUMENTS`.
 
-DVC empties `dvc.lock` and `.dvc/tmp/rwlock` and writes them anew in place. If it is killed in between, part of a file is left; on
-a full disk, nothing is. Here they are replaced by a rename.
+DVC empties `dvc.lock` and `.dvc/tmp/rwlock` and writes them anew in place. If it is killed in between, part of a file is left,
+and on a full disk nothing. Here they are replaced by a rename.
 """
 
 from __future__ import annotations

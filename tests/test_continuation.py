@@ -173,7 +173,7 @@ def test_a_collapse_can_be_examined_without_having_been_planned(
     assert collapse is not None
     (kept,) = kept_in(run.scratch)
     onset = (collapse.spike or collapse).step
-    assert 110 <= onset
+    assert onset >= 110
     assert onset - BEFORE - 20 < kept.step <= onset - BEFORE
     assert f"kept the checkpoint of step {kept.step}, before the collapse at step {collapse.step}" in capsys.readouterr().out
     assert sorted(path.name for path in run.scratch.iterdir()) == [KEPT]

@@ -156,10 +156,7 @@ def test_a_stage_says_which_stage_makes_what_it_misses(
 ) -> None:
     monkeypatch.chdir(ROOT)
 
-    def stage(_params: object) -> None:
+    with pytest.raises(SystemExit) as ended, entry.exit_codes():
         raise InputError(path)
-
-    with pytest.raises(SystemExit) as ended:
-        entry.run_dvc_stage(stage)
     assert ended.value.code == entry.WRONG_INPUT
     assert capsys.readouterr().err == f"error: {path} not found{advice}\n"

@@ -1,4 +1,4 @@
-"""What stage `train` leaves in `runs/train/<strategy>-<seed>`, beside the weights."""
+"""What stage `train` leaves in `runs/train/<run>`, beside the weights."""
 
 from __future__ import annotations
 
