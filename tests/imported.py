@@ -15,6 +15,7 @@ WITHOUT_VALUES = {
     *("dit.config", "dit.design", "dit.sections", "dit.sections.data", "dit.sections.optim", "dit.sections.types"),
     "dit.yamlfile",
     *("dit.errors", "dit.terminal", "dit.progress", "dit.checksums"),
+    "dit.csvfile",
     *("pipelines.design", "pipelines.files", "pipelines.stages.entry", "pipelines.stages.launch"),
 }
 """Modules that are no dependencies, as `pipelines/code.yaml` says; nor is what a stage imports through them alone."""

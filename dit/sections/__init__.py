@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from dit.sections.data import (
     FolderSource as FolderSource,
@@ -48,7 +56,7 @@ from dit.sections.data import (
 from dit.sections.data import (
     WebDatasetSource as WebDatasetSource,
 )
-from dit.sections.optim import DecaySchedule, OptimizerParams, ScheduleParams, WSDSchedule
+from dit.sections.optim import ConstantSchedule, DecaySchedule, OptimizerParams, ScheduleParams, WSDSchedule
 from dit.sections.types import (
     Backend,
     Device,
@@ -217,6 +225,8 @@ class TrainParams(Section):
     validate_every: PositiveInt
     validation: ValidationParams
     checkpoint_every: PositiveInt
+    keep_checkpoints: Annotated[tuple[PositiveInt | Literal["last"], ...], Field(strict=False)] = ()
+    """Steps whose checkpoints outlive the run, and `last`, from which a run goes on when `steps` is raised; may be left out."""
     stop_on_collapse: bool
     precision: Precision
     backend: Backend
@@ -226,8 +236,26 @@ class TrainParams(Section):
     threads: PositiveInt
     device: Device
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a step before the last one depends on `steps`, as the learning rate of a decay does."""
+        return not isinstance(self.schedule, ConstantSchedule)
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A key that may be left out is no part of parameters that do not have it, nor of their digest."""
+        written: dict[str, Any] = serialize(self)
+        if not self.keep_checkpoints:
+            written.pop("keep_checkpoints", None)
+        return written
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainParams:
+        late = [step for step in self.keep_checkpoints if step != "last" and step >= self.steps]
+        if late:
+            raise ValueError(
+                f"keep_checkpoints: no checkpoint is due at {late[0]}; expected less than steps = {self.steps}, or last"
+            )
         if self.batch_size % self.processes:
             raise ValueError(f"batch_size = {self.batch_size}; accepted: a multiple of processes = {self.processes}")
         if self.parallel == "fsdp" and self.backend == "fused":
