@@ -38,6 +38,11 @@ class Setting:
         named = {key: self.named[key] for key in chosen if key in self.named}
         return Setting(",".join(named.values()) if named else self.name, chosen, named)
 
+    @property
+    def values(self) -> str:
+        """All levels as text: the same for settings that give the same parameters."""
+        return repr(sorted(self.levels.items()))
+
     def __hash__(self) -> int:
         return hash(self.name)
 
@@ -52,7 +57,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """As its stages and folders are called: `adaln_zero-0`, or `adaln_zero-learning_rate=0.001-0` where there are factors."""
+        """As its stages and folders are called: `adaln_zero-0`, with factors `adaln_zero-learning_rate=0.001-0`."""
         return "-".join(part for part in (self.strategy, self.setting.name, str(self.seed)) if part)
 
 
@@ -121,17 +126,14 @@ def settings_of(study: StudyParams, strategy: str) -> list[Setting]:
     return settings
 
 
-def check(params: Params, where: str = "params.yaml") -> Design:
-    """The design of `params`, of which every combination is valid. Raises `ConfigError` that names the combination."""
-    found = design(params.study)
-    for setting, strategy in {(_levels_text(run.setting), run.strategy): (run.setting, run.strategy) for run in found.runs}.values():
-        at(params, setting, f"{where}: study, strategy '{strategy}' at {setting.name}" if setting.levels else where)
+def check(params: Params, where: str = "params.yaml") -> dict[str, Params]:
+    """The parameters of every different combination of levels, by `Setting.values`. Raises `ConfigError` for a wrong one."""
+    found: dict[str, Params] = {}
+    for run in design(params.study).runs:
+        if run.setting.values not in found:
+            place = f"{where}: {run.strategy} at {run.setting.name or 'its own values'}" if run.setting.levels else where
+            found[run.setting.values] = params.with_values(run.setting.levels, place)
     return found
-
-
-def at(params: Params, setting: Setting, where: str = "params.yaml") -> Params:
-    """`params` with the levels of `setting`. Raises `ConfigError` for levels that do not exist or do not fit."""
-    return params.with_values(setting.levels, where)
 
 
 def distinct(settings: Iterable[Setting], keys: Collection[str]) -> dict[str, Setting]:
@@ -175,7 +177,9 @@ def _level_name(key: str, level: Any) -> str:
     text = str(level).lower() if isinstance(level, bool) or level is None else str(level)
     name = text.replace("/", "_")
     if not isinstance(level, (str, int, type(None))) or not LEVEL_NAME.fullmatch(name):
-        raise ConfigError(f"study.factors.{key}: {level} cannot be part of a name; give the levels names, as in {{small: ..., large: ...}}")
+        raise ConfigError(
+            f"study.factors.{key}: {level} cannot be part of a name; name the levels, as in {{small: ..., large: ...}}"
+        )
     return name
 
 
@@ -186,7 +190,3 @@ def _setting(combination: Iterable[tuple[str, str, Any]], fixed: Mapping[str, An
     same = {key: f"{words[key]}={_level_name(key, value)}" for key, value in fixed.items()}
     levels = {key: level for key, _, level in chosen}
     return Setting(",".join(named.values()), {**levels, **fixed}, {**named, **same})
-
-
-def _levels_text(setting: Setting) -> str:
-    return repr(sorted(setting.levels.items()))

@@ -21,6 +21,8 @@ LEVEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", re.ASCII)
 """A level of a factor as part of the names of runs, folders and stages: 0.001, 1e-05, DiT-S_4."""
 LevelName = Annotated[str, Field(pattern=f"^{LEVEL_NAME.pattern}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")]
+
+
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are of their own kind, and nothing changes after loading."""
 
