@@ -32,21 +32,23 @@ HEADER = """\
 """
 ALL = "all"
 """The name of a stage that all runs of the study share."""
+DISTANCES = tuple(f"evaluate.{key}" for key in ("num_samples", "kernel_subset_size", "kernel_subsets", "nearest_k", "seed"))
+"""What a distance between two sets of images depends on."""
 DATA = {
     "images": ("images",),
     "autoencoder": ("images", "autoencoder"),
     "latents": ("images", "autoencoder", "latents"),
-    "features": ("images", "features", "evaluate.kernel_subset_size", "evaluate.nearest_k"),
+    "features": ("images", "autoencoder", "features", *DISTANCES),
 }
 """Stages that make data, and the parameters in which their outputs may differ."""
-READS = {"images": (), "autoencoder": ("images",), "latents": ("images", "autoencoder"), "features": ("images",)}
+READS = {"images": (), "autoencoder": ("images",), "latents": ("images", "autoencoder"), "features": ("images", "autoencoder")}
 ANALYSED = (*DATA["latents"], "model", "diffusion", "analyse", "train.optimizer")
 """A strategy is analysed once for all settings that agree in these; its first steps use the learning rate of params.yaml."""
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "images": ("images.size", "images.channels", "images.seed", "images.max_rejected", "images.source"),
     "autoencoder": ("autoencoder",),
     "latents": ("latents",),
-    "features": ("features", "evaluate.kernel_subset_size", "evaluate.nearest_k"),
+    "features": ("features", *DISTANCES),
     "analyse": ("model", "diffusion", "analyse", "train.learning_rate", "train.optimizer"),
     "train": ("model", "diffusion", "train"),
     "best": ("study",),

@@ -27,7 +27,7 @@ from dit.config import Params, parse
 from dit.data.store import StoreWriter
 from dit.design import Run, design
 from dit.models import build
-from pipelines.report.places import analysis_of
+from pipelines.design import analyses, item_named
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
 STEPS = 400
@@ -68,8 +68,10 @@ def write_study(params: Params, errors: Errors | None = None, fates: dict[str, F
     write_autoencoder()
     write_references()
     fates = fates or {}
-    runs = design(params.study).runs
-    for folder, strategy in {analysis_of(params, run): run.strategy for run in runs}.items():
+    found = design(params.study)
+    folders = analyses(params, found)
+    runs = found.runs
+    for folder, strategy in {folders[run.name]: run.strategy for run in runs}.items():
         write_start(params, strategy, Path(folder))
     for run in runs:
         write_run(params, run, fates.get(run.name), errors)
@@ -377,7 +379,7 @@ def example(folder: Path) -> None:
     )
     fates = {f"adaln_zero-learning_rate=0.008,depth=8-{seed}": Fate(150 + 30 * seed, collapses=True) for seed in (1, 3, 4)}
     write_study(params, errors, fates)
-    compare(params)
+    compare(params, item_named(params, "compare", "all"))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,10 @@ from dit.analysis.series import diagnosed
 from dit.config import Params
 from dit.design import Run, Setting
 from dit.errors import DataError
+from pipelines.design import ALL as ALL_RUNS
+from pipelines.design import item_named
 from pipelines.report.reading import read_run, read_study
-from pipelines.stages.compare import compare
+from pipelines.stages.compare import compare as compare_stage
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -45,6 +47,10 @@ def workspace() -> Workspace:
         return write_study(params, fates=dict.fromkeys(diverged, Fate(at)))
 
     return write
+
+
+def compare(params: Params) -> None:
+    compare_stage(params, item_named(params, "compare", ALL_RUNS))
 
 
 def summary() -> dict[str, Any]:

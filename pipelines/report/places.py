@@ -12,32 +12,15 @@ from dit.analysis.study import Place
 from dit.config import Params
 from dit.design import Run, Setting
 from dit.sections import FolderSource, HuggingFaceSource
+from pipelines.design import DATA
 
 LEARNING_RATE = "train.learning_rate"
-DATA = {
-    "images": ("images",),
-    "autoencoder": ("images", "autoencoder"),
-    "features": ("images", "features", "evaluate.kernel_subset_size", "evaluate.nearest_k"),
-}
-ANALYSED = ("images", "autoencoder", "latents", "model", "diffusion", "analyse", "train.optimizer")
-
-
-def analysis_of(params: Params, run: Run) -> str:
-    """The folder with the analysis of a run's strategy at its setting."""
-    variants = designs.distinct(designs.design(params.study).settings(run.strategy), ANALYSED)
-    name = designs.share(run.setting, ANALYSED, variants)
-    return "-".join(filter(None, (f"runs/analyse/{run.strategy}", name)))
 
 
 def data_folder(params: Params, run: Run, kind: str) -> str:
     """The folder with the data of a run, such as `data/images`."""
     name = designs.share(run.setting, DATA[kind], designs.distinct(designs.design(params.study).settings(), DATA[kind]))
     return f"data/{kind}/{name}" if name else f"data/{kind}"
-
-
-def curve_name(run: Run) -> str:
-    """What the runs of one strategy and setting are called together."""
-    return "-".join(filter(None, (run.strategy, run.setting.name)))
 
 
 def fixed(params: Params, strategy: str) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from typing import Any
 from dit import design as designs
 from dit.config import Params
 from dit.errors import DataError, InputError
+from pipelines import design
 from pipelines.records.analysis import ANALYSE, StartRecord
 from pipelines.records.evaluation import EVALUATE, EvaluateRecord, ReferencesRecord
 from pipelines.records.training import TRAIN, TrainRecord
-from pipelines.report.places import analysis_of, data_folder, place_of
+from pipelines.report.places import data_folder, place_of
 from pipelines.report.runs import Analysis, Run, Sampled, Study
 
 
@@ -29,7 +30,8 @@ def read_study(params: Params) -> Study:
         for name in strategies
     }
     first = {name: next(iter(by_seed.values())) for name, by_seed in runs.items()}
-    folders = {name: Path(analysis_of(params, run.design)) for name, run in first.items()}
+    analysed = design.analyses(params, found)
+    folders = {name: Path(analysed[run.name]) for name, run in first.items()}
     analyses = {name: Analysis(name, StartRecord.read(folder), folder) for name, folder in folders.items()}
     setting = shown[params.study.baseline].name.replace(",", ", ").replace("_", " ").replace("=", " ")
     references = (
@@ -59,8 +61,7 @@ def _sampled(params: Params, everything: list[Run], shown: dict[str, dict[int, R
     """The evaluations of the runs that are shown, or of each strategy at its best setting."""
     if params.study.sample == "best":
         by_name = {run.name: run for run in everything}
-        seeds = [seed for seed in params.study.seeds if seed not in params.study.choose_on]
-        return {name: {seed: _best(f"{name}-best-{seed}", by_name) for seed in seeds} for name in shown}
+        return {name: {seed: _best(f"{name}-best-{seed}", by_name) for seed in design.report_seeds(params)} for name in shown}
     return {
         name: {seed: Sampled(run.evaluation, run, EVALUATE / run.name) for seed, run in by_seed.items() if run.evaluation}
         for name, by_seed in shown.items()
@@ -97,14 +98,12 @@ def _shown(params: Params, everything: list[Run]) -> dict[str, designs.Setting]:
 
 def departed(study: Study) -> Iterator[Path]:
     """Directories of runs and strategies that are no longer part of the study."""
-    expected = {run.name for run in study.everything}
-    evaluated = {f"{name}-best-{seed}" for name, seeds in study.sampled.items() for seed in seeds}
-    evaluated = evaluated if study.params.study.sample == "best" else expected
-    analysed = {Path(analysis_of(study.params, run.design)).name for run in study.everything}
-    for parent, kept in ((TRAIN, expected), (EVALUATE, evaluated), (ANALYSE, analysed)):
+    stages = design.items(study.params)
+    kept = {parent: stages[stage].keys() for parent, stage in ((TRAIN, "train"), (EVALUATE, "evaluate"), (ANALYSE, "analyse"))}
+    for parent, names in kept.items():
         for path in sorted(parent.iterdir()) if parent.is_dir() else ():
             name = path.name.removeprefix(".").removesuffix(".partial").removesuffix(".old")
-            if path.is_dir() and name not in kept and (parent == ANALYSE or name.rpartition("-")[2].isdigit()):
+            if path.is_dir() and name not in names and (parent == ANALYSE or name.rpartition("-")[2].isdigit()):
                 yield path
 
 

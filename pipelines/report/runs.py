@@ -15,6 +15,7 @@ from dit.analysis.failures import History
 from dit.analysis.study import Findings, Question, Trained, find
 from dit.config import Params
 from dit.init import Strategy
+from pipelines.design import curve_name
 from pipelines.records.analysis import COORDINATES, GRADIENTS, BlockEntry, EarlyEntry, StartRecord
 from pipelines.records.base import Entry
 from pipelines.records.evaluation import EvaluateRecord, ReferencesRecord
@@ -29,7 +30,7 @@ from pipelines.records.training import (
     VALIDATION,
     TrainRecord,
 )
-from pipelines.report.places import curve_name, data_of, own_of, place_of
+from pipelines.report.places import data_of, own_of, place_of
 from pipelines.report.words import millions
 
 
@@ -216,7 +217,7 @@ class Study:
 
     @property
     def groups(self) -> dict[str, list[Run]]:
-        """The runs of each strategy and setting, by `places.curve_name`."""
+        """The runs of each strategy and setting, by `design.curve_name`."""
         found: dict[str, list[Run]] = {}
         for run in self.everything:
             found.setdefault(curve_name(run.design), []).append(run)
