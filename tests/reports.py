@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +244,12 @@ def write_evaluation(params: Params, run: Run, directory: Path, status: str, cur
         Image.fromarray(noise).save(directory / "grid.png")
 
 
+def write_best(params: Params, strategy: str, setting: str, seed: int) -> None:
+    """What stage `evaluate` writes for a strategy at its best setting."""
+    run = design(params.study).named(f"{strategy}-{setting}-{seed}")
+    write_evaluation(params, run, Path(f"runs/evaluate/{strategy}-best-{seed}"), "finished", Curve(run, None, None))
+
+
 class Curve:
     """A plausible error by step: a power law from the strategy's start to its end, with a seed's luck that strategies share.
 
@@ -286,7 +294,7 @@ class Curve:
         ]
         write_csv(directory / "validation.csv", validation)
         write_csv(directory / "metrics.csv", metrics)
-        write_csv(directory / "diagnostics.csv", list(self._diagnostics()))
+        (directory / "diagnostics.csv").write_text(diagnostics(self.run.strategy, self.until))
         estimates = {"squared_norm": 0.5, "covariance_trace": 40.0, "batch_norm": 1.0, "part_norm": 1.5}
         write_csv(directory / "gradient_noise.csv", [{"step": step, **estimates} for step in range(0, self.until, 50)])
         self._write_stability(directory)
@@ -323,24 +331,36 @@ class Curve:
         write_csv(directory / "spikes.csv", spikes, ("event", "step", "loss", "mse", "gradient_norm", "learning_rate"))
         write_csv(directory / "stability.csv", stability, ("step", "block", *columns))
 
-    def _diagnostics(self) -> Iterator[dict[str, Any]]:
-        for step in [0, 1, 2, 3, 4, *range(50, self.until, 50)] if self.until else []:
-            for role in dit_roles(4):
-                delay = 0 if "final.projection" in role.path else 1 if "gate" in role.path or "final" in role.path else 2
-                asleep = step < max(0, delay - (self.run.strategy == "head_xavier"))
-                hidden = 1 if self.run.strategy == "symmetric" else 512
-                units = {"mlp_in.weight": hidden, "attn_out.weight": 4, "final.projection.weight": 32}
-                yield {
-                    "step": step,
-                    "role": role.path,
-                    "gradient_rms": 0.0 if asleep else 1e-3 / (1 + step) * (1 + delay),
-                    "weight_rms": 0.02,
-                    "update_ratio": 0.01 if step else None,
-                    "zero_gradient_fraction": 1.0 if asleep else 0.0,
-                    "distinct_units": next((count for name, count in units.items() if role.path.endswith(name)), None),
-                    "effective_rank": 3.0 if role.path.endswith(("gate.weight", "final.projection.weight")) else None,
-                    "gate_rms": 0.01 * step if role.path.endswith("gate.weight") else None,
-                }
+
+@cache
+def diagnostics(strategy: str, until: int) -> str:
+    """The table of diagnosed steps, as CSV."""
+    file = io.StringIO()
+    rows = list(_diagnosed(strategy, until))
+    writer = csv.DictWriter(file, rows[0] if rows else (), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _diagnosed(strategy: str, until: int) -> Iterator[dict[str, Any]]:
+    for step in [0, 1, 2, 3, 4, *range(50, until, 50)] if until else []:
+        for role in dit_roles(4):
+            delay = 0 if "final.projection" in role.path else 1 if "gate" in role.path or "final" in role.path else 2
+            asleep = step < max(0, delay - (strategy == "head_xavier"))
+            hidden = 1 if strategy == "symmetric" else 512
+            units = {"mlp_in.weight": hidden, "attn_out.weight": 4, "final.projection.weight": 32}
+            yield {
+                "step": step,
+                "role": role.path,
+                "gradient_rms": 0.0 if asleep else 1e-3 / (1 + step) * (1 + delay),
+                "weight_rms": 0.02,
+                "update_ratio": 0.01 if step else None,
+                "zero_gradient_fraction": 1.0 if asleep else 0.0,
+                "distinct_units": next((count for name, count in units.items() if role.path.endswith(name)), None),
+                "effective_rank": 3.0 if role.path.endswith(("gate.weight", "final.projection.weight")) else None,
+                "gate_rms": 0.01 * step if role.path.endswith("gate.weight") else None,
+            }
 
 
 def write_json(path: Path, value: object) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reports import FINAL, STEPS, Fate, study, write_json, write_run, write_study
+from reports import FINAL, STEPS, Fate, planted, study, write_best, write_json, write_run, write_study
 
 from dit.analysis.series import diagnosed
 from dit.config import Params
@@ -24,7 +24,10 @@ from dit.design import Run, Setting
 from dit.errors import DataError
 from pipelines.design import ALL as ALL_RUNS
 from pipelines.design import item_named
+from pipelines.report.headline import headline
+from pipelines.report.listings import listings
 from pipelines.report.reading import read_run, read_study
+from pipelines.report.summary import summarise
 from pipelines.stages.compare import compare as compare_stage
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -336,3 +339,135 @@ def dumped(page: Path, profile: Path) -> str:
     ]
     command = [str(CHROMIUM), *options, "--dump-dom", page.resolve().as_uri()]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+RATES = [1.0e-3, 2.0e-3, 4.0e-3]
+FACTORS = {"train.learning_rate": RATES}
+THREE = ["adaln_zero", "head_xavier", "symmetric"]
+
+
+def words_of(params: Params) -> tuple[dict[str, Any], str, str]:
+    """The summary of a study that is in the current folder, the answer, and all other sentences."""
+    found = read_study(params)
+    numbers = summarise(found)
+    said = headline(found, numbers)
+    return numbers, said.answer, "\n".join(said.sentences[1:])
+
+
+def test_a_planted_delay_is_the_answer_with_its_steps_and_its_conditions() -> None:
+    params = study({"strategies": THREE, "seeds": [0, 1, 2, 3, 4], "factors": FACTORS, "declared": ["head_xavier"]})
+    numbers, answer, rest = words_of(write_study(params, planted(delay={"head_xavier": 18}, noise=0.001)))
+    assert re.fullmatch(
+        r"Yes\. The random head starts 1[78](?: to 1[89])? steps late and stays 1[78](?: to 1[89])? steps late, at every "
+        r"learning rate; at step 400 its error is 2\.\d\s%(?: to 2\.\d\s%)? higher\.",
+        answer,
+    )
+    conditions = (
+        "with DiT-Tiny/2 (1.23 M parameters) on photos at 32 px, after 400 steps, at learning rates 0.001, 0.002 and 0.004"
+    )
+    assert conditions in rest
+    assert "(3 declared comparisons)" in rest
+    assert "symmetric is not distinguishably behind or ahead of adaln_zero over training, at every learning rate." in rest
+    assert "no verdict on strategies each at its own best rate" in " ".join(rest.split())
+    assert "What a start does depends" not in rest
+    found = numbers["findings"]
+    assert found["each_at_its_best"] == []
+    assert {(one["strategy"], one["verdict"], one["declared"]) for one in found["same_rate"]} == {
+        ("head_xavier", "worse", True),
+        ("symmetric", "not distinguishable", False),
+    }
+    assert all(one["declared"] or one["sentence"].startswith("Exploratory: ") for one in found["same_rate"])
+
+
+def test_planted_optima_are_compared_each_at_its_best_on_seeds_that_did_not_choose() -> None:
+    rates = [5.0e-4, *RATES, 8.0e-3]
+    study_of = {"strategies": THREE, "seeds": [0, 1, 2, 3, 4], "choose_on": [0, 1], "declared": ["symmetric"]}
+    params = study({**study_of, "factors": {"train.learning_rate": rates}, "sample": "none"})
+    errors = planted(best={"*": 2.0e-3, "symmetric": 1.2e-3}, level={"symmetric": 1.1}, noise=0.0005)
+    numbers, _, rest = words_of(write_study(params, errors))
+    found = numbers["findings"]
+    optima = {one["strategy"]: one["optimum"]["rate"] for one in found["responses"]}
+    assert optima["adaln_zero"] == pytest.approx(2.0e-3, rel=0.1)
+    assert optima["symmetric"] == pytest.approx(1.2e-3, rel=0.1)
+    tuned = {one["strategy"]: one for one in found["each_at_its_best"]}
+    assert tuned["symmetric"]["verdict"] == "worse"
+    assert tuned["symmetric"]["relative"][0] == pytest.approx(0.1, abs=0.01)
+    assert (tuned["symmetric"]["n"], tuned["symmetric"]["family"]) == (3, 1)
+    assert tuned["head_xavier"]["verdict"] == "not distinguishable"
+    assert "Each at its own best learning rate, chosen on other seeds" in rest
+    assert not any(one["declared"] for one in found["same_rate"])
+    assert numbers["features"] is None
+
+
+def test_a_planted_interaction_with_another_factor_is_said_and_no_other() -> None:
+    params = study({"strategies": THREE, "seeds": [0, 1, 2, 3, 4], "factors": {"model.depth": [4, 8]}, "sample": "none"})
+    errors = planted(with_level={("symmetric", "model.depth", 8): 1.05, ("*", "model.depth", 8): 0.9})
+    numbers, _, rest = words_of(write_study(params, errors))
+    assert re.search(r"against adaln_zero, symmetric has \+[45]\.\d\s% .* error with depth 8 instead of 4, n = 5\.", rest)
+    assert "head_xavier has" not in rest
+    assert numbers["findings"]["responses"] == []
+    assert "with depth 8 on photos at 32 px" in numbers["findings"]["same_rate"][1]["sentence"]
+
+
+def test_planted_collapses_are_counted_with_what_warned_of_them_and_are_in_no_mean() -> None:
+    params = study({"strategies": THREE, "factors": FACTORS, "sample": "none"})
+    lost = {f"head_xavier-learning_rate=0.004-{seed}": Fate(200 + seed, collapses=True) for seed in (0, 2)}
+    numbers, _, rest = words_of(write_study(params, planted(), lost))
+    assert "2 of 3 of head_xavier at learning rate 0.004 collapsed (steps 200 to 202)" in rest
+    (found,) = [one for one in numbers["findings"]["failures"] if one["collapsed"]]
+    assert (found["strategy"], found["rate"], found["runs"], found["failed_at"]) == ("head_xavier", 0.004, 3, (200, 202))
+    tables = listings(read_study(params), numbers)
+    (row,) = tables["failures"].rows
+    assert "gradient norm 20 steps before; loss 4 steps before" in row[-1]
+    assert "max attention logit in block 1 6 times its median" in row[-1]
+    judged = {(one["strategy"], one["learning_rate"]): one for one in numbers["findings"]["same_rate"]}
+    verdict = judged["head_xavier", 0.004]
+    assert verdict["verdict"] == "no verdict"
+    assert "2 of the runs of head_xavier collapsed or diverged" in verdict["sentence"]
+    group = numbers["groups"]["head_xavier-learning_rate=0.004"]
+    assert (group["n"], group["mean"]["validation_mse"]) == (1, group["runs"][1]["validation_mse"])
+
+
+def test_samples_that_cannot_rank_strategies_get_no_verdict(workspace: Workspace) -> None:
+    params = workspace(HEADS, [0, 1, 2])
+    change("data/features/references.json", lambda record: record.update(dimension=1280))
+    numbers, _, rest = words_of(params)
+    found = numbers["strategies"]["head_xavier"]["difference"]["frechet_distance"]
+    assert found["verdict"] == "no verdict"
+    assert "256 samples are fewer than the 1280 dimensions of the features" in found["sentence"]
+    assert "No metric of the generated samples can rank these strategies" in rest
+    assert numbers["strategies"]["head_xavier"]["difference"]["precision"]["verdict"] == "no verdict"
+
+
+def test_samples_of_each_strategy_at_its_best_setting_name_the_runs_that_they_are_of() -> None:
+    params = study({"strategies": HEADS, "factors": FACTORS, "sample": "best"})
+    write_study(params, planted(best={"*": 2.0e-3, "head_xavier": 1.0e-3}))
+    for strategy, rate in (("adaln_zero", "0.002"), ("head_xavier", "0.001")):
+        for seed in (0, 1, 2):
+            write_best(params, strategy, f"learning_rate={rate}", seed)
+    numbers, _, _ = words_of(params)
+    sentence = numbers["strategies"]["head_xavier"]["difference"]["frechet_distance"]["sentence"]
+    assert "each at the setting with its lowest validation error, at learning rate 0.001 against 0.002" in sentence
+    assert numbers["strategies"]["head_xavier"]["mean"]["frechet_distance"] is not None
+
+
+def test_a_report_of_500_runs_stays_under_20_megabytes() -> None:
+    strategies = [*FINAL]
+    factors = {"train.learning_rate": [5.0e-4, *RATES, 8.0e-3], "model.depth": [2, 4, 8, 12]}
+    params = study({"strategies": strategies, "seeds": [0, 1, 2, 3, 4], "factors": factors, "sample": "none"})
+    compare(write_study(params, planted(best={"*": 2.0e-3})))
+    assert len(summary()["groups"]) == 100
+    assert Path("reports/index.html").stat().st_size < 20e6
+
+
+def test_a_browser_draws_the_figures_of_a_study_with_factors(tmp_path: Path) -> None:
+    assert CHROMIUM, "no browser found: `make test` installs one where it can; CHROMIUM=/path/to/chrome names another"
+    factors = {**FACTORS, "model.depth": [4, 8]}
+    params = study({"strategies": THREE, "seeds": [0, 1, 2, 3, 4], "factors": factors, "choose_on": [0, 1]})
+    lost = {"symmetric-learning_rate=0.004,depth=8-0": Fate(200, collapses=True)}
+    compare(write_study(params, planted(best={"*": 2.0e-3}), lost))
+    page = Page(dumped(Path("reports/index.html"), tmp_path / "profile"))
+    assert page.drawn == str(len(page.marks))
+    drawn = {name for name, marks in page.marks.items() if marks}
+    names = ("same-rate", "at-best", "delays", "response", "map", "interactions", "before-spikes", "differences", "wake-up")
+    assert {f"figure-{name}" for name in names} <= drawn == page.marks.keys()

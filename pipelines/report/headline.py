@@ -234,21 +234,23 @@ def _control(study: Study) -> Finding | None:
     if CONTROL not in study.runs or study.baseline == CONTROL or not pairs:
         return None
     told = answers.against(study.findings, CONTROL)
+    tuned = answers.at_best([one for one in study.findings.at_best if one.strategy == CONTROL])
+    tuned = f" {tuned}" if tuned else ""
     worse = [pair for pair in pairs if pair.judgement.answer == "worse"]
     judged = [pair for pair in pairs if pair.judgement.answer != "no verdict"]
     if worse and len(worse) == len(judged):
         return Finding(
             "better",
-            f"The control is caught in validation error: {told}. A true symmetry failure shows at this size.",
+            f"The control is caught in validation error: {told}. A true symmetry failure shows at this size.{tuned}",
         )
     if worse:
-        return Finding("note", f"The control is caught {answers.scope(worse, pairs)}, and not elsewhere: {told}.")
+        return Finding("note", f"The control is caught {answers.scope(worse, pairs)}, and not elsewhere: {told}.{tuned}")
     if not judged:
-        return Finding("warning", f"The control was not put to the test: {told}.")
+        return Finding("warning", f"The control was not put to the test: {told}.{tuned}")
     return Finding(
         "warning",
         f"The control is not caught in validation error: {told}. A failure made on purpose does not show, so this study is too "
-        f"small or too short for a null result to mean anything.",
+        f"small or too short for a null result to mean anything.{tuned}",
     )
 
 
