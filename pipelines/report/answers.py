@@ -104,7 +104,8 @@ def scope(found: Sequence[Pair], among: Sequence[Pair]) -> str:
 def delay(pairs: Sequence[Pair], subject: str, other: str) -> str | None:
     """Delay or level in words, over all settings at which curves could be compared; None where there is none.
 
-    `The random head starts 18 steps late and stays 18 steps late, at every learning rate; at step 350 that is +3.4 %.`
+    `The random head starts 18 steps late and stays 18 steps late, at every learning rate; at step 350 its error is 3.4 % higher
+    (n = 5; exploratory).`
     """
     compared = [pair for pair in pairs if pair.curves]
     if not compared:
@@ -116,13 +117,14 @@ def delay(pairs: Sequence[Pair], subject: str, other: str) -> str | None:
     if kinds == {"delay"} and len(late) == 1 and late <= {1, -1}:
         word = "late" if late == {1} else "early"
         steps = _step_range(curves)
-        return f"{subject} starts {steps} {word} and stays {steps} {word}{where}; {_at_the_end(curves)}."
+        return f"{subject} starts {steps} {word} and stays {steps} {word}{where}; {_at_the_end(curves)} {_terms(compared)}."
     if kinds == {"level"}:
         return (
-            f"Against {other}, {_lower(subject)} differs by a level, not a delay{where}: the gap stays; {_at_the_end(curves)}."
+            f"Against {other}, {_lower(subject)} differs by a level, not a delay{where}: the gap stays; {_at_the_end(curves)} "
+            f"{_terms(compared)}."
         )
     if kinds == {"not distinguishable"}:
-        return f"{subject} is not distinguishably behind or ahead of {other} over training{where}."
+        return f"{subject} is not distinguishably behind or ahead of {other} over training{where} {_terms(compared)}."
     return _mixed(compared, pairs, subject, other)
 
 
@@ -135,6 +137,13 @@ def _scope_of_curves(compared: Sequence[Pair], pairs: Sequence[Pair]) -> str:
 
 def _noun(pairs: Sequence[Pair]) -> str:
     return "learning rate" if len({pair.place for pair in pairs}) == 1 else "setting"
+
+
+def _terms(compared: Sequence[Pair]) -> str:
+    """`(n = 5; exploratory)`."""
+    counts = sorted({pair.curves.gap.mean.n for pair in compared if pair.curves})
+    n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+    return f"({n})" if all(pair.judgement.comparison.declared for pair in compared) else f"({n}; exploratory)"
 
 
 def _mixed(compared: Sequence[Pair], pairs: Sequence[Pair], subject: str, other: str) -> str:
@@ -155,7 +164,7 @@ def _mixed(compared: Sequence[Pair], pairs: Sequence[Pair], subject: str, other:
             curves = [pair.curves for pair in found_pairs if pair.curves]
             text = f"is {side} {other} at equal error by {_step_range(curves)}{where}, and the delay {_courses(found_pairs)}"
             clauses.append(f"{text}; {_at_the_end(curves)}")
-    return f"{subject} {'; it '.join(clauses)}."
+    return f"{subject} {'; it '.join(clauses)} {_terms(compared)}."
 
 
 def _courses(pairs: Sequence[Pair]) -> str:

@@ -182,8 +182,10 @@ def _at_best(tuned: list[AtBest]) -> str:
 def _verdicts(pairs: list[Pair], tuned: list[Judgement]) -> str:
     """The verdicts with their conditions; those at one rate are left to the table where there are many."""
     judged = [*tuned, *(pair.judgement for pair in pairs)]
-    shown = judged if len(judged) <= SENTENCES else tuned[:SENTENCES]
-    return " ".join(one.sentence for one in shown)
+    if len(judged) <= SENTENCES:
+        return " ".join(one.sentence for one in judged)
+    rest = f"In final validation error at the same learning rate, {RANDOM_HEAD} {answers.standing(pairs)}."
+    return " ".join([*(one.sentence for one in tuned[:SENTENCES]), rest])
 
 
 def _general_answer(study: Study) -> tuple[str, str, str]:

@@ -41,6 +41,7 @@ def listings(study: Study, summary: dict[str, Any]) -> dict[str, Listing]:
         "effects": effects(study),
         "outcomes": outcomes(study),
         "failures": failures(study),
+        "steps": steps_to(study, summary),
         "floors": floors(summary),
     }
     return {name: table for name, table in made.items() if table.rows}
@@ -145,7 +146,7 @@ def delays(study: Study) -> Listing:
     """Delay or level of every strategy at every setting."""
     return Listing(
         f"Against {study.baseline} over training, at equal error: trained weights, from an eighth of training on.",
-        ["Strategy", "Where", "Steps behind", "The delay", "The gap in error", "It is", "n"],
+        ["Strategy", "Where", "Steps behind", "The delay", "If it goes on, at the end", "The gap in error", "It is", "n"],
         [_delay(pair) for pair in study.findings.pairs],
         "Means over training with 95 % intervals over seeds. Whether there is a delay at all is corrected by Holm's method "
         "over all curves of declared strategies, and over those of all others; the course is not corrected. Constant: it "
@@ -157,13 +158,14 @@ def delays(study: Study) -> Listing:
 def _delay(pair: Pair) -> list[str]:
     head = [pair.strategy, _where(pair.place, f"rate {pair.rate:g}")]
     if pair.curves is None:
-        return [*head, MISSING, pair.problem or MISSING, MISSING, MISSING, MISSING]
+        return [*head, MISSING, pair.problem or MISSING, *[MISSING] * 4]
     found, gap = pair.curves.delay, pair.curves.gap
     steps = "cannot be told" if found is None else _estimate(found.mean, "+.3g")
     n = str(gap.mean.n) + (f", without {len(pair.curves.left_out)} that failed" if pair.curves.left_out else "")
     kind = {"delay": "a delay", "level": "a level", "neither": "neither"}.get(pair.curves.kind, pair.curves.kind)
     kind = kind if pair.clear else "not distinguishable"
-    return [*head, steps, _course(found), f"{_estimate(gap.mean, '+.2%')}, {_course(gap)}", kind, n]
+    expected = MISSING if pair.curves.expected is None else _estimate(pair.curves.expected, "+.2%")
+    return [*head, steps, _course(found), expected, f"{_estimate(gap.mean, '+.2%')}, {_course(gap)}", kind, n]
 
 
 def _course(trend: Trend | None) -> str:
@@ -267,6 +269,26 @@ def _warned(histories: Sequence[History]) -> str:
         name = most.indicator.replace("_", " ")
         parts.append(f"{name} {block} {most.ratio:.2g} times its median, {most.steps_before} steps before")
     return "; ".join(parts) or MISSING
+
+
+def steps_to(study: Study, summary: dict[str, Any]) -> Listing:
+    """Steps until a run is as good as the baseline was at early steps, where runs that never were count as censored."""
+    limits = summary["thresholds"]
+    rows = [[name, *(_median(entry["steps_to"][step]) for step in limits)] for name, entry in summary["strategies"].items()]
+    return Listing(
+        f"Steps until the error of the trained weights is as low as the mean of {study.baseline} at step "
+        f"{' and '.join(limits)}.",
+        ["Strategy", *(f"To {limit:.3g}" for limit in limits.values())],
+        rows if limits else [],
+        "Median over runs and its 95 % interval (Kaplan and Meier 1958; Brookmeyer and Crowley 1982), linear between "
+        "validations. A run that never reached the error is censored at the last step, not left out.",
+    )
+
+
+def _median(found: dict[str, Any]) -> str:
+    bounds = [MISSING if value is None else f"{value:.0f}" for value in (found["low"], found["high"])]
+    median = "not reached by half" if found["median"] is None else f"{found['median']:.0f} [{', '.join(bounds)}]"
+    return median + (f", {found['censored']} of {found['n']} never" if found["censored"] else "")
 
 
 def floors(summary: dict[str, Any]) -> Listing:

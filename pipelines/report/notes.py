@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dit.analysis.comparison import INITIAL, error_at, interval_reach, lags, starts_at_zero_output, steps_to
+from dit.analysis.comparison import INITIAL, error_at, interval_reach, lags, starts_at_zero_output
 from dit.analysis.study import ERROR
 from pipelines.report import answers
 from pipelines.report.runs import Study
@@ -43,7 +43,7 @@ def going(summary: dict[str, Any]) -> Finding | None:
     if not summary["thresholds"]:
         return None
     step, limit = next(iter(summary["thresholds"].items()))
-    reached = {name: entry["mean"][steps_to(int(step))] for name, entry in summary["strategies"].items()}
+    reached = {name: entry["steps_to"][step]["median"] for name, entry in summary["strategies"].items()}
     later = [f"{name} at step {at:.0f}" for name, at in reached.items() if at is not None and name != summary["baseline"]]
     if not later:
         return None
@@ -51,7 +51,7 @@ def going(summary: dict[str, Any]) -> Finding | None:
     setting = f"At {summary['study']['setting']}, the" if summary["study"]["setting"] else "The"
     text = f"{setting} error of {summary['baseline']} at step {step} ({fixed(limit, decimals)}) is reached by {listed(later)}."
     never = [name for name, at in reached.items() if at is None and summary["strategies"][name]["n"]]
-    return Finding("note", text + (f" {listed(never)} never reached it." if never else ""))
+    return Finding("note", text + (f" Half of the runs of {listed(never)} never reached it." if never else ""))
 
 
 def awake(summary: dict[str, Any]) -> Finding:

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from dit.analysis.comparison import INITIAL, METRICS, error_at, steps_to
+from dit.analysis.comparison import INITIAL, METRICS, error_at
 from dit.data.images import ImageStore
 from pipelines.report.figures import Figure, looks
 from pipelines.report.headline import Headline
@@ -117,13 +117,8 @@ def _results(summary: dict[str, Any]) -> list[Column]:
 
 
 def _going(summary: dict[str, Any]) -> list[Column]:
-    """The columns of the table of errors on the way, and of the steps that it takes to reach the baseline's."""
-    errors = [_column(summary, error_at(step).name, f"error at step {step}") for step in summary["compared_steps"]]
-    reached = [
-        Column(steps_to(int(step)), f"Steps to {fixed(limit, decimals_for([limit], 3))}", 0, "", compared=False)
-        for step, limit in summary["thresholds"].items()
-    ]
-    return errors + reached
+    """The columns of the table of errors on the way."""
+    return [_column(summary, error_at(step).name, f"error at step {step}") for step in summary["compared_steps"]]
 
 
 def _column(summary: dict[str, Any], metric: str, title: str) -> Column:

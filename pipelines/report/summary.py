@@ -18,6 +18,7 @@ from dit.analysis.comparison import (
     spread,
     thresholds,
 )
+from dit.analysis.delay import Curves, median_steps, steps_to_threshold
 from dit.analysis.series import conditioned_from
 from dit.analysis.study import ERROR
 from pipelines.report.findings import findings
@@ -53,7 +54,7 @@ def summarise(study: Study) -> dict[str, Any]:
         "metrics": {metric.name: asdict(metric) for metric in (INITIAL, *compared)},
         "rankings": {name: {"possible": one.possible, "sentence": str(one)} for name, one in ranked.items()},
         "references": study.references.model_dump() if study.references else None,
-        "strategies": {name: _strategy(study, name, numbers) for name in study.runs},
+        "strategies": {name: _strategy(study, name, numbers, limits) for name in study.runs},
         "groups": {name: _group(study, runs) for name, runs in study.groups.items()},
         "findings": findings(study),
     }
@@ -78,18 +79,26 @@ def mean_curves(runs_of: Mapping[str, Sequence[Run]], curve: Callable[[Run], pd.
     return pd.DataFrame(columns).rename_axis("step")
 
 
-def _strategy(study: Study, name: str, numbers: Numbers) -> dict[str, Any]:
+def _strategy(study: Study, name: str, numbers: Numbers, limits: Mapping[int, float]) -> dict[str, Any]:
     runs = study.runs[name]
+    curves = _curves(runs)
     spreads = {key: spread(found[key] for found in numbers[name].values()) for key in next(iter(numbers[name].values()))}
     return {
         "description": study.strategies[name].description,
         "source": study.strategies[name].source,
         "start": _start(study.analyses[name]),
         "n": len(study.finished(name)),
+        "steps_to": {str(step): asdict(median_steps(steps_to_threshold(curves, limit))) for step, limit in limits.items()},
         "mean": {key: found.mean for key, found in spreads.items()},
         "sd": {key: found.sd for key, found in spreads.items()},
         "runs": {seed: {**_run(study, run), **numbers[name][seed]} for seed, run in runs.items()},
     }
+
+
+def _curves(runs: Mapping[int, Run]) -> Curves:
+    """The errors of the trained weights at the steps that any run was validated at, NaN where a run was not."""
+    table = pd.DataFrame({seed: run.validation("model")["mse"] for seed, run in runs.items()}).sort_index()
+    return Curves([float(step) for step in table.index], {seed: list(table[seed]) for seed in runs})
 
 
 def _group(study: Study, runs: list[Run]) -> dict[str, Any]:
