@@ -14,7 +14,7 @@ import typer
 
 from dit.errors import ConfigError, UserError
 from dit.terminal import plain
-from pipelines import services
+from pipelines import disk, services
 from pipelines.redaction import redacted, shown
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -42,6 +42,7 @@ def study(
 ) -> None:
     """Run the study: whatever is not up to date, side by side, as a Prefect flow, and fill MLflow."""
     overrides = dict(_assignment(text) for text in set_ or [])
+    disk.check(Path.cwd())
     server = services.prefect_server(os.environ)
     os.environ.update(server.environment)
     from pipelines import experiments, flows
@@ -57,7 +58,7 @@ def study(
         raise typer.Exit(128 + signal.SIGINT) from None
     if not state.is_completed():
         print(f"error: {state.message}", file=sys.stderr)
-        raise typer.Exit(1)
+        raise typer.Exit(disk.EXIT_CODE if disk.is_full(state.message or "") else 1)
     print(state.message)
     if "mlflow" not in services.running():
         print("`make up` starts the MLflow UI at that address, and Prefect's")
@@ -141,4 +142,4 @@ if __name__ == "__main__":
         app(prog_name="python -m pipelines")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(disk.EXIT_CODE if isinstance(error, disk.FullDiskError) else 2)

@@ -21,6 +21,7 @@ from dit import yamlfile
 from dit.config import Params, load
 from dit.errors import ConfigError, InputError, UserError
 from dit.init import Strategy
+from pipelines.disk import FullDiskError, full_path
 from pipelines.stages.launch import WRONG_INPUT, check_devices, in_group, join_group, run_group
 
 TRANSIENT = os.EX_TEMPFAIL
@@ -40,7 +41,10 @@ def run_dvc_stage(stage: Callable[[Params], None], section: str = "") -> None:
             check_devices(section, settings)
             code = run_group(settings.processes)
             sys.exit(TRANSIENT if code < 0 else code)
-        stage(params)
+        _run(stage, params)
+    except FullDiskError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(TRANSIENT)
     except InputError as error:
         stage_name = made_by(error.path)
         print(f"error: {error}{f'; run `dvc repro {stage_name}`' if stage_name else ''}", file=sys.stderr)
@@ -55,6 +59,16 @@ def run_dvc_stage(stage: Callable[[Params], None], section: str = "") -> None:
         traceback.print_exc()
         print(f"error: {error}; a retry may help", file=sys.stderr)
         sys.exit(TRANSIENT)
+
+
+def _run(stage: Callable[[Params], None], params: Params) -> None:
+    """Raises `FullDiskError` where the stage fails for that, whatever the library that wrote made of it."""
+    try:
+        stage(params)
+    except Exception as error:
+        if (path := full_path(error)) is not None:
+            raise FullDiskError(path) from None
+        raise
 
 
 def check_strategy(params: Params, name: str) -> None:
