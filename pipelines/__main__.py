@@ -56,6 +56,9 @@ def study(
     except KeyboardInterrupt:
         print("interrupted; the next run goes on from here", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGINT) from None
+    except Exception:  # Prefect's server could not write, say
+        disk.check(Path.cwd())
+        raise
     if not state.is_completed():
         print(f"error: {state.message}", file=sys.stderr)
         raise typer.Exit(disk.EXIT_CODE if disk.is_full(state.message or "") else 1)
@@ -129,12 +132,14 @@ def _log_for_people(name: str) -> None:
 
     def matters(record: logging.LogRecord) -> bool:
         defect = record.exc_info is not None and record.exc_info[0] is not None
-        return record.name.endswith(f".{name}") or defect or not record.name.startswith("prefect")
+        said = record.name.endswith(f".{name}") or not record.name.startswith("prefect")
+        return said or (defect and not disk.is_nearly_full(Path.cwd()))
 
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Lines())
     handler.addFilter(matters)
     logging.getLogger().handlers = [handler]
+    logging.raiseExceptions = False  # a log that cannot be written, as on a full disk, is no news for a person
 
 
 if __name__ == "__main__":

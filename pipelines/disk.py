@@ -47,7 +47,12 @@ def full_path(error: BaseException | None) -> Path | None:
     return None
 
 
+def is_nearly_full(path: Path) -> bool:
+    """Whether a disk has less space left than a study needs to start: then whatever fails, fails because of that."""
+    return shutil.disk_usage(path).free < LEAST_BYTES
+
+
 def check(path: Path) -> None:
     """Raise `FullDiskError` where there is hardly any space left."""
-    if shutil.disk_usage(path).free < LEAST_BYTES:
+    if is_nearly_full(path):
         raise FullDiskError(path)
