@@ -1,4 +1,4 @@
-"""The one reader of YAML: version 1.2, as DVC reads it, without what a file of values does not need.
+"""The one reader and writer of YAML: version 1.2, as DVC reads it, without what a file of values does not need.
 
 So `010` is ten, `yes` and `1:30` are words, and `1e-3` is a number, in every file and for every tool. Tags, such as `!!int`,
 are refused; so is a file that is larger, deeper, or by its aliases longer than any that a person writes.
@@ -6,6 +6,7 @@ are refused; so is a file that is larger, deeper, or by its aliases longer than 
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from pathlib import Path
@@ -90,3 +91,13 @@ def _check(text: str) -> None:
 
 def _problem(text: str, event: Any) -> MarkedYAMLError:
     return MarkedYAMLError(problem=text, problem_mark=event.start_mark)
+
+
+def dump(value: Any) -> str:
+    """YAML text that holds `value`, with keys in their order."""
+    layout = YAML(typ="safe")
+    layout.default_flow_style = False
+    layout.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    stream = io.StringIO()
+    layout.dump(value, stream)
+    return stream.getvalue()

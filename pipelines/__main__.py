@@ -1,4 +1,4 @@
-"""The command line of the orchestration: `python -m pipelines study | mlflow | up | down`; `make` calls it."""
+"""The command line of the orchestration: `python -m pipelines plan | study | mlflow | up | down`; `make` calls it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import re
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from dit.errors import ConfigError, UserError
+from dit.errors import UserError
 from dit.terminal import plain
-from pipelines import disk, services
+from pipelines import disk, plan, services
+from pipelines.overrides import assignments
 from pipelines.redaction import redacted, shown
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -33,6 +34,9 @@ PROFILE = typer.Option(
 WORKERS = typer.Option(min=1, envvar="DIT_WORKERS", help="Stages at the same time; default: what the machine has room for.")
 
 
+app.command("plan")(plan.command)
+
+
 @app.command()
 def study(
     set_: Annotated[list[str] | None, SET] = None,
@@ -41,7 +45,7 @@ def study(
     profile: Annotated[str | None, PROFILE] = None,
 ) -> None:
     """Run the study: whatever is not up to date, side by side, as a Prefect flow, and fill MLflow."""
-    overrides = dict(_assignment(text) for text in set_ or [])
+    overrides = assignments(set_ or [])
     disk.check(Path.cwd())
     server = services.prefect_server(os.environ)
     os.environ.update(server.environment)
@@ -102,19 +106,6 @@ def _port(name: str, text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 2**16:
         raise UserError(f"{name} = {text[:40]}: expected a whole number from 1 to 65535")
     return int(text)
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    """`train.steps=300` -> ("train.steps", 300): the value is YAML."""
-    from dit import yamlfile
-
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(f"--set {text}; accepted: KEY=VALUE, such as train.steps=300")
-    try:
-        return key, yamlfile.parse(value, f"--set {text}")
-    except ConfigError as error:
-        raise UserError(f"{error}; make's SET splits at spaces") from None
 
 
 class _Lines(logging.Formatter):

@@ -38,7 +38,12 @@ def complete_directory(path: str | Path, sealed: bool = True) -> Iterator[Path]:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON for people and for diffs: indented, in the given order, refusing NaN."""
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    path.write_text(json_text(value))
+
+
+def json_text(value: object) -> str:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def scratch(run_key: str) -> Path:

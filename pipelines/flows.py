@@ -29,15 +29,19 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 from pydantic import Field
 
+from dit import config
 from dit.errors import UserError
-from pipelines import dag, experiments, recovery, services, tracking
+from pipelines import dag, design, experiments, recovery, services, tracking
 from pipelines.device_pool import DevicePool, device_pool, environment
+from pipelines.plan import note_duration
 from pipelines.report.words import samples
 
 LOGGER = "study"
 """The child of Prefect's run loggers that holds what a person wants to read, less what Prefect says about itself."""
 RETRIES = 2
 RETRY_DELAY_SECONDS = 5
+MOST_SHOWN = 100
+"""Stages of a study of which each is a task even where it has nothing to do: a task costs Prefect some 20 ms."""
 
 
 def _is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -70,6 +74,7 @@ def run_stage(stage: str, up_to_date: bool, processes: dag.Processes, environmen
         log.info("cached")
         return Completed(name="Cached", message="restored from DVC's cache")
     seconds = time.monotonic() - begin
+    note_duration(stage, seconds)
     log.info("done in %.1f s", seconds)
     return Completed(message=f"{seconds:.1f} s")
 
@@ -112,6 +117,7 @@ def study(
         overrides = {**(experiments.profile(root, profile) if profile else {}), **(overrides or {})}
         params = experiments.parameters(root, overrides)
         with _workspace(root, overrides) as (workspace, experiment):
+            design.write(workspace, config.load(workspace / "params.yaml"))
             stages = dag.select(dag.read(workspace), targets)
             return _run(workspace, stages, device_pool(params, workers), experiment)
     except UserError as error:
@@ -172,10 +178,11 @@ def run_all(
     states: dict[str, State[Any]] = {}
     taken: dict[str, list[str]] = {}
     waiting: list[str] = []
+    order = {name: index for index, name in enumerate(stages)}
     finished: SimpleQueue[str] = SimpleQueue()
 
     def submit(name: str, up_to_date: bool) -> None:
-        above = [futures[upstream] for upstream in stages[name].upstream]
+        above = [futures[upstream] for upstream in stages[name].upstream if upstream in futures]
         named = run_stage.with_options(name=name.partition("@")[0])
         where = environment(taken.get(name, []))
         futures[name] = named.submit(name, up_to_date, processes, where, wait_for=above)  # type: ignore[call-overload]
@@ -187,15 +194,20 @@ def run_all(
             runs = all(states[upstream].is_completed() for upstream in stage.upstream)
             if runs and not stage.up_to_date and not unchanged(name):
                 waiting.append(name)
+            elif runs and len(stages) > MOST_SHOWN:
+                states[name] = Completed(name="Cached", message="up to date")
+                graph.done(name)
             else:
                 submit(name, up_to_date=True)
-        for name in sorted(waiting, key=list(stages).index):
+        for name in sorted(waiting, key=order.__getitem__):
             gpus = pool.acquire(name)
             if gpus is None:
                 break
             taken[name] = gpus
             waiting.remove(name)
             submit(name, up_to_date=False)
+        if not futures.keys() - states.keys():
+            continue
         name = finished.get()
         states[name] = _final_state(futures[name])
         graph.done(name)

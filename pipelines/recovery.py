@@ -50,7 +50,7 @@ def keep_lock(root: Path) -> None:
 def restore_lock(root: Path, tell: Tell) -> None:
     """Where `dvc.lock` was cut off, put together what is left of it and the copy that was kept."""
     path = root / "dvc.lock"
-    if not path.exists():
+    if not path.exists() or ((root / KEPT).exists() and (root / KEPT).read_bytes() == path.read_bytes()):
         return
     text = path.read_text(errors="replace")
     kept = _entries((root / KEPT).read_text(errors="replace")) if (root / KEPT).exists() else None

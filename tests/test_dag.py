@@ -331,8 +331,8 @@ def test_every_profile_gives_valid_parameters_and_another_name_is_one_clear_erro
     ("text", "message"),
     [
         ("study.seeds: [", r"profiles/mine\.yaml: not valid YAML"),
-        ("5: 3", r"profiles/mine\.yaml: accepted: dotted keys of params\.yaml"),
-        ("train: {steps: 3}", r"profiles/mine\.yaml: accepted: dotted keys of params\.yaml"),
+        ("5: 3", r"profiles/mine\.yaml: expected dotted keys of params\.yaml"),
+        ("train: {steps: 3}", r"profiles/mine\.yaml: expected dotted keys of params\.yaml"),
         ("train.stepz: 3", r"profiles/mine\.yaml: train\.stepz is not a known key"),
         ("trian.steps: 3", r"profiles/mine\.yaml: trian\.steps is not a known key"),
         ("train.processes: 3", r"profiles/mine\.yaml: train: batch_size = 64; accepted: a multiple of processes = 3"),

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dit import checksums
-from dit.autoencoder import decode
+from dit.autoencoder import Autoencoder, decode
 from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.devices import resolve_precision
@@ -68,7 +67,7 @@ class Seen:
 
 def look(
     latents: Tensor,
-    autoencoder: AutoencoderKL,
+    autoencoder: Autoencoder,
     extractor: FeatureExtractor,
     params: EvaluateParams,
     num_classes: int,
