@@ -39,16 +39,18 @@ Posterior = Callable[[Tensor], DiagonalGaussianDistribution | Point]
 class Encoder:
     """The encoder of `autoencoder`, in `precision`, by `backend`: one of those that `dit.devices.resolve_backend` returns.
 
-    `published` is the normalisation of latents that the autoencoder's config states: see `dit.autoencoder.published`.
+    `published` is the normalisation of latents that the autoencoder's config states: see `dit.autoencoder.published`. `spread`
+    says whether posteriors have any.
     """
 
     def __init__(self, autoencoder: Autoencoder, precision: torch.dtype = torch.float32, backend: str = "eager") -> None:
         self.device, self.precision = autoencoder.device, precision
         self.published = normalization(autoencoder.config)
+        self.spread = isinstance(autoencoder, AutoencoderKL)
 
         def posterior(images: Tensor) -> DiagonalGaussianDistribution | Point:
             found = autoencoder.encode(images)
-            return found.latent_dist if isinstance(autoencoder, AutoencoderKL) else Point(found.latents)
+            return found.latent_dist if self.spread else Point(found.latents)
 
         def fused() -> Posterior:
             moments = FusedEncoder(autoencoder)
