@@ -30,9 +30,9 @@ from dvc.utils.serialize import load_yaml, modify_yaml
 
 from dit.errors import ConfigError, UserError
 from dit.terminal import plain
-from pipelines import guard
+from pipelines import atomic_dvc, guard
 
-DVC = (sys.executable, "-m", "dvc")
+DVC = (sys.executable, "-P", str(Path(atomic_dvc.__file__).resolve()))
 _UP_TO_DATE = re.compile(r"^Stage '.*' (didn't change, skipping|is cached - skipping run)")
 _CHATTER = re.compile(
     r"\s*(> |git add|dvc config core.autostage|Running stage|Updating lock|Generating lock|To track the|To enable auto"
@@ -148,7 +148,8 @@ def order_lock(root: Path) -> None:
         listed = [stage.name for stage in _pipeline(repo.index.stages)]
         ordered = [*(name for name in listed if name in recorded), *(name for name in recorded if name not in listed)]
         if ordered != recorded:
-            with modify_yaml(lock) as data:
+            atomic_dvc.install()
+            with modify_yaml(lock, fs=repo.fs) as data:
                 data["stages"] = {name: data["stages"][name] for name in ordered}
 
 

@@ -24,13 +24,14 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from dit import config, yamlfile
+from dit import design as designs
 from dit.config import Params
 from dit.devices import resolve_backend, resolve_device, resolve_precision
 from dit.errors import ConfigError, UserError
 from dit.fused.encoder import NEEDS
 from dit.models import backend_for
 from dit.optim.fused import unserved
-from pipelines import dag
+from pipelines import dag, design
 
 EXPERIMENTS = Path(".scratch/experiments")
 PROFILES = Path("profiles")
@@ -56,6 +57,13 @@ def parameters(root: Path, overrides: Mapping[str, Any] | None = None) -> Params
     if overrides:
         where = "params.yaml with overrides"
         params = config.parse(yamlfile.parse(override(path.read_text(), overrides), where), where)
+    for combination in designs.check(params, where).values():
+        _check_machine(combination, where)
+    return params
+
+
+def _check_machine(params: Params, where: str) -> None:
+    """Raises `ConfigError` for what this machine cannot do."""
     for name in DEVICES:
         section = getattr(params, name)
         try:
@@ -69,7 +77,6 @@ def parameters(root: Path, overrides: Mapping[str, Any] | None = None) -> Params
         elif name == "latents":
             precision = resolve_precision(section.precision, device)
             resolve_backend(section.backend, device, precision, True, f"{where}: {name}", NEEDS)
-    return params
 
 
 def profile(root: Path, name: str) -> dict[str, Any]:
@@ -82,7 +89,7 @@ def profile(root: Path, name: str) -> dict[str, Any]:
     path = PROFILES / f"{name}.yaml"
     if name not in known:
         raise ConfigError(f"{path}: no such profile; accepted: {', '.join(known) or 'none: the folder is empty'}")
-    overrides = yamlfile.parse((root / path).read_text(), path)
+    overrides = yamlfile.read(root / path, path)
     if not isinstance(overrides, dict) or not all(_is_override(key, value) for key, value in overrides.items()):
         raise ConfigError(
             f"{path}: expected dotted keys of params.yaml with their values, such as train.steps: 300, "
@@ -156,6 +163,7 @@ def workspace(root: Path, overrides: Mapping[str, Any], name: str) -> Iterator[P
         _share_cache(root, path)
         parameters_file = path / "params.yaml"
         parameters_file.write_text(override(parameters_file.read_text(), overrides))
+        design.write(path, config.load(parameters_file))
         if (path / "dvc.lock").exists():
             dag.dvc(path, "checkout", "--quiet", "--allow-missing")
         yield path

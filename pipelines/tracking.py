@@ -1,4 +1,4 @@
-"""MLflow as a view of the study's outputs: rebuilt from them at any time, one run for each strategy and seed.
+"""MLflow as a view of the study's outputs: rebuilt from them at any time, one run for each run of its design.
 
 Nothing is logged while a stage computes. So a run that was restored from DVC's cache, pulled from a remote, or made while the
 tracking server was away appears like any other, once, under its run key.
@@ -22,18 +22,21 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
+from dvc.utils.serialize import load_yaml
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, Metric, Param, Run, RunStatus
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from dit import config, yamlfile
+from dit import config
+from dit import design as designs
 from dit.errors import UserError
 from dit.terminal import plain
 from pipelines.records.analysis import StartRecord
 from pipelines.records.base import Timing
 from pipelines.redaction import redacted, shown
-from pipelines.run_metrics import Finished, finished, params, start_values, timing, values
+from pipelines.run_metrics import Finished, finished, start_values, timing, values
+from pipelines.run_metrics import params as settings_of
 
 PROBE_SECONDS = 3.0
 """How long a tracking server has to answer before the study goes on without it."""
@@ -58,10 +61,10 @@ class Synced:
     added: list[str] = field(default_factory=list)
     present: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    """Runs of the study that have not been evaluated yet."""
+    """Runs of the study that have not been trained, or evaluated, yet."""
 
     def __str__(self) -> str:
-        waiting = f", {len(self.missing)} not evaluated yet" if self.missing else ""
+        waiting = f", {len(self.missing)} not there yet" if self.missing else ""
         counts = f"{len(self.added)} runs added, {len(self.present)} already there{waiting}"
         return plain(f"MLflow experiment '{self.experiment}' in {self.store}: {counts}")
 
@@ -76,7 +79,8 @@ def sync(root: Path, tags: Mapping[str, str] | None = None) -> Synced:
 
     Raises `UnreachableError` where the tracking server does not answer, and `UserError` where it refuses.
     """
-    study = config.load(root / "params.yaml").study
+    params = config.load(root / "params.yaml")
+    study = params.study
     uri = tracking_uri()
     _probe(uri)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
@@ -85,8 +89,8 @@ def sync(root: Path, tags: Mapping[str, str] | None = None) -> Synced:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     synced = Synced(study.name, shown(uri))
     colors = {strategy: COLORS[index % len(COLORS)] for index, strategy in enumerate(study.strategies)}
-    found = list(finished(root, study.strategies, study.seeds))
-    names = [f"{strategy}-{seed}" for strategy in study.strategies for seed in study.seeds]
+    found = list(finished(root, params))
+    names = [run.name for run in designs.design(study).runs]
     synced.missing = sorted(set(names) - {run.name for run in found}, key=names.index)
     try:
         with _one_at_a_time():
@@ -186,20 +190,22 @@ def _log_run(client: MlflowClient, experiment: Experiment, run: Finished, tags: 
     about = {
         "strategy": run.strategy,
         "seed": str(run.seed),
-        "status": run.evaluation.status,
+        "status": run.status,
+        **({"setting": run.planned.setting.name} if run.planned.setting.name else {}),
+        **{f"factor.{key}": str(level) for key, level in run.planned.setting.levels.items()},
         "run_key": run.key,
         "train_run_key": run.run.run_key,
         **({"hostname": took.hostname} if took else {}),
         **tags,
     }
     made = client.create_run(experiment.experiment_id, int(start * 1000), about, run.name).info.run_id
-    settings = [Param(key, value) for key, value in params(run).items()]
+    settings = [Param(key, value) for key, value in settings_of(run).items()]
     metrics = list(_metrics(run, took, int(start * 1000), int(end * 1000)))
     for first in range(0, len(settings), PARAMS_PER_REQUEST):
         client.log_batch(made, params=settings[first : first + PARAMS_PER_REQUEST])
     for first in range(0, len(metrics), METRICS_PER_REQUEST):
         client.log_batch(made, metrics=metrics[first : first + METRICS_PER_REQUEST])
-    if (grid := run.evaluate / "grid.png").exists():
+    if run.evaluate and (grid := run.evaluate / "grid.png").exists():
         with Image.open(grid, formats=["PNG"]) as picture:
             client.log_image(made, picture, key="samples", step=run.run.steps_done)
     if run.analysis:
@@ -229,7 +235,7 @@ def _add_start(client: MlflowClient, run: Run, directory: Path) -> None:
 def _provenance(root: Path, runs: Sequence[Finished]) -> dict[str, dict[str, str]]:
     """For each run, by name: the commit, and what `dvc.lock` says about the outputs of its two stages."""
     lock = root / "dvc.lock"
-    stages = yamlfile.read(lock)["stages"] if runs and lock.exists() else {}
+    stages = load_yaml(lock)["stages"] if runs and lock.exists() else {}
     commit = _commit(root)
     found = {}
     for run in runs:

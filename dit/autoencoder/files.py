@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dit import checksums
 from dit.autoencoder.kinds import CLASSES, Autoencoder, Pixels
 from dit.errors import DataError, InputError
 
@@ -17,11 +18,13 @@ MODEL = "model"
 def load_autoencoder(directory: str | Path, device: torch.device | str) -> Autoencoder:
     """What stage `autoencoder` left in `directory`: float32, in eval mode, without gradients, on `device`.
 
-    Raises `InputError` where the directory holds no autoencoder, `DataError` where its weights do not fit.
+    Raises `InputError` where the directory holds no autoencoder, or a file has changed since it was written, `DataError` where
+    its weights do not fit.
     """
     model = Path(directory) / MODEL
     if not (model / "config.json").is_file():
         raise InputError(model / "config.json")
+    checksums.verify(model)
     config = json.loads((model / "config.json").read_text())
     if config["_class_name"] == Pixels.__name__:
         return Pixels(config["latent_channels"]).to(device)

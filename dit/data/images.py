@@ -37,6 +37,7 @@ def write_images(images: ImagesParams, directory: Path) -> dict[str, int]:
 
 
 def load_images(directory: str | Path = "data/images") -> ImageStore:
-    """Open a store of images. Raises `DataError` where the directory holds no complete store."""
+    """Open a store of images and read it once. Raises `DataError` where it is not complete, or its bytes have changed."""
     store = Store(directory)
+    store.verify()
     return ImageStore(**store.arrays, class_names=store.meta["class_names"], manifest=store.meta)

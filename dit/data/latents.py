@@ -68,11 +68,11 @@ class LatentStore:
         return {"latent_size": self.latent_size, "latent_channels": self.latent_channels, "num_classes": self.num_classes}
 
     def split(self, name: Literal["train", "validation"]) -> Latents:
-        """The posteriors of `"train"` or `"validation"`."""
-        arrays = self.store.arrays
-        mean = arrays[f"{name}_mean"]
-        without_spread = np.broadcast_to(np.zeros((), mean.dtype), mean.shape)
-        return Latents(mean, arrays.get(f"{name}_std", without_spread), arrays[f"{name}_labels"])
+        """The posteriors of `"train"` or `"validation"`. Raises `DamagedError` where the bytes of a file have changed."""
+        mean, labels = (self.store.verified(f"{name}_{part}") for part in ("mean", "labels"))
+        if f"{name}_std" not in self.store.arrays:
+            return Latents(mean, np.broadcast_to(np.zeros((), mean.dtype), mean.shape), labels)
+        return Latents(mean, self.store.verified(f"{name}_std"), labels)
 
     def normalize(self, z: Tensor) -> Tensor:
         """Raw latents (B, C, h, w) -> what the diffusion model sees: `(z - shift) * scale`, per channel."""

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.hub import load_state_dict_from_url
 
+from dit import checksums
 from dit.errors import ConfigError, DataError, InputError
 from dit.progress import progress
 from dit.sections import FeaturesParams
@@ -135,11 +136,15 @@ def save_features(features: Tensor, extractor: FeatureExtractor, directory: Path
 
 
 def load_features(directory: str | Path, extractor: FeatureExtractor) -> Tensor:
-    """Features (N, D) of the real images. Raises `InputError` where there are none, or another extractor made them."""
+    """Features (N, D) of the real images.
+
+    Raises `InputError` where there are none, another extractor made them, or a file has changed since it was written.
+    """
     directory = Path(directory)
     described = directory / "features.json"
     if not described.is_file():
         raise InputError(described)
+    checksums.verify(directory)
     about: dict[str, Any] = json.loads(described.read_text())
     for key, value in (("extractor", extractor.name), ("size", extractor.size)):
         if about[key] != value:

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dit import checksums
 from dit.autoencoder import Autoencoder, decode
 from dit.config import Params
 from dit.data.latents import LatentStore
@@ -26,7 +27,11 @@ from dit.sections import EvaluateParams
 
 
 def load_network(params: Params, store: LatentStore, weights: Path) -> Denoiser:
-    """The network of the study with `weights`, in eval mode. Raises `InputError` for weights of another network."""
+    """The network of the study with `weights`, in eval mode.
+
+    Raises `InputError` for weights of another network, or a file that has changed since it was written.
+    """
+    checksums.verify(weights)
     network = params.network(store.sizes)
     try:
         network.load_state_dict(load_file(weights))

@@ -1,4 +1,4 @@
-"""What stage `evaluate` leaves in `runs/evaluate/<strategy>-<seed>`, beside the picture of the samples."""
+"""What stage `evaluate` leaves in `runs/evaluate/<run>`, beside the picture of the samples."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ class EvaluateRecord(Record):
 
     strategy: str
     seed: int
+    run: str
+    """The name of the run that was sampled."""
     run_key: str
     train_run_key: str
     status: Status

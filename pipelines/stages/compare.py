@@ -12,6 +12,7 @@ import pandas as pd
 
 from dit.config import Params
 from dit.data.images import load_images
+from pipelines.design import Item
 from pipelines.files import complete_directory, write_json
 from pipelines.report.figures import figures
 from pipelines.report.headline import headline
@@ -27,7 +28,7 @@ CURVES: dict[str, Callable[[Run], pd.Series]] = {
 """The curves of `dvc plots show`."""
 
 
-def compare(params: Params) -> None:
+def compare(params: Params, item: Item) -> None:
     """Read exactly the runs of the study, drop others from the workspace, and write `reports`."""
     study = read_study(params)
     drop_departed(study)
@@ -39,7 +40,7 @@ def compare(params: Params) -> None:
     summary |= {"headline": words.sentences, "autoencoder": autoencoder.metrics, "images": described}
     drawn = figures(study, summary)
     page = render(study, summary, headline=words, figures=drawn, images=images, autoencoder=autoencoder)
-    with complete_directory("reports") as out:
+    with complete_directory("reports", sealed=False) as out:
         write_json(out / "summary.json", summary)
         write_json(out / "metrics.json", metric_means(summary))
         (out / "plots").mkdir()
@@ -67,4 +68,4 @@ def read_autoencoder(directory: Path) -> Autoencoder:
 
 
 if __name__ == "__main__":
-    run_dvc_stage(compare)
+    run_dvc_stage(compare, "compare")
