@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from dit.autoencoder.kinds import Autoencoder
+from dit.autoencoder.kinds import Autoencoder, Pixels
 from dit.autoencoder.published import normalization
 from dit.devices import autocast, send
 from dit.fused.encoder import FusedEncoder
@@ -37,7 +37,8 @@ Posterior = Callable[[Tensor], DiagonalGaussianDistribution | Point]
 
 
 class Encoder:
-    """The encoder of `autoencoder`, in `precision`, by `backend`: one of those that `dit.devices.resolve_backend` returns.
+    """The encoder of `autoencoder`, in `precision`, by `backend`: one of those that `dit.devices.resolve_backend` returns. Of
+    pixels there is nothing to compile.
 
     `published` is the normalisation of latents that the autoencoder's config states: see `dit.autoencoder.published`. `spread`
     says whether posteriors have any.
@@ -61,7 +62,7 @@ class Encoder:
             "compiled": lambda: torch.compile(posterior),
             "eager": lambda: posterior,
         }
-        self.posterior = ways[backend]()
+        self.posterior = posterior if isinstance(autoencoder, Pixels) else ways[backend]()
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
