@@ -18,6 +18,7 @@ from dit import checkpoint, continuation, init, models
 from dit.cli import app
 from dit.config import Params
 from dit.data.latents import LatentStore
+from dit.data.store import StoreWriter
 from dit.diffusion import Diffusion
 from dit.models.dit.network import DiT
 from dit.optim.carried import carried
@@ -298,14 +299,12 @@ def test_a_checkpoint_is_found_by_name_by_folder_and_in_the_list(trainer: Build,
     assert by_name.size in listed
 
 
-def test_other_latents_are_refused(trainer: Build, scratch: Path, latents_directory: Path, tmp_path: Path) -> None:
+def test_other_latents_are_refused(trainer: Build, scratch: Path, latents: LatentStore, tmp_path: Path) -> None:
     trainer(keep_checkpoints=[3], steps=4).run("run")
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in latents_directory.iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
-    manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps(manifest | {"class_names": ["d", "e", "f"]}))
-    assert "does not hold the latents that micro-0 was trained on" in resume_from(
-        scratch, "micro-0", "--latents", str(other), code=2
-    )
+    arrays = latents.store.arrays
+    other = StoreWriter(tmp_path / "other", **{name: (array.dtype, array.shape[1:]) for name, array in arrays.items()})
+    for name, array in arrays.items():
+        other.append(name, array[:16])
+    other.close(class_names=["a", "b", "c"], num_classes=3, flip=True, normalize=latents.store.meta["normalize"])
+    said = resume_from(scratch, "micro-0", "--latents", str(tmp_path / "other"), code=2)
+    assert "does not hold the latents that micro-0 was trained on; give the folder that does: --latents FOLDER" in said
