@@ -257,7 +257,7 @@ def resume_from(
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="What to change, such as train.precision=fp32.")
     ] = None,
-    variants: Annotated[
+    several: Annotated[
         list[str] | None,
         typer.Option("--variant", metavar="'NAME: KEY=VALUE, ...'", help="One of several continuations, compared at the end."),
     ] = None,
@@ -271,17 +271,19 @@ def resume_from(
 
     Without RUN, list the checkpoints that are kept.
     """
-    from dit import continuation
+    from dit.continuation.go_on import go_on
+    from dit.continuation.request import find, variants
+    from dit.continuation.results import comparison, listing
 
     with _user_errors_shown():
         if run is None:
-            _show(continuation.listing(scratch))
+            _show(listing(scratch))
             return
-        kept = continuation.find(run, scratch, step)
-        chosen = continuation.variants(kept, changes or [], variants or [], control)
-        results = continuation.go_on(kept, chosen, steps, output, latents)
+        kept = find(run, scratch, step)
+        chosen = variants(kept, changes or [], several or [], control)
+        results = go_on(kept, chosen, steps, output, latents)
     if len(results) > 1:
-        _show(continuation.comparison(results))
+        _show(comparison(results))
 
 
 def _add_commands() -> None:
