@@ -253,7 +253,7 @@ def resume_from(
     run: Annotated[
         str | None, typer.Argument(metavar="[RUN]", help="A run such as adaln_zero-0, or a folder with a checkpoint.")
     ] = None,
-    step: Annotated[int | None, typer.Option(min=0, help="Of the checkpoint. [default: the only one]")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Of the checkpoint, where several are kept.")] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="What to change, such as train.precision=fp32.")
     ] = None,
@@ -263,8 +263,8 @@ def resume_from(
     ] = None,
     control: Annotated[bool, typer.Option(help="Beside variants, also continue the run as it was.")] = True,
     steps: Annotated[int, typer.Option(min=1, help="How many steps to train.")] = 500,
-    output: Annotated[Path | None, typer.Option(help="A new folder for the tables. [default: none are written]")] = None,
-    latents: Annotated[Path | None, typer.Option(help="Where the run's latents are now. [default: where they were]")] = None,
+    output: Annotated[Path | None, typer.Option(help="A new folder for the tables; without it, none are written.")] = None,
+    latents: Annotated[Path | None, typer.Option(help="Where the run's latents are, if they have moved.")] = None,
     scratch: Annotated[Path, typer.Option(help="The folder in which runs keep their checkpoints.")] = Path(".scratch"),
 ) -> None:
     """Continue a run from a kept checkpoint under other parameters, to find what made it collapse: see docs/stability.md.
