@@ -253,35 +253,37 @@ def resume_from(
     run: Annotated[
         str | None, typer.Argument(metavar="[RUN]", help="A run such as adaln_zero-0, or a folder with a checkpoint.")
     ] = None,
-    step: Annotated[int | None, typer.Option(min=0, help="Of the checkpoint. [default: the only one]")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Of the checkpoint, where several are kept.")] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="What to change, such as train.precision=fp32.")
     ] = None,
-    variants: Annotated[
+    several: Annotated[
         list[str] | None,
         typer.Option("--variant", metavar="'NAME: KEY=VALUE, ...'", help="One of several continuations, compared at the end."),
     ] = None,
     control: Annotated[bool, typer.Option(help="Beside variants, also continue the run as it was.")] = True,
     steps: Annotated[int, typer.Option(min=1, help="How many steps to train.")] = 500,
-    output: Annotated[Path | None, typer.Option(help="A new folder for the tables. [default: none are written]")] = None,
-    latents: Annotated[Path | None, typer.Option(help="Where the run's latents are now. [default: where they were]")] = None,
+    output: Annotated[Path | None, typer.Option(help="A new folder for the tables; without it, none are written.")] = None,
+    latents: Annotated[Path | None, typer.Option(help="Where the run's latents are, if they have moved.")] = None,
     scratch: Annotated[Path, typer.Option(help="The folder in which runs keep their checkpoints.")] = Path(".scratch"),
 ) -> None:
     """Continue a run from a kept checkpoint under other parameters, to find what made it collapse: see docs/stability.md.
 
     Without RUN, list the checkpoints that are kept.
     """
-    from dit import continuation
+    from dit.continuation.go_on import go_on
+    from dit.continuation.request import find, variants
+    from dit.continuation.results import comparison, listing
 
     with _user_errors_shown():
         if run is None:
-            _show(continuation.listing(scratch))
+            _show(listing(scratch))
             return
-        kept = continuation.find(run, scratch, step)
-        chosen = continuation.variants(kept, changes or [], variants or [], control)
-        results = continuation.go_on(kept, chosen, steps, output, latents)
+        kept = find(run, scratch, step)
+        chosen = variants(kept, changes or [], several or [], control)
+        results = go_on(kept, chosen, steps, output, latents)
     if len(results) > 1:
-        _show(continuation.comparison(results))
+        _show(comparison(results))
 
 
 def _add_commands() -> None:
