@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -24,13 +26,19 @@ MAX_DEPTH = 32
 MAX_ENTRIES = 100_000
 """Values in a configuration."""
 
-MAX_SIDE = 8192
+MAX_SIDE = 512
 """Positions along a side of a sample or of a table of positions: such a table is computed, not only described."""
 
-MAX_MODULES = 60_000
-"""Modules of a network: more than a thousand blocks of sixty."""
+MAX_LAYERS = 4096
+"""Blocks of a network."""
+
+MAX_MODULES = 30_000
+"""Modules of a network: a thousand blocks of thirty."""
 
 SIDES = ("sample_size", "sample_width", "sample_height", "pos_embed_max_size", "sample_frames", "image_size", "input_size")
+
+LAYERS = re.compile(r"(n|num)_?(\w+_)?(layers|blocks)|(\w+_)?depth")
+"""What numbers of blocks are called."""
 
 WEIGHT_COPIES = 3
 """How often an audit holds the weights, in their own precision: the network, its copy, and how that started."""
@@ -38,16 +46,15 @@ WEIGHT_COPIES = 3
 
 def check_config(name: str, config: Mapping[str, Any]) -> None:
     """Raise `ConfigError` where a configuration is nested or long beyond use, or has numbers that no network has."""
-    count = 0
-    for path, value, depth in _values(config):
-        count += 1
+    for count, (path, value, depth) in enumerate(_values(config)):
         if depth > MAX_DEPTH or count > MAX_ENTRIES:
             raise ConfigError(f"--config of {name}: nested deeper than {MAX_DEPTH}, or more than {MAX_ENTRIES:,} values")
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number and (not math.isfinite(value) or abs(value) > MAX_NUMBER):
             raise ConfigError(f"--config of {name}: {path[1:]} is no size of a network; expected at most 2^40")
-        if number and path[1:] in SIDES and value > MAX_SIDE:
-            raise ConfigError(f"--config of {name}: {path[1:]} = {value}; expected at most {MAX_SIDE}")
+        most = MAX_SIDE if path[1:] in SIDES else MAX_LAYERS if LAYERS.fullmatch(path[1:]) else MAX_NUMBER
+        if number and value > most:
+            raise ConfigError(f"--config of {name}: {path[1:]} = {value}; expected at most {most}")
 
 
 def _values(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Any, int]]:
@@ -67,7 +74,7 @@ def made(constructor: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Modul
 
     Raises `ConfigError` for a network that cannot be built, has more modules than any, or does not fit in memory.
     """
-    with _limited(constructor.__name__), torch.device("meta"):
+    with _limited(constructor.__name__), torch.device("meta"), warnings.catch_warnings(action="ignore"):
         try:
             outline = constructor(**arguments)
         except ConfigError:
@@ -79,10 +86,10 @@ def made(constructor: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Modul
         free = psutil.virtual_memory().available
         if need > free:
             raise ConfigError(
-                f"{constructor.__name__} needs {need / 2**30:,.0f} GiB to be audited, and {free / 2**30:,.0f} GiB are free; make "
-                "it smaller with --config"
+                f"{constructor.__name__} needs {need / 2**30:,.0f} GiB to be audited, and {free / 2**30:,.0f} GiB are free; "
+                "make it smaller with --config"
             )
-    with _limited(constructor.__name__):
+    with _limited(constructor.__name__), warnings.catch_warnings(action="ignore"):
         network = built(constructor, arguments, "--config")
     if not any(True for _ in network.parameters()):
         raise ConfigError(f"{constructor.__name__} has no weights with these arguments; expected a network")

@@ -82,7 +82,7 @@ def _attempt(probe: Probe, base: Observation, path: str, new: Leaf) -> Observati
 
 
 def _exchanged(leaf: Leaf, batch_size: int, draws: torch.Generator) -> list[Leaf]:
-    """Other values of an input, the likeliest to be taken first: exchanged between samples, or drawn again where it has none."""
+    """Other values of an input, the likeliest first: exchanged between samples, or drawn again where it has none."""
     if isinstance(leaf, int | float):
         return [other for other in (leaf // 2 if isinstance(leaf, int) else leaf / 2, leaf + 1) if other != leaf]
     if isinstance(leaf, list):

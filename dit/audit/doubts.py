@@ -17,8 +17,8 @@ def doubts(
     """The doubts about each kind of finding."""
     yield from _about_output(probe)
     if branches:
-        words = "returned something that no other module was given, so they may be branches whose output is added elsewhere"
-        yield Doubt(about="blocks", reason=f"{brief(branches)} {words}")
+        words = "does not pass its input on, so that it may be a branch, whose output is added elsewhere"
+        yield Doubt(about="blocks", reason=f"each of {brief(branches)} {words}")
     elif not blocks:
         yield Doubt(about="blocks", reason="no block was found, that is several modules of one class which pass a stream on")
     if probe.foreign:

@@ -11,7 +11,7 @@ from dit.audit.conditioning import Phase, gates, modulation, phase, sample_of
 from dit.audit.doubts import doubts
 from dit.audit.gradients import listed, losses, noise_loss, train
 from dit.audit.leaves import tensors
-from dit.audit.observe import LAYERS, Observation, effective, layers_of, possible_blocks, receivers
+from dit.audit.observe import LAYERS, Observation, effective, layers_of, passing, possible_blocks
 from dit.audit.probe import SAME, Batch, LossFunction, Probe, make_probe, rms
 from dit.audit.report import AuditReport, Block, Input, Layer, Output, Part, Source, State
 from dit.audit.trained import trained
@@ -41,8 +41,8 @@ def audit(
 
     `loss(output, batch)` gets what the network returns. Without it, the loss is the mean squared error against fixed normal
     noise of the output's shape and of unit mean square, so that a zero output costs exactly 1. What is audited is a copy, in
-    evaluation mode, which takes `steps` steps of `learning_rate` (see `dit.audit.gradients`); `model` and the global random
-    state stay as they are, and so do the tensors of `batch`. `source` says where its weights were read. Raises `UserError` where
+    evaluation mode, which takes `steps` steps of `learning_rate` (see `dit.audit.gradients`); `model`, the tensors of
+    `batch` and the global random state stay as they are. `source` says where its weights were read. Raises `UserError` where
     the network cannot be called with `batch`, or cannot be audited.
     """
     if steps < 1 or learning_rate <= 0:
@@ -125,25 +125,14 @@ def _output(probe: Probe, output: Tensor, loss: float, zero_loss: float | None) 
 
 
 def _blocks(probe: Probe, seen: Observation) -> tuple[list[Block], list[str]]:
-    """The outermost blocks, in the order of the network, and possible blocks that may be branches.
+    """The outermost blocks, in the order of the network, and elements of lists that may be branches.
 
-    What a branch returns is added to the stream outside it: no other module is given it as it is. Attributes of one class are
-    blocks only where they are called one after another.
+    A list is one of blocks where any of its elements passes its stream on, or is the identity.
     """
-    lists, given_to = possible_blocks(probe.model), receivers(probe)
-    members: dict[str, list[str]] = {}
-    for path in seen.changes:
-        members.setdefault(lists[path], []).append(path)
-    kept, branches = set[str](), set[str]()
-    for name, paths in members.items():
-        if ":" in name:
-            chained = [path for path in paths if any(_within(to, paths) for to in given_to[path])]
-            if len(chained) >= len(paths) - 1 > 0:
-                kept |= set(paths)
-        elif any(given_to[path] for path in paths) or all(seen.changes[path].change <= SAME for path in paths):
-            kept |= set(paths)
-        else:
-            branches |= set(paths)
+    lists, passed = possible_blocks(probe.model), passing(probe)
+    passed |= {path for path, change in seen.changes.items() if change.change <= SAME}
+    kept = {path for path in seen.changes if any(lists[path] == lists[other] for other in passed)}
+    branches = {path for path in seen.changes.keys() - kept if ":" not in lists[path]}
     outermost = [path for path in seen.changes if path in kept and not _within(path.rpartition(".")[0], kept)]
     least = min(SAME, UNCHANGED * torch.finfo(probe.dtype).eps)
     blocks = [

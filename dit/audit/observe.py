@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dit.audit.leaves import tensors
 from dit.audit.probe import Probe, relative_change, rms
@@ -19,6 +18,9 @@ from dit.seeding import generator
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers whose rows are units."""
+
+ALIKE = 0.5
+"""Cosine above which a stream is the one that went in: 1 where nothing was added, less where it was normalised after that."""
 
 
 @dataclass
@@ -132,42 +134,21 @@ def effective(module: nn.Module, main: nn.Module) -> tuple[Tensor, Tensor] | Non
     return matrix.T, bias[0]
 
 
-def receivers(probe: Probe) -> dict[str, set[str]]:
-    """For every possible block, the modules outside it that are given what it returned, in whatever order of its entries."""
-    paths = {id(module): path for path, module in probe.model.named_modules()}
-    returned: dict[str, list[tuple[int, float, float]]] = {}
-    found: dict[str, set[str]] = {path: set() for path in possible_blocks(probe.model)}
+def passing(probe: Probe) -> set[str]:
+    """Possible blocks that pass their stream on when every layer in them returns zeros.
 
-    def note(module: nn.Module, args: tuple) -> None:
-        receiver = paths.get(id(module), "")
-        given = [_sums(tensor) for tensor in tensors(list(args))]
-        for block, sums in returned.items():
-            if receiver != block and not receiver.startswith(f"{block}.") and any(_alike(a, b) for a in sums for b in given):
-                found[block].add(receiver)
-
-    handle = register_module_forward_pre_hook(note)
-    try:
-        with torch.no_grad(), watched(probe.model) as watch:
-            for path, module in probe.model.named_modules():
-                if path in found:
-                    watch(module, _Returned(path, returned))
-            probe.call()
-    finally:
-        handle.remove()
-    return found
-
-
-def _sums(tensor: Tensor) -> tuple[int, float, float]:
-    """What stays when the entries are arranged otherwise: their number, their sum and that of their squares."""
-    if not tensor.is_floating_point():
-        return 0, 0.0, 0.0
-    values = tensor.detach().double()
-    return tensor.numel(), values.sum().item(), values.square().sum().item()
-
-
-def _alike(one: tuple[int, float, float], other: tuple[int, float, float]) -> bool:
-    close = math.isclose(one[2], other[2], rel_tol=1e-9) and abs(one[1] - other[1]) <= 1e-9 * (1 + one[0] * one[2]) ** 0.5
-    return one[0] == other[0] and one[2] > 0 and close
+    A branch, whose output is added to the stream outside it, passes nothing on.
+    """
+    kept: dict[str, float] = {}
+    lists = possible_blocks(probe.model)
+    with torch.no_grad(), watched(probe.model) as watch:
+        for path, module in probe.model.named_modules():
+            if path in lists:
+                watch(module, _Passing(path, kept))
+            elif isinstance(module, LAYERS) and any(path.startswith(f"{block}.") for block in lists):
+                watch(module, _Silent())
+        probe.call()
+    return {path for path, cosine in kept.items() if cosine > ALIKE}
 
 
 class _Watcher:
@@ -189,16 +170,19 @@ class _Block(_Watcher):
         streams = [tensor for tensor in tensors([args, kwargs]) if tensor.is_floating_point() and tensor.dim() > 1]
         self.given.append([(tensor, tensor._version, tensor.detach().clone()) for tensor in streams])
 
-    def leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def streams(self, output: Any) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Each tensor that the block returned or wrote into, and the inputs of its shape as they were."""
         given = self.given.pop()
         results = [tensor for tensor in tensors(output) if tensor.is_floating_point()]
         written = [tensor for tensor, version, _ in given if tensor._version != version]
         results += [tensor for tensor in written if not any(tensor is result for result in results)]
-        changes = []
         for result in results:
-            streams = [before for _, _, before in given if before.shape == result.shape]
-            if streams:
-                changes.append(min(_change(stream, result) for stream in streams))
+            alike = [before for _, _, before in given if before.shape == result.shape]
+            if alike:
+                yield alike, result
+
+    def leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        changes = [min(_change(before, after) for before in alike) for alike, after in self.streams(output)]
         if not changes:
             return
         known = self.seen.changes.get(self.path)
@@ -206,15 +190,28 @@ class _Block(_Watcher):
         self.seen.changes[self.path] = Change(type(module).__name__, largest, len(self.seen.calls))
 
 
-class _Returned(_Watcher):
-    """Notes what a possible block returned."""
+class _Silent(_Watcher):
+    """Makes a layer return zeros."""
 
-    def __init__(self, path: str, returned: dict[str, list[tuple[int, float, float]]]) -> None:
-        self.path, self.returned = path, returned
+    def leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        return torch.zeros_like(output) if isinstance(output, Tensor) else None
+
+
+class _Passing(_Block):
+    """Notes how alike a block's streams are before and after it: the least cosine."""
+
+    def __init__(self, path: str, kept: dict[str, float]) -> None:
+        super().__init__(path, Observation(torch.empty(0)))
+        self.kept = kept
 
     def leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        written = [tensor for tensor in tensors([args, kwargs]) if tensor._version]
-        self.returned[self.path] = [_sums(tensor) for tensor in [*tensors(output), *written]]
+        cosines = [max(_cosine(before, after) for before in streams) for streams, after in self.streams(output)]
+        if cosines:
+            self.kept[self.path] = min([*cosines, self.kept.get(self.path, 1.0)])
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    return F.cosine_similarity(one.detach().double().flatten(), other.detach().double().flatten(), dim=0).item()
 
 
 def _number(tensor: Tensor) -> float:
@@ -231,10 +228,12 @@ class _Layer(_Watcher):
 
     def leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         given = next(iter([*args, *kwargs.values()]), None)
-        linear = isinstance(self.main, nn.Linear) and isinstance(given, Tensor)
-        per_sample = linear and given.numel() == self.batch_size * self.main.in_features  # type: ignore[union-attr,operator]
-        number = _number(given) if isinstance(given, Tensor) else 0.0
-        self.seen.calls.append(Call(self.path, given.detach().clone() if per_sample else None, number))
+        vector, number = None, 0.0
+        if isinstance(given, Tensor):
+            number = _number(given)
+            if isinstance(self.main, nn.Linear) and given.numel() == self.batch_size * self.main.in_features:
+                vector = given.detach().clone()
+        self.seen.calls.append(Call(self.path, vector, number))
         if not (self.disturb and isinstance(output, Tensor)):
             return None
         noise = torch.randn(output.shape, generator=generator("audit", "disturbed", self.path), dtype=torch.float64)

@@ -156,8 +156,8 @@ def _check_repeatable(probe: Probe) -> None:
         first, second = probe.predicted(probe.call()), probe.predicted(probe.call())
     if first.shape != second.shape or (second.isfinite().all() and relative_change(first, second) > SAME):
         raise UserError(
-            f"{type(probe.model).__name__} answers the same batch differently from call to call; audit it without what it keeps "
-            "between calls, such as a cache, or draws from another generator than torch's"
+            f"{type(probe.model).__name__} answers the same batch differently from call to call; audit it without what it "
+            "keeps between calls, such as a cache, or draws from another generator than torch's"
         )
 
 

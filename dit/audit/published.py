@@ -107,7 +107,7 @@ def _common(shapes: Shapes, heads: int) -> dict[str, int]:
 
 
 def _dit(tensors: Mapping[str, Tensor], shapes: Shapes, heads: int) -> Denoiser:
-    """A DiT, or a SiT, which has the same weights: what differs, the scale of its time and the sign, starts nothing otherwise."""
+    """A DiT, or a SiT, which has the same weights and differs in the scale of its time and in the sign of its output."""
     return DiT(**_common(shapes, heads), learn_sigma=shapes.out_channels == 2 * shapes.channels)
 
 

@@ -266,8 +266,8 @@ class AuditReport(AuditFinding):
             return
         if self.trained is not None and self.was_trained:
             yield (
-                f"{self.trained.moved} of {self.trained.matrices} matrices are trained, by their statistics, so how the network "
-                "started is not known; what follows is about the weights as they are"
+                f"{self.trained.moved} of {self.trained.matrices} matrices are trained, by their statistics, so how the "
+                "network started is not known; what follows is about the weights as they are"
             )
         yield self._about_blocks()
         for place, words in (("block", "block modulation"), ("shared", "shared modulation"), ("final", "final modulation")):

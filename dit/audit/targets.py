@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,7 @@ def _function(module: str, name: str, weights: Path | None, reading: Reading) ->
     anchors = tuple(network.state_dict())
     read = directories.read_directory if weights.is_dir() else read_file
     source = fill(network, read(weights, reading=reading, anchors=anchors))
-    return AuditTarget(network, *returned[1:], source=source)
+    return replace(AuditTarget(*returned), model=network, source=source)
 
 
 def _needs_arguments(function: Callable[..., Any]) -> bool:

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -26,12 +24,12 @@ def inside(module: nn.Module) -> nn.Module | None:
     kinds = {kind.__name__ for kind in type(module).__mro__}
     if kinds & {"FullyShardedDataParallel", "FSDPModule", "FlattenParamsWrapper"}:
         raise UserError(f"{type(module).__name__} holds a shard of the weights; {SHARDED}")
-    if isinstance(module, OptimizedModule):
-        return module._orig_mod
+    if "OptimizedModule" in kinds:  # by its name, as to import what it is of takes seconds
+        return module.get_submodule("_orig_mod")
     if isinstance(module, DistributedDataParallel | nn.DataParallel | AveragedModel):
         return module.module
-    if isinstance(module, ActivationWrapper):
-        return module._checkpoint_wrapped_module
+    if "ActivationWrapper" in kinds:
+        return module.get_submodule("_checkpoint_wrapped_module")
     return None
 
 
@@ -72,10 +70,8 @@ def copied(model: nn.Module) -> nn.Module:
 
 def _unbind(path: str, module: nn.Module, originals: dict[int, nn.Module]) -> None:
     """Make what was put in place of a method call the copy. Raises `UserError` where it holds on to the original."""
-    for name, value in list(module.__dict__.items()):
-        if not callable(value):
-            continue
-        value = _plain(value)
+    for name, given in list(module.__dict__.items()):
+        value = _plain(given)
         if inspect.ismethod(value) and id(value.__self__) in originals:
             value = types.MethodType(value.__func__, originals[id(value.__self__)])
         module.__dict__[name] = value
@@ -93,9 +89,13 @@ def _compiled(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
+    """What `torch.compile` was given: of a method, a function around that method alone."""
+    if not _compiled(value):
+        return value
     while _compiled(value):
         value = value._torchdynamo_orig_callable
-    return value
+    methods = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _filled(cell)]
+    return methods[0] if len(methods) == 1 and inspect.ismethod(methods[0]) else value
 
 
 def _held(value: Any, depth: int = 4) -> Iterator[nn.Module]:

@@ -37,8 +37,8 @@ HOLDERS = (
 )
 """Keys under which a training checkpoint keeps weights, one inside another; the first that holds any is read.
 
-facebookresearch/DiT train.py and download.py; timm, Lightning, DeepSpeed, BasicSR and mmengine have the others. Averaged weights
-come first, as the published samplers use them.
+facebookresearch/DiT train.py and download.py; timm, Lightning, DeepSpeed, BasicSR and mmengine have the others. Averaged
+weights come first, as the published samplers use them.
 """
 
 MAX_NESTING = 16
