@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from audit_networks import Transformer, adapt, batch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
 from dit.audit import audit
+from dit.errors import UserError
 
 
 @dataclass
@@ -112,7 +113,7 @@ def freeze(network: Transformer, what: str) -> None:
         network.leave.requires_grad_(True)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(
     sizes=st.fixed_dictionaries(
         {
@@ -138,7 +139,12 @@ def test_the_verdict_is_right_or_refused_with_a_reason(
         adapt(network, modulation=lora == "modulation")
     freeze(network, frozen)
     wrap(network, how)
-    report = audit(network, INPUTS[inputs](*batch()), steps=2)
+    try:
+        report = audit(network, INPUTS[inputs](*batch()), steps=2)
+    except UserError:
+        if how == "reentrant" and sizes["in_place"]:  # autograd refuses it, so that it cannot be trained at all
+            return
+        raise
     adaln_zero = sizes["zero"] and sizes["zero_head"]
     refused = report.reservations("adaln-zero")
     if refused:  # only one block of its class cannot be told from other modules where no list holds it

@@ -79,11 +79,13 @@ def named(found: StateDict, files: tuple[Path, ...], anchors: Sequence[str], rea
 
 
 def _without_wrappers(weights: Mapping[str, Tensor], anchors: Sequence[str], where: Path) -> dict[str, str]:
-    """The names without those of wrappers, and the names in the file that they stand for."""
+    """The names without wrappers, but those at their start, and the names in the file that they stand for."""
     own = {part for anchor in anchors for part in anchor.split(".")}
     plain: dict[str, str] = {}
     for raw in weights:
-        name = ".".join(part for part in raw.split(".") if part in own or part not in WRAPPERS)
+        parts = raw.split(".")
+        start = next((index for index, part in enumerate(parts) if part not in WRAPPERS), 0)
+        name = ".".join([*parts[:start], *(part for part in parts[start:] if part in own or part not in WRAPPERS)])
         if name in plain:
             raise ConfigError(f"{where}: '{plain[name]}' and '{raw}' are one name without wrappers; expected one of them")
         plain[name] = raw

@@ -18,6 +18,8 @@ from dit.audit.building import check_config, made
 from dit.audit.files import Reading, fill, read_file
 from dit.audit.probe import Batch, LossFunction
 from dit.audit.report import Source
+from dit.audit.signatures import SIGNATURES
+from dit.audit.specs import made as inputs_of
 from dit.audit.wrappers import unwrapped
 from dit.diffusion import Batch as TrainingBatch
 from dit.diffusion import Diffusion
@@ -102,6 +104,10 @@ def _diffusers(name: str, config: Mapping[str, Any]) -> AuditTarget:
 
     constructor = diffusers_class(name)
     check_config(name, config)
+    if constructor.__name__ in SIGNATURES and not config:
+        signature = SIGNATURES[constructor.__name__]
+        given = {argument: inputs_of(spec) for argument, spec in signature.inputs.items()}
+        return AuditTarget(made(constructor, signature.config), given)
     arguments = synthesis.small_config(constructor, config)
     network = made(constructor, arguments)
     return AuditTarget(network, synthesis.inputs(network, arguments))
