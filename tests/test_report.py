@@ -368,8 +368,8 @@ def test_a_planted_delay_is_the_answer_with_its_steps_and_its_conditions() -> No
     assert conditions in rest
     assert "(3 declared comparisons)" in rest
     assert (
-        "symmetric is not distinguishably behind or ahead of adaln_zero over training, at every learning rate (n = 5; exploratory)."
-        in rest
+        "symmetric is not distinguishably behind or ahead of adaln_zero over training, "
+        "at every learning rate (n = 5; exploratory)." in rest
     )
     assert "no verdict on strategies each at its own best rate" in " ".join(rest.split())
     assert "What a start does depends" not in rest
