@@ -32,21 +32,23 @@ HEADER = """\
 """
 ALL = "all"
 """The name of a stage that all runs of the study share."""
+DISTANCES = tuple(f"evaluate.{key}" for key in ("num_samples", "kernel_subset_size", "kernel_subsets", "nearest_k", "seed"))
+"""What a distance between two sets of images depends on."""
 DATA = {
     "images": ("images",),
     "autoencoder": ("images", "autoencoder"),
     "latents": ("images", "autoencoder", "latents"),
-    "features": ("images", "features", "evaluate.kernel_subset_size", "evaluate.nearest_k"),
+    "features": ("images", "autoencoder", "features", *DISTANCES),
 }
 """Stages that make data, and the parameters in which their outputs may differ."""
-READS = {"images": (), "autoencoder": ("images",), "latents": ("images", "autoencoder"), "features": ("images",)}
+READS = {"images": (), "autoencoder": ("images",), "latents": ("images", "autoencoder"), "features": ("images", "autoencoder")}
 ANALYSED = (*DATA["latents"], "model", "diffusion", "analyse", "train.optimizer")
 """A strategy is analysed once for all settings that agree in these; its first steps use the learning rate of params.yaml."""
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "images": ("images.size", "images.channels", "images.seed", "images.max_rejected", "images.source"),
     "autoencoder": ("autoencoder",),
     "latents": ("latents",),
-    "features": ("features", "evaluate.kernel_subset_size", "evaluate.nearest_k"),
+    "features": ("features", *DISTANCES),
     "analyse": ("model", "diffusion", "analyse", "train.learning_rate", "train.optimizer"),
     "train": ("model", "diffusion", "train"),
     "best": ("study",),
@@ -93,8 +95,10 @@ def items(params: Params) -> dict[str, dict[str, Item]]:
         made["train"][run.name] = Item("train", run.name, run.setting, inputs, f"runs/train/{run.name}", run.strategy, run.seed)
     made["evaluate"] = _evaluations(params, found, data)
     shared = {ALL: Setting()}
-    if params.study.sample == "best":
+    if params.study.sample in ("best", "one"):
         made["best"] = {key: Item("best", key, setting, {}, "runs/best") for key, setting in shared.items()}
+    if params.study.sample == "none":
+        made["features"] = {}
     made["compare"] = {key: Item("compare", key, setting) for key, setting in shared.items()}
     return made
 
@@ -110,7 +114,7 @@ def _evaluations(params: Params, found: Design, data: Mapping[str, Mapping[str, 
     anywhere = {kind: f"data/{kind}" for kind in EVALUATED}
     made = {}
     for strategy in study.strategies:
-        for seed in report_seeds(params):
+        for seed in sampled_seeds(params):
             key = f"{strategy}-best-{seed}"
             inputs = {"train": f"runs/best/{strategy}.json", **anywhere}
             made[key] = Item("evaluate", key, Setting(), inputs, f"runs/evaluate/{key}", strategy, seed)
@@ -126,9 +130,10 @@ def _evaluation(run: Run, inputs: Mapping[str, str]) -> Item:
     return Item("evaluate", run.name, run.setting, read, f"runs/evaluate/{run.name}", run.strategy, run.seed)
 
 
-def report_seeds(params: Params) -> list[int]:
-    """The seeds that report: all but those on which the best learning rates were chosen."""
-    return [seed for seed in params.study.seeds if seed not in params.study.choose_on]
+def sampled_seeds(params: Params) -> list[int]:
+    """The seeds of the best settings that are sampled: those on which nothing was chosen, or the first of them."""
+    reporting = [seed for seed in params.study.seeds if seed not in params.study.choose_on]
+    return reporting[:1] if params.study.sample == "one" else reporting
 
 
 def _folder(kind: str, setting: Setting, data: Mapping[str, Mapping[str, Setting]]) -> str:

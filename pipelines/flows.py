@@ -236,8 +236,9 @@ def comparison(workspace: Path, report: Path, mlflow: str) -> str:
     table = [f"| strategy | {' | '.join(labels)} |", f"|---|{'---:|' * len(labels)}"]
     for name, strategy in summary["strategies"].items():
         table.append(f"| {name} | {' | '.join(_cell(strategy, metric) for metric in shown)} |")
+    setting = f" at {summary['study']['setting']}" if summary["study"]["setting"] else ""
     where = [
-        f"Means over seeds; distances from {samples(summary)}. Intervals and figures: `{report}`",
+        f"Means over seeds{setting}; distances from {samples(summary)}. Intervals and figures: `{report}`",
         "",
         mlflow.replace("\n", "  \n"),
     ]
@@ -245,10 +246,13 @@ def comparison(workspace: Path, report: Path, mlflow: str) -> str:
 
 
 def _cell(strategy: Mapping[str, Any], metric: str) -> str:
-    """A mean over seeds, and whether it is told apart from the baseline's."""
-    mean = strategy["mean"].get(metric)
-    verdict = strategy.get("difference", {}).get(metric, {}).get("verdict", "")
-    return "-" if mean is None else f"{mean:.4g}{f' ({verdict})' if verdict in ('better', 'worse') else ''}"
+    """A mean over seeds, and its verdict against the baseline: exploratory, unless the study declared it."""
+    mean, found = strategy["mean"].get(metric), strategy.get("difference", {}).get(metric, {})
+    if mean is None:
+        return "-"
+    if found.get("verdict") not in ("better", "worse"):
+        return f"{mean:.4g}"
+    return f"{mean:.4g} ({found['verdict']}{'' if found['declared'] else ', exploratory'}, n = {found['n']})"
 
 
 def _keep_report(report: Path, experiment: str) -> Path:

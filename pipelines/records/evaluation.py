@@ -33,3 +33,18 @@ class EvaluateRecord(Record):
     features: FeatureSpace
     settings: dict[str, Settings]
     metrics: dict[str, float | None]
+
+
+class ReferencesRecord(Record):
+    """What the distances say of images that no network generated, against the same validation images, in `data/features`.
+
+    `real` are training images, `reconstructions` the same through the autoencoder, `grey` images of one grey; `count` of each.
+    """
+
+    FILE = "references.json"
+
+    count: int
+    dimension: int
+    real: dict[str, float]
+    reconstructions: dict[str, float]
+    grey: dict[str, float]

@@ -17,7 +17,9 @@ from pipelines.files import complete_directory, write_json
 from pipelines.report.figures import figures
 from pipelines.report.headline import headline
 from pipelines.report.page import Autoencoder, render
-from pipelines.report.runs import Run, Study, departed, read_study
+from pipelines.report.places import data_folder
+from pipelines.report.reading import departed, read_study
+from pipelines.report.runs import Run, Study
 from pipelines.report.summary import mean_curves, metric_means, summarise
 from pipelines.stages.entry import run_dvc_stage
 
@@ -32,10 +34,11 @@ def compare(params: Params, item: Item) -> None:
     """Read exactly the runs of the study, drop others from the workspace, and write `reports`."""
     study = read_study(params)
     drop_departed(study)
-    images = load_images()
-    autoencoder = read_autoencoder(Path("data/autoencoder"))
+    shown = study.first.design
+    images = load_images(data_folder(params, shown, "images"))
+    autoencoder = read_autoencoder(Path(data_folder(params, shown, "autoencoder")))
     summary = summarise(study)
-    words = headline(summary)
+    words = headline(study, summary)
     described = {"counts": images.manifest["counts"], "rejected": images.manifest["rejected"]}
     summary |= {"headline": words.sentences, "autoencoder": autoencoder.metrics, "images": described}
     drawn = figures(study, summary)
@@ -45,7 +48,7 @@ def compare(params: Params, item: Item) -> None:
         write_json(out / "metrics.json", metric_means(summary))
         (out / "plots").mkdir()
         for name, curve in CURVES.items():
-            mean_curves(study, curve).to_csv(out / "plots" / f"{name}.csv", lineterminator="\n")
+            mean_curves(study.groups, curve).to_csv(out / "plots" / f"{name}.csv", lineterminator="\n")
         (out / "index.html").write_text(page, encoding="utf-8")
     print(f"compare: {words.answer}")
     print("compare: reports/index.html")
