@@ -1,6 +1,6 @@
 # Everything a person types. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help install study mlflow report up down test browser lint format bench
+.PHONY: help install plan study mlflow report up down test browser lint format bench
 
 # What a person gives is passed on as text, by the environment: neither make nor a shell acts on anything in it.
 GIVEN := SET PROFILE TARGETS WORKERS TESTS BENCH CHROMIUM PREFECT_PORT MLFLOW_PORT
@@ -25,6 +25,9 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(RUN) pip install -qq --disable-pip-version-check --requirement requirements.lock
 	$(RUN) pip install -qq --disable-pip-version-check --no-deps --editable .
 	@touch $@
+
+plan: $(INSTALLED) ## Say what the study would run and about how long it takes [SET=...] [PROFILE=gpu] [WORKERS=2]
+	@DIT_SET="$$SET" DIT_PROFILE="$$PROFILE" DIT_WORKERS="$$WORKERS" $(RUN) pipelines plan
 
 study: $(INSTALLED) ## Run what is not up to date [SET="train.steps=300 study.seeds=[0]"] [PROFILE=gpu] [TARGETS=train] [WORKERS=2]
 	@DIT_SET="$$SET" DIT_PROFILE="$$PROFILE" DIT_WORKERS="$$WORKERS" DIT_TARGETS="$$TARGETS" $(RUN) pipelines study

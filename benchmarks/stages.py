@@ -25,7 +25,7 @@ from rich.table import Table
 from pipelines.experiments import override
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("images", "autoencoder", "latents", "features", "strategies", "analyse", "train", "evaluate", "compare")
+STAGES = ("images", "autoencoder", "latents", "features", "design", "analyse", "train", "evaluate", "compare")
 MICRO = {
     "study.strategies": ["adaln_zero", "head_xavier"],
     "study.seeds": [0, 1],
@@ -47,17 +47,16 @@ MICRO = {
     "features.size": 32,
 }
 IN_ONE_PROCESS = """
+from importlib import import_module
 from dit.config import load
-from pipelines.stages import analyse, autoencoder, compare, evaluate, features, images, latents, strategies, train
+from pipelines import design
+from pipelines.stages.design import write_design
 params = load()
-for stage in (images.images, autoencoder.autoencoder, latents.latents, features.features, strategies.strategies):
-    stage(params)
-for strategy in params.study.strategies:
-    analyse.analyse(params, strategy)
-    for seed in params.study.seeds:
-        train.train(params, strategy, seed)
-        evaluate.evaluate(params, strategy, seed)
-compare.compare(params)
+design.write(design.Path(), params)
+write_design(params)
+for name, items in design.items(params).items():
+    for item in items.values():
+        getattr(import_module(f"pipelines.stages.{name}"), name)(params.with_values(item.setting.levels), item)
 """
 
 

@@ -1,4 +1,4 @@
-"""The console script `dit`: look at parameters, roles and initialisations without training anything."""
+"""The console script `dit`: look at parameters, roles and initialisations, and continue runs that were kept."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
@@ -255,6 +256,52 @@ def audit(
         print(plain(f"expected {expected}, but {'; '.join(reasons)}"), file=sys.stderr)
         raise typer.Exit(1)
 
+
+@app.command("resume-from")
+def resume_from(
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="A run such as adaln_zero-0, or a folder with a checkpoint.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Of the checkpoint, where several are kept.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="What to change, such as train.precision=fp32.")
+    ] = None,
+    several: Annotated[
+        list[str] | None,
+        typer.Option("--variant", metavar="'NAME: KEY=VALUE, ...'", help="One of several continuations, compared at the end."),
+    ] = None,
+    control: Annotated[bool, typer.Option(help="Beside variants, also continue the run as it was.")] = True,
+    steps: Annotated[int, typer.Option(min=1, help="How many steps to train.")] = 500,
+    output: Annotated[Path | None, typer.Option(help="A new folder for the tables; without it, none are written.")] = None,
+    latents: Annotated[Path | None, typer.Option(help="Where the run's latents are, if they have moved.")] = None,
+    scratch: Annotated[Path, typer.Option(help="The folder in which runs keep their checkpoints.")] = Path(".scratch"),
+) -> None:
+    """Continue a run from a kept checkpoint under other parameters, to find what made it collapse: see docs/stability.md.
+
+    Without RUN, list the checkpoints that are kept.
+    """
+    from dit.continuation.go_on import go_on
+    from dit.continuation.request import find, variants
+    from dit.continuation.results import comparison, listing
+
+    with _user_errors_shown():
+        if run is None:
+            _show(listing(scratch))
+            return
+        kept = find(run, scratch, step)
+        chosen = variants(kept, changes or [], several or [], control)
+        results = go_on(kept, chosen, steps, output, latents)
+    if len(results) > 1:
+        _show(comparison(results))
+
+
+def _add_commands() -> None:
+    """Add the commands that other installed packages offer, such as `dit plan` of the workflow."""
+    for point in entry_points(group="dit.commands"):
+        app.command(point.name)(point.load())
+
+
+_add_commands()
 
 if __name__ == "__main__":
     app()

@@ -6,11 +6,12 @@ A value that is missing, unknown or out of range is one error that names the fil
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 from torch.overrides import TorchFunctionMode
 
 from dit import models, yamlfile
@@ -24,12 +25,15 @@ from dit.sections import (
     DiffusionParams,
     EvaluateParams,
     FeaturesParams,
+    IdentityAutoencoder,
     ImagesParams,
     LatentsParams,
+    MeanAndStd,
     ModelParams,
     Name,
     PretrainedAutoencoder,
     Section,
+    ShiftAndScale,
     StudyParams,
     TrainedAutoencoder,
     TrainParams,
@@ -53,7 +57,7 @@ class Params(Section):
 
     study: StudyParams
     images: ImagesParams
-    autoencoder: Annotated[TrainedAutoencoder | PretrainedAutoencoder, Field(discriminator="kind")]
+    autoencoder: Annotated[TrainedAutoencoder | PretrainedAutoencoder | IdentityAutoencoder, Field(discriminator="kind")]
     latents: LatentsParams
     model: ModelParams
     diffusion: DiffusionParams
@@ -63,6 +67,8 @@ class Params(Section):
     features: FeaturesParams
     strategies: dict[Name, Strategy]
     """The library's, then those of the file itself, which must have other names."""
+    _written: dict[str, Any] = PrivateAttr(default_factory=dict)
+    """The file as it was read, from which `with_values` starts."""
 
     @property
     def latent_size(self) -> int:
@@ -79,8 +85,27 @@ class Params(Section):
             )
         return {**library, **own}
 
+    def with_values(self, values: Mapping[str, Any], where: str = "params.yaml") -> Params:
+        """These parameters with other values of dotted keys such as `train.steps`.
+
+        Raises `ConfigError`, which starts with `where`, for a key that does not exist and for a value that does not fit.
+        """
+        if not values:
+            return self
+        data = deepcopy(self._written)
+        for key, value in values.items():
+            *sections, last = key.split(".")
+            section: Any = data
+            for name in sections:
+                section = section.get(name) if isinstance(section, dict) else None
+            if not isinstance(section, dict):
+                raise ConfigError(f"{where}: {key} is not a known key; expected a key of params.yaml, such as train.steps")
+            section[last] = value
+        return parse(data, where)
+
     @model_validator(mode="after")
     def _consistent(self) -> Params:
+        self._check_latents()
         self._check_shapes()
         self._check_objective()
         self._check_strategies()
@@ -105,6 +130,24 @@ class Params(Section):
         called = models.backbone_named(name or self.model.name).called_when_built
         with torch.device("meta") if called else _NoInitialisers():
             return self.network({"num_classes": num_classes}, name)
+
+    def _check_latents(self) -> None:
+        autoencoder, normalize = self.autoencoder, self.latents.normalize
+        if isinstance(autoencoder, IdentityAutoencoder) and autoencoder.latent_channels != self.images.channels:
+            raise ValueError(
+                f"autoencoder.latent_channels = {autoencoder.latent_channels} with autoencoder.kind = 'identity': "
+                f"expected images.channels = {self.images.channels}"
+            )
+        if normalize == "published" and not isinstance(autoencoder, PretrainedAutoencoder):
+            raise ValueError(
+                f"latents.normalize = 'published' with autoencoder.kind = '{autoencoder.kind}': "
+                "expected auto, or autoencoder.kind = 'pretrained'"
+            )
+        if isinstance(normalize, (ShiftAndScale, MeanAndStd)):
+            try:
+                normalize.factors(autoencoder.latent_channels)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
 
     def _check_shapes(self) -> None:
         if self.images.size % self.autoencoder.downsample:
@@ -212,7 +255,11 @@ def load(path: str | Path = "params.yaml") -> Params:
 
 def parse(data: Any, where: str | Path = "params.yaml") -> Params:
     """Check parameters that were already read; `where` stands in the messages."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected sections such as `study:` and `train:`, and found {type(data).__name__}")
     try:
-        return Params.model_validate(data)
+        params = Params.model_validate(data)
+        params._written = data
+        return params
     except ValidationError as error:
         raise ConfigError(explain(error, str(where), data)) from None

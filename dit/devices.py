@@ -36,6 +36,11 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def name_of(precision: torch.dtype) -> str:
+    """The name of a precision in `params.yaml`."""
+    return next(name for name, dtype in DTYPES.items() if dtype == precision)
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast | nullcontext:
     """Mixed precision where `dtype` is below float32, else nothing."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

@@ -13,17 +13,28 @@ NAMED = 3
 """Of the entries that a message is about, how many it names."""
 
 
+MOST_LINES, LONGEST_LINE = 40, 1000
+"""Of a message: what a value of the user's makes longer is left out."""
+
 Location = tuple[int | str, ...]
 
 
 class UserError(Exception):
     """Something that the user gave is wrong. The message says what, where, and what would be accepted.
 
-    As text it is safe to print, whatever names or values of the user's it quotes.
+    As text it is safe to print and not too long, whatever names or values of the user's it quotes.
     """
 
     def __str__(self) -> str:
-        return plain(super().__str__())
+        lines = super().__str__().splitlines()
+        more = [f"... and {len(lines) - MOST_LINES} lines more"] if len(lines) > MOST_LINES else []
+        return plain("\n".join([*(_shortened(line) for line in lines[:MOST_LINES]), *more]))
+
+
+def _shortened(line: str) -> str:
+    """A line, without the middle of one that nobody would read."""
+    half = LONGEST_LINE // 2
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
 
 
 class ConfigError(UserError):

@@ -1,19 +1,21 @@
-"""The command line of the orchestration: `python -m pipelines study | mlflow | up | down`; `make` calls it."""
+"""The command line of the orchestration: `python -m pipelines plan | study | mlflow | up | down`; `make` calls it."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from dit.errors import ConfigError, UserError
+from dit.errors import UserError
 from dit.terminal import plain
-from pipelines import services
+from pipelines import disk, plan, services
+from pipelines.overrides import assignments
 from pipelines.redaction import redacted, shown
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -32,6 +34,9 @@ PROFILE = typer.Option(
 WORKERS = typer.Option(min=1, envvar="DIT_WORKERS", help="Stages at the same time; default: what the machine has room for.")
 
 
+app.command("plan")(plan.command)
+
+
 @app.command()
 def study(
     set_: Annotated[list[str] | None, SET] = None,
@@ -40,7 +45,8 @@ def study(
     profile: Annotated[str | None, PROFILE] = None,
 ) -> None:
     """Run the study: whatever is not up to date, side by side, as a Prefect flow, and fill MLflow."""
-    overrides = dict(_assignment(text) for text in set_ or [])
+    overrides = assignments(set_ or [])
+    disk.check(Path.cwd())
     server = services.prefect_server(os.environ)
     os.environ.update(server.environment)
     from pipelines import experiments, flows
@@ -54,9 +60,12 @@ def study(
     except KeyboardInterrupt:
         print("interrupted; the next run goes on from here", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGINT) from None
+    except Exception:  # Prefect's server could not write, say
+        disk.check(Path.cwd())
+        raise
     if not state.is_completed():
         print(f"error: {state.message}", file=sys.stderr)
-        raise typer.Exit(1)
+        raise typer.Exit(disk.EXIT_CODE if disk.is_full(state.message or "") else 1)
     print(state.message)
     if "mlflow" not in services.running():
         print("`make up` starts the MLflow UI at that address, and Prefect's")
@@ -75,13 +84,16 @@ def mlflow() -> None:
 
 @app.command()
 def up(
-    prefect_port: Annotated[int, typer.Option(envvar="PREFECT_PORT")] = services.PREFECT_PORT,
-    mlflow_port: Annotated[int, typer.Option(envvar="MLFLOW_PORT")] = services.MLFLOW_PORT,
+    prefect_port: Annotated[str, typer.Option(envvar="PREFECT_PORT")] = str(services.PREFECT_PORT),
+    mlflow_port: Annotated[str, typer.Option(envvar="MLFLOW_PORT")] = str(services.MLFLOW_PORT),
 ) -> None:
     """Start a Prefect server, a worker and the MLflow UI in the background, on 127.0.0.1."""
+    ports = _port("PREFECT_PORT", prefect_port), _port("MLFLOW_PORT", mlflow_port)
+    if ports[0] == ports[1]:
+        raise UserError(f"PREFECT_PORT and MLFLOW_PORT are both {ports[0]}: expected two different ports")
     from pipelines import tracking
 
-    services.up(prefect_port, mlflow_port, tracking.tracking_uri(), print)
+    services.up(*ports, tracking.tracking_uri(), print)
 
 
 @app.command()
@@ -90,17 +102,10 @@ def down() -> None:
     services.down(print)
 
 
-def _assignment(text: str) -> tuple[str, Any]:
-    """`train.steps=300` -> ("train.steps", 300): the value is YAML."""
-    from dit import yamlfile
-
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(f"--set {text}; accepted: KEY=VALUE, such as train.steps=300")
-    try:
-        return key, yamlfile.parse(value, f"--set {text}")
-    except ConfigError as error:
-        raise UserError(f"{error}; make's SET splits at spaces") from None
+def _port(name: str, text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 2**16:
+        raise UserError(f"{name} = {text[:40]}: expected a whole number from 1 to 65535")
+    return int(text)
 
 
 class _Lines(logging.Formatter):
@@ -118,12 +123,14 @@ def _log_for_people(name: str) -> None:
 
     def matters(record: logging.LogRecord) -> bool:
         defect = record.exc_info is not None and record.exc_info[0] is not None
-        return record.name.endswith(f".{name}") or defect or not record.name.startswith("prefect")
+        said = record.name.endswith(f".{name}") or not record.name.startswith("prefect")
+        return said or (defect and not disk.is_nearly_full(Path.cwd()))
 
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Lines())
     handler.addFilter(matters)
     logging.getLogger().handlers = [handler]
+    logging.raiseExceptions = False  # a log that cannot be written, as on a full disk, is no news for a person
 
 
 if __name__ == "__main__":
@@ -131,4 +138,4 @@ if __name__ == "__main__":
         app(prog_name="python -m pipelines")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(disk.EXIT_CODE if isinstance(error, disk.FullDiskError) else 2)

@@ -30,9 +30,9 @@ from dvc.utils.serialize import load_yaml, modify_yaml
 
 from dit.errors import ConfigError, UserError
 from dit.terminal import plain
-from pipelines import guard
+from pipelines import atomic_dvc, disk, guard
 
-DVC = (sys.executable, "-m", "dvc")
+DVC = (sys.executable, "-P", str(Path(atomic_dvc.__file__).resolve()))
 _UP_TO_DATE = re.compile(r"^Stage '.*' (didn't change, skipping|is cached - skipping run)")
 _CHATTER = re.compile(
     r"\s*(> |git add|dvc config core.autostage|Running stage|Updating lock|Generating lock|To track the|To enable auto"
@@ -148,7 +148,8 @@ def order_lock(root: Path) -> None:
         listed = [stage.name for stage in _pipeline(repo.index.stages)]
         ordered = [*(name for name in listed if name in recorded), *(name for name in recorded if name not in listed)]
         if ordered != recorded:
-            with modify_yaml(lock) as data:
+            atomic_dvc.install()
+            with modify_yaml(lock, fs=repo.fs) as data:
                 data["stages"] = {name: data["stages"][name] for name in ordered}
 
 
@@ -229,7 +230,7 @@ class Processes:
 
 
 def _failure(stage: str, code: int, output: list[str]) -> StageError:
-    """What a failed stage's output says. Killed, out of resources, and kept out by a lock are worth another try."""
+    """What a failed stage's output says. Killed, out of resources but disk, and kept out by a lock are worth another try."""
     text = "\n".join(output)
     reported = _EXIT_CODE.search(text)
     exit_code = int(reported[1]) if reported else (code if _signal_number(code) else None)
@@ -239,6 +240,9 @@ def _failure(stage: str, code: int, output: list[str]) -> StageError:
     reason = (errors or said or ["it said nothing"])[-1]
     if killed:
         reason = f"killed by {signal.Signals(killed).name}"
+    if disk.is_full(text):
+        full = reason if exit_code == disk.EXIT_CODE else str(disk.FullDiskError(Path.cwd()))
+        return StageError(stage, disk.EXIT_CODE, False, full)
     transient = killed > 0 or exit_code == os.EX_TEMPFAIL or any(message in text for message in _LOCKED)
     return StageError(stage, exit_code, transient, reason)
 

@@ -24,13 +24,14 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from dit import config, yamlfile
+from dit import design as designs
 from dit.config import Params
 from dit.devices import resolve_backend, resolve_device, resolve_precision
 from dit.errors import ConfigError, UserError
 from dit.fused.encoder import NEEDS
 from dit.models import backend_for
 from dit.optim.fused import unserved
-from pipelines import dag
+from pipelines import dag, design
 
 EXPERIMENTS = Path(".scratch/experiments")
 PROFILES = Path("profiles")
@@ -56,6 +57,13 @@ def parameters(root: Path, overrides: Mapping[str, Any] | None = None) -> Params
     if overrides:
         where = "params.yaml with overrides"
         params = config.parse(yamlfile.parse(override(path.read_text(), overrides), where), where)
+    for combination in designs.check(params, where).values():
+        _check_machine(combination, where)
+    return params
+
+
+def _check_machine(params: Params, where: str) -> None:
+    """Raises `ConfigError` for what this machine cannot do."""
     for name in DEVICES:
         section = getattr(params, name)
         try:
@@ -69,24 +77,31 @@ def parameters(root: Path, overrides: Mapping[str, Any] | None = None) -> Params
         elif name == "latents":
             precision = resolve_precision(section.precision, device)
             resolve_backend(section.backend, device, precision, True, f"{where}: {name}", NEEDS)
-    return params
 
 
 def profile(root: Path, name: str) -> dict[str, Any]:
-    """The overrides of `profiles/<name>.yaml`, by dotted key, which fit the parameters of the workspace.
+    """The overrides of `profiles/<name>.yaml`, which fit the parameters of the workspace.
 
+    They are named by dotted key, or, where a section is to be of another kind, as `autoencoder` may be, by the whole section.
     Raises `ConfigError` where there is no such profile, or where it or what it makes of the parameters is wrong.
     """
     known = sorted(file.stem for file in (root / PROFILES).glob("*.yaml"))
     path = PROFILES / f"{name}.yaml"
     if name not in known:
         raise ConfigError(f"{path}: no such profile; accepted: {', '.join(known) or 'none: the folder is empty'}")
-    overrides = yamlfile.parse((root / path).read_text(), path)
-    if not isinstance(overrides, dict) or not all(isinstance(key, str) and "." in key for key in overrides):
-        raise ConfigError(f"{path}: accepted: dotted keys of params.yaml with their values, such as train.steps: 300")
+    overrides = yamlfile.read(root / path, path)
+    if not isinstance(overrides, dict) or not all(_is_override(key, value) for key, value in overrides.items()):
+        raise ConfigError(
+            f"{path}: expected dotted keys of params.yaml with their values, such as train.steps: 300, "
+            "or a section with its kind"
+        )
     text = (root / "params.yaml").read_text()
     config.parse(yamlfile.parse(override(text, overrides, str(path)), path), path)
     return overrides
+
+
+def _is_override(key: Any, value: Any) -> bool:
+    return isinstance(key, str) and ("." in key or (isinstance(value, dict) and "kind" in value))
 
 
 def override(text: str, overrides: Mapping[str, Any], where: str = "overrides") -> str:
@@ -148,6 +163,7 @@ def workspace(root: Path, overrides: Mapping[str, Any], name: str) -> Iterator[P
         _share_cache(root, path)
         parameters_file = path / "params.yaml"
         parameters_file.write_text(override(parameters_file.read_text(), overrides))
+        design.write(path, config.load(parameters_file))
         if (path / "dvc.lock").exists():
             dag.dvc(path, "checkout", "--quiet", "--allow-missing")
         yield path

@@ -9,10 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dit import checksums
+
 
 @contextmanager
-def complete_directory(path: str | Path) -> Iterator[Path]:
-    """A new directory that appears at `path` by one rename, complete, or not at all; what was there is moved away before."""
+def complete_directory(path: str | Path, sealed: bool = True) -> Iterator[Path]:
+    """A new directory that appears at `path` by one rename, complete, or not at all; what was there is moved away before.
+
+    If `sealed`, it gets the checksums of its files, unless its manifest holds them.
+    """
     path = Path(path)
     partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
     for left in (partial, old):
@@ -20,6 +25,8 @@ def complete_directory(path: str | Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        if sealed and not (partial / "manifest.json").exists():
+            checksums.seal(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -31,7 +38,12 @@ def complete_directory(path: str | Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON for people and for diffs: indented, in the given order, refusing NaN."""
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    path.write_text(json_text(value))
+
+
+def json_text(value: object) -> str:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def scratch(run_key: str) -> Path:

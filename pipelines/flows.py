@@ -29,15 +29,19 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 from pydantic import Field
 
+from dit import config
 from dit.errors import UserError
-from pipelines import dag, experiments, services, tracking
+from pipelines import dag, design, experiments, recovery, services, tracking
 from pipelines.device_pool import DevicePool, device_pool, environment
+from pipelines.plan import note_duration
 from pipelines.report.words import samples
 
 LOGGER = "study"
 """The child of Prefect's run loggers that holds what a person wants to read, less what Prefect says about itself."""
 RETRIES = 2
 RETRY_DELAY_SECONDS = 5
+MOST_SHOWN = 100
+"""Stages of a study of which each is a task even where it has nothing to do: a task costs Prefect some 20 ms."""
 
 
 def _is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -61,6 +65,7 @@ def run_stage(stage: str, up_to_date: bool, processes: dag.Processes, environmen
     begin = time.monotonic()
     try:
         outcome = processes.run(stage, log.info, environment)
+        recovery.keep_lock(processes.root)
     except (dag.StageError, dag.StoppedError) as error:
         again = isinstance(error, dag.StageError) and error.transient and runtime.task_run.run_count <= RETRIES
         log.error("%s%s", error, f"; it runs again in {RETRY_DELAY_SECONDS} s" if again else "")
@@ -69,6 +74,7 @@ def run_stage(stage: str, up_to_date: bool, processes: dag.Processes, environmen
         log.info("cached")
         return Completed(name="Cached", message="restored from DVC's cache")
     seconds = time.monotonic() - begin
+    note_duration(stage, seconds)
     log.info("done in %.1f s", seconds)
     return Completed(message=f"{seconds:.1f} s")
 
@@ -111,6 +117,7 @@ def study(
         overrides = {**(experiments.profile(root, profile) if profile else {}), **(overrides or {})}
         params = experiments.parameters(root, overrides)
         with _workspace(root, overrides) as (workspace, experiment):
+            design.write(workspace, config.load(workspace / "params.yaml"))
             stages = dag.select(dag.read(workspace), targets)
             return _run(workspace, stages, device_pool(params, workers), experiment)
     except UserError as error:
@@ -122,6 +129,7 @@ def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[P
     """Where the stages run, and the name of the DVC experiment, if it is one."""
     if not overrides:
         with _exclusively(root):
+            recovery.workspace(root, _log().warning)
             yield root, None
         return
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{runtime.flow_run.name}-{runtime.flow_run.id[-6:]}")
@@ -139,6 +147,7 @@ def _run(workspace: Path, stages: Mapping[str, dag.Stage], pool: DevicePool, exp
     if experiment:
         experiments.forget_stale(workspace)
     dag.order_lock(workspace)
+    recovery.keep_lock(workspace)
     mlflow = fill_mlflow(workspace, {"dvc_experiment": experiment} if experiment else {}, return_state=True)
     if not all(state.is_completed() for state in states.values()):
         return Failed(message=_failure(states))
@@ -169,10 +178,11 @@ def run_all(
     states: dict[str, State[Any]] = {}
     taken: dict[str, list[str]] = {}
     waiting: list[str] = []
+    order = {name: index for index, name in enumerate(stages)}
     finished: SimpleQueue[str] = SimpleQueue()
 
     def submit(name: str, up_to_date: bool) -> None:
-        above = [futures[upstream] for upstream in stages[name].upstream]
+        above = [futures[upstream] for upstream in stages[name].upstream if upstream in futures]
         named = run_stage.with_options(name=name.partition("@")[0])
         where = environment(taken.get(name, []))
         futures[name] = named.submit(name, up_to_date, processes, where, wait_for=above)  # type: ignore[call-overload]
@@ -184,15 +194,20 @@ def run_all(
             runs = all(states[upstream].is_completed() for upstream in stage.upstream)
             if runs and not stage.up_to_date and not unchanged(name):
                 waiting.append(name)
+            elif runs and len(stages) > MOST_SHOWN:
+                states[name] = Completed(name="Cached", message="up to date")
+                graph.done(name)
             else:
                 submit(name, up_to_date=True)
-        for name in sorted(waiting, key=list(stages).index):
+        for name in sorted(waiting, key=order.__getitem__):
             gpus = pool.acquire(name)
             if gpus is None:
                 break
             taken[name] = gpus
             waiting.remove(name)
             submit(name, up_to_date=False)
+        if not futures.keys() - states.keys():
+            continue
         name = finished.get()
         states[name] = _final_state(futures[name])
         graph.done(name)
@@ -221,8 +236,9 @@ def comparison(workspace: Path, report: Path, mlflow: str) -> str:
     table = [f"| strategy | {' | '.join(labels)} |", f"|---|{'---:|' * len(labels)}"]
     for name, strategy in summary["strategies"].items():
         table.append(f"| {name} | {' | '.join(_cell(strategy, metric) for metric in shown)} |")
+    setting = f" at {summary['study']['setting']}" if summary["study"]["setting"] else ""
     where = [
-        f"Means over seeds; distances from {samples(summary)}. Intervals and figures: `{report}`",
+        f"Means over seeds{setting}; distances from {samples(summary)}. Intervals and figures: `{report}`",
         "",
         mlflow.replace("\n", "  \n"),
     ]
@@ -230,10 +246,13 @@ def comparison(workspace: Path, report: Path, mlflow: str) -> str:
 
 
 def _cell(strategy: Mapping[str, Any], metric: str) -> str:
-    """A mean over seeds, and whether it is told apart from the baseline's."""
-    mean = strategy["mean"].get(metric)
-    verdict = strategy.get("difference", {}).get(metric, {}).get("verdict", "")
-    return "-" if mean is None else f"{mean:.4g}{f' ({verdict})' if verdict in ('better', 'worse') else ''}"
+    """A mean over seeds, and its verdict against the baseline: exploratory, unless the study declared it."""
+    mean, found = strategy["mean"].get(metric), strategy.get("difference", {}).get(metric, {})
+    if mean is None:
+        return "-"
+    if found.get("verdict") not in ("better", "worse"):
+        return f"{mean:.4g}"
+    return f"{mean:.4g} ({found['verdict']}{'' if found['declared'] else ', exploratory'}, n = {found['n']})"
 
 
 def _keep_report(report: Path, experiment: str) -> Path:

@@ -1,7 +1,8 @@
 """Runs a command that must not outlive its starter: `python guard.py SPARED GRACE COMMAND...`.
 
 The starter holds the other end of standard input. When that closes, because the starter wants so or was killed, the processes
-of the command are asked to end, and killed if they have not after `GRACE` seconds.
+of the command are asked to end, and killed if they have not after `GRACE` seconds. What a command leaves running when it fails
+or is killed ends in the same way, at once: else it would go on beside the next attempt.
 """
 
 from __future__ import annotations
@@ -57,14 +58,24 @@ def stop(process: subprocess.Popen[str]) -> None:
 def _end_with_starter(spared: int | None, grace: float, ending: threading.Event) -> None:
     os.read(sys.stdin.fileno(), 1)
     ending.set()
+    _end_others(spared, grace)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _end_others(spared: int | None, grace: float) -> None:
+    """Ask all other processes of the group but `spared` to end, and wait until all have, or `grace` seconds."""
     asked = {spared} if spared else set()
     deadline = time.monotonic() + grace
     while (others := _others()) and time.monotonic() < deadline:
         for pid in others - asked:
-            _ask_to_end(pid)
+            _signal(pid, signal.SIGTERM)
         asked |= others
         time.sleep(0.05)
-    os.killpg(0, signal.SIGKILL)
+
+
+def _kill_others() -> None:
+    for pid in _others():
+        _signal(pid, signal.SIGKILL)
 
 
 def _others() -> set[int]:
@@ -81,9 +92,9 @@ def _group(pid: int) -> int | None:
         return None
 
 
-def _ask_to_end(pid: int) -> None:
+def _signal(pid: int, number: signal.Signals) -> None:
     try:
-        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, number)
     except ProcessLookupError:
         return
 
@@ -98,6 +109,9 @@ def _main(spare: str, grace: str, *command: str) -> int:
         code = process.wait()
     if ending.is_set():
         ender.join()
+    elif code:
+        _end_others(None, GRACE_SECONDS)
+        _kill_others()
     return SIGNAL_BASE - code if code < 0 else code
 
 

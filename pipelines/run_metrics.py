@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from dit import design
 from dit.analysis.diagnostics import noise_scale
 from dit.analysis.series import DIAGNOSED, diagnosed, gradient_rms, group, mean_over_weights, noise_estimates
 from dit.analysis.wakeup import by_kind
+from dit.config import Params
+from pipelines import design as folders
 from pipelines.files import scratch
-from pipelines.records.analysis import ANALYSE, COORDINATES, GRADIENTS, StartRecord
+from pipelines.records.analysis import COORDINATES, GRADIENTS, StartRecord
 from pipelines.records.base import Timing
 from pipelines.records.evaluation import EVALUATE, EvaluateRecord
 from pipelines.records.training import DIAGNOSTICS, GRADIENT_NOISE, METRICS, TRAIN, VALIDATION, TrainRecord
@@ -26,49 +29,75 @@ Value = tuple[str, int, float]
 
 @dataclass(frozen=True)
 class Finished:
-    """One strategy and seed of the study whose evaluation is there and belongs to its training."""
+    """One run of the study that has been trained and, where the study samples it, evaluated."""
 
-    strategy: str
-    seed: int
+    planned: design.Run
     train: Path
-    evaluate: Path
     run: TrainRecord
-    evaluation: EvaluateRecord
+    evaluate: Path | None
+    evaluation: EvaluateRecord | None
     analysis: Path | None
     """What the analysis of its strategy left, where there is one."""
 
     @property
+    def strategy(self) -> str:
+        """The initialisation strategy."""
+        return self.planned.strategy
+
+    @property
+    def seed(self) -> int:
+        """The seed of weights and batches."""
+        return self.planned.seed
+
+    @property
     def name(self) -> str:
-        """`<strategy>-<seed>`."""
-        return f"{self.strategy}-{self.seed}"
+        """As its stages and folders are called."""
+        return self.planned.name
 
     @property
     def key(self) -> str:
         """The identity of the run in MLflow."""
-        return self.evaluation.run_key
+        return self.evaluation.run_key if self.evaluation else self.run.run_key
+
+    @property
+    def status(self) -> str:
+        """How it ended."""
+        return self.evaluation.status if self.evaluation else self.run.status
 
 
-def finished(root: Path, strategies: Sequence[str], seeds: Sequence[int]) -> Iterator[Finished]:
+def finished(root: Path, study: Params) -> Iterator[Finished]:
     """The runs of a study whose outputs are there, and belong together."""
-    for strategy in strategies:
-        for seed in seeds:
-            name = f"{strategy}-{seed}"
-            train, evaluate, analyse = root / TRAIN / name, root / EVALUATE / name, root / ANALYSE / strategy
-            if not ((train / TrainRecord.FILE).exists() and (evaluate / EvaluateRecord.FILE).exists()):
-                continue
-            run, evaluation = TrainRecord.read(train), EvaluateRecord.read(evaluate)
-            if evaluation.train_run_key == run.run_key:
-                analysed = analyse if (analyse / StartRecord.FILE).exists() else None
-                yield Finished(strategy, seed, train, evaluate, run, evaluation, analysed)
+    planned = design.design(study.study)
+    evaluations = {record.run: (path, record) for path, record in _evaluations(root)}
+    analyses = {run: root / folder for run, folder in folders.analyses(study, planned).items()}
+    for run in planned.runs:
+        train = root / TRAIN / run.name
+        if not (train / TrainRecord.FILE).exists():
+            continue
+        record = TrainRecord.read(train)
+        evaluate, evaluation = evaluations.get(run.name, (None, None))
+        if evaluation and evaluation.train_run_key != record.run_key:
+            evaluate, evaluation = None, None
+        if study.study.sample == "all" and not evaluation:
+            continue
+        analyse = analyses[run.name]
+        yield Finished(run, train, record, evaluate, evaluation, analyse if (analyse / StartRecord.FILE).exists() else None)
+
+
+def _evaluations(root: Path) -> Iterator[tuple[Path, EvaluateRecord]]:
+    for file in sorted((root / EVALUATE).glob(f"*/{EvaluateRecord.FILE}")):
+        yield file.parent, EvaluateRecord.read(file.parent)
 
 
 def params(run: Finished) -> dict[str, str]:
     """All settings, flat: `train.steps`, `evaluate.scheduler`. Rules of initialisation stay together, as JSON."""
-    settings = {**run.run.settings.model_dump(), **run.evaluation.settings}
+    settings = {**run.run.settings.model_dump(), **(run.evaluation.settings if run.evaluation else {})}
     rules = json.dumps(settings.pop("rules"))
     counted = {"parameters": run.run.parameters, "device": run.run.device}
-    flat = {"strategy": run.strategy, "seed": run.seed, "rules": rules, **counted, **_flat(settings)}
-    return {key: str(value) for key, value in flat.items()}
+    about = {"strategy": run.strategy, "seed": run.seed, "setting": run.planned.setting.name, "rules": rules}
+    flat = {**about, **counted, **_flat(settings)}
+    levels = {key: value for key, value in _flat(run.planned.setting.levels).items() if key not in flat}
+    return {key: str(value) for key, value in {**flat, **levels}.items() if value != ""}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -87,7 +116,8 @@ def values(run: Finished, timing: Timing | None) -> Iterator[Value]:
     yield from _finite(_validation(run.train))
     yield from _finite(_diagnostics(run.train))
     yield from _finite(_noise(run.train))
-    yield from _finite((f"evaluation/{name}", 0, value) for name, value in run.evaluation.metrics.items())
+    if run.evaluation:
+        yield from _finite((f"evaluation/{name}", 0, value) for name, value in run.evaluation.metrics.items())
     if timing:
         yield from _finite([("time/seconds", 0, timing.seconds), ("time/images_per_second", 0, timing.images_per_second)])
 

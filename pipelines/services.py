@@ -13,10 +13,9 @@ import secrets
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -26,14 +25,15 @@ from urllib.request import Request, urlopen
 import psutil
 
 from dit.errors import UserError
-from pipelines import gate, guard
+from pipelines import databases, gate, guard
 from pipelines.gate import HOST
+from pipelines.known_services import SERVICES, Service, private_folder, running, say, write_private
 from pipelines.redaction import redacted, shown
 
 PREFECT_PORT = 4200
 MLFLOW_PORT = 5000
-SERVICES = Path(".scratch/services")
 PREFECT_HOME = Path(".scratch/prefect")
+DATABASE = PREFECT_HOME / "prefect.db"
 POOL = "local"
 JOB_TEMPLATE = {
     "job_configuration": {"stream_output": True},
@@ -42,39 +42,6 @@ JOB_TEMPLATE = {
 """What a run through the worker may choose about its process: nothing, so neither its command nor environment nor folder."""
 START_SECONDS = 90.0
 STOP_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class Service:
-    """A process in the background, as its file in `SERVICES` describes it."""
-
-    name: str
-    pid: int
-    created: float
-    url: str
-    password: str = field(default="", repr=False)
-
-    @property
-    def pages(self) -> str:
-        """Where a browser opens it."""
-        if self.name != "mlflow":
-            return self.url
-        return self.url.replace(HOST, gate.pages_host(self.password))
-
-    @property
-    def process(self) -> psutil.Process | None:
-        """The process, if it still runs; another that was given its id does not count."""
-        try:
-            process = psutil.Process(self.pid)
-            return process if process.create_time() == self.created and process.status() != psutil.STATUS_ZOMBIE else None
-        except psutil.NoSuchProcess:
-            return None
-
-
-def running() -> dict[str, Service]:
-    """The services of this folder that run, by name."""
-    found = [Service(**json.loads(file.read_text())) for file in sorted(SERVICES.glob("*.json"))]
-    return {service.name: service for service in found if service.process}
 
 
 def up(prefect_port: int, mlflow_port: int, tracking_uri: str, tell: Callable[[str], None]) -> None:
@@ -106,6 +73,7 @@ def up(prefect_port: int, mlflow_port: int, tracking_uri: str, tell: Callable[[s
 def _start_prefect(port: int) -> Service:
     service = Service("prefect", 0, 0, f"http://{HOST}:{port}", _password())
     environment = _server_environment(f"{service.url}/api", service.password)
+    databases.mend(DATABASE, say)
     return _ensure(service, _prefect_command(port), environment, lambda: _answers(service, "/api/health"))
 
 
@@ -158,7 +126,14 @@ class PrefectServer:
         """Wait until it answers. Raises `UserError` where it does not, or where another program has taken its port."""
         server = Service("prefect", 0, 0, self.environment["PREFECT_API_URL"], self.environment["PREFECT_API_AUTH_STRING"])
         mine = self.process
-        if not _wait(lambda: (mine is None or _listens(mine.pid, server.url)) and _answers(server, "/health")):
+
+        def ended() -> bool:
+            return mine is not None and mine.poll() is not None
+
+        def ready() -> bool:
+            return (mine is None or _listens(mine.pid, server.url)) and _answers(server, "/health")
+
+        if not _wait(lambda: ended() or ready()) or ended():
             advice = f"see {SERVICES}/*.log, or PREFECT_API_URL if you set it"
             raise UserError(f"Prefect's API at {shown(server.url)} does not answer; {advice}")
 
@@ -177,6 +152,7 @@ def prefect_server(environment: Mapping[str, str]) -> PrefectServer:
     port = _free_port()
     url, password = f"http://{HOST}:{port}/api", _password()
     settings = {**_server_environment(url, password), "PREFECT_UI_ENABLED": "0"}
+    databases.mend(DATABASE, say)
     with _log_file("prefect-temporary").open("w") as log:
         process = guard.start(_prefect_command(port), Path.cwd(), settings, log)
     atexit.register(guard.stop, process)
@@ -185,7 +161,7 @@ def prefect_server(environment: Mapping[str, str]) -> PrefectServer:
 
 def prefect_environment(api_url: str, password: str) -> dict[str, str]:
     """The environment in which Prefect keeps to this folder and talks to the server at `api_url`."""
-    _private_folder(PREFECT_HOME)
+    private_folder(PREFECT_HOME)
     address = urlsplit(api_url)
     kept = {"PREFECT_HOME": str(PREFECT_HOME.resolve()), **os.environ}
     own = {
@@ -220,23 +196,8 @@ def _sign_in_page(service: Service) -> str:
     return f"{service.pages}{gate.SIGN_IN}#{_fetch(service, gate.SIGN_IN, b'')}"
 
 
-def _private_folder(path: Path) -> Path:
-    """A folder that only its owner may enter."""
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.chmod(0o700)
-    return path
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner may read, from the start and at once."""
-    descriptor, name = tempfile.mkstemp(dir=_private_folder(path.parent), prefix=f".{path.name}.")
-    with open(descriptor, "w") as file:
-        file.write(text)
-    Path(name).replace(path)
-
-
 def _log_file(name: str) -> Path:
-    return _private_folder(SERVICES) / f"{name}.log"
+    return private_folder(SERVICES) / f"{name}.log"
 
 
 def _ensure(service: Service, command: list[str], environment: Mapping[str, str], ready: Callable[[], bool]) -> Service:
@@ -255,7 +216,7 @@ def _ensure(service: Service, command: list[str], environment: Mapping[str, str]
             start_new_session=True,
         )
     service = replace(service, pid=process.pid, created=psutil.Process(process.pid).create_time())
-    _write_private(SERVICES / f"{name}.json", json.dumps(asdict(service)))
+    write_private(SERVICES / f"{name}.json", json.dumps(asdict(service)))
 
     def started() -> bool:
         return (not service.url or _listens(service.pid, service.url)) and ready()
@@ -293,7 +254,7 @@ def _quietly(act: Callable[[], None]) -> None:
 def _write_profile(environment: Mapping[str, str]) -> None:
     """So that `prefect` in this folder talks to the server of `up`."""
     settings = "".join(f'{name} = "{environment[name]}"\n' for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"))
-    _write_private(PREFECT_HOME / "profiles.toml", f'active = "local"\n\n[profiles.local]\n{settings}')
+    write_private(PREFECT_HOME / "profiles.toml", f'active = "local"\n\n[profiles.local]\n{settings}')
 
 
 def _prefect(environment: Mapping[str, str], *arguments: str) -> None:
@@ -306,7 +267,7 @@ def _prefect(environment: Mapping[str, str], *arguments: str) -> None:
 def _deploy(environment: Mapping[str, str]) -> None:
     """Make the work pool, or bring it up to date, and the deployments of `prefect.yaml`."""
     template = PREFECT_HOME / "work-pool.json"
-    _write_private(template, json.dumps(JOB_TEMPLATE))
+    write_private(template, json.dumps(JOB_TEMPLATE))
     pool = ["work-pool", "create", POOL, "--type", "process", "--base-job-template", str(template), "--overwrite"]
     _prefect(environment, *pool)
     _prefect(environment, "--no-prompt", "deploy", "--all")

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
+from studies import Read
 
 from dit import config, models
+from dit.data.images import ImageStore, load_images, write_images
 from dit.data.latents import LatentStore
 from dit.data.store import StoreWriter
 from dit.models.dit.network import DiT
+from dit.sections import ImagesParams
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,6 +68,19 @@ def latents_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unit = {"shift": [0.0] * 4, "scale": [1.0] * 4}
     writer.close(class_names=["a", "b", "c"], num_classes=3, flip=True, normalize=unit)
     return directory
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Read:
+    """Reads a source, given as in params.yaml, into a fresh store."""
+
+    def run(source: dict[str, Any], name: str = "store", **settings: Any) -> ImageStore:
+        values = {"size": 16, "channels": 3, "seed": 0, "workers": 0, "max_rejected": 0.0, **settings}
+        images = TypeAdapter(ImagesParams).validate_python({**values, "source": source})
+        write_images(images, tmp_path / name)
+        return load_images(tmp_path / name)
+
+    return run
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The code that a stage runs, from what `imports/sitecustomize.py` recorded, and the code that `dvc.yaml` declares for it."""
+"""The code that a stage runs, as `imports/sitecustomize.py` recorded it, and the code that `pipelines/code.yaml` declares."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from collections import defaultdict
 from pathlib import Path
 
 from dit import yamlfile
+from pipelines import design
 
 STAGES = "pipelines.stages."
 WITHOUT_VALUES = {
-    *("dit.config", "dit.sections", "dit.sections.optim", "dit.sections.types", "dit.yamlfile"),
-    *("dit.errors", "dit.terminal", "dit.progress"),
-    *("pipelines.files", "pipelines.stages.entry", "pipelines.stages.launch"),
+    *("dit.config", "dit.design", "dit.sections", "dit.sections.data", "dit.sections.optim", "dit.sections.types"),
+    "dit.yamlfile",
+    *("dit.errors", "dit.terminal", "dit.progress", "dit.checksums"),
+    "dit.csvfile",
+    *("pipelines.design", "pipelines.files", "pipelines.stages.entry", "pipelines.stages.launch"),
 }
-"""Modules that are no dependencies, as the head of `dvc.yaml` says; nor is what a stage imports through them alone."""
+"""Modules that are no dependencies, as `pipelines/code.yaml` says; nor is what a stage imports through them alone."""
 
 
 def imported(recorded: Path, root: Path) -> dict[str, set[str]]:
@@ -55,7 +58,5 @@ def _has_values(path: Path) -> bool:
 
 
 def declared(root: Path) -> dict[str, set[str]]:
-    """By stage, the Python files and folders that `dvc.yaml` declares."""
-    stages = yamlfile.read(root / "dvc.yaml")["stages"]
-    code = {name: {dep for dep in stage["deps"] if dep.startswith(("dit/", "pipelines/"))} for name, stage in stages.items()}
-    return {name: {dep for dep in deps if not dep.endswith(".yaml")} for name, deps in code.items()}
+    """By stage, the Python files and folders that are declared as its code."""
+    return {stage: set(paths) for stage, paths in yamlfile.read(root / design.CODE).items()}

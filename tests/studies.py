@@ -6,9 +6,17 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from dit.config import Params
+from dit.data.images import ImageStore
+from pipelines import design
+from pipelines.stages.entry import Stage
+
 ROOT = Path(__file__).parents[1]
+Read = Callable[..., ImageStore]
+"""What fixture `read` gives."""
 MICRO = {
     "study.strategies": ["adaln_zero", "symmetric"],
     "study.seeds": [0, 1],
@@ -59,6 +67,12 @@ def environment(root: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW", "DVC", "DIT"))}
     own = {"PYTHONPATH": str(root if (root / "pipelines").exists() else ROOT), "DVC_SITE_CACHE_DIR": str(root.parent / "site")}
     return {**kept, **own, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+
+
+def run_stage(stage: Stage, params: Params, key: str = design.ALL) -> None:
+    """Run one stage of the study in this process, in the working directory."""
+    item = design.item_named(params, stage.__name__, key)
+    stage(params.with_values(item.setting.levels), item)
 
 
 def git(root: Path, *arguments: str) -> str:

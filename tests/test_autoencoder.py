@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from dit import autoencoder as module_under_test
 from dit.autoencoder import (
     MAX_PSNR,
     Encoder,
+    Pixels,
     build,
     decode,
     load_autoencoder,
     load_pretrained,
+    make_autoencoder,
     peak_signal,
     reconstruct,
     reconstruction_quality,
@@ -29,9 +30,11 @@ from dit.autoencoder import (
     to_pixels,
     to_tensor,
     train,
+    training,
 )
+from dit.autoencoder.published import normalization
 from dit.errors import ConfigError, DataError
-from dit.sections import PretrainedAutoencoder, TrainedAutoencoder
+from dit.sections import IdentityAutoencoder, PretrainedAutoencoder, TrainedAutoencoder
 
 SIZE = 16
 
@@ -92,9 +95,9 @@ class KilledError(Exception):
 def test_killed_training_resumes_and_ends_bit_identical(
     images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module_under_test, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 2)
     whole = train(settings(steps=6), images, tmp_path / "whole").state_dict()
-    loss, losses = module_under_test._loss, iter(range(5))
+    loss, losses = training._loss, iter(range(5))
 
     def loss_until_killed(*arguments: Any) -> torch.Tensor:
         if next(losses, None) is None:
@@ -102,7 +105,7 @@ def test_killed_training_resumes_and_ends_bit_identical(
         return loss(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module_under_test, "_loss", loss_until_killed)
+        patch.setattr(training, "_loss", loss_until_killed)
         with pytest.raises(KilledError):
             train(settings(steps=6), images, tmp_path / "killed")
     resumed = train(settings(steps=6), images, tmp_path / "killed").state_dict()
@@ -111,7 +114,7 @@ def test_killed_training_resumes_and_ends_bit_identical(
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_names_the_parameter(images: np.ndarray, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"loss is (nan|inf) at step \d+; accepted: autoencoder\.learning_rate below"):
+    with pytest.raises(ConfigError, match=r"loss is (nan|inf) at step \d+: .* try autoencoder\.learning_rate below"):
         train(settings(learning_rate=1e30), images, tmp_path)
 
 
@@ -186,7 +189,7 @@ def test_the_autoencoder_of_a_pipeline_is_found_in_its_subfolder(published: Path
 
 @pytest.mark.parametrize(("key", "stated", "actual"), [("latent_channels", 16, 4), ("downsample", 8, 2)])
 def test_a_pretrained_autoencoder_of_another_shape_is_refused(published: Path, key: str, stated: int, actual: int) -> None:
-    with pytest.raises(ConfigError, match=rf"autoencoder\.{key} = {stated}, but .* has {actual}; accepted: {actual}"):
+    with pytest.raises(ConfigError, match=rf"autoencoder\.{key} = {stated}, but .* has {actual}: expected {actual}"):
         load_pretrained(pretrained(published, **{key: stated}))
 
 
@@ -205,7 +208,7 @@ def test_what_is_no_autoencoder_is_refused(published: Path, tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"encoder\.conv_in\.bias"):
         load_pretrained(pretrained(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderDC"}))
-    with pytest.raises(ConfigError, match="class AutoencoderDC; accepted: AutoencoderKL"):
+    with pytest.raises(ConfigError, match="class AutoencoderDC: expected AutoencoderKL or AutoencoderTiny"):
         load_pretrained(pretrained(tmp_path))
     with pytest.raises(DataError, match=r"config\.json not found"):
         load_autoencoder(tmp_path, "cpu")
@@ -216,3 +219,123 @@ def test_a_hub_that_does_not_answer_is_a_fault_that_a_retry_may_cure(monkeypatch
     with pytest.raises(ConnectionError, match=r"autoencoder\.path = 'stabilityai/none-such' is no directory") as caught:
         load_pretrained(pretrained("stabilityai/none-such"))
     assert not isinstance(caught.value, LocalEntryNotFoundError)
+
+
+# --- AutoencoderTiny, grey images, pixel space
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with an `AutoencoderTiny` of the layout of TAESD, narrower."""
+    directory = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    widths = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    AutoencoderTiny(**widths, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(directory)
+    return directory
+
+
+def test_the_tiny_autoencoder_gives_latents_without_spread(images: np.ndarray, tiny: Path, tmp_path: Path) -> None:
+    """huggingface/diffusers#4676: it takes images in -1..1 like the others; madebyollin/taesd#3: its factor is 1."""
+    autoencoder = load_pretrained(pretrained(tiny))
+    mean, std = Encoder(autoencoder)(images[:3])
+    assert torch.equal(mean, autoencoder.encode(to_tensor(images[:3])).latents)
+    assert torch.equal(std, torch.zeros_like(mean))
+    assert normalization(autoencoder.config) == {
+        "shift": [0.0] * 4,
+        "scale": [1.0] * 4,
+        "factor": 1.0,
+        "source": "scaling_factor 1 of the autoencoder's config.json",
+    }
+    expected = reconstruct(autoencoder, images[:3])
+    save(autoencoder, tmp_path)
+    np.testing.assert_array_equal(reconstruct(load_autoencoder(tmp_path, "cpu"), images[:3]), expected)
+    with pytest.raises(ConfigError, match=r"autoencoder\.downsample = 8, but .* has 2: expected 2"):
+        load_pretrained(pretrained(tiny, downsample=8))
+
+
+def test_grey_images_have_an_autoencoder_of_one_channel(images: np.ndarray, published: Path, tmp_path: Path) -> None:
+    grey = images[..., :1]
+    trained = train(settings(steps=2), grey, tmp_path)
+    assert reconstruct(trained, grey[:4]).shape == (4, SIZE, SIZE, 1)
+    assert reconstruction_quality(trained, grey)["num_images"] == len(grey)
+    assert side_by_side(trained, grey).mode == "L"
+    trained.save_pretrained(tmp_path / "grey")
+    assert load_pretrained(pretrained(tmp_path / "grey"), image_channels=1).config.in_channels == 1
+    with pytest.raises(ConfigError, match=r"has in_channels = 3, but images\.channels = 1: expected the same"):
+        load_pretrained(pretrained(published), image_channels=1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_in_pixel_space_latents_are_the_pixels_and_come_back_exactly(images: np.ndarray, tmp_path: Path, channels: int) -> None:
+    """As Li & He (2025) train: no autoencoder, pixels in -1..1."""
+    values = {"kind": "identity", "latent_channels": channels, "downsample": 1, "threads": 1, "device": "cpu"}
+    pixels = images[..., :channels]
+    save(make_autoencoder(IdentityAutoencoder.model_validate(values), pixels, tmp_path), tmp_path)
+    autoencoder = load_autoencoder(tmp_path, "cpu")
+    assert isinstance(autoencoder, Pixels)
+    mean, std = Encoder(autoencoder)(pixels)
+    assert torch.equal(mean, to_tensor(pixels))
+    assert not std.any()
+    assert Encoder(autoencoder).published is None
+    np.testing.assert_array_equal(decode(autoencoder, mean), pixels)
+    quality = reconstruction_quality(autoencoder, pixels)
+    assert (quality["psnr"], quality["ssim"]) == (pytest.approx(MAX_PSNR), pytest.approx(1))
+
+
+# --- published normalisations
+
+
+@pytest.mark.parametrize(
+    ("stated", "shift", "scale"),
+    [
+        ({"scaling_factor": 0.13025}, 0, 0.13025),
+        ({"scaling_factor": 1.5305, "shift_factor": 0.0609}, 0.0609, 1.5305),
+        (
+            {
+                "scaling_factor": 0.5,
+                "latents_mean": [-1.6574, 1.886, -1.383, 2.5155],
+                "latents_std": [8.4927, 5.9022, 6.5498, 5.2299],
+            },
+            [-1.6574, 1.886, -1.383, 2.5155],
+            [0.5 / std for std in (8.4927, 5.9022, 6.5498, 5.2299)],
+        ),
+    ],
+)
+def test_a_published_normalisation_is_that_of_the_pipelines_of_diffusers(
+    published: Path, tmp_path: Path, stated: dict[str, Any], shift: Any, scale: Any
+) -> None:
+    """bghira/SimpleTuner#500 (SD3's shift left out) and huggingface/diffusers#7111 (Playground v2.5: mean and std)."""
+    config = json.loads((published / "config.json").read_text()) | stated
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "diffusion_pytorch_model.safetensors").symlink_to(published / "diffusion_pytorch_model.safetensors")
+    save(load_pretrained(pretrained(tmp_path)), tmp_path / "out")
+    found = Encoder(load_autoencoder(tmp_path / "out", "cpu")).published
+    assert found is not None
+    np.testing.assert_allclose(found["shift"], np.broadcast_to(shift, 4))
+    np.testing.assert_allclose(found["scale"], np.broadcast_to(scale, 4))
+    assert all(key in found["source"] for key in stated)
+
+
+def test_a_config_without_a_factor_has_that_of_diffusers_and_ours_has_none(published: Path, tmp_path: Path) -> None:
+    """The config.json of stabilityai/sd-vae-ft-ema states none; its class gives 0.18215."""
+    config = json.loads((published / "config.json").read_text())
+    del config["scaling_factor"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "diffusion_pytorch_model.safetensors").symlink_to(published / "diffusion_pytorch_model.safetensors")
+    published_elsewhere = Encoder(load_pretrained(pretrained(tmp_path))).published
+    assert published_elsewhere is not None
+    assert published_elsewhere["scale"] == [0.18215] * 4
+    assert Encoder(build(settings(), SIZE)).published is None
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"latents_mean": [0.0] * 4},
+        {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16},
+        {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, "shift_factor": 0.1},
+    ],
+)
+def test_a_normalisation_that_no_pipeline_computes_is_refused(stated: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"states scaling_factor 1, .*: expected scaling_factor with shift_factor, or"):
+        normalization({"latent_channels": 4, "scaling_factor": 1.0, **stated})

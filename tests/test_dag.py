@@ -183,6 +183,26 @@ def test_leaving_ends_what_runs_and_dvc_stays_whole(project: Path) -> None:
     assert [name for name, stage in dag.read(project).items() if stage.up_to_date] == ["data"]
 
 
+def test_a_dvc_that_is_killed_is_noticed_at_once_and_leaves_nothing_beside_the_next_try(project: Path) -> None:
+    (project / "train.sh").write_text("echo $$ > ../pid; test -e ../again || sleep 60; echo $1 > out/$1\n")
+    pid = project.parent / "pid"
+    with ThreadPoolExecutor() as pool, dag.Processes(project, {}) as processes:
+        processes.run("data", print)
+        running = pool.submit(processes.run, "train@a", print)
+        wait_until(lambda: pid.exists() and bool(pid.read_text()))
+        stage = psutil.Process(int(pid.read_text()))
+        killed = time.monotonic()
+        next(process for process in stage.parents() if "atomic_dvc" in " ".join(process.cmdline())).kill()
+        with pytest.raises(dag.StageError, match="killed by SIGKILL") as failure:
+            running.result()
+        assert time.monotonic() - killed < 10
+        assert failure.value.transient
+        assert not stage.is_running()
+        (project.parent / "again").touch()
+        assert processes.run("train@a", print) is dag.Outcome.RAN
+        assert (project / "out" / "a").read_text() == "a\n"
+
+
 def test_nothing_outlives_a_starter_that_is_killed(tmp_path: Path) -> None:
     program = "import os, sys, time; from pathlib import Path; from pipelines import guard\n"
     program += "guard.start(['sh', '-c', 'echo $$ > pid; sleep 60'], Path.cwd(), os.environ); time.sleep(60)"
@@ -311,8 +331,8 @@ def test_every_profile_gives_valid_parameters_and_another_name_is_one_clear_erro
     ("text", "message"),
     [
         ("study.seeds: [", r"profiles/mine\.yaml: not valid YAML"),
-        ("5: 3", r"profiles/mine\.yaml: accepted: dotted keys of params\.yaml"),
-        ("train: {steps: 3}", r"profiles/mine\.yaml: accepted: dotted keys of params\.yaml"),
+        ("5: 3", r"profiles/mine\.yaml: expected dotted keys of params\.yaml"),
+        ("train: {steps: 3}", r"profiles/mine\.yaml: expected dotted keys of params\.yaml"),
         ("train.stepz: 3", r"profiles/mine\.yaml: train\.stepz is not a known key"),
         ("trian.steps: 3", r"profiles/mine\.yaml: trian\.steps is not a known key"),
         ("train.processes: 3", r"profiles/mine\.yaml: train: batch_size = 64; accepted: a multiple of processes = 3"),

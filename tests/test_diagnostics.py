@@ -20,7 +20,7 @@ from dit.diffusion import Diffusion
 from dit.models.dit.network import DiT
 from dit.training.engines import plain_forward
 from dit.training.loop import Trainer
-from pipelines.records.training import DIAGNOSTICS, GRADIENT_NOISE, write_tables
+from pipelines.records.training import DIAGNOSTICS, GRADIENT_NOISE
 
 Build = Callable[..., Trainer]
 FINITE = st.floats(-10, 10)
@@ -69,7 +69,7 @@ def test_a_diagnosed_run_ends_bit_identical_to_one_that_is_not(
 def test_the_files_hold_what_was_measured_where_it_applies(trainer: Build, tmp_path: Path) -> None:
     run = trainer()
     run.run("run")
-    write_tables(tmp_path, run.records)
+    run.records.write(tmp_path)
     rows = DIAGNOSTICS.read(tmp_path)
     filled = {name: set(rows.loc[rows[name].notna(), "role"]) for name in rows.columns}
     blocks = [f"block[{index}]" for index in range(2)]

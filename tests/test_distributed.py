@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from dit.errors import ConfigError
 from dit.models import build
 from dit.sampling import sample
 from dit.training.loop import Trainer
+from pipelines import design
 from pipelines.experiments import override
-from pipelines.stages import strategies
+from pipelines.files import write_json
 
 ROOT = Path(__file__).parents[1]
 STEPS = 24
@@ -55,9 +57,6 @@ def workspace(tmp_path: Path, latents_directory: Path) -> Path:
 
 def furnished(folder: Path, latents_directory: Path) -> Path:
     shutil.copytree(latents_directory, folder / "data" / "latents")
-    shutil.copy(ROOT / "dvc.yaml", folder)
-    (folder / "runs" / "strategies").mkdir(parents=True)
-    strategies.write(init.named("adaln_zero"), folder / "runs" / "strategies", "adaln_zero")
     return folder
 
 
@@ -75,11 +74,21 @@ def train(
     """Start stage `train` on so many processes."""
     given = {**SMALL, "train.processes": processes, "train.parallel": parallel, **(changes or {})}
     (workspace / "params.yaml").write_text(override((ROOT / "params.yaml").read_text(), given))
-    command = [sys.executable, "-m", "pipelines.stages.train", "adaln_zero", "0"]
+    write_identity(workspace)
+    command = [sys.executable, "-m", "pipelines.stages.train", "adaln_zero-0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(
         command, cwd=workspace, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+
+
+def write_identity(workspace: Path) -> None:
+    """What stage `design` writes for the run, where the parameters are right."""
+    with suppress(ConfigError):
+        params = config.load(workspace / "params.yaml")
+        item = design.item_named(params, "train", "adaln_zero-0")
+        (workspace / item.identity_file).parent.mkdir(parents=True, exist_ok=True)
+        write_json(workspace / item.identity_file, design.identity(params, item))
 
 
 def refused(process: subprocess.Popen[str]) -> str:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage.transform import resize
+from studies import run_stage
 
 from dit import autoencoder, config, init, models, sections, yamlfile
 from dit.data.store import StoreWriter
@@ -76,8 +77,15 @@ def test_features_do_not_depend_on_the_batch_size(params: config.Params) -> None
     torch.testing.assert_close(whole, parts, atol=1e-4, rtol=1e-4)
 
 
-def test_only_8_bit_colour_images_have_features(extractor: FeatureExtractor) -> None:
-    with pytest.raises(DataError, match=r"float32 \(2, 8, 8, 3\) .* accepted: uint8"):
+def test_grey_images_have_the_features_of_colour_images_of_equal_channels(params: config.Params) -> None:
+    """mseitzer/pytorch-fid#12 and lucidrains/denoising-diffusion-pytorch#188: networks that want three channels."""
+    small = load_extractor(params.features.model_copy(update={"size": 64}), CPU)
+    grey = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 1), dtype=np.uint8)
+    assert torch.equal(small(grey), small(grey.repeat(3, axis=3)))
+
+
+def test_only_8_bit_images_have_features(extractor: FeatureExtractor) -> None:
+    with pytest.raises(DataError, match=r"float32 \(2, 8, 8, 3\) .*: expected uint8"):
         extractor(np.zeros((2, 8, 8, 3), np.float32))
 
 
@@ -170,6 +178,7 @@ def test_grid_has_a_column_for_each_class() -> None:
     grid = np.asarray(image_grid(images, rows, columns, num_classes=3))
     assert grid.shape == (2 * 2, 3 * 5, 3)
     assert grid[::2, ::5, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    np.testing.assert_array_equal(np.asarray(image_grid(images[..., :1], rows, columns, num_classes=3)), grid[..., 0])
 
 
 @pytest.fixture
@@ -184,7 +193,6 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Params:
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DIT_SCRATCH", raising=False)
-    shutil.copy(ROOT / "dvc.yaml", tmp_path)
     draws = np.random.default_rng(0)
     images, labels = draws.integers(0, 256, (12, 16, 16, 3), dtype=np.uint8), np.arange(12) % 3
     kinds = {"images": (np.uint8, (16, 16, 3)), "labels": (np.int64, ())}
@@ -233,14 +241,14 @@ def outputs(directory: str) -> dict[str, bytes]:
 
 
 def test_stages_measure_a_finished_run_bit_identically(workspace: config.Params) -> None:
-    features(workspace)
+    run_stage(features, workspace)
     assert json.loads(Path("data/features/features.json").read_text()) == {
         "extractor": "efficientnet_lite0",
         "size": 32,
         "dimension": 1280,
         "count": 12,
     }
-    evaluate(workspace, "head_xavier", 0)
+    run_stage(evaluate, workspace, "head_xavier-0")
     first = outputs("runs/evaluate/head_xavier-0")
     result = json.loads(first["metrics.json"])
     assert result["status"] == "finished"
@@ -254,7 +262,7 @@ def test_stages_measure_a_finished_run_bit_identically(workspace: config.Params)
         assert grid.size == (3 * 16, 3 * 16)
     timing = json.loads(Path(".scratch", result["run_key"], "timing.json").read_text())
     assert timing["images_per_second"] > 0
-    evaluate(workspace, "head_xavier", 0)
+    run_stage(evaluate, workspace, "head_xavier-0")
     assert outputs("runs/evaluate/head_xavier-0") == first
 
 
@@ -264,8 +272,8 @@ def test_stages_measure_a_finished_run_bit_identically(workspace: config.Params)
 def test_a_run_that_did_not_finish_is_a_result_without_figures(
     workspace: config.Params, capsys: pytest.CaptureFixture[str], seed: int, status: str, said: str
 ) -> None:
-    features(workspace)
-    evaluate(workspace, "head_xavier", seed)
+    run_stage(features, workspace)
+    run_stage(evaluate, workspace, f"head_xavier-{seed}")
     found = outputs(f"runs/evaluate/head_xavier-{seed}")
     assert list(found) == ["metrics.json"]
     result = json.loads(found["metrics.json"])
@@ -275,12 +283,12 @@ def test_a_run_that_did_not_finish_is_a_result_without_figures(
 
 
 def test_samples_that_overflow_are_a_result_too(workspace: config.Params, capsys: pytest.CaptureFixture[str]) -> None:
-    features(workspace)
+    run_stage(features, workspace)
     path = Path("runs/train/head_xavier-0/ema.safetensors")
     weights = load_file(path)
     weights["final_layer.linear.bias"] = torch.full_like(weights["final_layer.linear.bias"], torch.inf)
     save_file(weights, path)
-    evaluate(workspace, "head_xavier", 0)
+    run_stage(evaluate, workspace, "head_xavier-0")
     result = json.loads(outputs("runs/evaluate/head_xavier-0")["metrics.json"])
     assert result["status"] == "diverged"
     assert result["metrics"] | {"validation_mse": None} == dict.fromkeys(result["metrics"])
@@ -290,7 +298,7 @@ def test_samples_that_overflow_are_a_result_too(workspace: config.Params, capsys
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (lambda: None, ConfigError, "unknown strategy 'nonsense'; expected one of adaln_zero, "),
+        (lambda: None, ConfigError, "the study has no stage 'evaluate@nonsense-0'; expected one such as adaln_zero-0"),
         (
             lambda: shutil.rmtree("runs/train/head_xavier-0"),
             InputError,
@@ -307,18 +315,18 @@ def test_samples_that_overflow_are_a_result_too(workspace: config.Params, capsys
 def test_missing_and_foreign_inputs_are_named(
     workspace: config.Params, damage: Callable[[], None], error: type[Exception], message: str
 ) -> None:
-    features(workspace)
+    run_stage(features, workspace)
     damage()
     with pytest.raises(error, match=message):
-        evaluate(workspace, "nonsense" if error is ConfigError else "head_xavier", 0)
+        run_stage(evaluate, workspace, "nonsense-0" if error is ConfigError else "head_xavier-0")
     assert not Path("runs/evaluate").exists()
 
 
 def test_features_of_another_extractor_and_runs_of_another_diffusion_are_refused(workspace: config.Params) -> None:
-    features(workspace)
+    run_stage(features, workspace)
     resized = workspace.model_copy(update={"features": workspace.features.model_copy(update={"size": 64})})
     with pytest.raises(DataError, match=r"data/features was made with features.size = 32, not 64"):
-        evaluate(resized, "head_xavier", 0)
+        run_stage(evaluate, resized, "head_xavier-0")
     diffusion = workspace.diffusion.model_copy(update={"beta_end": 0.03})
     with pytest.raises(DataError, match=r"not the diffusion of params.yaml"):
-        evaluate(workspace.model_copy(update={"diffusion": diffusion}), "head_xavier", 0)
+        run_stage(evaluate, workspace.model_copy(update={"diffusion": diffusion}), "head_xavier-0")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from conftest import ROOT
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file
 from scipy.stats import ks_2samp
-from test_flows import MICRO
+from studies import MICRO, run_stage
 from typer.testing import CliRunner
 
 from dit import config, init, models, yamlfile
@@ -35,7 +34,6 @@ from pipelines.stages.evaluate import evaluate
 from pipelines.stages.features import features
 from pipelines.stages.images import images
 from pipelines.stages.latents import latents
-from pipelines.stages.strategies import strategies
 from pipelines.stages.train import train
 
 SIZES: dict[str, Any] = {"latent_size": 8, "latent_channels": 4, "num_classes": 3, "learn_sigma": True}
@@ -70,12 +68,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the module of docs/extending.md, and the images, autoencoder, latents and features of a micro study."""
     folder = tmp_path_factory.mktemp("external")
     (folder / "conv_mixer.py").write_text(code("python", '"""A small class-conditional ConvMixer'))
-    shutil.copy(ROOT / "dvc.yaml", folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         params = study(strategies={}, study=STUDY | {"baseline": "constructor", "strategies": ["constructor"]})
         for stage in (images, autoencoder, latents, features):
-            stage(params)
+            run_stage(stage, params)
         yield folder
     sys.modules.pop("conv_mixer", None)
 
@@ -121,17 +118,16 @@ def test_a_study_of_somebody_elses_network_ends_with_a_report_and_runs_for_mlflo
     prepared: Path, make: Callable[[], Params]
 ) -> None:
     params = make()
-    strategies(params)
     for strategy in params.study.strategies:
-        analyse(params, strategy)
-        train(params, strategy, 0)
-        evaluate(params, strategy, 0)
-    compare(params)
+        run_stage(analyse, params, strategy)
+        run_stage(train, params, f"{strategy}-0")
+        run_stage(evaluate, params, f"{strategy}-0")
+    run_stage(compare, params)
     page = Path("reports/index.html").read_text()
     assert "measured, not predicted" in page
     assert all(f'id="figure-{name}"' in page for name in ("wake-up", "gradients", "conditioning", "depth", "updates"))
     assert not any(f'id="figure-{name}"' in page for name in ("widths", "units", "gates", "ranks"))
-    runs = list(finished(prepared, params.study.strategies, params.study.seeds))
+    runs = list(finished(prepared, params))
     names = {name for run in runs for name, *_ in [*values(run, None), *start_values(run.analysis)]}
     assert len(runs) == 2
     assert all(re.fullmatch(r"[\w./-]+", name) for name in names)
@@ -141,8 +137,7 @@ def test_a_study_of_somebody_elses_network_ends_with_a_report_and_runs_for_mlflo
 
 def test_what_a_study_trained_loads_into_the_network_itself(prepared: Path) -> None:
     params = diffusers_study()
-    strategies(params)
-    train(params, "constructor", 0)
+    run_stage(train, params, "constructor-0")
     theirs = DiTTransformer2DModel(**TINY, in_channels=4, out_channels=8, sample_size=4, num_embeds_ada_norm=CLASSES)
     theirs.load_state_dict(load_file("runs/train/constructor-0/ema.safetensors"), strict=True)
     ours = params.network({"num_classes": CLASSES})

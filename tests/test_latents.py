@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dit.autoencoder import Encoder, build
+from dit.autoencoder.published import normalization
 from dit.data.images import ImageStore
 from dit.data.latents import LatentStore, Moments, one_ahead, write_latents
-from dit.errors import DataError
+from dit.errors import ConfigError, DataError
 from dit.sections import LatentsParams, TrainedAutoencoder
 
 
@@ -112,6 +113,67 @@ def test_a_number_is_the_factor_itself(tmp_path: Path) -> None:
     torch.testing.assert_close(LatentStore(tmp_path).normalize(z), z * 0.18215)
 
 
+class WithPublished:
+    """`shades`, with a normalisation that is published with it."""
+
+    def __init__(self, **stated: Any) -> None:
+        self.published = normalization({"latent_channels": 3, **stated})
+
+    def __call__(self, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+        return shades(pixels)
+
+
+SD3 = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
+PLAYGROUND = {"scaling_factor": 0.5, "latents_mean": [-1.6574, 1.886, -1.383], "latents_std": [8.4927, 5.9022, 6.5498]}
+
+
+@pytest.mark.parametrize("stated", [SD3, PLAYGROUND], ids=["SD3", "Playground"])
+@pytest.mark.parametrize("by", ["auto", "published", "its factor"])
+def test_what_is_published_with_an_autoencoder_is_used_whole_and_said(tmp_path: Path, stated: dict[str, Any], by: str) -> None:
+    """bghira/SimpleTuner#500 and huggingface/diffusers#7132: the factor alone gives grey or shifted images."""
+    normalize = stated["scaling_factor"] if by == "its factor" else by
+    found = write_latents(images(), WithPublished(**stated), settings(normalize=normalize), tmp_path)
+    mean, std = (torch.tensor(stated.get(key, default)) for key, default in (("latents_mean", 0.0609), ("latents_std", 1.0)))
+    z = torch.randn(2, 3, 4, 4)
+    expected = (z - mean.view(-1, 1, 1)) * stated["scaling_factor"] / std.view(-1, 1, 1)
+    torch.testing.assert_close(LatentStore(tmp_path).normalize(z), expected)
+    assert all(key in found["source"] for key in stated)
+
+
+def test_another_number_than_the_published_one_is_refused_or_said(tmp_path: Path) -> None:
+    """hpcaitech/Open-Sora#493: 0.18215 for an autoencoder whose config says 0.13025."""
+    with pytest.raises(
+        ConfigError, match=r"normalize = 0\.18215, where scaling_factor 1\.5305, shift_factor 0\.0609 .*'published'"
+    ):
+        write_latents(images(), WithPublished(**SD3), settings(normalize=0.18215), tmp_path / "sd3")
+    sdxl = WithPublished(scaling_factor=0.13025)
+    found = write_latents(images(), sdxl, settings(normalize=0.18215), tmp_path / "sdxl")
+    assert (found["shift"], found["scale"]) == ([0] * 3, [0.18215] * 3)
+    assert "where scaling_factor 0.13025 of the autoencoder's config.json is published" in found["source"]
+
+
+def test_factors_of_ones_own_are_stated_in_either_form(tmp_path: Path) -> None:
+    """Wan-Video/Wan2.1#307 and LightningDiT publish mean and std of each channel; SD3 publishes shift and scale."""
+    for name, normalize, shift, scale in (
+        ("numbers", {"shift": 0.1, "scale": 2}, [0.1] * 3, [2] * 3),
+        ("lists", {"mean": [0.5, -1, 2], "std": [4, 2, 1]}, [0.5, -1, 2], [0.25, 0.5, 1]),
+    ):
+        found = write_latents(images(), WithPublished(**SD3), settings(normalize=normalize), tmp_path / name)
+        assert (found["shift"], found["scale"]) == (shift, scale)
+    with pytest.raises(ConfigError, match=r"latents\.normalize\.mean has 2 entries: expected 3, one for each latent channel"):
+        write_latents(images(), shades, settings(normalize={"mean": [1, 2], "std": 1}), tmp_path / "short")
+    with pytest.raises(ConfigError, match=r"'published': the autoencoder's config.json states no scaling_factor"):
+        write_latents(images(), shades, settings(normalize="published"), tmp_path / "none")
+
+
+def test_auto_is_per_channel_where_nothing_is_published(tmp_path: Path) -> None:
+    auto, per_channel = (
+        write_latents(images(), shades, settings(normalize=normalize), tmp_path / normalize)
+        for normalize in ("auto", "per_channel")
+    )
+    assert auto == per_channel
+
+
 @pytest.mark.parametrize("normalize", ["per_channel", "global", 0.18215])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_denormalize_undoes_normalize(tmp_path: Path, normalize: str | float, dtype: str) -> None:
@@ -132,11 +194,12 @@ def test_factors_do_not_depend_on_how_images_are_batched(
     whole.add(mean, std)
     for start in range(0, len(mean), batch_size):
         parts.add(mean[start : start + batch_size], std[start : start + batch_size])
-    for name, values in whole.factors("per_channel").items():
-        np.testing.assert_allclose(values, parts.factors("per_channel")[name], rtol=1e-6)
+    at_once, bit_by_bit = whole.normalization("per_channel"), parts.normalization("per_channel")
     expected = mean.astype(np.float64).transpose(2, 0, 1, 3, 4).reshape(3, -1)
-    np.testing.assert_allclose(whole.factors("per_channel")["shift"], expected.mean(1), rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(whole.factors("per_channel")["scale"], (expected.var(1) + noise**2) ** -0.5, rtol=1e-4)
+    for name in ("shift", "scale"):
+        np.testing.assert_allclose(at_once[name], bit_by_bit[name], rtol=1e-6)
+    np.testing.assert_allclose(at_once["shift"], expected.mean(1), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(at_once["scale"], (expected.var(1) + noise**2) ** -0.5, rtol=1e-4)
 
 
 def test_latents_that_cannot_be_stored_are_refused_by_name(tmp_path: Path) -> None:

@@ -31,7 +31,6 @@ from pipelines.records.training import (
     STABILITY,
     TrainRecord,
     TrainSettings,
-    write_tables,
 )
 from pipelines.stages import entry
 
@@ -103,7 +102,7 @@ def test_a_training_run_is_read_as_it_was_written(
 
 
 def test_a_table_without_rows_has_the_same_columns(tmp_path: Path) -> None:
-    write_tables(tmp_path, Records())
+    Records().write(tmp_path)
     assert (tmp_path / "diagnostics.csv").read_text() == ",".join(DIAGNOSTICS.columns) + "\n"
     for table in (METRICS, DIAGNOSTICS, GRADIENT_NOISE, STABILITY, EVENTS, SPIKES):
         found = table.read(tmp_path)
@@ -157,10 +156,7 @@ def test_a_stage_says_which_stage_makes_what_it_misses(
 ) -> None:
     monkeypatch.chdir(ROOT)
 
-    def stage(_params: object) -> None:
+    with pytest.raises(SystemExit) as ended, entry.exit_codes():
         raise InputError(path)
-
-    with pytest.raises(SystemExit) as ended:
-        entry.run_dvc_stage(stage)
     assert ended.value.code == entry.WRONG_INPUT
     assert capsys.readouterr().err == f"error: {path} not found{advice}\n"

@@ -2,247 +2,58 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import html
 import json
-import math
 import os
-import random
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from networks import dit_roles
-from PIL import Image
+from reports import FINAL, STEPS, Fate, planted, study, write_best, write_json, write_run, write_study
 
-from dit import yamlfile
-from dit.analysis import wakeup
 from dit.analysis.series import diagnosed
-from dit.config import Params, parse
-from dit.data.store import StoreWriter
+from dit.config import Params
+from dit.design import Run, Setting
 from dit.errors import DataError
-from dit.models import build
-from pipelines.report.runs import read_run, read_study
-from pipelines.stages.compare import compare
+from pipelines.design import ALL as ALL_RUNS
+from pipelines.design import item_named
+from pipelines.report.headline import headline
+from pipelines.report.listings import listings
+from pipelines.report.reading import read_run, read_study
+from pipelines.report.summary import summarise
+from pipelines.stages.compare import compare as compare_stage
 
-SHIPPED = Path(__file__).parents[1] / "params.yaml"
-STEPS = 400
-FINAL = {"adaln_zero": 0.115, "head_xavier": 0.1178, "adaln": 0.1149, "gates_only_zero": 0.1151, "symmetric": 0.1223}
-START = {"head_xavier": 2.15}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
 
 Workspace = Callable[..., Params]
 
 
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    """Write a study of given strategies and seeds into an empty folder, which becomes the current one."""
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
+
+@pytest.fixture
+def workspace() -> Workspace:
+    """Write a study of given strategies and seeds."""
+
     def write(strategies: list[str], seeds: list[int], diverged: tuple[str, ...] = (), at: int = 120) -> Params:
-        data = yamlfile.read(SHIPPED)
-        data["study"] |= {"strategies": strategies, "seeds": seeds, "baseline": strategies[0]}
-        data["train"]["steps"] = STEPS
-        params = parse(data)
-        write_images(params)
-        write_autoencoder()
-        for strategy in strategies:
-            write_start(params, strategy)
-            for seed in seeds:
-                write_run(params, strategy, seed, until=at if f"{strategy}-{seed}" in diverged else STEPS)
-        return params
+        params = study({"strategies": strategies, "seeds": seeds})
+        return write_study(params, fates=dict.fromkeys(diverged, Fate(at)))
 
     return write
 
 
-def write_images(params: Params, classes: int = 4) -> None:
-    size, names = params.images.size, [f"class{index}" for index in range(classes)]
-    item = (np.uint8, (size, size, 3))
-    label = (np.int64, ())
-    directory = Path("data/images")
-    writer = StoreWriter(directory, train_images=item, train_labels=label, validation_images=item, validation_labels=label)
-    draws = np.random.default_rng(0)
-    for split, each in (("train", 8), ("validation", 4)):
-        writer.append(f"{split}_images", draws.integers(0, 256, (each * classes, size, size, 3), dtype=np.uint8))
-        writer.append(f"{split}_labels", np.repeat(np.arange(classes, dtype=np.int64), each))
-    counts = {"train": 8 * classes, "validation": 4 * classes, "rejected": 1}
-    rejected = [{"item": "class1/broken.jpg", "reason": "truncated file"}]
-    writer.close(class_names=names, source="folder", size=size, counts=counts, rejected=rejected, notes=[])
-
-
-def write_autoencoder() -> None:
-    directory = Path("data/autoencoder")
-    (directory / "model").mkdir(parents=True)
-    write_json(directory / "model/config.json", {"latent_channels": 4, "block_out_channels": [32, 64, 64]})
-    write_json(directory / "metrics.json", {"psnr": 27.43, "ssim": 0.901, "num_images": 512})
-    Image.fromarray(np.full((64, 256, 3), 130, np.uint8)).save(directory / "reconstructions.png")
-
-
-def write_start(params: Params, strategy: str) -> None:
-    """What stage `analyse` writes: the schedule that the architecture predicts, and a plausible signal."""
-    directory = Path(f"runs/analyse/{strategy}")
-    directory.mkdir(parents=True)
-    network = build("DiT-Tiny/2", latent_size=8, latent_channels=4, num_classes=4, learn_sigma=True)
-    schedule = wakeup.predict(params.strategies[strategy], network, steps=5)
-    sensitivity = {"timestep_sensitivity": 0.0, "label_sensitivity": 0.0}
-    mse = START.get(strategy, 1.0)
-    block = {"attn_contribution": 0.0, "mlp_contribution": 0.0, "stream_rms": 0.9, "gradient_rms": 1e-3}
-    start = {
-        "strategy": strategy,
-        "run_key": hashlib.sha256(strategy.encode()).hexdigest()[:16],
-        "awake_step": wakeup.awake(schedule),
-        "predicted_equals_measured": True,
-        "predicted": schedule,
-        "not_predicted": None,
-        "measured": schedule,
-        "signal": {
-            "output_rms": mse - 1,
-            "output_variance": (mse - 1) ** 2,
-            "mse": mse,
-            "zero_output_mse": 1.0,
-            "expected_zero_output_mse": 1.0,
-            **sensitivity,
-            "blocks": [{"block": index, **block} for index in range(4)],
-        },
-        "early": [
-            {"step": step, "mse": mse, "timestep_sensitivity": step / 9, "label_sensitivity": step / 9} for step in range(5)
-        ],
-        "width_exponent": 0.5,
-    }
-    write_json(directory / "start.json", start)
-    gradient = {"norm": 0.1, "stable_rank": 3.5, "numerical_rank": 32.0, "update_ratio": 0.01}
-    write_csv(
-        directory / "gradients.csv",
-        [{"step": step, "role": role, **gradient} for step in range(5) for role in schedule if role.endswith("weight")],
-    )
-    write_csv(
-        directory / "coordinates.csv",
-        [
-            {"width": width, "step": step, "activation": name, "rms": 1.0, "change_rms": 0.01 * step * width**0.5}
-            for width in (384, 768, 1024)
-            for step in (1, 2)
-            for name in ("block[0]", "block[1]", "prediction")
-        ],
-    )
-
-
-def write_run(params: Params, strategy: str, seed: int, *, until: int) -> None:
-    diverged = until < STEPS
-    key = hashlib.sha256(f"{strategy}-{seed}".encode()).hexdigest()[:16]
-    train, evaluate = Path(f"runs/train/{strategy}-{seed}"), Path(f"runs/evaluate/{strategy}-{seed}")
-    train.mkdir(parents=True)
-    evaluate.mkdir(parents=True)
-    curve = Curve(strategy, seed, until)
-    curve.write(params, train)
-    settings = {name: getattr(params, name).model_dump(mode="json") for name in ("model", "diffusion", "train")}
-    settings["rules"] = params.strategies[strategy].resolved
-    run = {
-        "strategy": strategy,
-        "seed": seed,
-        "run_key": key,
-        "device": "cpu",
-        "settings": settings,
-        "status": "diverged" if diverged else "finished",
-        "diverged": {"step": until, "quantity": "loss", "value": "nan"} if diverged else None,
-        "steps_done": until,
-        "parameters": 1234567,
-        "initial": {"validation_mse": curve(0) if until else None, "target_second_moment": 0.998},
-        "final": None if diverged else dict.fromkeys(("mse", "validation_mse", "ema_validation_mse"), curve(STEPS)),
-    }
-    write_json(train / "run.json", run)
-    names = ["frechet_distance", "kernel_distance", "kernel_distance_std", "precision", "recall", "validation_mse"]
-    chance = [random.Random(f"{strategy}{seed}{name}").gauss(0, 0.02) for name in names]
-    levels = [180 * curve.final / 0.115, 0.9, 0.05, 0.6, 0.3, curve(STEPS)]
-    values = [level * (1 + off) for level, off in zip(levels, [*chance[:-1], 0], strict=True)]
-    record = {
-        "strategy": strategy,
-        "seed": seed,
-        "run_key": key[::-1],
-        "train_run_key": key,
-        "status": run["status"],
-        "num_generated": 256,
-        "num_real": 16,
-        "features": {"extractor": "efficientnet_lite0", "size": 128},
-        "settings": {name: getattr(params, name).model_dump(mode="json") for name in ("evaluate", "features")},
-        "metrics": dict.fromkeys(names) if diverged else dict(zip(names, values, strict=True)),
-    }
-    write_json(evaluate / "metrics.json", record)
-    if not diverged:
-        noise = np.random.default_rng(seed).integers(0, 256, (128, 128, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(evaluate / "grid.png")
-
-
-class Curve:
-    """A plausible error by step: a power law from the strategy's start to its end, with a seed's luck that strategies share."""
-
-    def __init__(self, strategy: str, seed: int, until: int) -> None:
-        self.strategy, self.until = strategy, until
-        draws = random.Random(f"{strategy}{seed}")
-        self.luck = random.Random(seed).gauss(0, 1)
-        self.final = FINAL[strategy] * (1 + 0.004 * self.luck + 0.001 * draws.gauss(0, 1))
-        self.start = START.get(strategy, 1.0) * (1 + 0.01 * draws.gauss(0, 1))
-
-    def __call__(self, step: float) -> float:
-        return self.final * ((STEPS + 40) / (step + 40)) ** 0.25 + (self.start - self.final * 1.82) * math.exp(-step / 12)
-
-    def write(self, params: Params, directory: Path) -> None:
-        steps = [step for step in (0, 1, 2, 4, 8, 16, 32, *range(50, STEPS + 1, 50)) if step <= self.until]
-        validation = [
-            {"step": step, "weights": weights, "mse": self(lag * step) if self.until else math.nan}
-            | {f"mse_t{bucket}": self(lag * step) * 2.5 / (1 + bucket) for bucket in range(params.train.validation.buckets)}
-            for step in steps
-            for weights, lag in (("model", 1.0), ("ema", 0.9))
-        ]
-        noise = random.Random(7)
-        rest = {"gradient_norm": 1.0, "learning_rate": 1e-3}
-        metrics = [
-            {"step": step, "loss": self(step), "mse": self(step) * (1 + 0.1 * noise.gauss(0, 1)), **rest}
-            for step in range(0, self.until, 10)
-        ]
-        write_csv(directory / "validation.csv", validation)
-        write_csv(directory / "metrics.csv", metrics)
-        write_csv(directory / "diagnostics.csv", list(self._diagnostics()))
-        estimates = {"squared_norm": 0.5, "covariance_trace": 40.0, "batch_norm": 1.0, "part_norm": 1.5}
-        write_csv(directory / "gradient_noise.csv", [{"step": step, **estimates} for step in range(0, self.until, 50)])
-
-    def _diagnostics(self) -> Iterator[dict[str, Any]]:
-        for step in [0, 1, 2, 3, 4, *range(50, self.until, 50)] if self.until else []:
-            for role in dit_roles(4):
-                delay = 0 if "final.projection" in role.path else 1 if "gate" in role.path or "final" in role.path else 2
-                asleep = step < max(0, delay - (self.strategy == "head_xavier"))
-                hidden = 1 if self.strategy == "symmetric" else 512
-                units = {"mlp_in.weight": hidden, "attn_out.weight": 4, "final.projection.weight": 32}
-                yield {
-                    "step": step,
-                    "role": role.path,
-                    "gradient_rms": 0.0 if asleep else 1e-3 / (1 + step) * (1 + delay),
-                    "weight_rms": 0.02,
-                    "update_ratio": 0.01 if step else None,
-                    "zero_gradient_fraction": 1.0 if asleep else 0.0,
-                    "distinct_units": next((count for name, count in units.items() if role.path.endswith(name)), None),
-                    "effective_rank": 3.0 if role.path.endswith(("gate.weight", "final.projection.weight")) else None,
-                    "gate_rms": 0.01 * step if role.path.endswith("gate.weight") else None,
-                }
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value))
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0] if rows else (), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def compare(params: Params) -> None:
+    compare_stage(params, item_named(params, "compare", ALL_RUNS))
 
 
 def summary() -> dict[str, Any]:
@@ -266,13 +77,19 @@ def test_the_answer_is_read_off_the_numbers(workspace: Workspace) -> None:
     found = summary()
     answer, *others = found["headline"]
     assert answer.startswith("Yes. The zero head ends training with a lower validation error")
-    assert any("The control is caught: symmetric is worse" in text for text in others)
+    assert any("The control is caught in validation error: symmetric is worse" in text for text in others)
     assert any("adaln is not distinguishable" in text for text in others)
     assert any("head_xavier starts at 2.1" in text and "start at the error of a zero output (1.00" in text for text in others)
     assert any("from step 1 on in head_xavier and adaln and from step 2 on in adaln_zero" in text for text in others)
     difference = found["strategies"]["symmetric"]["difference"]["validation_mse"]
     assert 0 < difference["low"] < difference["mean"] < difference["high"]
-    assert found["comparisons"] == 4 * (5 + len(found["compared_steps"]))
+    assert difference["declared"] is False
+    assert found["comparisons"] == 4 * (1 + len(found["compared_steps"])) + sum(
+        found["strategies"][name]["difference"][metric]["verdict"] != "no verdict"
+        for name in ALL[1:]
+        for metric, ranking in found["rankings"].items()
+        if ranking["possible"]
+    )
 
 
 def test_the_opposite_numbers_give_the_opposite_answer(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,11 +122,12 @@ class Case:
 HEADS = ["adaln_zero", "head_xavier"]
 CASES = [
     Case(HEADS, [3], "Undecided. One seed", "One seed: differences"),
-    Case(HEADS, [0, 1], "Yes. The zero head", "12.7 standard errors"),
+    Case(HEADS, [0, 1], "Undecided. There is no verdict, because a verdict needs at least 3", "12.7 standard errors"),
     Case(HEADS, [0, 1], "Yes. With the random head every", "2 runs diverged", diverged=("head_xavier-0", "head_xavier-1")),
     Case(HEADS, [0, 1], "No. With the zero head", "at step 0 (loss nan)", diverged=("adaln_zero-0", "adaln_zero-1"), at=0),
     Case(HEADS, [0, 1], "Undecided. There is no seed", "2 runs diverged", diverged=("adaln_zero-0", "head_xavier-1")),
-    Case(["adaln_zero", "symmetric"], [0, 1, 2], "In final validation error, symmetric is worse", diverged=("symmetric-2",)),
+    Case(["adaln_zero", "symmetric"], [0, 1, 2], "In final validation error, symmetric is worse than adaln_zero."),
+    Case(["adaln_zero", "symmetric"], [0, 1, 2], "Undecided. No comparison", "1 run diverged", diverged=("symmetric-2",)),
     Case(["adaln", "gates_only_zero"], [0, 1, 2], "Not distinguishable. No strategy's"),
     Case(["adaln"], [0, 1], "The study holds one strategy"),
 ]
@@ -362,9 +180,11 @@ def test_a_run_whose_samples_are_not_finite_keeps_its_validation_error(workspace
 
 def test_a_verdict_that_rests_on_the_averaging_alone_is_pointed_out(workspace: Workspace) -> None:
     params = workspace(["adaln_zero", "head_xavier", "adaln"], [0, 1, 2])
-    for seed in params.study.seeds:
-        change(f"runs/evaluate/adaln-{seed}/metrics.json", lambda record: record["metrics"].update(validation_mse=0.125))
-        change(f"runs/evaluate/head_xavier-{seed}/metrics.json", lambda record: record["metrics"].update(validation_mse=0.1))
+    for strategy, error in (("adaln", 0.125), ("head_xavier", 0.1)):
+        for seed in params.study.seeds:
+            change(
+                f"runs/train/{strategy}-{seed}/run.json", lambda record, to=error: record["final"].update(ema_validation_mse=to)
+            )
     compare(params)
     found = summary()
     assert found["headline"][0].startswith(
@@ -376,8 +196,8 @@ def test_a_verdict_that_rests_on_the_averaging_alone_is_pointed_out(workspace: W
 
 
 def test_the_figure_of_hidden_units_leaves_attention_heads_and_rows_of_the_head_out(workspace: Workspace) -> None:
-    study = read_study(workspace(["adaln_zero", "symmetric"], [0]))
-    hidden = {name: set(diagnosed(runs[0].diagnostics, "distinct_units/mlp")) for name, runs in study.runs.items()}
+    found = read_study(workspace(["adaln_zero", "symmetric"], [0]))
+    hidden = {name: set(diagnosed(runs[0].diagnostics, "distinct_units/mlp")) for name, runs in found.runs.items()}
     assert hidden == {"adaln_zero": {512}, "symmetric": {1}}
 
 
@@ -405,8 +225,8 @@ def test_dvc_reads_one_column_for_each_strategy(workspace: Workspace) -> None:
 
 def test_runs_that_left_the_study_leave_the_workspace_too(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     params = workspace(["adaln_zero", "adaln"], [0, 1])
-    write_run(params, "symmetric", 0, until=STEPS)
-    write_run(params, "adaln", 7, until=STEPS)
+    write_run(params, Run("symmetric", Setting(), 0))
+    write_run(params, Run("adaln", Setting(), 7))
     Path("runs/train/notes").mkdir()
     compare(params)
     kept = {"adaln_zero-0", "adaln_zero-1", "adaln-0", "adaln-1"}
@@ -436,7 +256,7 @@ def test_an_evaluation_of_another_training_is_refused(workspace: Workspace) -> N
     workspace(["adaln_zero"], [0])
     change("runs/train/adaln_zero-0/run.json", lambda record: record.update(run_key="feedfacefeedface"))
     with pytest.raises(DataError, match=r"evaluates training run '\w+', but .* holds run 'feedfacefeedface'"):
-        read_run("adaln_zero", 0)
+        read_run(Run("adaln_zero", Setting(), 0))
 
 
 def test_runs_made_with_different_parameters_are_not_compared(workspace: Workspace) -> None:
@@ -519,3 +339,138 @@ def dumped(page: Path, profile: Path) -> str:
     ]
     command = [str(CHROMIUM), *options, "--dump-dom", page.resolve().as_uri()]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+RATES = [1.0e-3, 2.0e-3, 4.0e-3]
+FACTORS = {"train.learning_rate": RATES}
+THREE = ["adaln_zero", "head_xavier", "symmetric"]
+
+
+def words_of(params: Params) -> tuple[dict[str, Any], str, str]:
+    """The summary of a study that is in the current folder, the answer, and all other sentences."""
+    found = read_study(params)
+    numbers = summarise(found)
+    said = headline(found, numbers)
+    return numbers, said.answer, "\n".join(said.sentences[1:])
+
+
+def test_a_planted_delay_is_the_answer_with_its_steps_and_its_conditions() -> None:
+    params = study({"strategies": THREE, "seeds": [0, 1, 2, 3, 4], "factors": FACTORS, "declared": ["head_xavier"]})
+    numbers, answer, rest = words_of(write_study(params, planted(delay={"head_xavier": 18}, noise=0.001)))
+    assert re.fullmatch(
+        r"Yes\. The random head starts 1[78](?: to 1[89])? steps late and stays 1[78](?: to 1[89])? steps late, at every "
+        r"learning rate; at step 400 its error is 2\.\d\s%(?: to 2\.\d\s%)? higher \(n = 5\)\.",
+        answer,
+    )
+    conditions = (
+        "with DiT-Tiny/2 (1.23 M parameters) on photos at 32 px, after 400 steps, at learning rates 0.001, 0.002 and 0.004"
+    )
+    assert conditions in rest
+    assert "(3 declared comparisons)" in rest
+    assert (
+        "symmetric is not distinguishably behind or ahead of adaln_zero over training, "
+        "at every learning rate (n = 5; exploratory)." in rest
+    )
+    assert "no verdict on strategies each at its own best rate" in " ".join(rest.split())
+    assert "What a start does depends" not in rest
+    found = numbers["findings"]
+    assert found["each_at_its_best"] == []
+    assert {(one["strategy"], one["verdict"], one["declared"]) for one in found["same_rate"]} == {
+        ("head_xavier", "worse", True),
+        ("symmetric", "not distinguishable", False),
+    }
+    assert all(one["declared"] or one["sentence"].startswith("Exploratory: ") for one in found["same_rate"])
+
+
+def test_planted_optima_are_compared_each_at_its_best_on_seeds_that_did_not_choose() -> None:
+    rates = [5.0e-4, *RATES, 8.0e-3]
+    study_of = {"strategies": THREE, "seeds": [0, 1, 2, 3, 4], "choose_on": [0, 1], "declared": ["symmetric"]}
+    params = study({**study_of, "factors": {"train.learning_rate": rates}, "sample": "none"})
+    errors = planted(best={"*": 2.0e-3, "symmetric": 1.2e-3}, level={"symmetric": 1.1}, noise=0.0005)
+    numbers, _, rest = words_of(write_study(params, errors))
+    found = numbers["findings"]
+    optima = {one["strategy"]: one["optimum"]["rate"] for one in found["responses"]}
+    assert optima["adaln_zero"] == pytest.approx(2.0e-3, rel=0.1)
+    assert optima["symmetric"] == pytest.approx(1.2e-3, rel=0.1)
+    tuned = {one["strategy"]: one for one in found["each_at_its_best"]}
+    assert tuned["symmetric"]["verdict"] == "worse"
+    assert tuned["symmetric"]["relative"][0] == pytest.approx(0.1, abs=0.01)
+    assert (tuned["symmetric"]["n"], tuned["symmetric"]["family"]) == (3, 1)
+    assert tuned["head_xavier"]["verdict"] == "not distinguishable"
+    assert "Each at its own best learning rate, chosen on other seeds" in rest
+    assert not any(one["declared"] for one in found["same_rate"])
+    assert numbers["features"] is None
+
+
+def test_a_planted_interaction_with_another_factor_is_said_and_no_other() -> None:
+    params = study({"strategies": THREE, "seeds": [0, 1, 2, 3, 4], "factors": {"model.depth": [4, 8]}, "sample": "none"})
+    errors = planted(with_level={("symmetric", "model.depth", 8): 1.05, ("*", "model.depth", 8): 0.9})
+    numbers, _, rest = words_of(write_study(params, errors))
+    assert re.search(r"against adaln_zero, symmetric has \+[45]\.\d\s% .* error with depth 8 instead of 4, n = 5\.", rest)
+    assert "head_xavier has" not in rest
+    assert numbers["findings"]["responses"] == []
+    assert "with depth 8 on photos at 32 px" in numbers["findings"]["same_rate"][1]["sentence"]
+
+
+def test_planted_collapses_are_counted_with_what_warned_of_them_and_are_in_no_mean() -> None:
+    params = study({"strategies": THREE, "factors": FACTORS, "sample": "none"})
+    lost = {f"head_xavier-learning_rate=0.004-{seed}": Fate(200 + seed, collapses=True) for seed in (0, 2)}
+    numbers, _, rest = words_of(write_study(params, planted(), lost))
+    assert "2 of 3 of head_xavier at learning rate 0.004 collapsed (steps 200 to 202)" in rest
+    (found,) = [one for one in numbers["findings"]["failures"] if one["collapsed"]]
+    assert (found["strategy"], found["rate"], found["runs"], found["failed_at"]) == ("head_xavier", 0.004, 3, (200, 202))
+    tables = listings(read_study(params), numbers)
+    (row,) = tables["failures"].rows
+    assert "gradient norm 20 steps before; loss 4 steps before" in row[-1]
+    assert "max attention logit in block 1 6 times its median" in row[-1]
+    judged = {(one["strategy"], one["learning_rate"]): one for one in numbers["findings"]["same_rate"]}
+    verdict = judged["head_xavier", 0.004]
+    assert verdict["verdict"] == "no verdict"
+    assert "2 of the runs of head_xavier collapsed or diverged" in verdict["sentence"]
+    group = numbers["groups"]["head_xavier-learning_rate=0.004"]
+    assert (group["n"], group["mean"]["validation_mse"]) == (1, group["runs"][1]["validation_mse"])
+
+
+def test_samples_that_cannot_rank_strategies_get_no_verdict(workspace: Workspace) -> None:
+    params = workspace(HEADS, [0, 1, 2])
+    change("data/features/references.json", lambda record: record.update(dimension=1280))
+    numbers, _, rest = words_of(params)
+    found = numbers["strategies"]["head_xavier"]["difference"]["frechet_distance"]
+    assert found["verdict"] == "no verdict"
+    assert "256 samples are fewer than the 1280 dimensions of the features" in found["sentence"]
+    assert "No metric of the generated samples can rank these strategies" in rest
+    assert numbers["strategies"]["head_xavier"]["difference"]["precision"]["verdict"] == "no verdict"
+
+
+def test_samples_of_each_strategy_at_its_best_setting_name_the_runs_that_they_are_of() -> None:
+    params = study({"strategies": HEADS, "factors": FACTORS, "sample": "best"})
+    write_study(params, planted(best={"*": 2.0e-3, "head_xavier": 1.0e-3}))
+    for strategy, rate in (("adaln_zero", "0.002"), ("head_xavier", "0.001")):
+        for seed in (0, 1, 2):
+            write_best(params, strategy, f"learning_rate={rate}", seed)
+    numbers, _, _ = words_of(params)
+    sentence = numbers["strategies"]["head_xavier"]["difference"]["frechet_distance"]["sentence"]
+    assert "each at the setting with its lowest validation error, at learning rate 0.001 against 0.002" in sentence
+    assert numbers["strategies"]["head_xavier"]["mean"]["frechet_distance"] is not None
+
+
+def test_a_report_of_500_runs_stays_under_20_megabytes() -> None:
+    strategies = [*FINAL]
+    factors = {"train.learning_rate": [5.0e-4, *RATES, 8.0e-3], "model.depth": [2, 4, 8, 12]}
+    params = study({"strategies": strategies, "seeds": [0, 1, 2, 3, 4], "factors": factors, "sample": "none"})
+    compare(write_study(params, planted(best={"*": 2.0e-3})))
+    assert len(summary()["groups"]) == 100
+    assert Path("reports/index.html").stat().st_size < 20e6
+
+
+def test_a_browser_draws_the_figures_of_a_study_with_factors(tmp_path: Path) -> None:
+    assert CHROMIUM, "no browser found: `make test` installs one where it can; CHROMIUM=/path/to/chrome names another"
+    factors = {**FACTORS, "model.depth": [4, 8]}
+    params = study({"strategies": THREE, "seeds": [0, 1, 2, 3, 4], "factors": factors, "choose_on": [0, 1]})
+    lost = {"symmetric-learning_rate=0.004,depth=8-0": Fate(200, collapses=True)}
+    compare(write_study(params, planted(best={"*": 2.0e-3}), lost))
+    page = Page(dumped(Path("reports/index.html"), tmp_path / "profile"))
+    assert page.drawn == str(len(page.marks))
+    drawn = {name for name, marks in page.marks.items() if marks}
+    names = ("same-rate", "at-best", "delays", "response", "map", "interactions", "before-spikes", "differences", "wake-up")
+    assert {f"figure-{name}" for name in names} <= drawn == page.marks.keys()

@@ -22,7 +22,7 @@ from dit.training.attention import statistics
 from dit.training.loop import Trainer
 from dit.training.records import Collapse, Event, Records, outcome
 from dit.training.stability import COLLAPSE_STEPS, KEPT, RECOVERY_STEPS, WINDOW, Observation, Stability, observe
-from pipelines.records.training import EVENTS, SPIKES, STABILITY, write_tables
+from pipelines.records.training import EVENTS, SPIKES, STABILITY
 
 STEPS = 600
 WITHIN = 20
@@ -220,7 +220,7 @@ def test_a_run_that_collapses_says_when_and_what_preceded_it(trainer: Build, tmp
     assert collapse is not None
     assert 60 <= collapse.step <= 60 + WITHIN
     assert collapse.spike is not None
-    write_tables(tmp_path, run.records)
+    run.records.write(tmp_path)
     assert list(EVENTS.read(tmp_path)["kind"])[:2] == ["spike", "collapse"]
     assert SPIKES.read(tmp_path)["step"].max() == collapse.spike.step
     blocks = STABILITY.read(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -110,6 +111,46 @@ def killed_and_resumed(trainer: Build, monkeypatch: pytest.MonkeyPatch, killed_a
     assert resumed.records == whole.records
     assert all(torch.equal(whole.ema.tensors[name], resumed.ema.tensors[name]) for name in whole.ema.tensors)
     return whole
+
+
+@pytest.mark.parametrize(("damaged", "resumed_at"), [(["checkpoint.pt"], 4), (["checkpoint.pt", "checkpoint.before.pt"], 0)])
+def test_a_run_whose_checkpoint_is_damaged_goes_on_from_an_earlier_one_and_ends_bit_identical(
+    trainer: Build, capsys: pytest.CaptureFixture[str], damaged: list[str], resumed_at: int
+) -> None:
+    whole, interrupted, resumed = (trainer(scratch=name, checkpoint_every=4) for name in ("whole", "scratch", "scratch"))
+    whole.run("whole")
+    interrupted.run("interrupted")
+    for name in damaged:
+        with (interrupted.scratch / name).open("r+b") as file:
+            file.seek(-2000, 2)
+            byte = file.read(1)[0]
+            file.seek(-2000, 2)
+            file.write(bytes([byte ^ 1]))
+    capsys.readouterr()
+    resumed.run("resumed")
+    said = capsys.readouterr().out
+    assert all(f"{interrupted.scratch / name} is damaged: its bytes are not those that were saved" in said for name in damaged)
+    assert (f"resumed at step {resumed_at}" in said) is (resumed_at > 0)
+    assert sorted(path.name for path in interrupted.scratch.glob("*.damaged")) == sorted(f"{name}.damaged" for name in damaged)
+    assert resumed.records == whole.records
+    assert all(torch.equal(whole.ema.tensors[name], resumed.ema.tensors[name]) for name in whole.ema.tensors)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_no_damage_to_a_checkpoint_goes_unnoticed(data: st.DataObject) -> None:
+    with TemporaryDirectory() as name:
+        directory, state = Path(name), {"weights": torch.arange(100.0), "step": 3}
+        checkpoint.save(directory, state)
+        file = directory / checkpoint.FILE
+        written = file.read_bytes()
+        where = data.draw(st.integers(0, len(written) - 1))
+        if data.draw(st.booleans(), label="cut off"):
+            file.write_bytes(written[:where])
+        else:
+            flipped = written[where] ^ (1 << data.draw(st.integers(0, 7)))
+            file.write_bytes(written[:where] + bytes([flipped]) + written[where + 1 :])
+        assert checkpoint.load(directory, torch.device("cpu")) is None
 
 
 def test_an_ended_run_leaves_no_checkpoint_so_that_a_forced_rerun_computes(trainer: Build) -> None:

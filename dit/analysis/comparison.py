@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeGuard
+from typing import TypeGuard
 
 import numpy as np
 import pandas as pd
@@ -19,8 +19,6 @@ from scipy import stats
 CONFIDENCE = 0.95
 FEWEST = 3
 """Seeds below which no interval is drawn from an estimate, and no verdict from pairs."""
-
-Verdict = Literal["better", "worse", "not distinguishable", "one seed", "no pair"]
 
 
 @dataclass(frozen=True)
@@ -81,17 +79,6 @@ class Estimate:
         return int(self.low > 0) - int(self.high < 0)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Mean of `n` paired differences, the bounds of its 95 % interval (None for fewer than two), and what they allow to say."""
-
-    mean: float | None
-    low: float | None
-    high: float | None
-    n: int
-    verdict: Verdict
-
-
 def ended(value: float | None) -> TypeGuard[float]:
     """Whether a run that ends with `value` ended well: it has a value, and a finite one."""
     return value is not None and math.isfinite(value)
@@ -113,23 +100,6 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(statistics.fmean(values), low, high, len(values))
 
 
-def paired_difference(
-    values: Mapping[int, float | None], baseline: Mapping[int, float | None], lower_is_better: bool
-) -> Difference:
-    """`values` minus `baseline`, over the seeds at which both have a value.
-
-    The interval is Student's: mean +- t(n - 1) * sd / sqrt(n), two-sided; Student (1908), "The probable error of a mean".
-    """
-    pairs = [(values[seed], baseline.get(seed)) for seed in sorted(values)]
-    differences = [value - other for value, other in pairs if value is not None and other is not None]
-    if len(differences) < 2:
-        mean = differences[0] if differences else None
-        return Difference(mean, None, None, len(differences), "one seed" if differences else "no pair")
-    low, high = interval(differences)
-    mean = statistics.fmean(differences)
-    return Difference(mean, low, high, len(differences), _verdict(low, high, lower_is_better))
-
-
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Student's two-sided 95 % confidence interval of the mean of two or more values."""
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
@@ -142,12 +112,6 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def interval_reach(count: int) -> float:
     """How many standard errors the interval of the mean of `count` values, two or more, reaches to each side."""
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
-
-
-def _verdict(low: float, high: float, lower_is_better: bool) -> Verdict:
-    if low <= 0 <= high:
-        return "not distinguishable"
-    return "better" if (high < 0) == lower_is_better else "worse"
 
 
 def step_reached(steps: Sequence[float], errors: Sequence[float], threshold: float) -> float | None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dit.data.store import Store
 
+if TYPE_CHECKING:
+    from dit.sections import ImagesParams
+
 
 @dataclass(frozen=True)
 class ImageStore:
-    """What stage `images` wrote, as read-only memory maps: images (N, size, size, 3) uint8, labels (N,) int64."""
+    """What stage `images` wrote, as read-only memory maps: images (N, size, size, C) uint8, labels (N,) int64."""
 
     train_images: np.ndarray
     train_labels: np.ndarray
@@ -23,7 +26,18 @@ class ImageStore:
     manifest: dict[str, Any]
 
 
+def write_images(images: ImagesParams, directory: Path) -> dict[str, int]:
+    """Read a source into a store of images at `directory`, and return the counts; see `dit.data.ingest`.
+
+    Who only reads images imports none of the sources.
+    """
+    from dit.data import ingest
+
+    return ingest.write_images(images, directory)
+
+
 def load_images(directory: str | Path = "data/images") -> ImageStore:
-    """Open a store of images. Raises `DataError` where the directory holds no complete store."""
+    """Open a store of images and read it once. Raises `DataError` where it is not complete, or its bytes have changed."""
     store = Store(directory)
+    store.verify()
     return ImageStore(**store.arrays, class_names=store.meta["class_names"], manifest=store.meta)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from dit.data.decoding import Rejected
-from dit.data.images import ImageStore, load_images
-from dit.data.sources import Source, Split, folder, huggingface, photos
-from dit.data.store import SPLITS, StoreWriter
+from dit.data.decoding import Rejected, Sample
+from dit.data.sources import Source, Split, folder, huggingface, idx, photos, webdataset
+from dit.data.store import SPLITS, Store, StoreWriter
 from dit.errors import DataError
 from dit.progress import progress
-from dit.sections import FolderSource, ImagesParams, PhotosSource
+from dit.sections import FolderSource, IdxSource, ImagesParams, PhotosSource, UnlabelledSource, WebDatasetSource
+
+WRITTEN_TOGETHER = 64
+"""Images between two appends to the files of a store."""
 
 
 def open_source(images: ImagesParams) -> Source:
@@ -23,6 +26,12 @@ def open_source(images: ImagesParams) -> Source:
         return photos.open_source(images, source)
     if isinstance(source, FolderSource):
         return folder.open_source(images, source)
+    if isinstance(source, UnlabelledSource):
+        return folder.open_unlabelled(images, source)
+    if isinstance(source, IdxSource):
+        return idx.open_source(images, source)
+    if isinstance(source, WebDatasetSource):
+        return webdataset.open_source(images, source)
     return huggingface.open_source(images, source)
 
 
@@ -33,7 +42,7 @@ def write_images(images: ImagesParams, directory: Path) -> dict[str, int]:
     class without any usable training image.
     """
     source = open_source(images)
-    item = (images.size, images.size, 3)
+    item = (images.size, images.size, images.channels)
     writer = StoreWriter(
         directory,
         train_images=(np.uint8, item),
@@ -54,20 +63,20 @@ def write_images(images: ImagesParams, directory: Path) -> dict[str, int]:
         rejected=[asdict(entry) for entry in rejected],
         notes=source.notes,
     )
-    _check_classes(load_images(directory))
+    _check_classes(Store(directory))
     return counts
 
 
 def _write_split(writer: StoreWriter, name: str, split: Split) -> list[Rejected]:
     rejected = []
+    stream = iter(split.stream)
     with progress(split.count, f"{name} images", "image") as bar:
-        for entry in split.stream:
-            if isinstance(entry, Rejected):
-                rejected.append(entry)
-            else:
-                writer.append(f"{name}_images", entry.image[None])
-                writer.append(f"{name}_labels", np.array([entry.label]))
-            bar.update()
+        while entries := list(islice(stream, WRITTEN_TOGETHER)):
+            rejected += [entry for entry in entries if isinstance(entry, Rejected)]
+            if samples := [entry for entry in entries if isinstance(entry, Sample)]:
+                writer.append(f"{name}_images", np.stack([sample.image for sample in samples]))
+                writer.append(f"{name}_labels", np.array([sample.label for sample in samples]))
+            bar.update(len(entries))
     return rejected
 
 
@@ -75,14 +84,15 @@ def _check_rejected(rejected: list[Rejected], count: int, max_rejected: float) -
     if len(rejected) > max_rejected * count:
         items = "\n".join(f"  {entry.item}: {entry.reason}" for entry in rejected)
         raise DataError(
-            f"{len(rejected)} of {count} items are no usable images; "
-            f"accepted: a fraction of at most images.max_rejected = {max_rejected}\n{items}"
+            f"{len(rejected)} of {count} items are no usable images: "
+            f"expected a fraction of at most images.max_rejected = {max_rejected}\n{items}"
         )
 
 
-def _check_classes(images: ImageStore) -> None:
-    counts = np.bincount(images.train_labels, minlength=len(images.class_names))
-    if missing := [name for name, count in zip(images.class_names, counts, strict=True) if not count]:
-        raise DataError(f"no usable training image of {', '.join(missing)}; the rejected are:\n{images.manifest['rejected']}")
-    if not len(images.validation_labels):
-        raise DataError(f"no usable validation image; the rejected are:\n{images.manifest['rejected']}")
+def _check_classes(store: Store) -> None:
+    names, rejected = store.meta["class_names"], store.meta["rejected"]
+    counts = np.bincount(store.arrays["train_labels"], minlength=len(names))
+    if missing := [name for name, count in zip(names, counts, strict=True) if not count]:
+        raise DataError(f"no usable training image of {', '.join(missing)}; the rejected are:\n{rejected}")
+    if not len(store.arrays["validation_labels"]):
+        raise DataError(f"no usable validation image; the rejected are:\n{rejected}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -14,21 +15,27 @@ from torch import Tensor
 
 from dit.data.store import SPLITS, Store, StoreWriter
 from dit.distributed import Ranks
-from dit.errors import DataError
+from dit.errors import ConfigError, DataError
 from dit.progress import progress
+from dit.sections.data import LatentsParams, MeanAndStd, ShiftAndScale
 
 if TYPE_CHECKING:
     from dit.data.images import ImageStore
-    from dit.sections import LatentsParams
 
 T = TypeVar("T")
 Encode = Callable[[np.ndarray], tuple[Tensor, Tensor]]
-"""Pixels (B, H, W, 3) uint8 -> mean and standard deviation of the posterior, each (B, C, h, w) float32."""
+"""Pixels (B, H, W, C) uint8 -> mean and standard deviation of the posterior, each (B, C, h, w) float32.
+
+It may have two attributes: `published`, the normalisation that is published with it, as `write_latents` returns one, with its
+`factor`, or None; and `spread`, which is False where all standard deviations are 0, which are then not stored.
+"""
+Normalize = Literal["auto", "published", "per_channel", "global"] | float | ShiftAndScale | MeanAndStd
+"""What `latents.normalize` may be."""
 
 
 @dataclass(frozen=True)
 class Latents:
-    """The posteriors of one split, raw (not normalised), as read-only memory maps.
+    """The posteriors of one split, raw (not normalised), as read-only memory maps, or zeros that take no memory.
 
     `mean` and `std` are (N, F, C, h, w), float32 or float16; index 1 of F, where there is one, is the mirrored image.
     `labels` are (N,) int64.
@@ -61,9 +68,11 @@ class LatentStore:
         return {"latent_size": self.latent_size, "latent_channels": self.latent_channels, "num_classes": self.num_classes}
 
     def split(self, name: Literal["train", "validation"]) -> Latents:
-        """The posteriors of `"train"` or `"validation"`."""
-        arrays = self.store.arrays
-        return Latents(arrays[f"{name}_mean"], arrays[f"{name}_std"], arrays[f"{name}_labels"])
+        """The posteriors of `"train"` or `"validation"`. Raises `DamagedError` where the bytes of a file have changed."""
+        mean, labels = (self.store.verified(f"{name}_{part}") for part in ("mean", "labels"))
+        if f"{name}_std" not in self.store.arrays:
+            return Latents(mean, np.broadcast_to(np.zeros((), mean.dtype), mean.shape), labels)
+        return Latents(mean, self.store.verified(f"{name}_std"), labels)
 
     def normalize(self, z: Tensor) -> Tensor:
         """Raw latents (B, C, h, w) -> what the diffusion model sees: `(z - shift) * scale`, per channel."""
@@ -84,16 +93,20 @@ class LatentStore:
 
 def write_latents(
     images: ImageStore, encode: Encode, settings: LatentsParams, directory: Path | None, ranks: Ranks | None = None
-) -> dict[str, list[float]]:
-    """Encode every image, in order, into a store at `directory`; returns the factors of `normalize`.
+) -> dict[str, Any]:
+    """Encode every image, in order, into a store at `directory`; returns how latents are normalised.
 
-    Of several ranks each encodes its rows of every batch, `batch_size` of them; `directory` is None on all but the first.
-    Raises `DataError` for latents that are not finite, also where that is because `latents.dtype` cannot hold them.
+    That is `shift` and `scale`, one value per channel, of `(z - shift) * scale`, and their `source` in words. Of several ranks
+    each encodes its rows of every batch, `batch_size` of them; `directory` is None on all but the first.
+    Raises `ConfigError` where the encoder has no normalisation of that kind, and `DataError` for latents that are not finite,
+    also where that is because `latents.dtype` cannot hold them.
     """
     ranks = ranks or Ranks(torch.device("cpu"))
     first, _ = encode(images.train_images[:1])
     item = (2 if settings.flip else 1, *first.shape[1:])
-    arrays = {f"{split}_{kind}": (settings.dtype, item) for split in SPLITS for kind in ("mean", "std")}
+    stated = stated_normalization(settings.normalize, item[1], getattr(encode, "published", None))
+    kinds = ("mean", "std") if getattr(encode, "spread", True) else ("mean",)
+    arrays = {f"{split}_{kind}": (settings.dtype, item) for split in SPLITS for kind in kinds}
     labels = {f"{split}_labels": (np.int64, ()) for split in SPLITS}
     writer = StoreWriter(directory, **arrays, **labels) if directory else None
     moments = Moments(channels=item[1])
@@ -109,14 +122,14 @@ def write_latents(
             for parts in one_ahead(encoded):
                 mean, std = _stored(parts, settings)
                 _check_finite(mean, std, split, done)
-                if writer:
-                    writer.append(f"{split}_mean", mean)
-                    writer.append(f"{split}_std", std)
+                for kind, values in zip(kinds, (mean, std), strict=False):
+                    if writer:
+                        writer.append(f"{split}_{kind}", values)
                 if split == "train":
                     moments.add(mean, std)
                 done += len(mean)
                 bar.update(len(mean))
-    normalize = moments.factors(settings.normalize)
+    normalize = stated or moments.normalization("global" if settings.normalize == "global" else "per_channel")
     if writer:
         writer.close(
             class_names=images.class_names, num_classes=len(images.class_names), flip=settings.flip, normalize=normalize
@@ -139,23 +152,54 @@ class Moments:
         self.total += mean.sum(axis=(0, 1, 3, 4))
         self.squares += (mean**2 + std**2).sum(axis=(0, 1, 3, 4))
 
-    def factors(self, method: Literal["per_channel", "global"] | float) -> dict[str, list[float]]:
-        """`shift` and `scale`, one value per channel, of `(z - shift) * scale`.
+    def normalization(self, method: Literal["per_channel", "global"]) -> dict[str, Any]:
+        """`shift` and `scale`, one value per channel, of `(z - shift) * scale`, and their `source`.
 
-        `per_channel` gives each channel zero mean and unit variance, `global` gives both to all channels taken together, and
-        a number is used as it is, with no shift: the fixed factor of Rombach et al. (2022), appendix G, such as 0.18215.
-        Raises `DataError` where a channel does not vary.
+        `per_channel` gives each channel zero mean and unit variance, `global` gives both to all channels taken together. Raises
+        `DataError` where a channel does not vary.
         """
         channels = len(self.total)
-        if not isinstance(method, str):
-            return {"shift": [0.0] * channels, "scale": [float(method)] * channels}
         mean, square = self.total / self.count, self.squares / self.count
         if method == "global":
             mean, square = np.full(channels, mean.mean()), np.full(channels, square.mean())
         variance = square - mean**2
         if (constant := np.flatnonzero(variance <= 0)).size:
             raise DataError(f"latent channels {constant.tolist()} are constant, so no factor gives them unit variance")
-        return {"shift": mean.tolist(), "scale": (variance**-0.5).tolist()}
+        source = f"mean and variance of the training set, {'over all channels' if method == 'global' else 'of each channel'}"
+        return {"shift": mean.tolist(), "scale": (variance**-0.5).tolist(), "source": source}
+
+
+def stated_normalization(normalize: Normalize, channels: int, published: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The normalisation that is stated, by the parameters or by what is `published` with the encoder; None to measure it.
+
+    A number is the scale, with no shift: the fixed factor of Rombach et al. (2022), appendix G, such as 0.18215. Where a shift
+    or factors of single channels are published, the number must be the factor among them, and all of them are meant. Raises
+    `ConfigError` where nothing is published, for another number, and for lists that are not of `channels` entries.
+    """
+    if normalize in ("auto", "published"):
+        if normalize == "published" and not published:
+            raise ConfigError("latents.normalize = 'published': the autoencoder's config.json states no scaling_factor")
+        return published
+    if isinstance(normalize, str):
+        return None
+    if isinstance(normalize, float):
+        return _by_number(normalize, channels, published)
+    shift, scale = normalize.factors(channels)
+    return {"shift": shift, "scale": scale, "source": "latents.normalize"}
+
+
+def _by_number(normalize: float, channels: int, published: dict[str, Any] | None) -> dict[str, Any]:
+    scaled = {"shift": [0.0] * channels, "scale": [normalize] * channels, "source": "latents.normalize"}
+    if not published:
+        return scaled
+    if math.isclose(normalize, published["factor"], rel_tol=1e-4):
+        return published
+    if any(published["shift"]) or any(value != published["factor"] for value in published["scale"]):
+        raise ConfigError(
+            f"latents.normalize = {normalize}, where {published['source']} is published: expected 'published', "
+            "or {shift: ..., scale: ...} for others"
+        )
+    return scaled | {"source": f"latents.normalize, where {published['source']} is published"}
 
 
 def one_ahead(values: Iterable[T]) -> Iterator[T]:
@@ -169,7 +213,7 @@ def one_ahead(values: Iterable[T]) -> Iterator[T]:
 
 
 def _encode(encode: Encode, batch: np.ndarray, flip: bool, own: slice) -> tuple[Tensor, Tensor]:
-    """The rows `own` of pixels (B, H, W, 3) -> mean and std, each (B, F, C, h, w)."""
+    """The rows `own` of pixels (B, H, W, C) -> mean and std, each (B, F, C, h, w)."""
     pixels = batch[own]
     views = [pixels, pixels[:, :, ::-1]] if flip else [pixels]
     means, stds = zip(*(encode(view) for view in views), strict=True)

@@ -1,7 +1,7 @@
 """A store: a directory of raw arrays, which grow while they are written, and the manifest that describes and seals them.
 
-`NAME.bin` holds an array in C order, little-endian, without a header; `manifest.json` holds its dtype, shape and SHA-256, and
-whatever else its owner wants to say. Arrays are read as memory maps, so a store may be larger than memory.
+`NAME.bin` holds an array in C order, little-endian, without a header; `manifest.json` holds its dtype, shape and SHA-256,
+whatever else its owner wants to say, and its own SHA-256. Arrays are read as memory maps, so a store may be larger than memory.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from dit.checksums import DamagedError, sha256
 from dit.errors import DataError, InputError
 
 SPLITS = ("train", "validation")
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
-READ_BYTES = 1 << 22
 
 
 class StoreWriter:
@@ -47,6 +47,7 @@ class StoreWriter:
         """Write the manifest: the arrays, then `meta`, which must be JSON."""
         arrays = {name: array.describe() for name, array in self._arrays.items()}
         manifest = {"format": FORMAT, "arrays": arrays, **meta}
+        manifest["sha256"] = _digest(manifest)
         (self.directory / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
 
 
@@ -77,23 +78,29 @@ class _Array:
 
 
 class Store:
-    """Reads a store. Raises `DataError` where the directory is no store, or its files do not have the stated size."""
+    """Reads a store. Raises `DataError` where the directory is no store, or its files do not have the stated size.
+
+    `arrays` are the memory maps as they are; `verified` compares one with its checksum first.
+    """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.meta = _read_manifest(self.directory / MANIFEST)
         self.arrays = {name: self._map(name, entry) for name, entry in self.meta["arrays"].items()}
+        self._verified: set[str] = set()
+
+    def verified(self, name: str) -> np.ndarray:
+        """An array whose bytes are those that were written: its file is read once. Raises `DamagedError` for others."""
+        if name not in self._verified:
+            if sha256(self._path(name)) != self.meta["arrays"][name]["sha256"]:
+                raise DamagedError(self._path(name), self.directory)
+            self._verified.add(name)
+        return self.arrays[name]
 
     def verify(self) -> None:
-        """Read everything once. Raises `DataError` that names the first file whose checksum differs."""
-        for name, entry in self.meta["arrays"].items():
-            path = self._path(name)
-            with path.open("rb") as file:
-                found = hashlib.sha256()
-                while data := file.read(READ_BYTES):
-                    found.update(data)
-            if found.hexdigest() != entry["sha256"]:
-                raise DataError(f"{path}: its SHA-256 is {found.hexdigest()}, the manifest says {entry['sha256']}")
+        """Read everything once. Raises `DamagedError` that names the first file whose checksum differs."""
+        for name in self.arrays:
+            self.verified(name)
 
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}.bin"
@@ -119,4 +126,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(f"{path}: not a manifest of format {FORMAT}")
+    if manifest.pop("sha256", None) != _digest(manifest):
+        raise DamagedError(path, path.parent)
     return manifest
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """The SHA-256 of all else that a manifest says, however it is laid out."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True, allow_nan=False).encode()).hexdigest()

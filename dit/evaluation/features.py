@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.hub import load_state_dict_from_url
 
+from dit import checksums
 from dit.errors import ConfigError, DataError, InputError
 from dit.progress import progress
 from dit.sections import FeaturesParams
@@ -38,14 +39,17 @@ class FeatureExtractor:
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> Tensor:
-        """Pixels (B, H, W, 3) uint8 -> features (B, D), float32, on the CPU. Raises `DataError` for another dtype or shape."""
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise DataError(f"images of {images.dtype} {images.shape} have no features; accepted: uint8 (N, H, W, 3)")
+        """Pixels (B, H, W, C) uint8, RGB or grey -> features (B, D), float32, on the CPU.
+
+        Grey images are seen as RGB images of three equal channels. Raises `DataError` for another dtype or shape.
+        """
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+            raise DataError(f"images of {images.dtype} {images.shape} have no features: expected uint8 (N, H, W, 3 or 1)")
         pixels = torch.from_numpy(np.array(images, order="C")).permute(0, 3, 1, 2).to(self.device)
-        return self.network(pixels).float().cpu()
+        return self.network(pixels.expand(-1, 3, -1, -1)).float().cpu()
 
     def extract(self, images: np.ndarray, batch_size: int, description: str) -> Tensor:
-        """Pixels (N, H, W, 3) uint8, in memory or mapped, a batch at a time -> features (N, D), float32, on the CPU."""
+        """Pixels (N, H, W, C) uint8, in memory or mapped, a batch at a time -> features (N, D), float32, on the CPU."""
         features = []
         with progress(len(images), description, "image") as bar:
             for start in range(0, len(images), batch_size):
@@ -132,11 +136,15 @@ def save_features(features: Tensor, extractor: FeatureExtractor, directory: Path
 
 
 def load_features(directory: str | Path, extractor: FeatureExtractor) -> Tensor:
-    """Features (N, D) of the real images. Raises `InputError` where there are none, or another extractor made them."""
+    """Features (N, D) of the real images.
+
+    Raises `InputError` where there are none, another extractor made them, or a file has changed since it was written.
+    """
     directory = Path(directory)
     described = directory / "features.json"
     if not described.is_file():
         raise InputError(described)
+    checksums.verify(directory)
     about: dict[str, Any] = json.loads(described.read_text())
     for key, value in (("extractor", extractor.name), ("size", extractor.size)):
         if about[key] != value:

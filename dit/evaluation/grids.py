@@ -15,8 +15,9 @@ def grid_shape(num_samples: int, num_classes: int, rows: int) -> tuple[int, int]
 
 
 def image_grid(images: np.ndarray, rows: int, columns: int, num_classes: int) -> Image.Image:
-    """The first `rows` of each of the first `columns` classes among images (N, H, W, 3) uint8 with balanced labels."""
-    _, height, width, _ = images.shape
+    """The first `rows` of each of the first `columns` classes among images (N, H, W, C) uint8 with balanced labels."""
+    _, height, width, channels = images.shape
     tiles = images[[row * num_classes + column for row in range(rows) for column in range(columns)]]
-    grid = tiles.reshape(rows, columns, height, width, 3).swapaxes(1, 2)  # (rows, H, columns, W, 3)
-    return Image.fromarray(grid.reshape(rows * height, columns * width, 3))
+    grid = tiles.reshape(rows, columns, height, width, channels).swapaxes(1, 2)  # (rows, H, columns, W, C)
+    grid = grid.reshape(rows * height, columns * width, channels)
+    return Image.fromarray(grid[..., 0] if channels == 1 else grid)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dit.autoencoder import decode
+from dit import checksums
+from dit.autoencoder import Autoencoder, decode
 from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.devices import resolve_precision
@@ -27,7 +27,11 @@ from dit.sections import EvaluateParams
 
 
 def load_network(params: Params, store: LatentStore, weights: Path) -> Denoiser:
-    """The network of the study with `weights`, in eval mode. Raises `InputError` for weights of another network."""
+    """The network of the study with `weights`, in eval mode.
+
+    Raises `InputError` for weights of another network, or a file that has changed since it was written.
+    """
+    checksums.verify(weights)
     network = params.network(store.sizes)
     try:
         network.load_state_dict(load_file(weights))
@@ -63,7 +67,7 @@ class Seen:
 
 def look(
     latents: Tensor,
-    autoencoder: AutoencoderKL,
+    autoencoder: Autoencoder,
     extractor: FeatureExtractor,
     params: EvaluateParams,
     num_classes: int,

@@ -60,7 +60,9 @@ class FusedEncoder:
 
 
 def supports(autoencoder: AutoencoderKL) -> bool:
-    """Whether `FusedEncoder` computes what the encoder of `autoencoder` does."""
+    """Whether `FusedEncoder` computes what the encoder of `autoencoder`, which may be of another class, does."""
+    if not hasattr(autoencoder.config, "down_block_types"):
+        return False
     config, encoder = autoencoder.config, autoencoder.encoder
     usual = set(config.down_block_types) == {"DownEncoderBlock2D"} and config.act_fn == "silu"
     middle = len(encoder.mid_block.attentions) == 1 and encoder.mid_block.attentions[0] is not None

@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from fractions import Fraction
+from functools import lru_cache
 
 from dit.errors import ConfigError
 from dit.models.roles import Role
@@ -92,6 +93,7 @@ def _rows(selector: str, rows: re.Match[str], count: int) -> tuple[int, int]:
     return start, stop
 
 
+@lru_cache(maxsize=2**17)
 def _names(selector: str, path: str) -> bool:
     if "*" in selector:
         return re.fullmatch(".*".join(map(re.escape, selector.split("*"))), path) is not None
@@ -100,6 +102,7 @@ def _names(selector: str, path: str) -> bool:
     return all(any(_matches(want, segment) for segment in remaining) for want in wanted)
 
 
+@lru_cache(maxsize=2**14)
 def _segments(path: str) -> list[str]:
     """`blocks.3.norm.weight` -> `blocks[3]`, `norm`, `weight`: a number belongs to the name before it."""
     return re.sub(r"(?<=[\w\]])\.(\d+)(?=\.|$)", r"[\1]", path).split(".")

@@ -196,7 +196,8 @@ class Optimizer:
             self.torch.state[weight] = {
                 key: _placed(value, weight, key != "step" or bool(on_device[weight])) for key, value in saved.items()
             }
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # a run without loss scaling has no state of it
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def _placed(value: Any, weight: Tensor, on_device: bool) -> Any:

@@ -7,17 +7,62 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from dit.sections.optim import DecaySchedule, OptimizerParams, ScheduleParams, WSDSchedule
+from dit.sections.data import (
+    FolderSource as FolderSource,
+)
+from dit.sections.data import (
+    HuggingFaceSource as HuggingFaceSource,
+)
+from dit.sections.data import (
+    IdentityAutoencoder as IdentityAutoencoder,
+)
+from dit.sections.data import (
+    IdxSource as IdxSource,
+)
+from dit.sections.data import (
+    ImagesParams as ImagesParams,
+)
+from dit.sections.data import (
+    LatentsParams as LatentsParams,
+)
+from dit.sections.data import (
+    MeanAndStd as MeanAndStd,
+)
+from dit.sections.data import (
+    PhotosSource as PhotosSource,
+)
+from dit.sections.data import (
+    PretrainedAutoencoder as PretrainedAutoencoder,
+)
+from dit.sections.data import (
+    ShiftAndScale as ShiftAndScale,
+)
+from dit.sections.data import (
+    TrainedAutoencoder as TrainedAutoencoder,
+)
+from dit.sections.data import (
+    UnlabelledSource as UnlabelledSource,
+)
+from dit.sections.data import (
+    WebDatasetSource as WebDatasetSource,
+)
+from dit.sections.optim import ConstantSchedule, DecaySchedule, OptimizerParams, ScheduleParams, WSDSchedule
 from dit.sections.types import (
     Backend,
-    Count,
     Device,
     FilePath,
-    Fraction,
+    LevelName,
     Name,
-    NonNegativeFloat,
     OpenFraction,
     Precision,
     Section,
@@ -34,115 +79,72 @@ SCHEDULERS = {
 """Which samplers fit which training objective."""
 
 
+Factors = dict[str, list[Any] | dict[LevelName, Any]]
+"""Levels by dotted key of `params.yaml`: a list of values, or values with names."""
+
+
 class StudyParams(Section):
-    """Which strategies are compared, over which seeds."""
+    """Which strategies are compared, with which factors they are crossed, over which seeds, and what is asked of the runs.
+
+    What stands below `seeds` may be left out: without it, each strategy runs once with every seed, and all runs are sampled.
+    """
 
     name: Annotated[str, Field(min_length=1)]
     baseline: Name
     strategies: Annotated[list[Name], Field(min_length=1)]
     seeds: Annotated[list[Seed], Field(min_length=1)]
+    factors: Factors = Field(default_factory=dict)
+    """Parameters whose levels are crossed with each other and with strategies and seeds."""
+    settings: dict[LevelName, dict[str, Any]] = Field(default_factory=dict)
+    """In place of `factors`: named combinations of parameters, where the full product is too large."""
+    only: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+    """By strategy: a value, or levels, that one strategy has in place of those of `params.yaml` and of `factors`."""
+    choose_on: list[Seed] = Field(default_factory=list)
+    """The seeds on which each strategy's best learning rate is chosen. The other seeds report, and these do not."""
+    declared: list[Name] = Field(default_factory=list)
+    """The strategies whose comparison with the baseline is primary. Verdicts are corrected for their number."""
+    sample: Literal["all", "best", "one", "none"] = "all"
+    """Which runs are sampled: all, those at each strategy's best setting, one of those each (for its pictures), or none."""
 
     @model_validator(mode="after")
     def _consistent(self) -> StudyParams:
         for key, values in (("strategies", self.strategies), ("seeds", self.seeds)):
             if len(set(values)) != len(values):
-                raise ValueError(f"{key} = {values}; accepted: each entry once")
+                raise ValueError(f"{key} = {values}: expected each entry once")
         if self.baseline not in self.strategies:
-            raise ValueError(f"baseline = '{self.baseline}'; accepted: one of study.strategies, {self.strategies}")
+            raise ValueError(f"baseline = '{self.baseline}': expected one of study.strategies, {self.strategies}")
+        for key, names in (("only", self.only), ("declared", self.declared)):
+            if unknown := [name for name in names if name not in self.strategies]:
+                raise ValueError(f"{key}: '{unknown[0]}' is no strategy of the study; expected one of {self.strategies}")
+        if self.baseline in self.declared:
+            raise ValueError(f"declared: '{self.baseline}' is the baseline, with which the others are compared; leave it out")
+        if self.factors and self.settings:
+            raise ValueError("factors and settings are both given: expected one of them")
+        self._check_levels()
+        self._check_choice()
         return self
 
+    def _check_levels(self) -> None:
+        given = [("factors", self.factors), *((f"settings.{name}", levels) for name, levels in self.settings.items())]
+        for where, keys in (*given, *((f"only.{name}", values) for name, values in self.only.items())):
+            for key in keys:
+                if "." not in key or key.partition(".")[0] in ("study", "strategies"):
+                    raise ValueError(f"{where}.{key}: expected a dotted key of params.yaml, such as train.learning_rate")
+        for key, levels in self.factors.items():
+            values = list(levels.values()) if isinstance(levels, dict) else levels
+            if not values or any(value in values[:index] for index, value in enumerate(values)):
+                raise ValueError(f"factors.{key} = {levels}: expected at least one level, and each level once")
 
-class PhotosSource(Section):
-    """Class-conditional crops of the pictures that scikit-image ships; `dit.data.sources.photos`."""
-
-    kind: Literal["photos"]
-    train_per_class: PositiveInt
-    validation_per_class: PositiveInt
-    validation_region: OpenFraction
-    max_zoom: Annotated[float, Field(ge=1, allow_inf_nan=False)]
-
-
-class FolderSource(Section):
-    """Image files as `root/class/*.{jpg,png,webp}`; `dit.data.sources.folder`."""
-
-    kind: Literal["folder"]
-    root: FilePath
-    validation_root: FilePath | None
-    validation_fraction: OpenFraction
-
-
-class HuggingFaceSource(Section):
-    """A data set of the `datasets` library; `dit.data.sources.huggingface`."""
-
-    kind: Literal["huggingface"]
-    path: str
-    config: str | None
-    image_column: str
-    label_column: str
-    train_split: str
-    validation_split: str | None
-    validation_fraction: OpenFraction
-
-
-class ImagesParams(Section):
-    """Stage `images`."""
-
-    size: Annotated[int, Field(ge=8)]
-    seed: Seed
-    workers: Count
-    max_rejected: Fraction
-    source: Annotated[PhotosSource | FolderSource | HuggingFaceSource, Field(discriminator="kind")]
-
-
-class TrainedAutoencoder(Section):
-    """Stage `autoencoder`, trained on the images of the study."""
-
-    kind: Literal["train"]
-    latent_channels: PositiveInt
-    downsample: PositiveInt
-    channels: Annotated[list[PositiveInt], Field(min_length=1)]
-    steps: PositiveInt
-    batch_size: PositiveInt
-    learning_rate: PositiveFloat
-    kl_weight: NonNegativeFloat
-    seed: Seed
-    threads: PositiveInt
-    device: Device
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TrainedAutoencoder:
-        if self.downsample != 2 ** (len(self.channels) - 1):
-            accepted = 2 ** (len(self.channels) - 1)
+    def _check_choice(self) -> None:
+        if not self.choose_on:
+            return
+        others = [seed for seed in self.seeds if seed not in self.choose_on]
+        if not set(self.choose_on) < set(self.seeds):
+            raise ValueError(f"choose_on = {self.choose_on}: expected some of study.seeds = {self.seeds}, and not all of them")
+        if len(others) < 3:
             raise ValueError(
-                f"downsample = {self.downsample}; accepted: {accepted}, as channels has {len(self.channels)} entries"
+                f"choose_on = {self.choose_on} leaves {len(others)} of the seeds {self.seeds} to report: expected at least 3"
             )
-        return self
-
-
-class PretrainedAutoencoder(Section):
-    """Stage `autoencoder`, loaded from a hub id or a local directory in diffusers format."""
-
-    kind: Literal["pretrained"]
-    path: str
-    revision: str | None
-    latent_channels: PositiveInt
-    downsample: PositiveInt
-    threads: PositiveInt
-    device: Device
-
-
-class LatentsParams(Section):
-    """Stage `latents`."""
-
-    flip: bool
-    normalize: Literal["per_channel", "global"] | PositiveFloat
-    dtype: Literal["float32", "float16"]
-    batch_size: PositiveInt
-    precision: Precision
-    backend: Backend
-    processes: PositiveInt
-    threads: PositiveInt
-    device: Device
 
 
 class ModelParams(Section):
@@ -223,6 +225,8 @@ class TrainParams(Section):
     validate_every: PositiveInt
     validation: ValidationParams
     checkpoint_every: PositiveInt
+    keep_checkpoints: Annotated[tuple[PositiveInt | Literal["last"], ...], Field(strict=False)] = ()
+    """Steps whose checkpoints outlive the run, and `last`, from which a run goes on when `steps` is raised; may be left out."""
     stop_on_collapse: bool
     precision: Precision
     backend: Backend
@@ -232,8 +236,26 @@ class TrainParams(Section):
     threads: PositiveInt
     device: Device
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a step before the last one depends on `steps`, as the learning rate of a decay does."""
+        return not isinstance(self.schedule, ConstantSchedule)
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A key that may be left out is no part of parameters that do not have it, nor of their digest."""
+        written: dict[str, Any] = serialize(self)
+        if not self.keep_checkpoints:
+            written.pop("keep_checkpoints", None)
+        return written
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainParams:
+        late = [step for step in self.keep_checkpoints if step != "last" and step >= self.steps]
+        if late:
+            raise ValueError(
+                f"keep_checkpoints: no checkpoint is due at {late[0]}; expected less than steps = {self.steps}, or last"
+            )
         if self.batch_size % self.processes:
             raise ValueError(f"batch_size = {self.batch_size}; accepted: a multiple of processes = {self.processes}")
         if self.parallel == "fsdp" and self.backend == "fused":

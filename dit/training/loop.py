@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from dit import checkpoint
 from dit.analysis.diagnostics import diagnose, gradient_noise
 from dit.data.batches import Batches
 from dit.data.latents import LatentStore
-from dit.devices import resolve_precision
+from dit.devices import name_of, resolve_precision
 from dit.diffusion import Batch, Diffusion
 from dit.distributed import Ranks, restore, whole
 from dit.errors import ConfigError
@@ -27,6 +27,7 @@ from dit.progress import progress
 from dit.sections import TrainParams
 from dit.training.engines import ENGINES, clip_factor, plain_forward
 from dit.training.indicators import SAMPLES, block_states
+from dit.training.kept import ENDED, Keeper, KeptRun, RunSettings, Shelf, describe, digest
 from dit.training.records import Divergence, Records
 from dit.training.stability import Observation, Stability, observe
 from dit.training.validation import Validation
@@ -43,7 +44,8 @@ class Trainer:
 
     `scratch` holds the checkpoint and belongs to this run alone. Afterwards `ema` holds the averaged weights,
     `records` what was measured and how stable the run was, and `divergence` is None unless a value that is not
-    finite stopped the run.
+    finite stopped the run. `settings` describe the run for whoever continues one of its kept checkpoints. Runs that differ in
+    their length alone share the folder `ended`, where a run that keeps its last checkpoint leaves it to a longer one.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class Trainer:
         label_dropout: float,
         seed: int,
         scratch: Path,
+        ended: Path | None = None,
+        settings: RunSettings | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self.ranks = ranks or Ranks(diffusion.device)
@@ -84,8 +88,27 @@ class Trainer:
         self.stability = Stability(self.validation.target_second_moment)
         self.divergence: Divergence | None = None
         self.steps_done = 0
+        self.last_step = params.steps
+        self.description = ""
+        self.ended = Shelf(ended / ENDED) if ended is not None and "last" in params.keep_checkpoints else None
+        self.keeper = Keeper(scratch, self._described(settings, store))
         self.images_per_second = math.nan
         self._pending: list[Tensor] = []
+
+    def _described(self, settings: RunSettings | None, store: LatentStore) -> KeptRun | None:
+        if settings is None:
+            return None
+        return KeptRun(
+            settings=settings,
+            sizes=store.sizes,
+            latents=str(store.store.directory),
+            latents_digest=digest(store),
+            device=self.diffusion.device.type,
+            precision=name_of(self.precision),
+            backend=self.backend,
+            processes=self.ranks.size,
+            torch=torch.__version__,
+        )
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """The averaged weights on the host, by their names in the model: all ranks must ask, and the main one gets them."""
@@ -94,11 +117,16 @@ class Trainer:
     def run(self, description: str) -> None:
         """Train from the last checkpoint, or from the start, to the end, to divergence, or to a collapse that shall end it."""
         self._resume(description)
+        self.go_on(description)
+
+    def go_on(self, description: str) -> None:
+        """Train from the present state to `last_step`, to divergence, or to a collapse that shall end the run."""
+        self.description = description
         first, started = self.steps_done, time.monotonic()
-        with progress(self.params.steps, description, "step", done=first, shown=self.ranks.is_main) as bar:
-            while self.steps_done < self.params.steps and not self._ended_early:
+        with progress(self.last_step, description, "step", done=first, shown=self.ranks.is_main) as bar:
+            while self.steps_done < self.last_step and not self._ended_early:
                 step = self.steps_done
-                if step > first and step % self.params.checkpoint_every == 0:
+                if step > first and self._checkpoint_due(step):
                     self._save()
                 if self._validation_due(step):
                     self._validate(step)
@@ -110,6 +138,8 @@ class Trainer:
                     bar.set_postfix_str(f"mse {self._read_losses():.4f}", refresh=False)
                 bar.update()
         self.images_per_second = (self.steps_done - first) * self.params.batch_size / (time.monotonic() - started)
+        if self.ended and not self._ended_early:
+            self._save_last(self.ended)
         if not self.divergence:
             self._validate(self.steps_done)
 
@@ -118,9 +148,10 @@ class Trainer:
         return self.divergence is not None or (self.params.stop_on_collapse and self.stability.phase == "collapse")
 
     def forget(self) -> None:
-        """Remove the checkpoint: for a run that has ended, once all that is wanted of it is on disk."""
+        """Remove what a run that has ended no longer needs, once all that is wanted of it is on disk; what is kept stays."""
         if self.ranks.is_main:
             checkpoint.remove(self.scratch)
+            self.keeper.forget()
 
     def _train(self, step: int) -> None:
         batch = self.batches(step)
@@ -184,9 +215,12 @@ class Trainer:
             step % self.params.log_every == 0
             or self._validation_due(after)
             or self._diagnosis_due(after)  # which tells the share of the steps before it that were clipped
-            or after == self.params.steps
-            or (after % self.params.checkpoint_every == 0)
+            or after == self.last_step
+            or self._checkpoint_due(after)
         )
+
+    def _checkpoint_due(self, step: int) -> bool:
+        return step % self.params.checkpoint_every == 0 or step in self.params.keep_checkpoints
 
     def _read_losses(self) -> float:
         """Record the losses since the last reading, or the divergence that they show; returns the last error."""
@@ -195,7 +229,7 @@ class Trainer:
         losses = self.ranks.mean(torch.stack(self._pending)).tolist()
         for step, (total, mse, gradient_norm) in enumerate(losses, start=first):
             if not math.isfinite(total):
-                self.divergence = Divergence(step, "loss", repr(total))
+                self._diverged(Divergence(step, "loss", repr(total)))
                 break
             seen = Observation(step, total, mse, gradient_norm, learning_rate(self.params, step))
             if step % self.params.log_every == 0:
@@ -210,6 +244,21 @@ class Trainer:
         self.records.spikes += kept
         if event is not None:
             self.records.events.append(asdict(event))
+            if self.ranks.is_main:
+                self._tell(self.keeper.judged(event, self._collapses))
+
+    @property
+    def _collapses(self) -> int:
+        return sum(event["kind"] == "collapse" for event in self.records.events)
+
+    def _diverged(self, divergence: Divergence) -> None:
+        self.divergence = divergence
+        if self.ranks.is_main and not self._collapses:
+            self._tell(self.keeper.ending(divergence.step, "divergence"))
+
+    def _tell(self, line: str) -> None:
+        if line:
+            print(f"{self.description}: {line}", flush=True)
 
     def _validation_due(self, step: int) -> bool:
         """At the powers of two, where strategies differ most, and then at equal intervals."""
@@ -226,11 +275,25 @@ class Trainer:
             buckets = {f"mse_t{index}": mse for index, mse in enumerate(measured.by_bucket)}
             self.records.validation.append({"step": step, "weights": weights, "mse": measured.mse, **buckets})
             if not math.isfinite(measured.mse) and not self.divergence:
-                self.divergence = Divergence(step, f"validation_mse of the {weights} weights", repr(measured.mse))
+                self._diverged(Divergence(step, f"validation_mse of the {weights} weights", repr(measured.mse)))
 
     def _save(self) -> None:
         """All ranks give their part; one checkpoint is right for any number of them, and however they share the network."""
-        state = self.ranks.gather_state(
+        state = self._state()
+        if self.ranks.is_main:
+            checkpoint.save(self.scratch, state)
+            self.keeper.saved(self.steps_done, self.steps_done in self.params.keep_checkpoints)
+
+    def _save_last(self, shelf: Shelf) -> None:
+        """Leave the state of a finished run, before its last validation, which a longer run may not make here."""
+        state = self._state()
+        if self.ranks.is_main:
+            checkpoint.save(self.scratch, state)
+            shelf.only(self.steps_done, self.scratch)
+            describe(shelf, self.keeper.run)
+
+    def _state(self) -> dict[str, Any]:
+        gathered: dict[str, Any] = self.ranks.gather_state(
             {
                 "steps_done": self.steps_done,
                 "model": self.model.state_dict(),
@@ -240,11 +303,22 @@ class Trainer:
                 "stability": self.stability.state_dict(),
             }
         )
-        if self.ranks.is_main:
-            checkpoint.save(self.scratch, state)
+        return gathered
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Set all that the rest of the run depends on, from what a checkpoint of it holds."""
+        self.steps_done = state["steps_done"]
+        restore(self.model.state_dict(), state["model"])
+        restore(self.ema.tensors, state["ema"])
+        self.engine.load_state_dict(state["optimizer"])
+        self.records = Records(**state["records"])
+        self.stability = Stability.from_state_dict(state["stability"])
 
     def _resume(self, description: str) -> None:
-        state = checkpoint.load(self.scratch, torch.device("cpu"))  # no device need hold all of a sharded network
+        host = torch.device("cpu")  # no device need hold all of a sharded network
+        state, where = checkpoint.load(self.scratch, host), ""
+        if state is None and self.ended and (shorter := max(self.ended.steps(), default=self.last_step)) < self.last_step:
+            state, where = checkpoint.load(self.ended.path(shorter), host), ", from the end of a shorter run"
         seen = torch.tensor([state["steps_done"] if state else 0], device=self.diffusion.device)
         if len(steps := self.ranks.gather(seen, self.ranks.size).unique()) > 1:
             raise ConfigError(
@@ -252,11 +326,6 @@ class Trainer:
                 "all hosts must share the folder of checkpoints"
             )
         if state is not None:
-            self.steps_done = state["steps_done"]
-            restore(self.model.state_dict(), state["model"])
-            restore(self.ema.tensors, state["ema"])
-            self.engine.load_state_dict(state["optimizer"])
-            self.records = Records(**state["records"])
-            self.stability = Stability.from_state_dict(state["stability"])
+            self.restore(state)
             if self.ranks.is_main:
-                print(f"{description}: resumed at step {self.steps_done}")
+                print(f"{description}: resumed at step {self.steps_done}{where}")

@@ -4,9 +4,41 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from dit import csvfile
+
 Row = dict[str, Any]
+
+TABLES: dict[str, tuple[str, ...]] = {
+    "metrics": ("step", "loss", "mse", "gradient_norm", "learning_rate"),
+    "validation": ("step", "weights", "mse"),
+    "diagnostics": (
+        "step",
+        "role",
+        "gradient_rms",
+        "weight_rms",
+        "update_ratio",
+        "zero_gradient_fraction",
+        "distinct_units",
+        "effective_rank",
+        "gate_rms",
+    ),
+    "gradient_noise": ("step", "squared_norm", "covariance_trace", "batch_norm", "part_norm"),
+    "stability": (
+        "step",
+        "block",
+        "max_attention_logit",
+        "attention_entropy",
+        "residual_rms",
+        "second_moment_ratio",
+        "clipped_share",
+    ),
+    "events": ("event", "step", "kind", "quantity", "value", "reference"),
+    "spikes": ("event", "step", "loss", "mse", "gradient_norm", "learning_rate"),
+}
+"""By field of `Records`, the columns that its table has at least; `validation` also has one for each range of timesteps."""
 
 
 @dataclass
@@ -43,6 +75,12 @@ class Records:
                 collapse = None
             previous = event
         return collapse
+
+    def write(self, directory: Path) -> None:
+        """Write every table as `directory/NAME.csv`."""
+        for name, columns in TABLES.items():
+            rows: list[Row] = getattr(self, name)
+            csvfile.write(directory / f"{name}.csv", tuple(rows[0]) if rows else columns, rows)
 
 
 @dataclass(frozen=True)
@@ -111,6 +149,15 @@ class Outcome:
     parameters: int
     initial: Initial
     final: Final | None
+
+    @property
+    def sentence(self) -> str:
+        """What a person wants to know of a run that is over."""
+        if self.collapsed:
+            return f"collapsed at step {self.collapsed.step:,}: error {self.collapsed.mse:.4f}"
+        if self.diverged:
+            return f"diverged at step {self.diverged.step:,}: {self.diverged.quantity} is {self.diverged.value}"
+        return f"validation mse {self.final.ema_validation_mse:.4f} (EMA)" if self.final else self.status
 
 
 def outcome(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from dit import checksums, csvfile
 from dit.errors import DataError, InputError, explain
 from pipelines.files import write_json
 
@@ -49,8 +49,12 @@ class Record(Entry):
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """Read the file. Raises `InputError` where it is missing, and `DataError` that names each wrong key."""
+        """Read the file.
+
+        Raises `InputError` where it is missing or damaged, and `DataError` that names each wrong key.
+        """
         path = directory / cls.FILE
+        checksums.verify(path)
         try:
             data = json.loads(path.read_text())
         except FileNotFoundError:
@@ -79,16 +83,11 @@ class Table:
 
     file: str
     columns: tuple[str, ...]
-    header_without_rows: bool = False
-    """Whether a table without rows is written with its header: it says that nothing was measured on purpose."""
 
     def write(self, directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the file, where None is empty."""
-        header = rows[0] if rows else self.columns if self.header_without_rows else ()
-        with (directory / self.file).open("w", newline="") as file:
-            writer = csv.DictWriter(file, header, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        header = tuple(rows[0]) if rows else self.columns
+        csvfile.write(directory / self.file, header, rows)
 
     def write_frame(self, directory: Path, frame: pd.DataFrame) -> None:
         """Write the file, where None and NaN are empty; whole numbers of a column that has such gaps are floats."""
@@ -97,17 +96,20 @@ class Table:
     def read(self, directory: Path) -> pd.DataFrame:
         """Read the file, where values that are not finite become NaN.
 
-        Raises `InputError` where it is missing, and `DataError` where a column is.
+        Raises `InputError` where it is missing or damaged, and `DataError` where it lacks a column.
         """
         import pandas as pd
 
         path = directory / self.file
+        checksums.verify(path)
         try:
             table = pd.read_csv(path).replace([float("inf"), float("-inf")], float("nan"))
         except FileNotFoundError:
             raise InputError(path) from None
-        except pd.errors.EmptyDataError:  # of a run that diverged at once
+        except pd.errors.EmptyDataError:  # of a run that diverged at once, written when such had no header
             return pd.DataFrame(columns=list(self.columns))
+        except ValueError as error:
+            raise DataError(f"{path}: not a table: {error}") from None
         if missing := [column for column in self.columns if column not in table]:
             raise DataError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns)}")
         return table

@@ -1,4 +1,4 @@
-"""What stage `evaluate` leaves in `runs/evaluate/<strategy>-<seed>`, beside the picture of the samples."""
+"""What stage `evaluate` leaves in `runs/evaluate/<run>`, beside the picture of the samples."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ class EvaluateRecord(Record):
 
     strategy: str
     seed: int
+    run: str
+    """The name of the run that was sampled."""
     run_key: str
     train_run_key: str
     status: Status
@@ -31,3 +33,18 @@ class EvaluateRecord(Record):
     features: FeatureSpace
     settings: dict[str, Settings]
     metrics: dict[str, float | None]
+
+
+class ReferencesRecord(Record):
+    """What the distances say of images that no network generated, against the same validation images, in `data/features`.
+
+    `real` are training images, `reconstructions` the same through the autoencoder, `grey` images of one grey; `count` of each.
+    """
+
+    FILE = "references.json"
+
+    count: int
+    dimension: int
+    real: dict[str, float]
+    reconstructions: dict[str, float]
+    grey: dict[str, float]

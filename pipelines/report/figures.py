@@ -15,12 +15,13 @@ from dit.analysis.series import SMOOTHING, bucket_ranges, final_buckets, smoothe
 from pipelines.report.drawing import ERROR_AXIS, LOG_AXIS, Figure, Look, band, curves, finish, line_of, looks, ribbon
 from pipelines.report.mechanism import MECHANISM
 from pipelines.report.runs import Run, Study
+from pipelines.report.tuning import ANSWERS, EXPLAINED
 from pipelines.report.words import samples
 
 
 def figures(study: Study, summary: dict[str, Any]) -> dict[str, Figure]:
     """Every figure for which the study has data, by name."""
-    drawn = [differences, validation, early, relative, training, buckets, *MECHANISM]
+    drawn = [*ANSWERS, differences, *EXPLAINED, validation, early, relative, training, buckets, *MECHANISM]
     found = (draw(study, summary, looks(study)) for draw in drawn)
     return {figure.name: figure for figure in found if _shows_something(figure)}
 
@@ -32,8 +33,9 @@ def _shows_something(figure: Figure) -> bool:
 def differences(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
     """A forest plot: each strategy minus the baseline, with its interval and the single seeds."""
     rows = list(reversed(study.others))
-    plot = make_subplots(1, len(METRICS), shared_yaxes=True, horizontal_spacing=0.025)
-    for column, metric in enumerate(METRICS, start=1):
+    metrics = METRICS if study.evaluation else METRICS[:1]
+    plot = make_subplots(1, len(metrics), shared_yaxes=True, horizontal_spacing=0.025)
+    for column, metric in enumerate(metrics, start=1):
         traces = [
             trace for row, name in enumerate(rows) for trace in _forest(summary, name, metric.name, row, styles[name].colour)
         ]
@@ -45,9 +47,9 @@ def differences(study: Study, summary: dict[str, Any], styles: dict[str, Look]) 
     plot.update_yaxes(places, showgrid=False, zeroline=False)
     finish(plot, height=130 + 48 * len(rows), showlegend=False, hovermode="closest", margin={"b": 70, "t": 10})
     caption = (
-        f"Each strategy minus {study.baseline}, paired by seed. Squares: mean with its 95 % interval. Open circles: single "
-        f"seeds. An interval that crosses the line at zero is not distinguishable. All but the validation error: "
-        f"{samples(summary)}."
+        f"Each strategy minus {study.baseline}, paired by seed. Squares: mean with its 95 % interval, open where there is no "
+        f"verdict. Open circles: single seeds."
+        + (f" All but the validation error: {samples(summary)}." if study.evaluation else "")
     )
     return Figure("differences", f"Difference to {study.baseline} after training", caption, plot)
 
@@ -73,7 +75,7 @@ def _forest(summary: dict[str, Any], name: str, metric: str, row: int, colour: s
         x=[found["mean"]],
         y=[row],
         mode="markers",
-        marker={"color": colour, "size": 10, "symbol": "square"},
+        marker={"color": colour, "size": 10, "symbol": "square-open" if found["verdict"] == "no verdict" else "square"},
         error_x=_arms(found, colour),
         hovertemplate=f"{name}: %{{x:+.4g}}{bounds}<br>{found['verdict']}, n = {found['n']}<extra></extra>",
     )

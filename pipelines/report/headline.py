@@ -1,372 +1,287 @@
-"""The answer in words, derived from the numbers of the summary: it changes with them, and says so where they do not suffice."""
+"""The answer in words, derived from the numbers of the study: it changes with them, and says so where they do not suffice."""
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from dit.analysis.comparison import (
-    CONFIDENCE,
-    INITIAL,
-    METRICS,
-    Difference,
-    error_at,
-    interval_reach,
-    lags,
-    starts_at_zero_output,
-    steps_to,
+    ended,
 )
-from pipelines.report.summary import difference
-from pipelines.report.words import counted, decimals_for, fixed, listed, percent
+from dit.analysis.study import AtBest, Findings, Pair, Question, find
+from dit.analysis.verdicts import Judgement
+from pipelines.report import answers, notes
+from pipelines.report.notes import Finding, Kind
+from pipelines.report.runs import Study
+from pipelines.report.tuning import place_label
+from pipelines.report.words import counted, listed
 
 ZERO_HEAD, RANDOM_HEAD, CONTROL = "adaln_zero", "head_xavier", "symmetric"
 """Strategies with a part in the question. Where one is not in the study, what is said about it is left out."""
 
-ERROR = "validation_mse"
 SHOWN = {
     "worse": "a lower validation error with the zero head",
     "better": "a lower validation error with the random head",
     "not distinguishable": "no difference that can be told from chance",
+    "no verdict": "no verdict",
 }
 """What a verdict on the random head means."""
 
-Kind = Literal["better", "worse", "same", "note", "warning"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A sentence or two, and what kind of news they are."""
-
-    kind: Kind
-    text: str
+SENTENCES = 4
+"""Verdicts that the detail of an answer spells out; the table holds all."""
 
 
 @dataclass(frozen=True)
 class Headline:
-    """The question, its answer in one sentence, the numbers behind it, and what else the study found."""
+    """The question, its answer, what it holds for, the verdicts behind it, and what else the study found."""
 
     question: str
     answer: str
+    conditions: str
     detail: str
     findings: list[Finding]
 
     @property
     def sentences(self) -> list[str]:
         """All of it as plain text."""
-        return [text for text in (self.answer, self.detail, *(finding.text for finding in self.findings)) if text]
+        texts = (self.answer, self.conditions, self.detail, *(finding.text for finding in self.findings))
+        return [text for text in texts if text]
 
 
-def headline(summary: dict[str, Any]) -> Headline:
-    """Say what the numbers of `summary` allow to say."""
-    question, answer, detail = _head_answer(summary) if _about_heads(summary) else _general_answer(summary)
-    found = [_control(summary), _others(summary), _start(summary), _going(summary), _awake(summary), _samples(summary)]
-    warnings = [_lost(summary), _unsampled(summary), _few_seeds(summary), _averaging(summary), _devices(summary)]
-    return Headline(question, answer, detail, [finding for finding in (*warnings, *found) if finding])
+def headline(study: Study, summary: dict[str, Any]) -> Headline:
+    """Say what the numbers of the study allow to say."""
+    about_heads = {ZERO_HEAD, RANDOM_HEAD} <= summary["strategies"].keys()
+    question, answer, detail = _head_answer(study, summary) if about_heads else _general_answer(study)
+    warnings = [
+        notes.lost(study, summary),
+        notes.not_tuned(study),
+        notes.unsampled(summary),
+        notes.few_seeds(summary),
+        notes.averaging(summary),
+        notes.devices(summary),
+    ]
+    found = [
+        *_reversals(study),
+        _interactions(study),
+        _control(study),
+        _others(study, about_heads),
+        *_delays(study, about_heads),
+        notes.start(summary),
+        notes.going(summary),
+        notes.awake(summary),
+        notes.samples(summary),
+    ]
+    return Headline(question, answer, _conditions(study), detail, [finding for finding in (*warnings, *found) if finding])
 
 
-def _about_heads(summary: dict[str, Any]) -> bool:
-    return {ZERO_HEAD, RANDOM_HEAD} <= summary["strategies"].keys()
+def _conditions(study: Study) -> str:
+    """What all of it holds for, in one sentence."""
+    runs = study.trained.values()
+    base = study.shown(study.baseline)
+    networks, data, lengths, rates = (
+        list(dict.fromkeys(values))
+        for values in (
+            (run.network for run in runs),
+            (run.data for run in runs),
+            (f"{run.length:,}" for run in runs),
+            (f"{rate:g}" for rate in sorted({run.rate for run in runs})),
+        )
+    )
+    factors = listed(list(dict.fromkeys(factor for run in runs for factor, _ in run.place)) or [""])
+    across = f", across {factors}" if base.place else ""
+    few = networks if len(networks) <= 3 else [f"{len(networks)} networks"]
+    plural = "" if len(rates) == 1 else "s"
+    return (
+        f"Measured as validation error of the EMA weights, with {listed(few)} on {listed(data)}, after {listed(lengths)} "
+        f"steps, at learning rate{plural} {listed(rates)}{across}, over {counted(len(study.seeds), 'seed')}."
+    )
 
 
-def _head_answer(summary: dict[str, Any]) -> tuple[str, str, str]:
+def _heads(study: Study) -> Findings:
+    """What the study finds of the random head against the zero head, whatever its baseline is."""
+    if study.baseline == ZERO_HEAD:
+        return study.findings
+    runs = (run for run in study.trained.values() if run.strategy in (ZERO_HEAD, RANDOM_HEAD))
+    return find(runs, Question(ZERO_HEAD, (ZERO_HEAD, RANDOM_HEAD), (), study.params.study.choose_on))
+
+
+def _head_answer(study: Study, summary: dict[str, Any]) -> tuple[str, str, str]:
     """Does the zero head learn as well as the random one?"""
-    found = difference(summary, RANDOM_HEAD, ZERO_HEAD, ERROR)
+    question = "Does a diffusion transformer with a zero output projection learn as well as one with a random projection?"
+    findings = _heads(study)
+    pairs = findings.of(RANDOM_HEAD)
+    tuned = [one for one in findings.at_best if one.strategy == RANDOM_HEAD]
+    delay = answers.delay(pairs, "The random head", "the zero head")
+    if len(pairs) == 1 and not tuned:
+        answer = _one_setting(study, summary, pairs[0].judgement)
+        return question, " ".join(filter(None, (answer, delay))), _verdicts(pairs, [])
+    return (
+        question,
+        _many_settings(pairs, tuned, delay),
+        _verdicts(pairs, [one.judgement for one in tuned]),
+    )
+
+
+def _one_setting(study: Study, summary: dict[str, Any], found: Judgement) -> str:
     answer = {
         "worse": "Yes. The zero head ends training with a lower validation error than the random head.",
         "better": "No. The zero head ends training with a higher validation error than the random head.",
         "not distinguishable": f"Not distinguishable. Over {found.n} seeds, the zero head and the random head end training "
         "with validation errors that cannot be told apart.",
-        "one seed": "Undecided. One seed gives no interval, so chance cannot be told from effect.",
-        "no pair": _finished_heads(summary),
-    }[found.verdict]
-    trained = difference(summary, RANDOM_HEAD, ZERO_HEAD, _final(summary)).verdict if found.n else found.verdict
-    if trained != found.verdict:
-        answer = (
-            f"It depends on the averaging. The EMA weights show {SHOWN[found.verdict]}, the trained weights {SHOWN[trained]}."
-        )
-    question = "Does a diffusion transformer with a zero output projection learn as well as one with a random projection?"
-    return question, answer, _head_detail(summary, found)
+        "no verdict": _undecided(study, found),
+    }[found.answer]
+    if study.baseline == ZERO_HEAD and summary["compared_steps"] and found.answer != "no verdict":
+        trained = summary["strategies"][RANDOM_HEAD]["difference"][notes.final_metric(summary)]["verdict"]
+        if trained != found.answer:
+            shown = f"The EMA weights show {SHOWN[found.answer]}, the trained weights {SHOWN[trained]}."
+            return f"It depends on the averaging. {shown}"
+    return answer
 
 
-def _finished_heads(summary: dict[str, Any]) -> str:
-    """The answer where no seed finished with both heads."""
-    zero, random = (summary["strategies"][name]["n"] for name in (ZERO_HEAD, RANDOM_HEAD))
-    if bool(zero) == bool(random):
-        return "Undecided. There is no seed at which both the zero head and the random head finished training."
-    lost, kept, answer = (RANDOM_HEAD, "zero", "Yes") if zero else (ZERO_HEAD, "random", "No")
-    head = "random" if zero else "zero"
-    return (
-        f"{answer}. With the {head} head every run {_ways_lost(summary, lost)}; with the {kept} head training came to its end."
-    )
-
-
-def _head_detail(summary: dict[str, Any], found: Difference) -> str:
+def _undecided(study: Study, found: Judgement) -> str:
+    """The answer without a verdict: a head with which no run ends is an answer too."""
+    asked = found.comparison
+    zero, random = (sum(map(ended, side.values())) for side in (asked.baseline_values, asked.values))
+    if bool(zero) != bool(random):
+        lost, head, kept, answer = (RANDOM_HEAD, "random", "zero", "Yes") if zero else (ZERO_HEAD, "zero", "random", "No")
+        ways = " or ".join(sorted({run.train.status for run in study.runs[lost].values()}, reverse=True))
+        return f"{answer}. With the {head} head every run {ways}; with the {kept} head training came to its end."
     if not found.n:
-        return ""
-    base = _paired_mean(summary, ZERO_HEAD, RANDOM_HEAD)
-    decimals = decimals_for([base])
-    other = _paired_mean(summary, RANDOM_HEAD, ZERO_HEAD)
-    detail = (
-        f"Validation error of the EMA weights after {summary['study']['steps']} steps: {fixed(base, decimals)} with "
-        f"{ZERO_HEAD}, {fixed(other, decimals)} with {RANDOM_HEAD}. Paired by seed, the random head's error differs by "
-        f"{_relative(found, base)} (n = {counted(found.n, 'seed')})."
-    )
-    if found.verdict == "not distinguishable" and found.low is not None and found.high is not None:
-        detail += (
-            f" Anything from a random head that is {percent(-found.low / base, signed=False)} better to "
-            f"{percent(found.high / base, signed=False)} worse agrees with these runs."
-        )
-    unaveraged = difference(summary, RANDOM_HEAD, ZERO_HEAD, _final(summary))
-    base = _paired_mean(summary, ZERO_HEAD, RANDOM_HEAD, _final(summary))
-    return f"{detail} Without averaging: {_relative(unaveraged, base)}."
+        return "Undecided. There is no seed at which both the zero head and the random head finished training."
+    if len(asked.values) == 1:
+        return "Undecided. One seed gives no interval, so chance cannot be told from effect."
+    return f"Undecided. There is no verdict, because {found.reason}."
 
 
-def _general_answer(summary: dict[str, Any]) -> tuple[str, str, str]:
+def _many_settings(pairs: list[Pair], tuned: list[AtBest], delay: str | None) -> str:
+    """The answer over several rates or settings: yes or no only where all of them agree."""
+    found = {one.judgement.answer for one in tuned or pairs}
+    start = {frozenset({"worse"}): "Yes.", frozenset({"better"}): "No."}.get(frozenset(found), "")
+    if {"worse", "better"} <= found:
+        start = "It depends on the setting."
+    if tuned:
+        level = f"Each at its own best learning rate, the random head {_at_best(tuned)}."
+    else:
+        level = "" if delay else f"The random head {answers.standing(pairs)}."
+    return " ".join(filter(None, (start, level, delay))) or "Undecided. No comparison has a verdict."
+
+
+def _at_best(tuned: list[AtBest]) -> str:
+    """`is worse than the zero head (+2.2 %, ...)`, for each place."""
+    clauses = []
+    for one in tuned:
+        where = f" with {place_label(one.place)}" if one.place else ""
+        if one.judgement.answer == "no verdict":
+            clauses.append(f"has no verdict{where}, as {answers.short_reason(one.judgement)}")
+        else:
+            word = "from" if one.judgement.answer == "not distinguishable" else "than"
+            clauses.append(f"is {one.judgement.answer} {word} the zero head{where} ({answers.sizes([one.judgement])})")
+    return ", ".join(clauses)
+
+
+def _verdicts(pairs: list[Pair], tuned: list[Judgement]) -> str:
+    """The verdicts with their conditions; those at one rate are left to the table where there are many."""
+    judged = [*tuned, *(pair.judgement for pair in pairs)]
+    if len(judged) <= SENTENCES:
+        return " ".join(one.sentence for one in judged)
+    rest = f"In final validation error at the same learning rate, {RANDOM_HEAD} {answers.standing(pairs)}."
+    return " ".join([*(one.sentence for one in tuned[:SENTENCES]), rest])
+
+
+def _general_answer(study: Study) -> tuple[str, str, str]:
     """What does each strategy change against the baseline?"""
-    baseline = summary["baseline"]
+    baseline, findings = study.baseline, study.findings
     question = f"What does the initialisation change, compared with {baseline}?"
-    verdicts = _verdicts(summary)
-    if not verdicts:
+    if not study.others:
         return question, f"The study holds one strategy, {baseline}, so there is nothing to compare it with.", ""
-    clear = [f"{_are(verdicts[verdict])} {verdict}" for verdict in ("better", "worse") if verdict in verdicts]
+    found = {name: {pair.judgement.answer for pair in findings.of(name)} for name in study.others}
+    decided = {name: next(iter(verdicts)) for name, verdicts in found.items() if len(verdicts) == 1}
+    clear = [
+        f"{_are([name for name in decided if decided[name] == verdict])} {verdict}"
+        for verdict in ("better", "worse")
+        if verdict in decided.values()
+    ]
+    everywhere = " at every setting" if len({(pair.place, pair.rate) for pair in findings.pairs}) > 1 else ""
+    judged = {verdict for verdicts in found.values() for verdict in verdicts} - {"no verdict"}
     if clear:
-        answer = f"In final validation error, {listed(clear)} than {baseline}."
-    elif "not distinguishable" in verdicts:
+        answer = f"In final validation error, {listed(clear)} than {baseline}{everywhere}."
+    elif judged & {"better", "worse"}:
+        answer = f"It depends on the setting whether a strategy ends better or worse than {baseline}."
+    elif judged:
         answer = f"Not distinguishable. No strategy's final validation error can be told apart from that of {baseline}."
     else:
-        answer = "Undecided. A comparison needs two seeds at which a strategy and the baseline both finished."
-    details = [_against(summary, name) for name in summary["strategies"] if name != baseline]
-    return question, answer, f"Validation error against {baseline}: {'; '.join(details)}."
+        answer = "Undecided. No comparison has a verdict."
+    details = [answers.against(findings, name) for name in study.others]
+    tuned = answers.at_best(findings.at_best) or ""
+    return question, answer, f"{tuned} Validation error against {baseline}: {'; '.join(details)}.".strip()
 
 
-def _control(summary: dict[str, Any]) -> Finding | None:
+def _reversals(study: Study) -> list[Finding]:
+    """Strategies whose verdict turns round between settings."""
+    names = answers.reversed_strategies(study.findings)
+    return [
+        Finding("note", f"What {name} does depends on the setting: it {answers.standing(study.findings.of(name))}.")
+        for name in names
+    ]
+
+
+def _interactions(study: Study) -> Finding | None:
+    text = answers.interactions(study.findings)
+    return Finding("note", text) if text else None
+
+
+def _control(study: Study) -> Finding | None:
     """Is the known failure seen? If not, no other silence of the study means much."""
-    if CONTROL not in summary["strategies"] or summary["baseline"] == CONTROL:
+    pairs = study.findings.of(CONTROL)
+    if CONTROL not in study.runs or study.baseline == CONTROL or not pairs:
         return None
-    found = _to_baseline(summary, CONTROL, ERROR)
-    if found.verdict == "worse":
+    told = answers.against(study.findings, CONTROL)
+    tuned = answers.at_best([one for one in study.findings.at_best if one.strategy == CONTROL])
+    tuned = f" {tuned}" if tuned else ""
+    worse = [pair for pair in pairs if pair.judgement.answer == "worse"]
+    judged = [pair for pair in pairs if pair.judgement.answer != "no verdict"]
+    if worse and len(worse) == len(judged):
         return Finding(
             "better",
-            f"The control is caught: {_against(summary, CONTROL)} in validation error. "
-            f"A true symmetry failure shows at this size.",
+            f"The control is caught in validation error: {told}. A true symmetry failure shows at this size.{tuned}",
         )
-    if found.verdict in ("one seed", "no pair"):
-        return Finding("warning", f"The control was not put to the test: {_against(summary, CONTROL)}.")
+    if worse:
+        return Finding("note", f"The control is caught {answers.scope(worse, pairs)}, and not elsewhere: {told}.{tuned}")
+    if not judged:
+        return Finding("warning", f"The control was not put to the test: {told}.{tuned}")
     return Finding(
         "warning",
-        f"The control is not caught: {_against(summary, CONTROL)} in validation error. A failure made on purpose does not "
-        f"show, so this study is too small or too short for a null result to mean anything.",
+        f"The control is not caught in validation error: {told}. A failure made on purpose does not show, so this study is too "
+        f"small or too short for a null result to mean anything.{tuned}",
     )
 
 
-def _others(summary: dict[str, Any]) -> Finding | None:
+def _others(study: Study, about_heads: bool) -> Finding | None:
     """Every strategy that the answer and the control did not speak of."""
-    if not _about_heads(summary):
+    if not about_heads:
         return None
-    spoken = {summary["baseline"], CONTROL}
-    if summary["baseline"] in (ZERO_HEAD, RANDOM_HEAD):
+    spoken = {study.baseline, CONTROL}
+    if study.baseline in (ZERO_HEAD, RANDOM_HEAD):
         spoken |= {ZERO_HEAD, RANDOM_HEAD}
-    others = [name for name in summary["strategies"] if name not in spoken]
+    spoken |= set(answers.reversed_strategies(study.findings))
+    others = [name for name in study.runs if name not in spoken]
     if not others:
         return None
-    verdicts = {_to_baseline(summary, name, ERROR).verdict for name in others}
+    verdicts = {pair.judgement.answer for name in others for pair in study.findings.of(name)}
     kind: Kind = "same" if verdicts == {"not distinguishable"} else "note"
-    text = "; ".join(_against(summary, name) for name in others)
-    return Finding(kind, f"The other strategies in validation error, against {summary['baseline']}: {text}.")
+    text = "; ".join(answers.against(study.findings, name) for name in others)
+    tuned = answers.at_best([one for one in study.findings.at_best if one.strategy in others])
+    return Finding(kind, " ".join(filter(None, (f"In validation error against {study.baseline}: {text}.", tuned))))
 
 
-def _start(summary: dict[str, Any]) -> Finding | None:
-    """Where each strategy starts, against the error of a network whose output is zero."""
-    moment = summary["study"]["target_second_moment"]
-    starts = {name: entry["mean"][INITIAL.name] for name, entry in summary["strategies"].items()}
-    at = [name for name, start in starts.items() if start is not None and starts_at_zero_output(start, moment)]
-    away = [f"{name} starts at {start:.2f}" for name, start in starts.items() if start is not None and name not in at]
-    zero = f"{moment:.2f}, the mean square of the {summary['study']['objective']} target"
-    sentences = []
-    if at:
-        sentences.append(f"{listed(at)} {'starts' if len(at) == 1 else 'start'} at the error of a zero output ({zero}).")
-    if away:
-        sentences.append(f"{listed(away)}" + ("." if at else f", where a zero output has {zero}."))
-    return Finding("note", " ".join(sentences)) if sentences else None
-
-
-def _going(summary: dict[str, Any]) -> Finding | None:
-    """How fast each strategy gets going: the step at which it reaches an early error of the baseline."""
-    if not summary["thresholds"]:
-        return None
-    step, limit = next(iter(summary["thresholds"].items()))
-    reached = {name: entry["mean"][steps_to(int(step))] for name, entry in summary["strategies"].items()}
-    later = [f"{name} at step {at:.0f}" for name, at in reached.items() if at is not None and name != summary["baseline"]]
-    if not later:
-        return None
-    decimals = decimals_for([limit], digits=3)
-    text = f"The error of {summary['baseline']} at step {step} ({fixed(limit, decimals)}) is reached by {listed(later)}."
-    never = [name for name, at in reached.items() if at is None and summary["strategies"][name]["n"]]
-    return Finding("note", text + (f" {listed(never)} never reached it." if never else ""))
-
-
-def _awake(summary: dict[str, Any]) -> Finding:
-    """From which step on every role of the network learns."""
-    steps: dict[int, list[str]] = defaultdict(list)
-    never = []
-    for name, entry in summary["strategies"].items():
-        step = entry["start"]["awake_step"]
-        never.append(name) if step is None else steps[step].append(name)
-    parts = [f"from step {step} on in {listed(names)}" for step, names in sorted(steps.items())]
-    sentences = [f"Every part of the network receives a gradient {listed(parts)}."] if parts else []
-    sentences += [f"In {listed(never)} some part of it receives none in the steps looked at."] if never else []
-    agrees = {name: entry["start"]["predicted_equals_measured"] for name, entry in summary["strategies"].items()}
-    if wrong := [name for name, agreed in agrees.items() if agreed is False]:
-        return Finding("warning", " ".join([*sentences, f"That is not what the architecture predicts for {listed(wrong)}."]))
-    if None in agrees.values():
-        return Finding("note", " ".join([*sentences, "This is measured, not predicted; the wake-up figure says why."]))
-    return Finding("note", " ".join([*sentences, "The architecture alone predicts the same."]))
-
-
-def _samples(summary: dict[str, Any]) -> Finding | None:
-    """What the sample metrics can tell apart."""
-    metrics = [metric for metric in METRICS if metric.name != ERROR]
-    clear, tested = [], 0
-    for name in summary["strategies"]:
-        if name == summary["baseline"]:
-            continue
-        for metric in metrics:
-            verdict = _to_baseline(summary, name, metric.name).verdict
-            tested += verdict in ("better", "worse", "not distinguishable")
-            if verdict in ("better", "worse"):
-                clear.append(f"{name} {verdict} in {metric.label}")
-    if not tested:
-        return None
-    text = f"Of {tested} comparisons of generated samples with {summary['baseline']}, "
-    if not clear:
-        return Finding("same", f"{text}none is distinguishable at {counted(len(summary['study']['seeds']), 'seed')}.")
-    return Finding("note", f"{text}{len(clear)} can be told apart: {'; '.join(clear)}.")
-
-
-def _lost(summary: dict[str, Any]) -> Finding | None:
-    """Runs that diverged or collapsed: they belong to no mean."""
-    lost: dict[str, list[str]] = {"diverged": [], "collapsed": []}
-    for name, entry in summary["strategies"].items():
-        for seed, run in entry["runs"].items():
-            if collapsed := run["collapsed"]:
-                lost["collapsed"].append(f"{name}-{seed} at step {collapsed['step']} (error {collapsed['mse']:.2f})")
-            elif diverged := run["diverged"]:
-                how = f"{diverged['quantity']} {diverged['value']}"
-                lost["diverged"].append(f"{name}-{seed} at step {diverged['step']} ({how})")
-    sentences = [f"{counted(len(runs), 'run')} {how}: {listed(runs)}." for how, runs in lost.items() if runs]
-    if not sentences:
-        return None
-    return Finding("warning", " ".join([*sentences, "Means and differences are over the runs that finished."]))
-
-
-def _ways_lost(summary: dict[str, Any], name: str) -> str:
-    """`diverged or collapsed`, as the runs of a strategy did of which none finished."""
-    return " or ".join(sorted({run["status"] for run in summary["strategies"][name]["runs"].values()}, reverse=True))
-
-
-def _unsampled(summary: dict[str, Any]) -> Finding | None:
-    """Runs that finished training and whose samples were not finite all the same."""
-    runs = [
-        f"{name}-{seed}"
-        for name, entry in summary["strategies"].items()
-        for seed, run in entry["runs"].items()
-        if run["status"] == "finished" and run["sampling"] == "diverged"
-    ]
-    return (
-        Finding("warning", f"Sampling met values that are not finite in {listed(runs)}: no sample metrics.") if runs else None
+def _delays(study: Study, about_heads: bool) -> list[Finding]:
+    """Delay or level of every strategy that the answer did not speak of."""
+    spoken = {RANDOM_HEAD} if about_heads and study.baseline == ZERO_HEAD else set()
+    found = (
+        (name, answers.delay(study.findings.of(name), name, study.baseline)) for name in study.others if name not in spoken
     )
-
-
-def _few_seeds(summary: dict[str, Any]) -> Finding | None:
-    seeds = len(summary["study"]["seeds"])
-    if seeds > 2 or len(summary["strategies"]) == 1:
-        return None
-    if seeds == 1:
-        return Finding("warning", "One seed: differences are shown without intervals, and none of them is called an effect.")
-    return Finding(
-        "warning",
-        f"Two seeds leave one degree of freedom: an interval reaches {interval_reach(2):.1f} standard errors to each side.",
-    )
-
-
-def _averaging(summary: dict[str, Any]) -> Finding | None:
-    """Whether the averaged weights, by which runs are judged, lag behind the trained ones or lead to another verdict."""
-    if not summary["compared_steps"]:
-        return None
-    final = _final(summary)
-    lagging, disputed = [], []
-    for name, entry in summary["strategies"].items():
-        averaged, trained = entry["mean"][ERROR], entry["mean"][final]
-        if trained is not None and lags(averaged, trained):
-            lagging.append(f"{name} {percent(averaged / trained - 1)}")
-        if name != summary["baseline"]:
-            verdicts = [_to_baseline(summary, name, metric).verdict for metric in (ERROR, final)]
-            if verdicts[0] != verdicts[1]:
-                disputed.append(f"{name} is {verdicts[0]} by the averaged weights, {verdicts[1]} by the trained ones")
-    sentences = []
-    if lagging:
-        sentences.append(
-            f"The EMA lags: averaged weights have a higher error than the trained ones ({', '.join(lagging)}), "
-            f"so they still hold something of the start; train longer or lower train.ema_decay."
-        )
-    if disputed:
-        sentences.append(f"The two disagree after {summary['study']['steps']} steps: {'; '.join(disputed)}.")
-    return Finding("warning", " ".join(sentences)) if sentences else None
-
-
-def _devices(summary: dict[str, Any]) -> Finding | None:
-    devices = summary["study"]["devices"]
-    if len(devices) == 1:
-        return None
-    return Finding("warning", f"The runs used different devices ({listed(devices)}), which alone makes them differ.")
-
-
-def _verdicts(summary: dict[str, Any]) -> dict[str, list[str]]:
-    """Strategies by their verdict in validation error."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for name in summary["strategies"]:
-        if name != summary["baseline"]:
-            found[_to_baseline(summary, name, ERROR).verdict].append(name)
-    return found
-
-
-def _against(summary: dict[str, Any], name: str) -> str:
-    """`symmetric is worse (+6.4 %, 95 % interval +5.1 % to +7.7 %)`."""
-    found = _to_baseline(summary, name, ERROR)
-    if not summary["strategies"][name]["n"]:
-        return f"{name} {_ways_lost(summary, name)} at every seed"
-    if found.mean is None:
-        return f"{name} has no seed at which both finished"
-    base = _paired_mean(summary, summary["baseline"], name)
-    verdict = "has one seed and no interval" if found.verdict == "one seed" else f"is {found.verdict}"
-    return f"{name} {verdict} ({_relative(found, base)})"
+    return [Finding("note", text) for _, text in found if text]
 
 
 def _are(names: list[str]) -> str:
     return f"{listed(names)} {'is' if len(names) == 1 else 'are'}"
-
-
-def _relative(found: Difference, base: float) -> str:
-    """`+6.4 %, 95 % interval +5.1 % to +7.7 %`: a difference as a fraction of `base`."""
-    shown = [bound / base for bound in (found.mean, found.low, found.high) if bound is not None]
-    decimals = 2 if max(map(abs, shown)) < 0.01 else 1
-    mean, *bounds = (percent(value, decimals) for value in shown)
-    return f"{mean}, {percent(CONFIDENCE, 0, signed=False)} interval {bounds[0]} to {bounds[1]}" if bounds else mean
-
-
-def _paired_mean(summary: dict[str, Any], name: str, other: str, metric: str = ERROR) -> float:
-    """Mean error of `name` over the seeds at which `other` finished too."""
-    runs, others = summary["strategies"][name]["runs"], summary["strategies"][other]["runs"]
-    values = [run[metric] for seed, run in runs.items() if run[metric] is not None and others[seed][metric] is not None]
-    return math.fsum(values) / len(values)
-
-
-def _final(summary: dict[str, Any]) -> str:
-    """The metric that is the validation error of the trained weights after training."""
-    return error_at(summary["compared_steps"][-1]).name
-
-
-def _to_baseline(summary: dict[str, Any], name: str, metric: str) -> Difference:
-    return Difference(**summary["strategies"][name]["difference"][metric])

@@ -12,10 +12,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from dit.analysis.comparison import INITIAL, METRICS, error_at, steps_to
+from dit.analysis.comparison import INITIAL, METRICS, error_at
 from dit.data.images import ImageStore
 from pipelines.report.figures import Figure, looks
 from pipelines.report.headline import Headline
+from pipelines.report.listings import listings
 from pipelines.report.pictures import data_uri, real_grid
 from pipelines.report.runs import Study
 from pipelines.report.words import counted, decimals_for, fixed, listed, percent
@@ -59,8 +60,8 @@ def render(
 ) -> str:
     """The report as HTML."""
     template = _environment(study).get_template("template.html")
-    evaluation = study.first.evaluation
-    real = real_grid(images, evaluation.num_generated, evaluation.settings["evaluate"]["grid_rows"])
+    evaluation = study.evaluation
+    real = real_grid(images, evaluation.num_generated, evaluation.settings["evaluate"]["grid_rows"]) if evaluation else None
     return template.render(
         study=study,
         summary=summary,
@@ -70,11 +71,13 @@ def render(
         autoencoder=autoencoder,
         results=_results(summary),
         going=_going(summary),
-        extractor=EXTRACTORS[summary["features"]["extractor"]],
+        tables=listings(study, summary),
+        factorial=len(study.everything) > len(study.all_runs),
+        extractor=EXTRACTORS[summary["features"]["extractor"]] if evaluation else None,
         settings=_settings(study),
         rules={name: _rules(study, name) for name in study.runs},
-        grids={run.seed: _grids(study, run.seed) for run in study.runs[study.baseline].values()},
-        real=data_uri(real),
+        grids=_grids(study),
+        real=data_uri(real) if real else None,
         plotly=Markup(get_plotlyjs()),
         style=Markup((HERE / "style.css").read_text()),
         script=Markup((HERE / "script.js").read_text()),
@@ -107,18 +110,15 @@ def _chips(study: Study, text: str) -> Markup:
 
 
 def _results(summary: dict[str, Any]) -> list[Column]:
-    """The columns of the table of results."""
-    return [_column(summary, INITIAL.name, INITIAL.label), *(_column(summary, metric.name, metric.label) for metric in METRICS)]
+    """The columns of the table of results: those that any run has a number for."""
+    columns = [INITIAL, *METRICS]
+    has = [any(entry["mean"][metric.name] is not None for entry in summary["strategies"].values()) for metric in columns]
+    return [_column(summary, metric.name, metric.label) for metric, some in zip(columns, has, strict=True) if some]
 
 
 def _going(summary: dict[str, Any]) -> list[Column]:
-    """The columns of the table of errors on the way, and of the steps that it takes to reach the baseline's."""
-    errors = [_column(summary, error_at(step).name, f"error at step {step}") for step in summary["compared_steps"]]
-    reached = [
-        Column(steps_to(int(step)), f"Steps to {fixed(limit, decimals_for([limit], 3))}", 0, "", compared=False)
-        for step, limit in summary["thresholds"].items()
-    ]
-    return errors + reached
+    """The columns of the table of errors on the way."""
+    return [_column(summary, error_at(step).name, f"error at step {step}") for step in summary["compared_steps"]]
 
 
 def _column(summary: dict[str, Any], metric: str, title: str) -> Column:
@@ -133,7 +133,7 @@ def _settings(study: Study) -> dict[str, dict[str, str]]:
     """Every parameter that runs share, by section, nested keys written with dots."""
     settings = study.first.train.settings
     sections = {"model": settings.model, "diffusion": settings.diffusion, "train": settings.train}
-    sections |= study.first.evaluation.settings
+    sections |= study.evaluation.settings if study.evaluation else {}
     return {name: {key: _shown(value) for key, value in _flat(section)} for name, section in sections.items()}
 
 
@@ -150,8 +150,7 @@ def _shown(value: Any) -> str:
 
 def _rules(study: Study, name: str) -> list[tuple[str, bool]]:
     """The rules of a strategy as in `params.yaml`, and whether each is its own, not the baseline's."""
-    base = study.runs[study.baseline][study.seeds[0]].train.settings.rules
-    rules = study.runs[name][study.seeds[0]].train.settings.rules
+    base, rules = (next(iter(study.runs[side].values())).train.settings.rules for side in (study.baseline, name))
     return [(_rule(rule), rule not in base) for rule in rules]
 
 
@@ -160,7 +159,13 @@ def _rule(rule: dict[str, Any]) -> str:
     return ", ".join(f"{key}: {_shown(value)}" for key, value in ordered.items())
 
 
-def _grids(study: Study, seed: int) -> dict[str, str | None]:
-    """The sample grids of one seed, by strategy; None for a run that has none."""
-    pictures = {name: study.runs[name][seed].grid for name in study.runs}
-    return {name: data_uri(picture) if picture else None for name, picture in pictures.items()}
+def _grids(study: Study) -> dict[int, dict[str, str | None]]:
+    """The sample grids by seed and strategy; None for a run that has none. Nothing where no run was sampled."""
+    seeds = sorted({seed for by_seed in study.sampled.values() for seed in by_seed})
+    found = {
+        seed: {name: study.sampled[name][seed].grid for name in study.runs if seed in study.sampled[name]} for seed in seeds
+    }
+    return {
+        seed: {name: data_uri(picture) if picture else None for name, picture in by_name.items()}
+        for seed, by_name in found.items()
+    }

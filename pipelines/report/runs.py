@@ -1,37 +1,71 @@
-"""The runs of a study for the report: everything that `pipelines.records` reads, and whether it belongs together."""
+"""The runs of a study for the report: what stages left on disk, and what the analysis makes of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 
+from dit import design as designs
+from dit.analysis.failures import History
+from dit.analysis.study import Findings, Question, Trained, find
 from dit.config import Params
-from dit.errors import DataError, InputError
 from dit.init import Strategy
-from pipelines.records.analysis import ANALYSE, COORDINATES, GRADIENTS, BlockEntry, EarlyEntry, StartRecord
+from pipelines.design import curve_name
+from pipelines.records.analysis import COORDINATES, GRADIENTS, BlockEntry, EarlyEntry, StartRecord
 from pipelines.records.base import Entry
-from pipelines.records.evaluation import EVALUATE, EvaluateRecord
-from pipelines.records.training import DIAGNOSTICS, GRADIENT_NOISE, METRICS, TRAIN, VALIDATION, TrainRecord
+from pipelines.records.evaluation import EvaluateRecord, ReferencesRecord
+from pipelines.records.training import (
+    DIAGNOSTICS,
+    EVENTS,
+    GRADIENT_NOISE,
+    METRICS,
+    SPIKES,
+    STABILITY,
+    TRAIN,
+    VALIDATION,
+    TrainRecord,
+)
+from pipelines.report.places import data_of, own_of, place_of
+from pipelines.report.words import millions
 
 
 @dataclass(frozen=True)
 class Run:
-    """One strategy and seed: what training and evaluation left on disk."""
+    """One run: what training left on disk, and evaluation where it was sampled."""
 
-    strategy: str
-    seed: int
+    design: designs.Run
     train: TrainRecord
-    evaluation: EvaluateRecord
+    evaluation: EvaluateRecord | None
+
+    @property
+    def strategy(self) -> str:
+        """The strategy that it started from."""
+        return self.design.strategy
+
+    @property
+    def seed(self) -> int:
+        """The seed of its draws."""
+        return self.design.seed
 
     @property
     def name(self) -> str:
-        """`<strategy>-<seed>`, as its directories and DVC stages are called."""
-        return f"{self.strategy}-{self.seed}"
+        """As its directories and DVC stages are called."""
+        return self.design.name
+
+    @property
+    def rate(self) -> float:
+        """Its learning rate."""
+        return float(self.train.settings.train["learning_rate"])
+
+    @property
+    def error(self) -> float | None:
+        """The final validation error of its averaged weights, None where it did not finish."""
+        return self.train.final.ema_validation_mse if self.train.final and self.finished else None
 
     @property
     def finished(self) -> bool:
@@ -62,10 +96,35 @@ class Run:
         table = self._validation[self._validation["weights"] == weights].drop(columns="weights").set_index("step")
         return table[table["mse"].notna()]
 
+    def history(self) -> History:
+        """What happened to it on the way."""
+        directory = TRAIN / self.name
+        collapsed, diverged = self.train.collapsed, self.train.diverged
+        return History(
+            self.strategy,
+            self.rate,
+            self.seed,
+            self.train.status,
+            EVENTS.read(directory),
+            collapsed.step if collapsed else None,
+            diverged.step if diverged else None,
+            SPIKES.read(directory),
+            STABILITY.read(directory),
+        )
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """An evaluation, the run of which the samples are, and the folder with their picture."""
+
+    record: EvaluateRecord
+    run: Run
+    folder: Path
+
     @property
     def grid(self) -> bytes | None:
-        """The PNG of its samples, if it has any."""
-        path = EVALUATE / self.name / "grid.png"
+        """The PNG of the samples, if there is any."""
+        path = self.folder / "grid.png"
         return path.read_bytes() if path.exists() else None
 
 
@@ -75,6 +134,7 @@ class Analysis:
 
     strategy: str
     record: StartRecord
+    folder: Path
 
     @property
     def early(self) -> pd.DataFrame:
@@ -89,12 +149,12 @@ class Analysis:
     @property
     def gradients(self) -> pd.DataFrame:
         """`gradients.csv`: norm, ranks and update of every role's gradient in the first steps."""
-        return GRADIENTS.read(ANALYSE / self.strategy)
+        return GRADIENTS.read(self.folder)
 
     @property
     def coordinates(self) -> pd.DataFrame:
         """`coordinates.csv`: activations of networks of several widths in their first steps."""
-        return COORDINATES.read(ANALYSE / self.strategy)
+        return COORDINATES.read(self.folder)
 
 
 def _by(kind: type[Entry], entries: Sequence[Entry], key: str) -> pd.DataFrame:
@@ -104,87 +164,111 @@ def _by(kind: type[Entry], entries: Sequence[Entry], key: str) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Study:
-    """The runs of a study, by strategy and seed, in the order of `params.yaml`."""
+    """All runs of a study, and those at one setting, by strategy and seed, in the order of `params.yaml`.
 
-    name: str
-    baseline: str
-    seeds: list[int]
+    A study without factors has one setting. `setting` is, in words, the one at which training, samples and mechanism are shown,
+    and empty where there is no other. `sampled` are the evaluations by strategy and seed: of those runs, or of each strategy
+    at its best setting. `references` are what the distances are read against, None where nothing is sampled.
+    """
+
+    params: Params
     strategies: dict[str, Strategy]
+    everything: list[Run]
     runs: dict[str, dict[int, Run]]
     analyses: dict[str, Analysis]
+    sampled: dict[str, dict[int, Sampled]]
+    references: ReferencesRecord | None
+    setting: str
+
+    @property
+    def name(self) -> str:
+        """The name of the study."""
+        return self.params.study.name
+
+    @property
+    def baseline(self) -> str:
+        """The strategy that the others are compared with."""
+        return self.params.study.baseline
+
+    @property
+    def seeds(self) -> list[int]:
+        """All seeds."""
+        return self.params.study.seeds
 
     @property
     def all_runs(self) -> list[Run]:
-        """Every run."""
+        """Every run at the setting that is shown."""
         return [run for by_seed in self.runs.values() for run in by_seed.values()]
 
     @property
     def first(self) -> Run:
-        """Any run: for what all share."""
+        """Any run at the setting that is shown: for what all share."""
         return self.all_runs[0]
+
+    @property
+    def evaluation(self) -> EvaluateRecord | None:
+        """Any evaluation: for what all share. None where no run was sampled."""
+        return next((one.record for by_seed in self.sampled.values() for one in by_seed.values()), None)
 
     @property
     def others(self) -> list[str]:
         """Every strategy but the baseline."""
         return [name for name in self.runs if name != self.baseline]
 
+    @property
+    def groups(self) -> dict[str, list[Run]]:
+        """The runs of each strategy and setting, by `design.curve_name`."""
+        found: dict[str, list[Run]] = {}
+        for run in self.everything:
+            found.setdefault(curve_name(run.design), []).append(run)
+        return found
+
     def finished(self, strategy: str) -> list[Run]:
-        """The runs of a strategy that came to their end."""
+        """The runs of a strategy at the setting that is shown that came to their end."""
         return [run for run in self.runs[strategy].values() if run.finished]
 
+    @cached_property
+    def trained(self) -> dict[str, Trained]:
+        """What the analysis needs of each run, by its name."""
+        return {run.name: _trained(self.params, run) for run in self.everything}
 
-def read_study(params: Params) -> Study:
-    """Read every run that `params.study` names. Raises `DataError` for one that is missing, stale, or made differently."""
-    study = params.study
-    runs = {name: {seed: read_run(name, seed) for seed in study.seeds} for name in study.strategies}
-    strategies = {name: params.strategies[name] for name in study.strategies}
-    analyses = {name: Analysis(name, StartRecord.read(ANALYSE / name)) for name in runs}
-    found = Study(study.name, study.baseline, study.seeds, strategies, runs, analyses)
-    _check_alike(found.all_runs)
-    return found
+    @cached_property
+    def findings(self) -> Findings:
+        """What the final errors and curves of all runs allow to say."""
+        study = self.params.study
+        question = Question(study.baseline, study.strategies, study.declared, study.choose_on)
+        return find(self.trained.values(), question)
 
+    @cached_property
+    def histories(self) -> dict[tuple[str, float], list[History]]:
+        """What happened in all runs, by strategy and learning rate, in that order."""
+        found: dict[tuple[str, float], list[History]] = {}
+        for name in self.strategies:
+            for run in sorted((run for run in self.everything if run.strategy == name), key=lambda run: run.rate):
+                found.setdefault((name, run.rate), []).append(run.history())
+        return found
 
-def read_run(strategy: str, seed: int) -> Run:
-    """Read one run. Raises `InputError` where it is missing, or its evaluation belongs to another training."""
-    name = f"{strategy}-{seed}"
-    train, evaluation = TrainRecord.read(TRAIN / name), EvaluateRecord.read(EVALUATE / name)
-    if evaluation.train_run_key != train.run_key:
-        raise InputError(
-            EVALUATE / name / EvaluateRecord.FILE,
-            f"evaluates training run '{evaluation.train_run_key}', but {TRAIN / name} holds run '{train.run_key}'",
-        )
-    return Run(strategy, seed, train, evaluation)
-
-
-def departed(study: Study) -> Iterator[Path]:
-    """Directories of runs and strategies that are no longer part of the study."""
-    expected = {run.name for run in study.all_runs}
-    for parent, kept in ((TRAIN, expected), (EVALUATE, expected), (ANALYSE, study.analyses.keys())):
-        for path in sorted(parent.iterdir()):
-            name = path.name.removeprefix(".").removesuffix(".partial").removesuffix(".old")
-            if path.is_dir() and name not in kept and (parent == ANALYSE or name.rpartition("-")[2].isdigit()):
-                yield path
+    def shown(self, strategy: str, sampled: bool = False) -> Trained:
+        """Any run of a strategy at the setting that is shown, or of those that were sampled."""
+        chosen = self.sampled[strategy].values() if sampled else ()
+        run = next((one.run for one in chosen), None) or next(iter(self.runs[strategy].values()))
+        return self.trained[run.name]
 
 
-def _check_alike(runs: list[Run]) -> None:
-    """Runs may differ in strategy and seed alone, or their differences would not be those of the strategies."""
-    first = _shared(runs[0])
-    for run in runs[1:]:
-        for key, value in _shared(run).items():
-            if value != first[key]:
-                raise DataError(
-                    f"runs {runs[0].name} and {run.name} were made with different {key}: {first[key]} and {value}; "
-                    f"`dvc repro` makes them alike"
-                )
-
-
-def _shared(run: Run) -> dict[str, Any]:
+def _trained(params: Params, run: Run) -> Trained:
+    curve = run.validation("model")["mse"]
     settings = run.train.settings
-    return {
-        "model": settings.model,
-        "diffusion": settings.diffusion,
-        "train": settings.train,
-        **run.evaluation.settings,
-        "num_generated": run.evaluation.num_generated,
-        "num_real": run.evaluation.num_real,
-    }
+    return Trained(
+        strategy=run.strategy,
+        seed=run.seed,
+        rate=run.rate,
+        place=place_of(params, run.design),
+        error=run.error,
+        steps=tuple(float(step) for step in curve.index),
+        errors=tuple(float(error) for error in curve),
+        zero_output_error=run.train.initial.target_second_moment,
+        data=data_of(params, run.design.setting.levels),
+        network=f"{settings.model['name']} ({millions(run.train.parameters)} parameters)",
+        length=int(settings.train["steps"]),
+        own=own_of(params, run.design),
+    )

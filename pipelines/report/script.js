@@ -47,10 +47,20 @@ async function draw() {
   document.documentElement.dataset.figures = String(plots.length);
 }
 
+// A figure in a closed fold was drawn without knowing its width.
+for (const fold of document.querySelectorAll("details")) {
+  fold.addEventListener("toggle", () => {
+    for (const { canvas } of plots) {
+      if (fold.open && fold.contains(canvas)) Plotly.Plots.resize(canvas);
+    }
+  });
+}
+
 draw();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => recolour());
 addEventListener("beforeprint", () => {
   document.documentElement.classList.add("printing");
+  for (const fold of document.querySelectorAll("details.fold")) fold.open = true;
   recolour({ autosize: false, width: PRINT_WIDTH });
 });
 addEventListener("afterprint", () => {

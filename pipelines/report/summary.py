@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,83 +12,119 @@ from dit.analysis.comparison import (
     CONFIDENCE,
     INITIAL,
     METRICS,
-    Difference,
     compared_steps,
     error_at,
     on_the_way,
-    paired_difference,
     spread,
     thresholds,
 )
+from dit.analysis.delay import Curves, median_steps, steps_to_threshold
 from dit.analysis.series import conditioned_from
+from dit.analysis.study import ERROR
+from pipelines.report.findings import findings
+from pipelines.report.judging import Numbers, judgements, rankings, shown
 from pipelines.report.runs import Analysis, Run, Study
 
 
 def summarise(study: Study) -> dict[str, Any]:
-    """Everything numeric: each run, means and standard deviations over seeds, and paired differences to the baseline."""
+    """Everything numeric: each run, means and standard deviations over seeds, differences to the baseline, and findings.
+
+    `strategies` are those at the setting that the report shows. `groups` are the runs of all settings, and `findings` what
+    all of them allow to say.
+    """
     steps = compared_steps(next((list(run.validation("model").index) for run in study.all_runs if run.finished), []))
     limits = thresholds([run.validation("model")["mse"] for run in study.finished(study.baseline)], steps[:-1])
     compared = [*METRICS, *(error_at(step) for step in steps)]
+    numbers = {
+        name: {seed: _numbers(study, run, steps, limits) for seed, run in study.runs[name].items()} for name in study.runs
+    }
+    ranked = rankings(study, numbers)
+    judged = judgements(study, numbers, compared, ranked)
+    evaluation = study.evaluation
     summary: dict[str, Any] = {
         "study": _description(study),
         "baseline": study.baseline,
         "confidence": CONFIDENCE,
-        "comparisons": 0,
+        "comparisons": sum(one.answer != "no verdict" for by_metric in judged.values() for one in by_metric.values()),
         "compared_steps": steps,
         "thresholds": {str(step): limit for step, limit in limits.items()},
-        "features": study.first.evaluation.features.model_dump(),
-        "num_generated": study.first.evaluation.num_generated,
-        "num_real": study.first.evaluation.num_real,
+        "features": evaluation.features.model_dump() if evaluation else None,
+        "num_generated": evaluation.num_generated if evaluation else None,
+        "num_real": evaluation.num_real if evaluation else None,
         "metrics": {metric.name: asdict(metric) for metric in (INITIAL, *compared)},
-        "strategies": {name: _strategy(study, name, steps, limits) for name in study.runs},
+        "rankings": {name: {"possible": one.possible, "sentence": str(one)} for name, one in ranked.items()},
+        "references": study.references.model_dump() if study.references else None,
+        "strategies": {name: _strategy(study, name, numbers, limits) for name in study.runs},
+        "groups": {name: _group(study, runs) for name, runs in study.groups.items()},
+        "findings": findings(study),
     }
-    for name in study.others:
-        differences = {metric.name: difference(summary, name, study.baseline, metric.name) for metric in compared}
-        summary["strategies"][name]["difference"] = {metric: asdict(found) for metric, found in differences.items()}
-        summary["comparisons"] += sum(found.low is not None for found in differences.values())
+    for name, by_metric in judged.items():
+        summary["strategies"][name]["difference"] = {metric: shown(one) for metric, one in by_metric.items()}
     return summary
 
 
-def difference(summary: dict[str, Any], strategy: str, other: str, metric: str) -> Difference:
-    """`strategy` minus `other`, paired over the seeds of the study."""
-    strategies = summary["strategies"]
-    values, others = ({seed: run[metric] for seed, run in strategies[name]["runs"].items()} for name in (strategy, other))
-    return paired_difference(values, others, summary["metrics"][metric]["lower_is_better"])
-
-
 def metric_means(summary: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """`metrics.json`: the mean of each metric over the finished runs of each strategy."""
+    """`metrics.json`: the mean of each metric over the finished runs of each strategy; then of each other setting."""
     names = [INITIAL.name, *(metric.name for metric in METRICS)]
-    return {strategy: {name: entry["mean"][name] for name in names} for strategy, entry in summary["strategies"].items()}
+    means = {name: {metric: entry["mean"][metric] for metric in names} for name, entry in summary["strategies"].items()}
+    return means | {name: entry["mean"] for name, entry in summary["groups"].items() if name not in means}
 
 
-def mean_curves(study: Study, curve: Callable[[Run], pd.Series]) -> pd.DataFrame:
-    """One column for each strategy: the mean of `curve` over its finished runs, by step."""
+def mean_curves(runs_of: Mapping[str, Sequence[Run]], curve: Callable[[Run], pd.Series]) -> pd.DataFrame:
+    """One column for each name: the mean of `curve` over its finished runs, by step."""
     columns = {}
-    for name in study.runs:
-        runs = study.finished(name) or list(study.runs[name].values())
+    for name, all_runs in runs_of.items():
+        runs = [run for run in all_runs if run.finished] or all_runs
         columns[name] = pd.concat([curve(run) for run in runs], axis=1).mean(axis=1)
     return pd.DataFrame(columns).rename_axis("step")
 
 
-def _strategy(study: Study, name: str, steps: list[int], limits: dict[int, float]) -> dict[str, Any]:
-    numbers = {seed: _numbers(run, steps, limits) for seed, run in study.runs[name].items()}
-    spreads = {key: spread(found[key] for found in numbers.values()) for key in next(iter(numbers.values()))}
+def _strategy(study: Study, name: str, numbers: Numbers, limits: Mapping[int, float]) -> dict[str, Any]:
+    runs = study.runs[name]
+    curves = _curves(runs)
+    spreads = {key: spread(found[key] for found in numbers[name].values()) for key in next(iter(numbers[name].values()))}
     return {
         "description": study.strategies[name].description,
         "source": study.strategies[name].source,
         "start": _start(study.analyses[name]),
         "n": len(study.finished(name)),
+        "steps_to": {str(step): asdict(median_steps(steps_to_threshold(curves, limit))) for step, limit in limits.items()},
         "mean": {key: found.mean for key, found in spreads.items()},
         "sd": {key: found.sd for key, found in spreads.items()},
-        "runs": {seed: {**_run(run), **numbers[seed]} for seed, run in study.runs[name].items()},
+        "runs": {seed: {**_run(study, run), **numbers[name][seed]} for seed, run in runs.items()},
     }
 
 
-def _numbers(run: Run, steps: list[int], limits: dict[int, float]) -> dict[str, float | None]:
-    """Every number of a run that is averaged over seeds. A run that did not finish has none but the first."""
+def _curves(runs: Mapping[int, Run]) -> Curves:
+    """The errors of the trained weights at the steps that any run was validated at, NaN where a run was not."""
+    table = pd.DataFrame({seed: run.validation("model")["mse"] for seed, run in runs.items()}).sort_index()
+    return Curves([float(step) for step in table.index], {seed: list(table[seed]) for seed in runs})
+
+
+def _group(study: Study, runs: list[Run]) -> dict[str, Any]:
+    """All runs of one strategy and setting: how they ended, and their mean final error."""
+    first = study.trained[runs[0].name]
+    starts, errors = spread(run.train.initial.validation_mse for run in runs), spread(run.error for run in runs)
+    return {
+        "strategy": first.strategy,
+        "learning_rate": first.rate,
+        "place": dict(first.place),
+        "n": errors.n,
+        "mean": {INITIAL.name: starts.mean, ERROR.name: errors.mean},
+        "sd": {INITIAL.name: starts.sd, ERROR.name: errors.sd},
+        "runs": {run.seed: {"name": run.name, "status": run.train.status, ERROR.name: run.error} for run in runs},
+    }
+
+
+def _numbers(study: Study, run: Run, steps: list[int], limits: dict[int, float]) -> dict[str, float | None]:
+    """Every number of a run that is averaged over seeds. A run that did not finish has none but the first.
+
+    Where only each strategy's best setting was sampled, the distances are those of its samples with the same seed.
+    """
     curve = run.validation("model")["mse"] if run.finished else None
-    measured = {metric.name: run.evaluation.metrics[metric.name] for metric in METRICS}
+    sampled = study.sampled[run.strategy].get(run.seed)
+    distances = {metric.name: sampled.record.metrics[metric.name] if sampled else None for metric in METRICS}
+    measured = distances | {ERROR.name: run.error}
     return {INITIAL.name: run.train.initial.validation_mse, **measured, **on_the_way(curve, steps, limits)}
 
 
@@ -104,15 +140,16 @@ def _start(analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def _run(run: Run) -> dict[str, Any]:
+def _run(study: Study, run: Run) -> dict[str, Any]:
     diverged, collapsed = run.train.diverged, run.train.collapsed
+    sampled = study.sampled[run.strategy].get(run.seed)
     return {
         "status": run.train.status,
-        "sampling": run.evaluation.status,
+        "sampling": sampled.record.status if sampled else None,
         "diverged": asdict(diverged) if diverged else None,
         "collapsed": asdict(collapsed) if collapsed else None,
         "train_run_key": run.train.run_key,
-        "run_key": run.evaluation.run_key,
+        "run_key": sampled.record.run_key if sampled else None,
     }
 
 
@@ -122,10 +159,13 @@ def _description(study: Study) -> dict[str, Any]:
         "name": study.name,
         "strategies": list(study.runs),
         "seeds": study.seeds,
+        "setting": study.setting,
+        "runs": len(study.everything),
         "model": settings.model["name"],
         "parameters": first.parameters,
         "objective": settings.diffusion["objective"],
         "steps": settings.train["steps"],
-        "devices": sorted({run.train.device for run in study.all_runs}),
+        "data": study.shown(study.baseline).data,
+        "devices": sorted({run.train.device for run in study.everything}),
         "target_second_moment": first.initial.target_second_moment,
     }

@@ -39,8 +39,15 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
+def millions(count: int) -> str:
+    """`1.2 M` of so many parameters, `820 k` of fewer than a million."""
+    return f"{count / 1e6:.3g} M" if count >= 1e6 else f"{count / 1e3:.3g} k"
+
+
 def samples(summary: Mapping[str, Any]) -> str:
     """How many images a distance compares, and in which feature space: what stands beside every such figure."""
     features = summary["features"]
+    if features is None:
+        return "no samples"
     counts = f"{summary['num_generated']} generated and {summary['num_real']} real images"
     return f"{counts} in the features of {features['extractor']} at {features['size']} px"

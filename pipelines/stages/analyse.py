@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
-import typer
 
 from dit.analysis.signal import width_exponent
 from dit.analysis.start import Examiner
@@ -14,14 +11,15 @@ from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.devices import float64_device, make_deterministic, resolve_device
 from dit.diffusion import Diffusion
+from pipelines.design import Item
 from pipelines.files import complete_directory
-from pipelines.records.analysis import ANALYSE, COORDINATES, GRADIENTS, StartRecord
-from pipelines.stages.entry import run_dvc_stage, run_key, strategy_of
+from pipelines.records.analysis import COORDINATES, GRADIENTS, StartRecord
+from pipelines.stages.entry import run_dvc_stage, run_key
 
 
-def analyse(params: Params, strategy: str) -> None:
-    """Examine one strategy on the study's network and latents, and write `runs/analyse/<strategy>`."""
-    settings, rules = params.analyse, strategy_of(params, strategy)
+def analyse(params: Params, item: Item) -> None:
+    """Examine a strategy on the network and the latents of its setting, and write `runs/analyse/<key>`."""
+    settings, rules = params.analyse, params.strategies[item.strategy]
     make_deterministic(settings.threads)
     device = float64_device(resolve_device(settings.device))
     identity = {
@@ -32,7 +30,7 @@ def analyse(params: Params, strategy: str) -> None:
         "optimizer": params.train.optimizer.model_dump(mode="json"),
         "rules": rules.resolved,
     }
-    store = LatentStore(Path("data/latents"))
+    store = LatentStore(item.inputs["latents"])
     network = params.network(store.sizes)
     examine = Examiner(
         network,
@@ -46,8 +44,8 @@ def analyse(params: Params, strategy: str) -> None:
     found = examine(rules)
     agrees = None if found.predicted is None else found.predicted == found.measured
     record = StartRecord(
-        strategy=strategy,
-        run_key=run_key("analyse", [identity, device.type], strategy),
+        strategy=item.strategy,
+        run_key=run_key(item, [identity, device.type]),
         awake_step=awake(found.measured),
         predicted_equals_measured=agrees,
         predicted=found.predicted,
@@ -57,18 +55,13 @@ def analyse(params: Params, strategy: str) -> None:
         early=found.early,
         width_exponent=width_exponent(found.coordinates),
     )
-    with complete_directory(ANALYSE / strategy) as out:
+    with complete_directory(item.out) as out:
         record.write(out)
         GRADIENTS.write_frame(out, pd.DataFrame(found.gradients))
         COORDINATES.write_frame(out, pd.DataFrame(found.coordinates))
     schedule = {True: "as predicted", False: "NOT as predicted", None: "measured, not predicted"}[agrees]
-    print(f"analyse {strategy}: every role receives a gradient from step {awake(found.measured)} on, {schedule}")
-
-
-def main(strategy: str) -> None:
-    """Examine STRATEGY of params.yaml at its start."""
-    run_dvc_stage(lambda params: analyse(params, strategy))
+    print(f"analyse {item.key}: every role receives a gradient from step {awake(found.measured)} on, {schedule}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_dvc_stage(analyse, "analyse")

@@ -6,18 +6,19 @@ from dit.autoencoder import make_autoencoder, reconstruction_quality, save, side
 from dit.config import Params
 from dit.data.images import load_images
 from dit.devices import make_deterministic, resolve_device
+from pipelines.design import Item
 from pipelines.files import complete_directory, scratch, write_json
 from pipelines.stages.entry import run_dvc_stage, run_key
 
 
-def autoencoder(params: Params) -> None:
-    """Write `data/autoencoder`: the model, the quality of its validation reconstructions, and a picture of some."""
+def autoencoder(params: Params, item: Item) -> None:
+    """Write a folder of `data/autoencoder`: the model, the quality of its validation reconstructions, and a picture of some."""
     make_deterministic(params.autoencoder.threads)
-    images = load_images()
-    key = run_key("autoencoder", [params.autoencoder.model_dump(mode="json"), resolve_device(params.autoencoder.device).type])
+    images = load_images(item.inputs["images"])
+    key = run_key(item, [params.autoencoder.model_dump(mode="json"), resolve_device(params.autoencoder.device).type])
     model = make_autoencoder(params.autoencoder, images.train_images, scratch(key))
     metrics = reconstruction_quality(model, images.validation_images)
-    with complete_directory("data/autoencoder") as out:
+    with complete_directory(item.out) as out:
         write_json(out / "metrics.json", metrics)
         side_by_side(model, images.validation_images).save(out / "reconstructions.png")
         save(model, out)
@@ -27,4 +28,4 @@ def autoencoder(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    run_dvc_stage(autoencoder)
+    run_dvc_stage(autoencoder, "autoencoder")

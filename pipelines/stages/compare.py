@@ -12,11 +12,14 @@ import pandas as pd
 
 from dit.config import Params
 from dit.data.images import load_images
+from pipelines.design import Item
 from pipelines.files import complete_directory, write_json
 from pipelines.report.figures import figures
 from pipelines.report.headline import headline
 from pipelines.report.page import Autoencoder, render
-from pipelines.report.runs import Run, Study, departed, read_study
+from pipelines.report.places import data_folder
+from pipelines.report.reading import departed, read_study
+from pipelines.report.runs import Run, Study
 from pipelines.report.summary import mean_curves, metric_means, summarise
 from pipelines.stages.entry import run_dvc_stage
 
@@ -27,24 +30,25 @@ CURVES: dict[str, Callable[[Run], pd.Series]] = {
 """The curves of `dvc plots show`."""
 
 
-def compare(params: Params) -> None:
+def compare(params: Params, item: Item) -> None:
     """Read exactly the runs of the study, drop others from the workspace, and write `reports`."""
     study = read_study(params)
     drop_departed(study)
-    images = load_images()
-    autoencoder = read_autoencoder(Path("data/autoencoder"))
+    shown = study.first.design
+    images = load_images(data_folder(params, shown, "images"))
+    autoencoder = read_autoencoder(Path(data_folder(params, shown, "autoencoder")))
     summary = summarise(study)
-    words = headline(summary)
+    words = headline(study, summary)
     described = {"counts": images.manifest["counts"], "rejected": images.manifest["rejected"]}
     summary |= {"headline": words.sentences, "autoencoder": autoencoder.metrics, "images": described}
     drawn = figures(study, summary)
     page = render(study, summary, headline=words, figures=drawn, images=images, autoencoder=autoencoder)
-    with complete_directory("reports") as out:
+    with complete_directory("reports", sealed=False) as out:
         write_json(out / "summary.json", summary)
         write_json(out / "metrics.json", metric_means(summary))
         (out / "plots").mkdir()
         for name, curve in CURVES.items():
-            mean_curves(study, curve).to_csv(out / "plots" / f"{name}.csv", lineterminator="\n")
+            mean_curves(study.groups, curve).to_csv(out / "plots" / f"{name}.csv", lineterminator="\n")
         (out / "index.html").write_text(page, encoding="utf-8")
     print(f"compare: {words.answer}")
     print("compare: reports/index.html")
@@ -67,4 +71,4 @@ def read_autoencoder(directory: Path) -> Autoencoder:
 
 
 if __name__ == "__main__":
-    run_dvc_stage(compare)
+    run_dvc_stage(compare, "compare")

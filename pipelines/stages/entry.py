@@ -11,36 +11,64 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
+import typer
 
-from dit import yamlfile
 from dit.config import Params, load
-from dit.errors import ConfigError, InputError, UserError
-from dit.init import Strategy
+from dit.errors import InputError, UserError
+from pipelines import design
+from pipelines.design import Item
+from pipelines.disk import FullDiskError, full_path
 from pipelines.stages.launch import WRONG_INPUT, check_devices, in_group, join_group, run_group
 
 TRANSIENT = os.EX_TEMPFAIL
 
 
-def run_dvc_stage(stage: Callable[[Params], None], section: str = "") -> None:
-    """Check the whole `params.yaml`, run `stage`, and exit with a code that says what went wrong, if anything did.
+Stage = Callable[[Params, Item], None]
+"""What a stage does with the parameters of its setting, and with what is known of it."""
+
+
+def run_dvc_stage(stage: Stage, name: str, section: str = "") -> None:
+    """Run `stage` as the command line wants it: `python -m pipelines.stages.<name> KEY`, by default the key of all runs.
 
     A stage whose `section` of the parameters wants several processes runs as a group, in which each process comes here again.
     """
+
+    def main(
+        key: Annotated[str, typer.Argument(help="Which stage of this name, as in design.yaml.")] = design.ALL,
+    ) -> None:
+        with exit_codes():
+            params = load()
+            item = design.item_named(params, name, key)
+            params = params.with_values(item.setting.levels)
+            settings = getattr(params, section) if section else None
+            if in_group():
+                join_group(section, settings)
+            elif settings and settings.processes > 1:
+                check_devices(section, settings)
+                code = run_group(settings.processes)
+                sys.exit(TRANSIENT if code < 0 else code)
+            design.checked_identity(params, item)
+            stage(params, item)
+
+    main.__doc__ = stage.__doc__
+    typer.run(main)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """End the process with a code that says what went wrong, if anything did."""
     try:
-        params = load()
-        settings = getattr(params, section) if section else None
-        if in_group():
-            join_group(section, settings)
-        elif settings and settings.processes > 1:
-            check_devices(section, settings)
-            code = run_group(settings.processes)
-            sys.exit(TRANSIENT if code < 0 else code)
-        stage(params)
+        with _full_disk_told():
+            yield
+    except FullDiskError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(TRANSIENT)
     except InputError as error:
         stage_name = made_by(error.path)
         print(f"error: {error}{f'; run `dvc repro {stage_name}`' if stage_name else ''}", file=sys.stderr)
@@ -57,36 +85,25 @@ def run_dvc_stage(stage: Callable[[Params], None], section: str = "") -> None:
         sys.exit(TRANSIENT)
 
 
-def check_strategy(params: Params, name: str) -> None:
-    """Raises `ConfigError` where there is no strategy called `name`."""
-    if name not in params.strategies:
-        raise ConfigError(f"unknown strategy '{name}'; expected one of {', '.join(params.strategies)}")
+@contextmanager
+def _full_disk_told() -> Iterator[None]:
+    """Raises `FullDiskError` where something fails for that, whatever the library that wrote made of it."""
+    try:
+        yield
+    except Exception as error:
+        if (path := full_path(error)) is not None:
+            raise FullDiskError(path) from None
+        raise
 
 
-def strategy_of(params: Params, name: str) -> Strategy:
-    """The strategy called `name`, whose rules are those that DVC has tracked.
+def run_key(item: Item, settings: object) -> str:
+    """The identity of a run: a digest of its settings, its code, and its inputs.
 
-    Raises `ConfigError` where there is none, and `InputError` where stage `strategies` has not written the rules it has now.
+    `settings` is the JSON-able slice of parameters that the run depends on, as well as the kind of device it runs on.
     """
-    check_strategy(params, name)
-    path = Path(f"runs/strategies/{name}.json")
-    if not path.is_file():
-        raise InputError(path)
-    if json.loads(path.read_text()) != params.strategies[name].resolved:
-        raise InputError(path, f"holds other rules than strategy '{name}' has now")
-    return params.strategies[name]
-
-
-def run_key(stage: str, settings: object, strategy: str = "", seed: int = 0) -> str:
-    """The identity of a run: a digest of its settings, and of the code and inputs that `dvc.yaml` declares for its stage.
-
-    `settings` is the JSON-able slice of parameters that the run depends on, as well as the kind of device it runs on;
-    `strategy` and `seed` are those of a stage that has them.
-    """
-    identity = [stage, strategy, seed, torch.__version__, settings]
+    identity = [item.stage, item.strategy, item.seed, torch.__version__, settings, design.code_digest(item.stage)]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
-    for declared in _stages()[stage]["deps"]:
-        path = Path(declared.replace("${item.strategy}", strategy).replace("${item.seed}", str(seed)))
+    for path in map(Path, item.inputs.values()):
         for file in _content(path):
             digest.update(f"\n{file.as_posix()}\n".encode())
             digest.update(file.read_bytes())
@@ -94,26 +111,20 @@ def run_key(stage: str, settings: object, strategy: str = "", seed: int = 0) -> 
 
 
 def made_by(path: Path) -> str | None:
-    """The stage that makes the file or folder at `path`, such as `train@adaln_zero-0`; None where `dvc.yaml` has none."""
-    for name, stage in _stages().items():
-        for out in map(Path, stage["outs"]):
-            found = Path(*path.parts[: len(out.parts)])
-            if found == out:
-                return name
-            if "matrix" in stage and found.parent == out.parent:
-                return f"{name}@{found.name}"
+    """The stage that makes the file or folder at `path`, such as `train@adaln_zero-0`; None where the study has none."""
+    if path.is_relative_to(design.OUT):
+        return "design"
+    for stage, by_key in design.items(load()).items():
+        for key, item in by_key.items():
+            if item.out and path.is_relative_to(item.out):
+                return stage if key == design.ALL else f"{stage}@{key}"
     return None
 
 
-def _stages() -> dict[str, Any]:
-    stages: dict[str, Any] = yamlfile.read("dvc.yaml")["stages"]
-    return stages
-
-
 def _content(path: Path) -> list[Path]:
-    """The files that determine a dependency; a store's manifest holds the checksums of all else in it."""
+    """The files that determine an input; a store's manifest holds the checksums of all else in it."""
     if path.is_file():
         return [path]
     if (path / "manifest.json").exists():
         return [path / "manifest.json"]
-    return sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    return sorted(file for file in path.rglob("*") if file.is_file())

@@ -1,59 +1,65 @@
-"""Stage `evaluate@<strategy>-<seed>`: sample one trained DiT, decode, and measure against the real validation images."""
+"""Stage `evaluate@<run>`: sample one trained DiT, decode, and measure against the real validation images."""
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from dataclasses import fields
-from typing import Annotated
+from pathlib import Path
 
-import typer
 from torch import Tensor
 
+from dit import design as designs
 from dit.autoencoder import load_autoencoder
 from dit.config import Params
 from dit.data.latents import LatentStore
+from dit.design import Run
 from dit.devices import make_deterministic, resolve_device
 from dit.distributed import Ranks, joined
 from dit.errors import InputError
 from dit.evaluation.distances import Distances, check_counts, sample_distances
 from dit.evaluation.features import load_extractor, load_features
 from dit.evaluation.samples import Seen, draw, load_network, look
+from pipelines import design
+from pipelines.design import Item
 from pipelines.files import complete_directory, scratch
 from pipelines.records.base import Timing
-from pipelines.records.evaluation import EVALUATE, EvaluateRecord, FeatureSpace
+from pipelines.records.evaluation import EvaluateRecord, FeatureSpace
 from pipelines.records.training import TRAIN, TrainRecord
-from pipelines.stages.entry import check_strategy, run_dvc_stage, run_key
+from pipelines.stages.entry import run_dvc_stage, run_key
 
 
-def evaluate(params: Params, strategy: str, seed: int) -> None:
-    """Evaluate `runs/train/<strategy>-<seed>` and write `runs/evaluate/<strategy>-<seed>`.
+def evaluate(params: Params, item: Item) -> None:
+    """Evaluate one training run and write `runs/evaluate/<run>`, or that of a strategy's best setting.
 
     A run that did not finish training, or whose samples are not finite, is a result too: it has no grid and no distances.
     """
-    name = f"{strategy}-{seed}"
+    run = evaluated_run(params, item)
+    params, inputs = design.at_run(params, run), design.inputs_of(params, run)
     make_deterministic(params.evaluate.threads)
-    trained = read_run(strategy, seed, params)
+    trained = read_run(run, params)
     settings = {section: getattr(params, section).model_dump(mode="json") for section in ("evaluate", "features")}
     device = resolve_device(params.evaluate.device)
-    key = run_key("evaluate", [params.model.name, trained.settings.diffusion, settings, device.type], strategy, seed)
-    store = LatentStore("data/latents")
+    key = run_key(item, [params.model.name, trained.settings.diffusion, settings, device.type])
+    store = LatentStore(inputs["latents"])
     seen: Seen | None = None
     with joined(device) as ranks:
         extractor = load_extractor(params.features, ranks.device)
-        real = load_features("data/features", extractor)
+        real = load_features(inputs["features"], extractor)
         check_counts(len(real), params.evaluate)
         if trained.status == "finished":
-            latents = store.denormalize(drawn(params, store, name, ranks, key))
-            autoencoder = load_autoencoder("data/autoencoder", ranks.device)
+            latents = store.denormalize(drawn(params, store, run.name, ranks, key))
+            autoencoder = load_autoencoder(inputs["autoencoder"], ranks.device)
             seen = look(latents, autoencoder, extractor, params.evaluate, store.num_classes, ranks)
     if not ranks.is_main:
         return
     distances = sample_distances(real, seen.features, params.evaluate) if seen else None
     measured = vars(distances) if distances else dict.fromkeys(field.name for field in fields(Distances))
     record = EvaluateRecord(
-        strategy=strategy,
-        seed=seed,
+        strategy=run.strategy,
+        seed=run.seed,
+        run=run.name,
         run_key=key,
         train_run_key=trained.run_key,
         status="diverged" if trained.status == "finished" and not seen else trained.status,
@@ -63,26 +69,33 @@ def evaluate(params: Params, strategy: str, seed: int) -> None:
         settings=settings,
         metrics={**measured, "validation_mse": trained.final.ema_validation_mse if trained.final else None},
     )
-    with complete_directory(EVALUATE / name) as out:
+    with complete_directory(item.out) as out:
         record.write(out)
         if seen:
             seen.grid.save(out / "grid.png")
     counts = f"{params.evaluate.num_samples} generated and {len(real)} real images, {extractor.name}"
-    print(f"evaluate {name}: {ending(trained, distances)} ({counts})")
+    print(f"evaluate {item.key}: {ending(trained, distances)} ({counts})")
 
 
-def read_run(strategy: str, seed: int, params: Params) -> TrainRecord:
-    """The record of a training run.
+def evaluated_run(params: Params, item: Item) -> Run:
+    """The run that is evaluated: the one that the stage is named after, or the one that stage `best` chose."""
+    runs = designs.design(params.study)
+    chosen = Path(item.inputs["train"])
+    if chosen.suffix != ".json":
+        return runs.named(chosen.name)
+    if not chosen.is_file():
+        raise InputError(chosen)
+    return runs.named(json.loads(chosen.read_text())["runs"][str(item.seed)])
 
-    Raises `ConfigError` for an unknown strategy, `InputError` where there is no such run, or it learned another diffusion.
-    """
-    check_strategy(params, strategy)
-    directory = TRAIN / f"{strategy}-{seed}"
-    run = TrainRecord.read(directory)
-    if run.settings.diffusion != params.diffusion.model_dump(mode="json"):
-        problem = f"was trained with {run.settings.diffusion}, not the diffusion of params.yaml"
+
+def read_run(run: Run, params: Params) -> TrainRecord:
+    """The record of a training run. Raises `InputError` where there is none, or it learned another diffusion."""
+    directory = TRAIN / run.name
+    record = TrainRecord.read(directory)
+    if record.settings.diffusion != params.diffusion.model_dump(mode="json"):
+        problem = f"was trained with {record.settings.diffusion}, not the diffusion of params.yaml"
         raise InputError(directory / TrainRecord.FILE, problem)
-    return run
+    return record
 
 
 def drawn(params: Params, store: LatentStore, name: str, ranks: Ranks, key: str) -> Tensor:
@@ -108,10 +121,5 @@ def ending(trained: TrainRecord, distances: Distances | None) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in vars(distances).items())
 
 
-def main(strategy: str, seed: Annotated[int, typer.Argument(min=0)]) -> None:
-    """Evaluate the DiT that was trained from STRATEGY of params.yaml with SEED."""
-    run_dvc_stage(lambda params: evaluate(params, strategy, seed), "evaluate")
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    run_dvc_stage(evaluate, "evaluate", "evaluate")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 from dit.autoencoder import Encoder, load_autoencoder
 from dit.config import Params
@@ -12,33 +13,32 @@ from dit.devices import make_deterministic, resolve_backend, resolve_device, res
 from dit.distributed import Ranks, joined
 from dit.fused.encoder import NEEDS, supports
 from dit.sections import LatentsParams
+from pipelines.design import Item
 from pipelines.files import complete_directory
 from pipelines.stages.entry import run_dvc_stage
 
 
-def latents(params: Params) -> None:
-    """Encode `data/images` with `data/autoencoder` and write `data/latents`."""
+def latents(params: Params, item: Item) -> None:
+    """Encode the images with the autoencoder and write a folder of `data/latents`."""
     settings = params.latents
     make_deterministic(settings.threads)
     with joined(resolve_device(settings.device)) as ranks:
-        normalize = encode_on(ranks, settings)
+        normalize = encode_on(ranks, settings, item)
         if ranks.is_main:
-            factors = ", ".join(
-                f"{name} [{' '.join(f'{value:.4g}' for value in values)}]" for name, values in normalize.items()
-            )
-            print(f"latents: {factors}")
+            shift, scale = (" ".join(f"{value:.4g}" for value in normalize[name]) for name in ("shift", "scale"))
+            print(f"latents: (z - shift) * scale with shift [{shift}], scale [{scale}]; from {normalize['source']}")
 
 
-def encode_on(ranks: Ranks, settings: LatentsParams) -> dict[str, list[float]]:
+def encode_on(ranks: Ranks, settings: LatentsParams, item: Item) -> dict[str, Any]:
     """This rank's part of it; the first one writes."""
     device = ranks.device
-    autoencoder = load_autoencoder("data/autoencoder", device)
+    autoencoder = load_autoencoder(item.inputs["autoencoder"], device)
     precision = resolve_precision(settings.precision, device)
     backend = resolve_backend(settings.backend, device, precision, supports(autoencoder), "latents", NEEDS)
     encoder = Encoder(autoencoder, precision, backend)
-    with complete_directory("data/latents") if ranks.is_main else nullcontext() as out:
-        return write_latents(load_images(), encoder, settings, out, ranks)
+    with complete_directory(item.out) if ranks.is_main else nullcontext() as out:
+        return write_latents(load_images(item.inputs["images"]), encoder, settings, out, ranks)
 
 
 if __name__ == "__main__":
-    run_dvc_stage(latents, "latents")
+    run_dvc_stage(latents, "latents", "latents")

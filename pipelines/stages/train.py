@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import socket
 import time
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Any
 
-import typer
 from safetensors.torch import save_file
 
 from dit import init
@@ -16,35 +15,37 @@ from dit.data.latents import LatentStore
 from dit.devices import make_deterministic, resolve_device
 from dit.diffusion import Diffusion
 from dit.distributed import Ranks, joined
+from dit.training.kept import RunSettings
 from dit.training.loop import Trainer
-from dit.training.records import Outcome, outcome
+from dit.training.records import outcome
+from pipelines.design import Item
 from pipelines.files import complete_directory, scratch
 from pipelines.records.base import Timing
-from pipelines.records.training import TRAIN, TrainRecord, TrainSettings, write_tables
-from pipelines.stages.entry import run_dvc_stage, run_key, strategy_of
+from pipelines.records.training import TrainRecord, TrainSettings
+from pipelines.stages.entry import run_dvc_stage, run_key
 
 
-def train(params: Params, strategy: str, seed: int) -> None:
-    """Initialise, train, and write `runs/train/<strategy>-<seed>`: alone, or as one of a group of processes."""
+def train(params: Params, item: Item) -> None:
+    """Initialise, train, and write `runs/train/<run>`: alone, or as one of a group of processes."""
     make_deterministic(params.train.threads, params.train.deterministic)
     with joined(resolve_device(params.train.device)) as ranks:
-        train_on(ranks, params, strategy, seed)
+        train_on(ranks, params, item)
 
 
-def train_on(ranks: Ranks, params: Params, strategy: str, seed: int) -> None:
+def train_on(ranks: Ranks, params: Params, item: Item) -> None:
     """This rank's part of it."""
     device = ranks.device
-    rules = strategy_of(params, strategy)
+    strategy, seed = item.strategy, item.seed or 0
+    rules = params.strategies[strategy]
     settings = {
         "model": params.model.model_dump(mode="json"),
         "diffusion": params.diffusion.model_dump(mode="json"),
         "train": params.train.model_dump(mode="json"),
         "rules": rules.resolved,
     }
-    key = run_key("train", [settings, device.type], strategy, seed)
-    anyhow = {**settings, "train": params.train.model_dump(mode="json", exclude={"processes", "parallel"})}
-    resumable = run_key("train", [anyhow, device.type], strategy, seed)  # by any number of processes
-    store = LatentStore(Path("data/latents"))
+    key = run_key(item, [settings, device.type])
+    resumable, ended = (scratch(run_key(item, [each, device.type])) for each in _shared(params, settings))
+    store = LatentStore(item.inputs["latents"])
     network = params.network(store.sizes)
     init.apply(network, rules, seed)
     trainer = Trainer(
@@ -54,16 +55,18 @@ def train_on(ranks: Ranks, params: Params, strategy: str, seed: int) -> None:
         params.train,
         label_dropout=params.model.label_dropout,
         seed=seed,
-        scratch=scratch(resumable),
+        scratch=resumable,
+        ended=ended,
+        settings=RunSettings(name=item.key, seed=seed, model=params.model, diffusion=params.diffusion, train=params.train),
         ranks=ranks,
     )
     started = time.monotonic()
-    trainer.run(f"train {strategy}-{seed}")
+    trainer.run(f"train {item.key}")
     seconds = time.monotonic() - started
     ema = trainer.averaged_weights()
     if not ranks.is_main:
         return
-    ended = outcome(
+    end = outcome(
         trainer.records,
         trainer.divergence,
         steps_done=trainer.steps_done,
@@ -71,30 +74,23 @@ def train_on(ranks: Ranks, params: Params, strategy: str, seed: int) -> None:
         target_second_moment=trainer.validation.target_second_moment,
     )
     record = TrainRecord(
-        strategy=strategy, seed=seed, run_key=key, device=device.type, settings=TrainSettings(**settings), **vars(ended)
+        strategy=strategy, seed=seed, run_key=key, device=device.type, settings=TrainSettings(**settings), **vars(end)
     )
-    with complete_directory(TRAIN / f"{strategy}-{seed}") as out:
+    with complete_directory(item.out) as out:
         save_file(ema, out / "ema.safetensors")
-        write_tables(out, trainer.records)
+        trainer.records.write(out)
         record.write(out)
     trainer.forget()
     Timing(seconds=seconds, images_per_second=trainer.images_per_second, hostname=socket.gethostname()).write(scratch(key))
-    print(f"train {strategy}-{seed}: {ending(ended)}, {trainer.images_per_second:.0f} images/s")
+    print(f"train {item.key}: {end.sentence}, {trainer.images_per_second:.0f} images/s")
 
 
-def ending(ended: Outcome) -> str:
-    """What a person wants to know of a training run that is over."""
-    if ended.collapsed:
-        return f"collapsed at step {ended.collapsed.step}: error {ended.collapsed.mse:.4f}"
-    if ended.diverged:
-        return f"diverged: {vars(ended.diverged)}"
-    return f"validation mse {ended.final.ema_validation_mse:.4f} (EMA)" if ended.final else ended.status
-
-
-def main(strategy: str, seed: Annotated[int, typer.Argument(min=0)]) -> None:
-    """Train one DiT from STRATEGY of params.yaml with SEED."""
-    run_dvc_stage(lambda params: train(params, strategy, seed), "train")
+def _shared(params: Params, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The settings in which runs agree that resume each other's checkpoints, and those in which they may differ in length."""
+    beside = {"processes", "parallel", "keep_checkpoints"}
+    for keys in (beside, beside if params.train.depends_on_length else {*beside, "steps"}):
+        yield {**settings, "train": params.train.model_dump(mode="json", exclude=keys)}
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_dvc_stage(train, "train", "train")

@@ -1,20 +1,23 @@
-"""Source `folder`: image files in the layout of ImageNet, `root/class/*.{jpg,jpeg,png,webp}`."""
+"""Sources `folder`, image files in the layout of ImageNet, `root/class/*.{jpg,jpeg,png,webp}`, and `unlabelled`, in any."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
 
 from dit.data.decoding import Encoded, Rejected, decode_all
-from dit.data.sources import Source, Split, hold_out
+from dit.data.sources import UNLABELLED, Source, Split, hold_out
 from dit.errors import DataError
-from dit.sections import FolderSource, ImagesParams
+from dit.sections import FolderSource, ImagesParams, UnlabelledSource
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 Listing = dict[str, list[str]]
-"""Class name -> names of its image files, both sorted."""
+"""Class name -> paths of its image files below the root, both sorted."""
+
+ListFiles = Callable[[Path, str], tuple[Listing, list[Rejected]]]
+"""A root and the key that names it -> its image files, and what is none."""
 
 
 def open_source(images: ImagesParams, source: FolderSource) -> Source:
@@ -24,41 +27,78 @@ def open_source(images: ImagesParams, source: FolderSource) -> Source:
     folder is an image file or is rejected. Raises `DataError` for a folder without classes, a class without images, and class
     folders that differ between training and validation.
     """
-    train, rejected = _list(source.root, "images.source.root")
+    return _open(images, source, _list)
+
+
+def open_unlabelled(images: ImagesParams, source: UnlabelledSource) -> Source:
+    """List the files at any depth below the root, all of one class; pixels are read later, as a stream.
+
+    Names that begin with a dot are not looked at, and links to folders are not followed; any other file is an image file or is
+    rejected. Raises `DataError` for a folder without images.
+    """
+    return _open(images, source, _list_unlabelled)
+
+
+def _open(images: ImagesParams, source: FolderSource | UnlabelledSource, list_files: ListFiles) -> Source:
+    train, rejected = list_files(source.root, "images.source.root")
     if source.validation_root is None:
         validation_root = source.root
         train, validation = _hold_out(train, source.validation_fraction, images.seed)
     else:
         validation_root = source.validation_root
-        validation, more_rejected = _list(validation_root, "images.source.validation_root")
+        validation, more_rejected = list_files(validation_root, "images.source.validation_root")
         rejected += more_rejected
         if different := sorted(set(train) ^ set(validation)):
             raise DataError(f"{source.root} and {validation_root} differ in their class folders: {', '.join(different)}")
 
     def split(root: Path, listing: Listing) -> Split:
-        return Split(sum(map(len, listing.values())), decode_all(_files(root, listing), images.size, images.workers))
+        stream = decode_all(_files(root, listing), images.size, images.workers, images.channels)
+        return Split(sum(map(len, listing.values())), stream)
 
     return Source(list(train), split(source.root, train), split(validation_root, validation), rejected, notes=[])
 
 
 def _list(root: Path, key: str) -> tuple[Listing, list[Rejected]]:
-    """The image files of each class, and whatever else lies in the class folders."""
-    accepted = "accepted: a folder that holds one folder of images for each class"
+    """The image files of each class, as paths below `root`, and whatever else lies in the class folders."""
     if not root.is_dir():
-        raise DataError(f"{key} = {root}: no such folder; {accepted}")
+        raise DataError(f"{key} = {root}: no such folder: expected a folder that holds one folder of images for each class")
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise DataError(f"{key} = {root}: no class folders in it; {accepted}")
+        raise DataError(
+            f"{key} = {root}: no class folders in it: expected one folder of images for each class, "
+            "or images.source.kind = 'unlabelled'"
+        )
     listing: Listing = {}
     rejected = []
     for name in names:
         files = sorted(file for file in os.listdir(root / name) if not file.startswith("."))
-        listing[name] = [file for file in files if file.lower().endswith(SUFFIXES)]
-        others = sorted(set(files) - set(listing[name]))
-        rejected += [Rejected(_title(root, name, file), f"not one of {', '.join(SUFFIXES)}") for file in others]
+        listing[name], others = _sort_out(root, [f"{name}/{file}" for file in files])
+        rejected += others
     if empty := [name for name in names if not listing[name]]:
         raise DataError(f"{key} = {root}: no images ({', '.join(SUFFIXES)}) for {', '.join(empty)}")
     return listing, rejected
+
+
+def _list_unlabelled(root: Path, key: str) -> tuple[Listing, list[Rejected]]:
+    """All image files below `root` as those of one class, and whatever other files are there."""
+    if not root.is_dir():
+        raise DataError(f"{key} = {root}: no such folder: expected a folder of images")
+    files: list[str] = []
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if not name.startswith(".")]
+        place = Path(folder).relative_to(root)
+        files += [(place / name).as_posix() for name in names if not name.startswith(".")]
+    images, rejected = _sort_out(root, sorted(files))
+    if not images:
+        raise DataError(f"{key} = {root}: no images ({', '.join(SUFFIXES)}) in it or below it")
+    return {UNLABELLED: images}, rejected
+
+
+def _sort_out(root: Path, files: Iterable[str]) -> tuple[list[str], list[Rejected]]:
+    """The image files among paths below `root`, and the others as rejected."""
+    images = [file for file in files if file.lower().endswith(SUFFIXES)]
+    others = sorted(set(files) - set(images))
+    return images, [Rejected(_title(root, file), f"not one of {', '.join(SUFFIXES)}") for file in others]
 
 
 def _hold_out(listing: Listing, fraction: float, seed: int) -> tuple[Listing, Listing]:
@@ -70,11 +110,11 @@ def _hold_out(listing: Listing, fraction: float, seed: int) -> tuple[Listing, Li
 
 
 def _files(root: Path, listing: Listing) -> Iterator[Encoded]:
-    for label, (name, files) in enumerate(listing.items()):
+    for label, files in enumerate(listing.values()):
         for file in files:
-            yield Encoded(_title(root, name, file), label, root / name / file)
+            yield Encoded(_title(root, file), label, root / file)
 
 
-def _title(root: Path, name: str, file: str) -> str:
+def _title(root: Path, file: str) -> str:
     """How messages call a file: from the last part of `root` on, so that it does not depend on where the data lies."""
-    return PurePath(root.name, name, file).as_posix()
+    return PurePath(root.name, file).as_posix()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit.data.decoding import Encoded, Rejected, decode_all
-from dit.data.sources import Source, Split, hold_out
+from dit.data.sources import UNLABELLED, Source, Split, check_validation_labels, hold_out_each
 from dit.errors import ConfigError, DataError
 from dit.sections import HuggingFaceSource, ImagesParams
 
@@ -32,7 +32,8 @@ class Rows:
 def open_source(images: ImagesParams, source: HuggingFaceSource) -> Source:
     """Open the data set; images stay encoded in memory-mapped files until they are read, as a stream.
 
-    Classes are the labels that occur in the training split, in the order of their values. Raises `ConfigError` for an unknown
+    Classes are the labels that occur in the training split, in the order of their values, or one where no column holds labels.
+    Raises `ConfigError` for an unknown
     data set, split or column, and where `datasets` is not installed; `DataError` for labels that cannot be used;
     `ConnectionError` where the hub does not answer.
     """
@@ -44,12 +45,12 @@ def open_source(images: ImagesParams, source: HuggingFaceSource) -> Source:
         dataset = _open(source, "validation_split", source.validation_split)
         validation, more_rejected = _labelled(dataset, source.validation_split, source)
         rejected += more_rejected
-        if unknown := sorted(set(validation.labels) - set(classes)):
-            raise DataError(f"{KEY}.validation_split = '{source.validation_split}' has labels that training lacks: {unknown}")
+        check_validation_labels(validation.labels, classes, f"{KEY}.validation_split = '{source.validation_split}'")
     index = {value: label for label, value in enumerate(classes)}
 
     def split(part: Rows) -> Split:
-        return Split(len(part.rows), decode_all(_pictures(part, index, source.image_column), images.size, images.workers))
+        pictures = _pictures(part, index, source.image_column)
+        return Split(len(part.rows), decode_all(pictures, images.size, images.workers, images.channels))
 
     return Source(list(classes.values()), split(train), split(validation), rejected, notes=[])
 
@@ -93,38 +94,68 @@ def _saved_split(saved: Any, path: str, key: str, split: str) -> Dataset:
     if not isinstance(saved, dict):
         if key == "train_split":
             return saved
-        raise ConfigError(f"{KEY}.{key} = '{split}': '{path}' holds a single split; accepted: null")
+        raise ConfigError(f"{KEY}.{key} = '{split}': '{path}' holds a single split: expected null")
     if split not in saved:
-        raise ConfigError(f"{KEY}.{key} = '{split}': no such split in '{path}'; accepted: {', '.join(saved)}")
+        raise ConfigError(f"{KEY}.{key} = '{split}': no such split in '{path}': expected {' or '.join(saved)}")
     return saved[split]
 
 
 def _with_encoded_images(dataset: Dataset, source: HuggingFaceSource) -> Dataset:
-    """The two columns that are read, images left encoded. Raises `ConfigError` where they are missing or of another kind."""
-    from datasets import ClassLabel, Image, Value
+    """The columns that are read, images left encoded. Raises `ConfigError` where they are missing or of another kind."""
+    from datasets import Image, Value
 
     features = dataset.features
-    for key, column in (("image_column", source.image_column), ("label_column", source.label_column)):
-        if column not in features:
-            raise ConfigError(f"{KEY}.{key} = '{column}': no such column; accepted: one of {', '.join(features)}")
-    image, label = features[source.image_column], features[source.label_column]
-    if not isinstance(image, Image):
-        raise ConfigError(f"{KEY}.image_column = '{source.image_column}' holds {image}; accepted: a column of images")
-    if not isinstance(label, ClassLabel) and not (
-        isinstance(label, Value) and (label.dtype == "string" or "int" in label.dtype)
-    ):
+    columns = {"image_column": source.image_column, "label_column": source.label_column}
+    for key, column in columns.items():
+        if column is not None and column not in features:
+            raise ConfigError(f"{KEY}.{key} = '{column}': no such column: expected one of {', '.join(features)}")
+    if source.label_column is not None and not _holds_labels(features[source.label_column]):
         raise ConfigError(
-            f"{KEY}.label_column = '{source.label_column}' holds {label}; accepted: class labels, integers or strings"
+            f"{KEY}.label_column = '{source.label_column}' holds {features[source.label_column]}: "
+            "expected class labels, integers, booleans or strings"
         )
+    image = features[source.image_column]
+    if not _holds_images(image):
+        raise ConfigError(
+            f"{KEY}.image_column = '{source.image_column}' holds {image}: expected a column of images, or of their bytes"
+        )
+    dataset = dataset.select_columns([column for column in columns.values() if column is not None])
+    if isinstance(image, Value) and image.dtype == "binary_view":  # which `datasets` casts to bytes, but not to images
+        dataset = dataset.cast_column(source.image_column, Value("binary"))
     return dataset.cast_column(source.image_column, Image(decode=False))
+
+
+def _holds_labels(feature: Any) -> bool:
+    """Whether a column holds labels, in any of Arrow's spellings; a dictionary has become what it is a dictionary of."""
+    from datasets import ClassLabel, Value
+
+    strings = ("string", "large_string", "string_view")
+    return isinstance(feature, ClassLabel) or (
+        isinstance(feature, Value) and (feature.dtype in (*strings, "bool") or "int" in feature.dtype)
+    )
+
+
+def _holds_images(feature: Any) -> bool:
+    """Whether a column holds encoded images: as such, as bytes, or as the structs that `datasets` stores them in."""
+    from datasets import Image, Value
+
+    if isinstance(feature, dict):
+        return "bytes" in feature and feature.keys() <= {"bytes", "path"} and _holds_images(feature["bytes"])
+    return isinstance(feature, Image) or (
+        isinstance(feature, Value) and feature.dtype in ("binary", "large_binary", "binary_view")
+    )
 
 
 def _labelled(dataset: Dataset, split: str, source: HuggingFaceSource) -> tuple[Rows, list[Rejected]]:
     """The rows that have a label, and those that have none, which a `ClassLabel` writes as -1."""
     from datasets import ClassLabel
 
-    nothing = (None, -1) if isinstance(dataset.features[source.label_column], ClassLabel) else (None,)
-    labels = list(dataset[source.label_column])
+    if source.label_column is None:
+        nothing: tuple[Any, ...] = ()
+        labels = [UNLABELLED] * len(dataset)
+    else:
+        nothing = (None, -1) if isinstance(dataset.features[source.label_column], ClassLabel) else (None,)
+        labels = list(dataset[source.label_column])
     without = {row for row, label in enumerate(labels) if label in nothing}
     rows = [row for row in range(len(labels)) if row not in without]
     if not rows:
@@ -133,30 +164,22 @@ def _labelled(dataset: Dataset, split: str, source: HuggingFaceSource) -> tuple[
     return Rows(dataset, split, rows, [labels[row] for row in rows]), rejected
 
 
-def _classes(train: Rows, column: str) -> dict[Any, str]:
+def _classes(train: Rows, column: str | None) -> dict[Any, str]:
     """Label as the data set writes it -> name of the class, in the order of labels."""
     from datasets import ClassLabel
 
-    feature = train.dataset.features[column]
+    feature = None if column is None else train.dataset.features[column]
     values = sorted(set(train.labels))
     return {value: feature.int2str(value) if isinstance(feature, ClassLabel) else str(value) for value in values}
 
 
 def _hold_out(whole: Rows, classes: dict[Any, str], fraction: float, seed: int) -> tuple[Rows, Rows]:
     """Split the rows of each class."""
-    label_of = dict(zip(whole.rows, whole.labels, strict=True))
-    members: dict[Any, list[int]] = {value: [] for value in classes}
-    for row, value in label_of.items():
-        members[value].append(row)
-    parts: tuple[list[int], list[int]] = ([], [])
-    for value, name in classes.items():
-        for part, chosen in zip(parts, hold_out(len(members[value]), fraction, seed, name), strict=True):
-            part += [members[value][i] for i in chosen]
-    train, validation = (sorted(part) for part in parts)
-    return (
-        Rows(whole.dataset, whole.split, train, [label_of[row] for row in train]),
-        Rows(whole.dataset, whole.split, validation, [label_of[row] for row in validation]),
+    train, validation = (
+        Rows(whole.dataset, whole.split, [whole.rows[i] for i in chosen], [whole.labels[i] for i in chosen])
+        for chosen in hold_out_each(whole.labels, classes, fraction, seed)
     )
+    return train, validation
 
 
 def _pictures(part: Rows, index: dict[Any, int], column: str) -> Iterator[Encoded]:

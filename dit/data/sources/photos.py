@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dit.data.decoding import FORMATS, Rejected, Sample
+from dit.data.decoding import FORMATS, MODES, Rejected, Sample, upright
 from dit.data.sources import Source, Split
 from dit.data.store import SPLITS
 from dit.errors import ConfigError, DataError
@@ -71,8 +71,8 @@ def open_source(images: ImagesParams, source: PhotosSource) -> Source:
         side = min(train.short_side, validation.short_side)
         if side < SMALLEST_REGION:
             raise ConfigError(
-                f"images.source.validation_region = {source.validation_region} leaves a region of {side} pixels of '{name}'; "
-                f"accepted: a fraction that leaves {SMALLEST_REGION} or more on both sides"
+                f"images.source.validation_region = {source.validation_region} leaves a region of {side} pixels of '{name}': "
+                f"expected a fraction that leaves {SMALLEST_REGION} or more on both sides"
             )
         if side < images.size:
             notes.append(f"'{name}' has a region of {side} pixels, less than size {images.size}: its crops are enlarged")
@@ -83,7 +83,7 @@ def open_source(images: ImagesParams, source: PhotosSource) -> Source:
             region = regions[name][SPLITS.index(split)]
             for index in range(counts[split]):
                 box = crop_box(region, images.size, source.max_zoom, generator(images.seed, name, split, index))
-                yield Sample(_cut(picture, box, images.size), label)
+                yield Sample(_cut(picture, box, images.size, images.channels), label)
 
     def split(name: str) -> Split:
         return Split(len(pictures) * counts[name], stream(name))
@@ -107,16 +107,17 @@ def crop_box(region: Box, size: int, max_zoom: float, draws: torch.Generator) ->
     return Box(left, top, left + side, top + side)
 
 
-def _cut(picture: Image.Image, box: Box, size: int) -> np.ndarray:
+def _cut(picture: Image.Image, box: Box, size: int, channels: int) -> np.ndarray:
     """Crop first and then resize: Pillow's filter, which widens as it shrinks a picture, would otherwise see beyond the box."""
     crop = picture.crop((box.left, box.top, box.right, box.bottom))
-    return np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC))
+    resized = crop.resize((size, size), Image.Resampling.BICUBIC).convert(MODES[channels])
+    return np.asarray(resized).reshape(size, size, channels)
 
 
 def _read(file: str) -> Image.Image:
     path = resources.files("skimage") / "data" / file
     try:
         with path.open("rb") as stream, Image.open(stream, formats=FORMATS) as picture:
-            return picture.convert("RGB")
+            return upright(picture).convert("RGB")
     except FileNotFoundError:
         raise DataError(f"the installed scikit-image does not hold data/{file}; install scikit-image 0.25 or 0.26") from None

@@ -1,0 +1,54 @@
+"""The autoencoder between pixels and latents: trained on the study's images, loaded, or none at all; measured, and used.
+
+It is one of diffusers' `AutoencoderKL`, the autoencoder of Rombach et al. (2022), "High-Resolution Image Synthesis with Latent
+Diffusion Models", and `AutoencoderTiny`, or `Pixels`, which leaves images as they are. Pixels are mapped from 0..255 to -1..1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from dit.autoencoder.coding import Encoder, decode, reconstruct, to_pixels, to_tensor
+from dit.autoencoder.files import load_autoencoder, save
+from dit.autoencoder.kinds import Autoencoder, Pixels
+from dit.autoencoder.published import load_pretrained
+from dit.autoencoder.quality import MAX_PSNR, peak_signal, reconstruction_quality, side_by_side
+from dit.autoencoder.training import build, train
+from dit.devices import resolve_device
+from dit.sections import IdentityAutoencoder, PretrainedAutoencoder, TrainedAutoencoder
+
+__all__ = [
+    "MAX_PSNR",
+    "Autoencoder",
+    "Encoder",
+    "Pixels",
+    "build",
+    "decode",
+    "load_autoencoder",
+    "load_pretrained",
+    "make_autoencoder",
+    "peak_signal",
+    "reconstruct",
+    "reconstruction_quality",
+    "save",
+    "side_by_side",
+    "to_pixels",
+    "to_tensor",
+    "train",
+]
+
+
+def make_autoencoder(
+    params: TrainedAutoencoder | PretrainedAutoencoder | IdentityAutoencoder, images: np.ndarray, scratch: Path
+) -> Autoencoder:
+    """The autoencoder that `params` asks for, in eval mode, on its device; it may be trained on `images` (N, H, W, C) uint8.
+
+    `scratch` holds the checkpoint of the training, and belongs to it alone.
+    """
+    if isinstance(params, IdentityAutoencoder):
+        return Pixels(params.latent_channels).to(resolve_device(params.device))
+    if isinstance(params, PretrainedAutoencoder):
+        return load_pretrained(params, images.shape[3]).to(resolve_device(params.device))
+    return train(params, images, scratch)

@@ -1,0 +1,192 @@
+"""The design of a study: the runs that follow from its strategies, its factors and its seeds.
+
+A setting is one combination of the levels of all factors. A run is one strategy at one setting and one seed; its parameters
+are those of `params.yaml` with the levels of its setting in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+from dit.config import Params
+from dit.errors import ConfigError
+from dit.sections import StudyParams
+from dit.sections.types import LEVEL_NAME
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Levels of the factors by dotted key, such as `train.learning_rate`, and a name that is part of the names of its runs.
+
+    A study without factors has one setting, without a name and without levels.
+    """
+
+    name: str = ""
+    levels: Mapping[str, Any] = field(default_factory=dict)
+    named: Mapping[str, str] = field(default_factory=dict)
+    """The level of each factor in words, such as "learning_rate=0.001"; empty where the whole setting was named."""
+
+    def part(self, keys: Collection[str]) -> Setting:
+        """The levels of those factors whose key is one of `keys` or lies below one: `train` holds `train.steps`."""
+        chosen = {key: level for key, level in self.levels.items() if _holds(keys, key)}
+        if not chosen:
+            return Setting()
+        named = {key: self.named[key] for key in chosen if key in self.named}
+        return Setting(",".join(named.values()) if named else self.name, chosen, named)
+
+    @property
+    def values(self) -> str:
+        """All levels as text: the same for settings that give the same parameters."""
+        return repr(sorted(self.levels.items()))
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One strategy at one setting and one seed."""
+
+    strategy: str
+    setting: Setting
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """As its stages and folders are called: `adaln_zero-0`, with factors `adaln_zero-learning_rate=0.001-0`."""
+        return "-".join(part for part in (self.strategy, self.setting.name, str(self.seed)) if part)
+
+
+@dataclass(frozen=True)
+class Design:
+    """All runs of a study, by strategy, then setting, then seed."""
+
+    runs: tuple[Run, ...]
+
+    @cached_property
+    def by_name(self) -> dict[str, Run]:
+        """Every run by its name."""
+        return {run.name: run for run in self.runs}
+
+    @cached_property
+    def factors(self) -> dict[str, list[Any]]:
+        """The levels that occur of each key that any setting gives, in their order."""
+        found: dict[str, list[Any]] = {}
+        for setting in self.settings():
+            for key, level in setting.levels.items():
+                levels = found.setdefault(key, [])
+                if level not in levels:
+                    levels.append(level)
+        return found
+
+    def settings(self, strategy: str | None = None) -> list[Setting]:
+        """The settings of one strategy, or all, each once."""
+        return list(dict.fromkeys(run.setting for run in self.runs if strategy in (None, run.strategy)))
+
+    def named(self, name: str) -> Run:
+        """The run called `name`. Raises `ConfigError` where the study has none."""
+        if name not in self.by_name:
+            raise ConfigError(f"the study has no run called '{name}'; expected one such as {self.runs[0].name}")
+        return self.by_name[name]
+
+
+def design(study: StudyParams) -> Design:
+    """The runs of a study. Raises `ConfigError` where two settings have one name, or a level needs a name and has none."""
+    return Design(
+        tuple(
+            Run(strategy, setting, seed)
+            for strategy in study.strategies
+            for setting in settings_of(study, strategy)
+            for seed in study.seeds
+        )
+    )
+
+
+def settings_of(study: StudyParams, strategy: str) -> list[Setting]:
+    """The settings at which `strategy` runs: the named ones, or the product of all factors' levels.
+
+    What `study.only` gives for this strategy replaces those levels; a single value there is the same at every setting.
+    """
+    only = study.only.get(strategy, {})
+    fixed = {key: value for key, value in only.items() if not isinstance(value, (list, dict))}
+    if study.settings:
+        return [Setting(name, {**levels, **fixed}) for name, levels in study.settings.items()]
+    factors = {**study.factors, **{key: value for key, value in only.items() if key not in fixed}}
+    varied = {key: levels for key, levels in factors.items() if key not in fixed}
+    words = _labels(varied)
+    choices = [[(key, *named) for named in _levels(key, words[key], levels)] for key, levels in varied.items()]
+    settings = [_setting(combination, fixed) for combination in product(*choices)]
+    names = [setting.name for setting in settings]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"study.factors: two settings are called '{max(names, key=names.count)}'; give their levels names")
+    return settings
+
+
+def check(params: Params, where: str = "params.yaml") -> dict[str, Params]:
+    """The parameters of every different combination of levels, by `Setting.values`. Raises `ConfigError` for a wrong one."""
+    found: dict[str, Params] = {}
+    for run in design(params.study).runs:
+        if run.setting.values not in found:
+            place = f"{where}: {run.strategy} at {run.setting.name or 'its own values'}" if run.setting.levels else where
+            found[run.setting.values] = params.with_values(run.setting.levels, place)
+    return found
+
+
+def distinct(settings: Iterable[Setting], keys: Collection[str]) -> dict[str, Setting]:
+    """The different parts of `settings` in `keys`, by name: settings that agree in `keys` share the first one's name."""
+    found: dict[str, Setting] = {}
+    for setting in settings:
+        part = setting.part(keys)
+        if all(part.levels != known.levels for known in found.values()):
+            alike = sum(known.name == part.name for known in found.values())
+            found[f"{part.name}.{alike + 1}" if alike else part.name] = part
+    return found
+
+
+def share(setting: Setting, keys: Collection[str], found: Mapping[str, Setting]) -> str:
+    """The name under which `distinct` holds the part of `setting` in `keys`."""
+    part = setting.part(keys)
+    return next(name for name, known in found.items() if known.levels == part.levels)
+
+
+def _holds(keys: Collection[str], key: str) -> bool:
+    return any(key == outer or key.startswith(f"{outer}.") for outer in keys)
+
+
+def _labels(factors: Collection[str]) -> dict[str, str]:
+    """The last word of each key, or all of it where two are alike. A `name` is called by its section: model, optimizer."""
+    last = [key.removesuffix(".name").rpartition(".")[2] for key in factors]
+    return {key: word if last.count(word) == 1 else key for key, word in zip(factors, last, strict=True)}
+
+
+def _levels(key: str, word: str, levels: list[Any] | dict[str, Any]) -> list[tuple[str, Any]]:
+    """Each level of a factor with its name."""
+    if isinstance(levels, dict):
+        return [(f"{word}={name}", level) for name, level in levels.items()]
+    return [(f"{word}={_level_name(key, level)}", level) for level in levels]
+
+
+def _level_name(key: str, level: Any) -> str:
+    if isinstance(level, float):
+        short = f"{level:g}"
+        return short if float(short) == level else repr(level)
+    text = str(level).lower() if isinstance(level, bool) or level is None else str(level)
+    name = text.replace("/", "_")
+    if not isinstance(level, (str, int, type(None))) or not LEVEL_NAME.fullmatch(name):
+        raise ConfigError(
+            f"study.factors.{key}: {level} cannot be part of a name; name the levels, as in {{small: ..., large: ...}}"
+        )
+    return name
+
+
+def _setting(combination: Iterable[tuple[str, str, Any]], fixed: Mapping[str, Any]) -> Setting:
+    chosen = list(combination)
+    words = _labels(fixed)
+    named = {key: name for key, name, _ in chosen}
+    same = {key: f"{words[key]}={_level_name(key, value)}" for key, value in fixed.items()}
+    levels = {key: level for key, _, level in chosen}
+    return Setting(",".join(named.values()), {**levels, **fixed}, {**named, **same})

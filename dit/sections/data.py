@@ -1,0 +1,191 @@
+"""Sections `images`, `autoencoder` and `latents`: from pictures to what a network trains on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from dit.errors import ConfigError
+from dit.sections.types import (
+    Backend,
+    Count,
+    Device,
+    FilePath,
+    Fraction,
+    NonNegativeFloat,
+    OpenFraction,
+    Precision,
+    Section,
+    Seed,
+)
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class PhotosSource(Section):
+    """Class-conditional crops of the pictures that scikit-image ships; `dit.data.sources.photos`."""
+
+    kind: Literal["photos"]
+    train_per_class: PositiveInt
+    validation_per_class: PositiveInt
+    validation_region: OpenFraction
+    max_zoom: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+
+
+class FolderSource(Section):
+    """Image files as `root/class/*.{jpg,png,webp}`; `dit.data.sources.folder`."""
+
+    kind: Literal["folder"]
+    root: FilePath
+    validation_root: FilePath | None
+    validation_fraction: OpenFraction
+
+
+class UnlabelledSource(Section):
+    """Image files at any depth below `root`, all of one class; `dit.data.sources.folder`."""
+
+    kind: Literal["unlabelled"]
+    root: FilePath
+    validation_root: FilePath | None
+    validation_fraction: OpenFraction
+
+
+class HuggingFaceSource(Section):
+    """A data set of the `datasets` library; `dit.data.sources.huggingface`. Without a `label_column` all is one class."""
+
+    kind: Literal["huggingface"]
+    path: str
+    config: str | None
+    image_column: str
+    label_column: str | None
+    train_split: str
+    validation_split: str | None
+    validation_fraction: OpenFraction
+
+
+class IdxSource(Section):
+    """A folder with the four files of MNIST, Fashion-MNIST or KMNIST; `dit.data.sources.idx`."""
+
+    kind: Literal["idx"]
+    root: FilePath
+    class_names: Annotated[list[Text], Field(min_length=1)] | None
+
+
+class WebDatasetSource(Section):
+    """Tar shards of the `webdataset` library; `dit.data.sources.webdataset`. Without a `label_key` all is one class."""
+
+    kind: Literal["webdataset"]
+    shards: Text
+    validation_shards: Text | None
+    image_key: Text
+    label_key: Text | None
+    validation_fraction: OpenFraction
+
+
+class ImagesParams(Section):
+    """Stage `images`."""
+
+    size: Annotated[int, Field(ge=8)]
+    channels: Literal[1, 3]
+    seed: Seed
+    workers: Count
+    max_rejected: Fraction
+    source: Annotated[
+        PhotosSource | FolderSource | UnlabelledSource | HuggingFaceSource | IdxSource | WebDatasetSource,
+        Field(discriminator="kind"),
+    ]
+
+
+class TrainedAutoencoder(Section):
+    """Stage `autoencoder`, trained on the images of the study."""
+
+    kind: Literal["train"]
+    latent_channels: PositiveInt
+    downsample: PositiveInt
+    channels: Annotated[list[PositiveInt], Field(min_length=1)]
+    steps: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: PositiveFloat
+    kl_weight: NonNegativeFloat
+    seed: Seed
+    threads: PositiveInt
+    device: Device
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainedAutoencoder:
+        if self.downsample != 2 ** (len(self.channels) - 1):
+            raise ValueError(
+                f"downsample = {self.downsample}: expected {2 ** (len(self.channels) - 1)}, "
+                f"as channels has {len(self.channels)} entries"
+            )
+        return self
+
+
+class PretrainedAutoencoder(Section):
+    """Stage `autoencoder`, loaded from a hub id or a local directory in diffusers format."""
+
+    kind: Literal["pretrained"]
+    path: str
+    revision: str | None
+    latent_channels: PositiveInt
+    downsample: PositiveInt
+    threads: PositiveInt
+    device: Device
+
+
+class IdentityAutoencoder(Section):
+    """Stage `autoencoder` where the latents are the pixels themselves."""
+
+    kind: Literal["identity"]
+    latent_channels: Literal[1, 3]
+    downsample: Literal[1]
+    threads: PositiveInt
+    device: Device
+
+
+class ShiftAndScale(Section):
+    """`(z - shift) * scale`, each one number or one for each channel."""
+
+    shift: Number | list[Number]
+    scale: PositiveFloat | list[PositiveFloat]
+
+    def factors(self, channels: int) -> tuple[list[float], list[float]]:
+        """Shift and scale, each one for every latent channel. Raises `ConfigError` for lists of another length."""
+        return _per_channel("shift", self.shift, channels), _per_channel("scale", self.scale, channels)
+
+
+class MeanAndStd(Section):
+    """`(z - mean) / std`, each one number or one for each channel."""
+
+    mean: Number | list[Number]
+    std: PositiveFloat | list[PositiveFloat]
+
+    def factors(self, channels: int) -> tuple[list[float], list[float]]:
+        """Shift and scale, each one for every latent channel. Raises `ConfigError` for lists of another length."""
+        return _per_channel("mean", self.mean, channels), [1 / std for std in _per_channel("std", self.std, channels)]
+
+
+def _per_channel(key: str, values: float | list[float], channels: int) -> list[float]:
+    if isinstance(values, float):
+        return [values] * channels
+    if len(values) != channels:
+        raise ConfigError(
+            f"latents.normalize.{key} has {len(values)} entries: expected {channels}, one for each latent channel"
+        )
+    return values
+
+
+class LatentsParams(Section):
+    """Stage `latents`."""
+
+    flip: bool
+    normalize: Literal["auto", "published", "per_channel", "global"] | PositiveFloat | ShiftAndScale | MeanAndStd
+    dtype: Literal["float32", "float16"]
+    batch_size: PositiveInt
+    precision: Precision
+    backend: Backend
+    processes: PositiveInt
+    threads: PositiveInt
+    device: Device

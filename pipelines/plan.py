@@ -1,0 +1,210 @@
+"""`dit plan`: what a study would run, and about how long that takes, before anything starts."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipelines.files import json_text
+
+if TYPE_CHECKING:
+    from dit.config import Params
+
+DURATIONS = Path(".scratch/durations.csv")
+"""How long each stage took that the flow ran: its name, what it was, and seconds."""
+START_SECONDS = 6.0
+"""What a stage takes beside its own work where no earlier one tells: a process starts, and DVC reads and writes its files."""
+DIAGNOSED = 0.1
+"""What validation and diagnoses add to training, as a fraction: `make bench BENCH=diagnostics`."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The stages of one kind: how many run, how many are up to date, and seconds of one; None where nothing tells."""
+
+    kind: str
+    to_run: int
+    up_to_date: int
+    seconds: float | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study would run."""
+
+    params: Params
+    rows: list[Row]
+    parallel: int
+    memory: int
+    """Bytes that one training run needs, at most."""
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time with `parallel` stages at once; what comes before and after the runs is taken one by one."""
+        work = {row.kind: row.to_run * (row.seconds or START_SECONDS) for row in self.rows}
+        alone = sum(work.get(kind, 0.0) for kind in ("design", "images", "autoencoder", "latents", "features", "compare"))
+        return alone + (sum(work.values()) - alone) / self.parallel
+
+
+def note_duration(stage: str, seconds: float, root: Path = Path()) -> None:
+    """Remember how long a stage took, for later plans."""
+    path = root / DURATIONS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(f"{stage.partition('@')[0]},{seconds:.1f}\n")
+
+
+def durations() -> dict[str, list[float]]:
+    """What the flow remembers of earlier stages, by kind."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for line in DURATIONS.read_text().splitlines() if DURATIONS.exists() else ():
+        kind, _, seconds = line.partition(",")
+        try:
+            found[kind].append(float(seconds))
+        except ValueError:  # a line that a kill cut short
+            continue
+    return found
+
+
+def plan(params: Params, done: Mapping[str, bool], workers: int | None) -> Plan:
+    """The plan of a study whose stages are `done` or not, by name. Trains a few steps of each network to time them."""
+    from pipelines.device_pool import device_pool
+
+    remembered = durations()
+    waiting: Counter[str] = Counter()
+    fresh: Counter[str] = Counter()
+    for name, finished in done.items():
+        (fresh if finished else waiting)[name.partition("@")[0]] += 1
+    seconds, memory = _training(params, [name for name, finished in done.items() if not finished])
+    rows = []
+    for kind in dict.fromkeys(name.partition("@")[0] for name in done):
+        if kind == "train" and waiting[kind]:
+            rows.append(Row(kind, waiting[kind], fresh[kind], seconds / waiting[kind], "a probe of some steps"))
+        else:
+            known = remembered.get(kind, [])
+            source = f"{len(known)} earlier ones" if known else "no earlier one"
+            rows.append(Row(kind, waiting[kind], fresh[kind], statistics.median(known) if known else None, source))
+    return Plan(params, rows, device_pool(params, workers).max_parallel, memory)
+
+
+def _training(params: Params, names: Iterable[str]) -> tuple[float, int]:
+    """Seconds of all training runs among `names`, one after another, and the most memory that one of them needs."""
+    from dit.design import design
+    from dit.training.estimate import estimate
+
+    runs = design(params.study).by_name
+    total, memory, known = 0.0, 0, {}
+    for name in names:
+        kind, _, key = name.partition("@")
+        if kind != "train":
+            continue
+        here = params.with_values(runs[key].setting.levels)
+        cost = repr([here.model, here.images.size, here.autoencoder.downsample, here.diffusion, _costly(here)])
+        if cost not in known:
+            known[cost] = estimate(here, runs[key].strategy)
+        total += START_SECONDS + here.train.steps * known[cost].seconds_per_step * (1 + DIAGNOSED)
+        memory = max(memory, known[cost].memory)
+    return total, memory
+
+
+def _costly(params: Params) -> dict[str, Any]:
+    """What the time of a training step depends on."""
+    return params.train.model_dump(
+        include={"batch_size", "optimizer", "precision", "backend", "threads", "device", "processes"}
+    )
+
+
+def up_to_date(root: Path, params: Params) -> dict[str, bool]:
+    """For each stage, whether it ran with what it would have with `params`, as `dvc.lock` says, and its output is there."""
+    from dvc.utils.serialize import load_yaml
+
+    from pipelines import design
+
+    lock = root / "dvc.lock"
+    recorded: dict[str, Any] = load_yaml(lock)["stages"] if lock.exists() else {}
+    made: dict[str, str] = {}
+    same: dict[str, bool] = {}
+    for stage, items in design.items(params).items():
+        for key, item in items.items():
+            name = stage if stage == "compare" else f"{stage}@{key}"
+            identity = json_text(design.identity(params.with_values(item.setting.levels), item))
+            ran_with = {dep["path"]: dep.get("md5") for dep in recorded.get(name, {}).get("deps", [])}
+            own = ran_with.get(item.identity_file.as_posix()) == hashlib.md5(identity.encode()).hexdigest()
+            above = [same[made[path]] for path in item.inputs.values() if path in made]
+            same[name] = own and all(above) and (root / item.out).exists()
+            made[item.out] = name
+    same["compare"] = all(same.values())
+    return same
+
+
+def show(found: Plan) -> None:
+    """Print a plan as a table and a few sentences."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    from dit.design import design
+
+    study = found.params.study
+    runs = design(study)
+    levels = "; ".join(f"{key}: {', '.join(map(str, values))}" for key, values in runs.factors.items())
+    print(f"study '{study.name}': {len(runs.runs)} runs of {len(study.strategies)} strategies and {len(study.seeds)} seeds")
+    print(f"factors: {levels or 'none'}")
+    print(f"primary comparisons with {study.baseline}: {', '.join(study.declared) or 'none declared'}; sampled: {study.sample}")
+    table = Table(box=SIMPLE)
+    for title in ("stage", "to run", "up to date", "seconds of one", "known from"):
+        table.add_column(title, justify="left" if title in ("stage", "known from") else "right")
+    for row in found.rows:
+        one = "?" if row.seconds is None else f"{row.seconds:.0f}"
+        table.add_row(row.kind, str(row.to_run), str(row.up_to_date), one, row.source if row.to_run else "")
+    Console().print(table)
+    if not any(row.to_run for row in found.rows):
+        print("nothing to run: all is up to date")
+        return
+    print(
+        f"about {_time(found.seconds)} with {found.parallel} stages at once, {found.memory / 2**30:.2g} GiB for a training run"
+    )
+    if unknown := [row.kind for row in found.rows if row.to_run and row.seconds is None]:
+        print(f"no earlier {', '.join(unknown)} tells how long one takes: counted as {START_SECONDS:.0f} s each")
+
+
+def _time(seconds: float) -> str:
+    hours, minutes = divmod(max(round(seconds / 60), 1), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def command(
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", envvar="DIT_SET", help="Another value of params.yaml.")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="NAME", envvar="DIT_PROFILE", help="The values of profiles/NAME.yaml.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, envvar="DIT_WORKERS", help="Stages at the same time.")] = None,
+) -> None:
+    """Say what the study would run, what is up to date, and about how long it takes, before anything starts."""
+    import sys
+
+    from dit.errors import UserError
+    from pipelines import design, experiments
+    from pipelines.overrides import assignments
+
+    try:
+        root = Path.cwd()
+        given = experiments.profile(root, profile) if profile else {}
+        overrides = {**given, **assignments(set_ or [])}
+        params = experiments.parameters(root, overrides)
+        if not overrides:
+            design.write(root, params)
+        show(plan(params, up_to_date(root, params), workers))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None

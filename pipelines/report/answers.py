@@ -1,0 +1,272 @@
+"""Findings over all runs in words: how a strategy stands at each setting, delays over training, runs that fail."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from dit.analysis.comparison import CONFIDENCE, FEWEST
+from dit.analysis.delay import COURSES, CurveComparison
+from dit.analysis.effects import Effect
+from dit.analysis.study import ERROR, STRATEGY, AtBest, Findings, Pair
+from dit.analysis.verdicts import Judgement
+from pipelines.report.runs import Study
+from pipelines.report.tuning import place_label
+from pipelines.report.words import counted, fixed, listed, percent
+
+FEW = 3
+"""Settings that a sentence names one by one."""
+
+
+def against(findings: Findings, name: str) -> str:
+    """How a strategy stands against the baseline in final validation error, wherever both ran, in one clause.
+
+    `symmetric is worse (+6.4 %, 95 % interval +5.1 % to +7.7 %, n = 3; exploratory)` at one setting; with several,
+    `symmetric is worse at every learning rate (+5.0 % to +6.4 %, n = 3); exploratory`.
+    """
+    pairs = findings.of(name)
+    return f"{name} {standing(pairs)}" if pairs else f"{name} ran at no setting of {findings.question.baseline}"
+
+
+def standing(pairs: Sequence[Pair]) -> str:
+    """The same without the name of the strategy, from its comparisons."""
+    found: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        found.setdefault(_answer(pair.judgement), []).append(pair)
+    status = "" if all(pair.judgement.comparison.declared for pair in pairs) else "; exploratory"
+    if len(pairs) == 1:
+        return f"{_is(next(iter(found)))} ({sizes([pairs[0].judgement])}{status})"
+    parts = [
+        f"{_is(answer)} {scope(some, pairs)} ({sizes([pair.judgement for pair in some])})" for answer, some in found.items()
+    ]
+    return f"{', '.join(parts)}{status}"
+
+
+def _answer(judgement: Judgement) -> str:
+    if judgement.answer != "no verdict":
+        return judgement.answer
+    return f"no verdict, as {short_reason(judgement)}"
+
+
+def _is(answer: str) -> str:
+    return f"{'has' if answer.startswith('no verdict') else 'is'} {answer}"
+
+
+def short_reason(judgement: Judgement) -> str:
+    """Why there is no verdict, in a few words."""
+    if judgement.comparison.failed:
+        return "runs failed"
+    if judgement.comparison.doubts and judgement.comparison.metric == ERROR:
+        return "the best rate of one of them cannot be interpolated"
+    if judgement.n < FEWEST:
+        return f"there {'is' if judgement.n == 1 else 'are'} {counted(judgement.n, 'pair')} of seeds"
+    return judgement.reason or ""
+
+
+def sizes(judged: Sequence[Judgement]) -> str:
+    """`+6.4 %, 95 % interval +5.1 % to +7.7 %, n = 3` of one comparison; the range of means of several."""
+    means = [one.mean for one in judged if one.mean is not None]
+    counts = sorted({one.n for one in judged})
+    n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+    if not means:
+        return n
+    form = percent if judged[0].relative else _plain
+    decimals = 2 if max(map(abs, means)) < 0.01 else 1
+    if len(judged) > 1:
+        ends = dict.fromkeys(form(value, decimals) for value in (min(means), max(means)))
+        return f"{' to '.join(ends)}, {n}"
+    (one,) = judged
+    bounds = [form(value, decimals) for value in (one.low, one.high) if value is not None]
+    interval = f", {percent(CONFIDENCE, 0, signed=False)} interval {' to '.join(bounds)}" if bounds else ""
+    return f"{form(means[0], decimals)}{interval}, {n}"
+
+
+def _plain(value: float, _decimals: int) -> str:
+    return fixed(value, 4, signed=True)
+
+
+def scope(found: Sequence[Pair], among: Sequence[Pair]) -> str:
+    """Where, in words: `at every learning rate`, `at learning rate 0.001 and 0.004`, `at 5 of 12 settings`."""
+    by_rate = len({pair.place for pair in among}) == 1
+    by_place = len({pair.rate for pair in among}) == 1
+    noun = _noun(among)
+    if len(found) == len(among):
+        return f"at every {noun}" if len(among) > 1 else (f"at learning rate {found[0].rate:g}" if by_rate else "")
+    if len(found) > FEW:
+        return f"at {len(found)} of {len(among)} {noun}s"
+    if by_rate:
+        return f"at learning rate {listed([f'{pair.rate:g}' for pair in found])}"
+    if by_place:
+        return f"at {listed([place_label(pair.place) for pair in found])}"
+    return f"at {listed([f'learning rate {pair.rate:g} with {place_label(pair.place)}' for pair in found])}"
+
+
+def delay(pairs: Sequence[Pair], subject: str, other: str) -> str | None:
+    """Delay or level in words, over all settings at which curves could be compared; None where there is none.
+
+    `The random head starts 18 steps late and stays 18 steps late, at every learning rate; at step 350 its error is 3.4 % higher
+    (n = 5; exploratory).`
+    """
+    compared = [pair for pair in pairs if pair.curves]
+    if not compared:
+        return None
+    where = f", {_scope_of_curves(compared, pairs)}" if len(pairs) > 1 else ""
+    curves = [pair.curves for pair in compared if pair.curves]
+    kinds = {pair.curves.kind if pair.clear else "not distinguishable" for pair in compared if pair.curves}
+    late = {one.delay.mean.sign if one.delay else None for one in curves}
+    if kinds == {"delay"} and len(late) == 1 and late <= {1, -1}:
+        word = "late" if late == {1} else "early"
+        steps = _step_range(curves)
+        return f"{subject} starts {steps} {word} and stays {steps} {word}{where}; {_at_the_end(curves)} {_terms(compared)}."
+    if kinds == {"level"}:
+        return (
+            f"Against {other}, {_lower(subject)} differs by a level, not a delay{where}: the gap stays; {_at_the_end(curves)} "
+            f"{_terms(compared)}."
+        )
+    if kinds == {"not distinguishable"}:
+        return f"{subject} is not distinguishably behind or ahead of {other} over training{where} {_terms(compared)}."
+    return _mixed(compared, pairs, subject, other)
+
+
+def _scope_of_curves(compared: Sequence[Pair], pairs: Sequence[Pair]) -> str:
+    """Where curves could be compared; at the other settings runs failed, or seeds are too few."""
+    if len(compared) == len(pairs) or len(compared) <= FEW:
+        return scope(compared, pairs)
+    return f"at all {len(compared)} of {len(pairs)} {_noun(pairs)}s at which curves can be compared"
+
+
+def _noun(pairs: Sequence[Pair]) -> str:
+    return "learning rate" if len({pair.place for pair in pairs}) == 1 else "setting"
+
+
+def _terms(compared: Sequence[Pair]) -> str:
+    """`(n = 5; exploratory)`."""
+    counts = sorted({pair.curves.gap.mean.n for pair in compared if pair.curves})
+    n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+    return f"({n})" if all(pair.judgement.comparison.declared for pair in compared) else f"({n}; exploratory)"
+
+
+def _mixed(compared: Sequence[Pair], pairs: Sequence[Pair], subject: str, other: str) -> str:
+    """Sides and courses, each with where it was found."""
+    sides: dict[str, list[Pair]] = {}
+    for pair in compared:
+        found = pair.curves.delay if pair.curves else None
+        side = "unknown" if found is None else {1: "behind", -1: "ahead of", 0: "same"}[found.mean.sign * pair.clear]
+        sides.setdefault(side, []).append(pair)
+    clauses = []
+    for side, found_pairs in sides.items():
+        where = f" {scope(found_pairs, pairs)}" if len(pairs) > 1 else ""
+        if side == "same":
+            clauses.append(f"is not distinguishably behind or ahead of {other} at equal error{where}")
+        elif side == "unknown":
+            clauses.append(f"reaches too few of the errors of {other} to tell a delay{where}")
+        else:
+            curves = [pair.curves for pair in found_pairs if pair.curves]
+            text = f"is {side} {other} at equal error by {_step_range(curves)}{where}, and the delay {_courses(found_pairs)}"
+            clauses.append(f"{text}; {_at_the_end(curves)}")
+    return f"{subject} {'; it '.join(clauses)} {_terms(compared)}."
+
+
+def _courses(pairs: Sequence[Pair]) -> str:
+    found: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        if pair.curves and pair.curves.delay:
+            found.setdefault(COURSES[pair.curves.delay.course], []).append(pair)
+    if len(found) == 1:
+        return next(iter(found))
+    return listed([f"{course} {scope(where, pairs)}" for course, where in found.items()])
+
+
+def _step_range(curves: Sequence[CurveComparison]) -> str:
+    means = sorted(abs(one.delay.mean.mean) for one in curves if one.delay)
+    low, high = (f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in (means[0], means[-1]))
+    return f"{low} steps" if low == high else f"{low} to {high} steps"
+
+
+def _at_the_end(curves: Sequence[CurveComparison]) -> str:
+    """What the difference in error is at the last step: of the trained weights, as they were validated."""
+    gaps = sorted(math.expm1(one.gap.values[-1].mean) for one in curves)
+    low, high = gaps[0], gaps[-1]
+    step = f"at step {curves[0].gap.steps[-1]:,.0f} its error is"
+    if low < 0 < high:
+        return f"{step} between {_size(low)} lower and {_size(high)} higher"
+    shown = dict.fromkeys(_size(value) for value in sorted((low, high), key=abs))
+    return f"{step} {' to '.join(shown)} {'higher' if high > 0 else 'lower'}"
+
+
+def _size(value: float) -> str:
+    return percent(abs(value), signed=False)
+
+
+def at_best(found: Sequence[AtBest]) -> str | None:
+    """Each at its own best rate, in a clause for each; None where nothing was asked."""
+    if not found:
+        return None
+    clauses = []
+    for one in found:
+        place = f" ({place_label(one.place)})" if one.place else ""
+        judged = one.judgement
+        answer = _is(_answer(judged))
+        status = "declared" if judged.comparison.declared else "exploratory"
+        clauses.append(f"{judged.comparison.strategy}{place} {answer} ({sizes([judged])}; {status})")
+    return f"Each at its own best learning rate, chosen on other seeds: {'; '.join(clauses)}."
+
+
+def not_tuned(study: Study) -> str | None:
+    """Why no verdict says "each at its own best rate", in a study that varies the rate."""
+    if not study.findings.tunings or study.params.study.choose_on:
+        return None
+    return (
+        "No seeds were set aside to choose each strategy's best learning rate (study.choose_on), so the report draws no "
+        "verdict on strategies each at its own best rate."
+    )
+
+
+def reversed_strategies(findings: Findings) -> list[str]:
+    """Strategies that are better than the baseline at some setting and worse at another."""
+    found: list[str] = []
+    for name in findings.question.strategies:
+        answers = {pair.judgement.answer for pair in findings.of(name)}
+        if {"better", "worse"} <= answers:
+            found.append(name)
+    return found
+
+
+def interactions(findings: Findings) -> str | None:
+    """The clear interactions with a strategy, the largest for each factor, in a sentence."""
+    effects = findings.effects
+    largest: dict[tuple[str, str], Effect] = {}
+    for one in sorted(effects.clear if effects else [], key=lambda one: -abs(one.estimate.mean)):
+        if one.factors[0] == STRATEGY:
+            largest.setdefault((str(one.levels[0]), one.factors[1]), one)
+    if not largest:
+        return None
+    clauses = [_interaction(name, factor, one) for (name, factor), one in list(largest.items())[: 2 * FEW]]
+    return f"What a start does depends on other factors (exploratory, corrected for all interactions): {'; '.join(clauses)}."
+
+
+def _interaction(name: str, factor: str, one: Effect) -> str:
+    found = one.estimate
+    bounds = "" if found.low is None or found.high is None else f" [{percent(found.low)}, {percent(found.high)}]"
+    change = f"{factor} {one.levels[1]} instead of {one.reference[1]}"
+    return f"against {one.reference[0]}, {name} has {percent(found.mean)}{bounds} error with {change}, n = {found.n}"
+
+
+def failing(study: Study) -> str | None:
+    """How many runs collapsed or diverged, by strategy and rate; None where none did."""
+    clauses = []
+    for (name, rate), histories in study.histories.items():
+        lost = [one for one in histories if one.failed_at is not None]
+        if lost:
+            ways = " or ".join(sorted({one.status for one in lost}))
+            steps = sorted(one.failed_at for one in lost if one.failed_at is not None)
+            when = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
+            clauses.append(f"{len(lost)} of {len(histories)} of {name} at learning rate {rate:g} {ways} ({when})")
+    if not clauses:
+        return None
+    shown = clauses if len(clauses) <= 2 * FEW else [*clauses[: 2 * FEW], f"and {len(clauses) - 2 * FEW} more, in the table"]
+    return f"Runs failed: {'; '.join(shown)}. They are in no mean and no difference."
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]

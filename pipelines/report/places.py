@@ -1,0 +1,67 @@
+"""Where the report finds what stages left for each run, and what a run's place in the study is called."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dit import design as designs
+from dit.analysis.study import Place
+from dit.config import Params
+from dit.design import Run, Setting
+from dit.sections import FolderSource, HuggingFaceSource
+from pipelines.design import DATA
+
+LEARNING_RATE = "train.learning_rate"
+
+
+def data_folder(params: Params, run: Run, kind: str) -> str:
+    """The folder with the data of a run, such as `data/images`."""
+    name = designs.share(run.setting, DATA[kind], designs.distinct(designs.design(params.study).settings(), DATA[kind]))
+    return f"data/{kind}/{name}" if name else f"data/{kind}"
+
+
+def fixed(params: Params, strategy: str) -> dict[str, Any]:
+    """What one strategy has at every setting in place of what the others have: single values of `study.only`."""
+    only = params.study.only.get(strategy, {})
+    return {key: value for key, value in only.items() if not isinstance(value, (list, dict))}
+
+
+def place_of(params: Params, run: Run) -> Place:
+    """The level of every factor but the learning rate, in words, without what only this strategy has."""
+    left = {key: level for key, level in run.setting.levels.items() if key not in fixed(params, run.strategy)}
+    return tuple((word(key), level_of(run.setting, key)) for key in left if key != LEARNING_RATE)
+
+
+def own_of(params: Params, run: Run) -> str:
+    """What only this strategy has, but for its learning rate, in words."""
+    own = fixed(params, run.strategy)
+    return ", ".join(f"{word(key)} {level_of(run.setting, key)}" for key in own if key != LEARNING_RATE)
+
+
+def word(key: str) -> str:
+    """A factor in words: `model`, `optimizer`, `learning rate`."""
+    return key.removesuffix(".name").rpartition(".")[2].replace("_", " ")
+
+
+def level_of(setting: Setting, key: str) -> str:
+    """A level in words: a text as it is, else its name in the study."""
+    level = setting.levels[key]
+    if isinstance(level, str):
+        return level
+    named = setting.named.get(key, "").partition("=")[2]
+    return named or (setting.name if isinstance(level, (dict, list)) else json.dumps(level))
+
+
+def data_of(params: Params, levels: Mapping[str, Any]) -> str:
+    """The images of a run in words: `photos at 32 px`."""
+    images = params.with_values({key: level for key, level in levels.items() if key.startswith("images.")}).images
+    source = images.source
+    name: str = source.kind
+    if isinstance(source, FolderSource):
+        name = Path(source.root).name
+    elif isinstance(source, HuggingFaceSource):
+        name = source.path
+    return f"{name} at {images.size} px"
