@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -219,7 +220,12 @@ def audit(
     target: Annotated[str, typer.Argument(help="What to audit: see docs/audit.md.", metavar="TARGET")],
     settings: Annotated[str, typer.Option("--config", help="Constructor arguments, as JSON or as a JSON file.")] = "{}",
     name: Annotated[str | None, typer.Option("--model", help="For a strategy: a network. [default: the study's]")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps to watch.")] = 4,
+    weights: Annotated[Path | None, typer.Option(help="For a function: a file or directory that fills its network.")] = None,
+    key: Annotated[str, typer.Option(help="Of a file: where in it the weights are, such as ema. [default: found]")] = "",
+    prefix: Annotated[str | None, typer.Option(help="Of a file: what stands before names. [default: found]")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Of a file: tensors to leave out, such as 'projectors.*'.")] = None,
+    variant: Annotated[str, typer.Option(help="Of a diffusers directory: which weights, such as fp16.")] = "",
+    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Optimiser steps to watch.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of a network that is built here.")] = 0,
     expect: Annotated[str | None, typer.Option(help="Exit with 1 where the network is something else.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -233,18 +239,21 @@ def audit(
     from dit.audit import audit as run_audit
     from dit.audit import targets
     from dit.audit.expectations import known
+    from dit.audit.files import Reading
 
     with _user_errors_shown():
         expected = known(expect) if expect else None
-        found = targets.load(target, targets.read_config(settings), model_name=name, seed=seed, params=params)
-        report = run_audit(found.model, found.batch, found.loss, steps=steps)
+        reading = Reading(key, prefix, tuple(ignore or ()), variant)
+        config_given = targets.read_config(settings)
+        found = targets.load(target, config_given, model_name=name, seed=seed, params=params, weights=weights, reading=reading)
+        report = run_audit(found.model, found.batch, found.loss, steps=steps, source=found.source)
     if as_json:
-        print(report.model_dump_json(indent=2))
+        print(json.dumps(report.model_dump(mode="json"), indent=2))  # in ASCII, so that a terminal acts on nothing in it
     else:
         Console(width=None if sys.stdout.isatty() else 100).print(report)
     reasons = report.failures(expected) if expected else []
     if reasons:
-        print(f"expected {expected}, but {'; '.join(reasons)}", file=sys.stderr)
+        print(plain(f"expected {expected}, but {'; '.join(reasons)}"), file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -253,35 +262,37 @@ def resume_from(
     run: Annotated[
         str | None, typer.Argument(metavar="[RUN]", help="A run such as adaln_zero-0, or a folder with a checkpoint.")
     ] = None,
-    step: Annotated[int | None, typer.Option(min=0, help="Of the checkpoint. [default: the only one]")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Of the checkpoint, where several are kept.")] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="What to change, such as train.precision=fp32.")
     ] = None,
-    variants: Annotated[
+    several: Annotated[
         list[str] | None,
         typer.Option("--variant", metavar="'NAME: KEY=VALUE, ...'", help="One of several continuations, compared at the end."),
     ] = None,
     control: Annotated[bool, typer.Option(help="Beside variants, also continue the run as it was.")] = True,
     steps: Annotated[int, typer.Option(min=1, help="How many steps to train.")] = 500,
-    output: Annotated[Path | None, typer.Option(help="A new folder for the tables. [default: none are written]")] = None,
-    latents: Annotated[Path | None, typer.Option(help="Where the run's latents are now. [default: where they were]")] = None,
+    output: Annotated[Path | None, typer.Option(help="A new folder for the tables; without it, none are written.")] = None,
+    latents: Annotated[Path | None, typer.Option(help="Where the run's latents are, if they have moved.")] = None,
     scratch: Annotated[Path, typer.Option(help="The folder in which runs keep their checkpoints.")] = Path(".scratch"),
 ) -> None:
     """Continue a run from a kept checkpoint under other parameters, to find what made it collapse: see docs/stability.md.
 
     Without RUN, list the checkpoints that are kept.
     """
-    from dit import continuation
+    from dit.continuation.go_on import go_on
+    from dit.continuation.request import find, variants
+    from dit.continuation.results import comparison, listing
 
     with _user_errors_shown():
         if run is None:
-            _show(continuation.listing(scratch))
+            _show(listing(scratch))
             return
-        kept = continuation.find(run, scratch, step)
-        chosen = continuation.variants(kept, changes or [], variants or [], control)
-        results = continuation.go_on(kept, chosen, steps, output, latents)
+        kept = find(run, scratch, step)
+        chosen = variants(kept, changes or [], several or [], control)
+        results = go_on(kept, chosen, steps, output, latents)
     if len(results) > 1:
-        _show(continuation.comparison(results))
+        _show(comparison(results))
 
 
 def _add_commands() -> None:

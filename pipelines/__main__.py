@@ -14,7 +14,7 @@ import typer
 
 from dit.errors import UserError
 from dit.terminal import plain
-from pipelines import plan, services
+from pipelines import disk, plan, services
 from pipelines.overrides import assignments
 from pipelines.redaction import redacted, shown
 
@@ -46,6 +46,7 @@ def study(
 ) -> None:
     """Run the study: whatever is not up to date, side by side, as a Prefect flow, and fill MLflow."""
     overrides = assignments(set_ or [])
+    disk.check(Path.cwd())
     server = services.prefect_server(os.environ)
     os.environ.update(server.environment)
     from pipelines import experiments, flows
@@ -59,9 +60,12 @@ def study(
     except KeyboardInterrupt:
         print("interrupted; the next run goes on from here", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGINT) from None
+    except Exception:  # Prefect's server could not write, say
+        disk.check(Path.cwd())
+        raise
     if not state.is_completed():
         print(f"error: {state.message}", file=sys.stderr)
-        raise typer.Exit(1)
+        raise typer.Exit(disk.EXIT_CODE if disk.is_full(state.message or "") else 1)
     print(state.message)
     if "mlflow" not in services.running():
         print("`make up` starts the MLflow UI at that address, and Prefect's")
@@ -119,12 +123,14 @@ def _log_for_people(name: str) -> None:
 
     def matters(record: logging.LogRecord) -> bool:
         defect = record.exc_info is not None and record.exc_info[0] is not None
-        return record.name.endswith(f".{name}") or defect or not record.name.startswith("prefect")
+        said = record.name.endswith(f".{name}") or not record.name.startswith("prefect")
+        return said or (defect and not disk.is_nearly_full(Path.cwd()))
 
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Lines())
     handler.addFilter(matters)
     logging.getLogger().handlers = [handler]
+    logging.raiseExceptions = False  # a log that cannot be written, as on a full disk, is no news for a person
 
 
 if __name__ == "__main__":
@@ -132,4 +138,4 @@ if __name__ == "__main__":
         app(prog_name="python -m pipelines")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(disk.EXIT_CODE if isinstance(error, disk.FullDiskError) else 2)

@@ -30,7 +30,7 @@ from dvc.utils.serialize import load_yaml, modify_yaml
 
 from dit.errors import ConfigError, UserError
 from dit.terminal import plain
-from pipelines import atomic_dvc, guard
+from pipelines import atomic_dvc, disk, guard
 
 DVC = (sys.executable, "-P", str(Path(atomic_dvc.__file__).resolve()))
 _UP_TO_DATE = re.compile(r"^Stage '.*' (didn't change, skipping|is cached - skipping run)")
@@ -230,7 +230,7 @@ class Processes:
 
 
 def _failure(stage: str, code: int, output: list[str]) -> StageError:
-    """What a failed stage's output says. Killed, out of resources, and kept out by a lock are worth another try."""
+    """What a failed stage's output says. Killed, out of resources but disk, and kept out by a lock are worth another try."""
     text = "\n".join(output)
     reported = _EXIT_CODE.search(text)
     exit_code = int(reported[1]) if reported else (code if _signal_number(code) else None)
@@ -240,6 +240,9 @@ def _failure(stage: str, code: int, output: list[str]) -> StageError:
     reason = (errors or said or ["it said nothing"])[-1]
     if killed:
         reason = f"killed by {signal.Signals(killed).name}"
+    if disk.is_full(text):
+        full = reason if exit_code == disk.EXIT_CODE else str(disk.FullDiskError(Path.cwd()))
+        return StageError(stage, disk.EXIT_CODE, False, full)
     transient = killed > 0 or exit_code == os.EX_TEMPFAIL or any(message in text for message in _LOCKED)
     return StageError(stage, exit_code, transient, reason)
 

@@ -95,8 +95,10 @@ def items(params: Params) -> dict[str, dict[str, Item]]:
         made["train"][run.name] = Item("train", run.name, run.setting, inputs, f"runs/train/{run.name}", run.strategy, run.seed)
     made["evaluate"] = _evaluations(params, found, data)
     shared = {ALL: Setting()}
-    if params.study.sample == "best":
+    if params.study.sample in ("best", "one"):
         made["best"] = {key: Item("best", key, setting, {}, "runs/best") for key, setting in shared.items()}
+    if params.study.sample == "none":
+        made["features"] = {}
     made["compare"] = {key: Item("compare", key, setting) for key, setting in shared.items()}
     return made
 
@@ -112,7 +114,7 @@ def _evaluations(params: Params, found: Design, data: Mapping[str, Mapping[str, 
     anywhere = {kind: f"data/{kind}" for kind in EVALUATED}
     made = {}
     for strategy in study.strategies:
-        for seed in report_seeds(params):
+        for seed in sampled_seeds(params):
             key = f"{strategy}-best-{seed}"
             inputs = {"train": f"runs/best/{strategy}.json", **anywhere}
             made[key] = Item("evaluate", key, Setting(), inputs, f"runs/evaluate/{key}", strategy, seed)
@@ -128,9 +130,10 @@ def _evaluation(run: Run, inputs: Mapping[str, str]) -> Item:
     return Item("evaluate", run.name, run.setting, read, f"runs/evaluate/{run.name}", run.strategy, run.seed)
 
 
-def report_seeds(params: Params) -> list[int]:
-    """The seeds that report: all but those on which the best learning rates were chosen."""
-    return [seed for seed in params.study.seeds if seed not in params.study.choose_on]
+def sampled_seeds(params: Params) -> list[int]:
+    """The seeds of the best settings that are sampled: those on which nothing was chosen, or the first of them."""
+    reporting = [seed for seed in params.study.seeds if seed not in params.study.choose_on]
+    return reporting[:1] if params.study.sample == "one" else reporting
 
 
 def _folder(kind: str, setting: Setting, data: Mapping[str, Mapping[str, Setting]]) -> str:
@@ -164,6 +167,8 @@ def content(params: Params) -> str:
     listed: dict[str, Any] = {
         stage: {key: _listed(item) for key, item in by_key.items()} for stage, by_key in found.items() if stage != "compare"
     }
+    # A study without samples has no floors of distances: in their place stands a folder that is always there.
+    listed["floors"] = "data/features" if found["features"] else str(OUT / "images")
     listed["evaluated"] = "runs/evaluate" if found["evaluate"] else str(OUT / "compare" / f"{ALL}.samples.json")
     listed["reconstructions"] = f"{next(iter(found['autoencoder'].values())).out}/metrics.json"
     listed["curves"] = list(dict.fromkeys(curve_name(run) for run in designs.design(params.study).runs))

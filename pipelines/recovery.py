@@ -109,7 +109,7 @@ def release_rwlock(root: Path, tell: Tell) -> None:
         if left != {"write": used.get("write", {}), "read": used.get("read", {})}:
             with atomic_dvc.replacing(path) as file:
                 json.dump(left, file)
-            tell("files that a killed DVC had in use are free again")
+            tell("files that an earlier DVC left marked as in use are free again")
 
 
 def _holds(holder: dict[str, Any], since: float) -> bool:

@@ -13,25 +13,28 @@ import os
 import re
 import socket
 import subprocess
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from urllib.parse import urlsplit
 
 import requests
 from dvc.utils.serialize import load_yaml
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, Metric, Param, Run, RunStatus
-from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from dit import config
 from dit import design as designs
 from dit.errors import UserError
 from dit.terminal import plain
+from pipelines import databases
 from pipelines.records.analysis import StartRecord
 from pipelines.records.base import Timing
 from pipelines.redaction import redacted, shown
@@ -40,6 +43,8 @@ from pipelines.run_metrics import params as settings_of
 
 PROBE_SECONDS = 3.0
 """How long a tracking server has to answer before the study goes on without it."""
+SECONDS, SECONDS_PER_RUN = 60.0, 5.0
+"""How long all of `sync` may take. A run takes under a second in a local store, and some 20 requests in one far away."""
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#e377c2", "#8c564b", "#bcbd22", "#7f7f7f")
 """One for each strategy, in the order of the study; all seeds of a strategy share it."""
 METRICS_PER_REQUEST, PARAMS_PER_REQUEST = 1000, 100
@@ -77,13 +82,13 @@ def tracking_uri() -> str:
 def sync(root: Path, tags: Mapping[str, str] | None = None) -> Synced:
     """Add to MLflow the runs of the study in `root` that it does not have; `tags` go on those. Doing it twice adds nothing.
 
-    Raises `UnreachableError` where the tracking server does not answer, and `UserError` where it refuses.
+    Raises `UnreachableError` where the store does not answer in time or as it should, and `UserError` where it refuses.
     """
     params = config.load(root / "params.yaml")
     study = params.study
     uri = tracking_uri()
-    _probe(uri)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    _within(3 * PROBE_SECONDS, uri, lambda: _probe(uri))
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL + 1)  # what it says of an error is in the error
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -92,36 +97,65 @@ def sync(root: Path, tags: Mapping[str, str] | None = None) -> Synced:
     found = list(finished(root, params))
     names = [run.name for run in designs.design(study).runs]
     synced.missing = sorted(set(names) - {run.name for run in found}, key=names.index)
-    try:
-        with _one_at_a_time():
-            client = MlflowClient(uri)
-            experiment = _experiment(client, study.name, uri)
-            known = _present(client, experiment)
-            present = {run.name: there for run in found if (there := _same(known[run.key], run))}
-            synced.present = list(present)
-            for run in found:
-                if run.name in present and run.analysis:
-                    _add_start(client, present[run.name], run.analysis)
-            added = [run for run in found if run.name not in present]
-            about = _provenance(root, added)
-            for run in reversed(added):  # the UI lists the last first
-                color = {"mlflow.runColor": colors[run.strategy]}
-                present[run.name] = _log_run(
-                    client, experiment, run, {**(tags or {}), **about[run.name], **color, "added_by": _adder()}
-                )
-                synced.added.append(run.name)
-            if found:
-                name = (tags or {}).get("dvc_experiment", study.name)
-                synced.view = _save_view(client, experiment, name, [present[run.name].info.run_id for run in found])
-    except (MlflowException, requests.RequestException) as error:
-        raise UnreachableError(
-            f"MLflow at {shown(uri)} does not take runs: {redacted(str(error), uri)}; nothing is lost, `make mlflow` catches up"
-        ) from None
-    except Exception as error:
-        if (said := redacted(str(error), uri)) != str(error):
-            raise RuntimeError(f"{type(error).__name__}: {said}") from None
-        raise
+    _within(SECONDS + SECONDS_PER_RUN * len(found), uri, lambda: _fill(root, study.name, found, colors, tags or {}, synced))
     return synced
+
+
+def _fill(
+    root: Path, name: str, found: Sequence[Finished], colors: Mapping[str, str], tags: Mapping[str, str], synced: Synced
+) -> None:
+    """Add the runs `found` that are missing, and note in `synced` what was done."""
+    with _one_at_a_time():
+        uri = tracking_uri()
+        client = MlflowClient(uri)
+        experiment = _experiment(client, name, uri)
+        known = _present(client, experiment)
+        present = {run.name: there for run in found if (there := _same(known[run.key], run))}
+        synced.present = list(present)
+        for run in found:
+            if run.name in present and run.analysis:
+                _add_start(client, present[run.name], run.analysis)
+        added = [run for run in found if run.name not in present]
+        about = _provenance(root, added)
+        for run in reversed(added):  # the UI lists the last first
+            color = {"mlflow.runColor": colors[run.strategy]}
+            own = {**tags, **about[run.name], **color, "added_by": _adder()}
+            present[run.name] = _log_run(client, experiment, run, own)
+            synced.added.append(run.name)
+        if found:
+            view = tags.get("dvc_experiment", name)
+            synced.view = _save_view(client, experiment, view, [present[run.name].info.run_id for run in found])
+
+
+def _within(seconds: float, uri: str, act: Callable[[], None]) -> None:
+    """Do something with the store at `uri`. Raises `UnreachableError` where it takes too long, or anything else goes wrong.
+
+    Timeouts of requests are for each piece of an answer, so that an answer in small pieces has no end; this is for all of them.
+    """
+    errors: SimpleQueue[Exception | None] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            act()
+            errors.put(None)
+        except Exception as error:
+            errors.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        error = errors.get(timeout=seconds)
+    except Empty:
+        raise UnreachableError(_away(uri, f"did not finish in {seconds:.0f} s")) from None
+    if isinstance(error, UserError):
+        raise error
+    if error is not None:
+        logging.getLogger(__name__).debug("MLflow", exc_info=error)
+        said = redacted(str(error), uri).strip().splitlines() or [type(error).__name__]
+        raise UnreachableError(_away(uri, f"does not take runs: {said[0]}")) from None
+
+
+def _away(uri: str, problem: str) -> str:
+    return f"MLflow at {shown(uri)} {problem}; nothing is lost, `make mlflow` catches up"
 
 
 def _experiment(client: MlflowClient, name: str, uri: str) -> Experiment:
@@ -268,13 +302,28 @@ def _probe(uri: str) -> None:
         port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
     except ValueError:
         raise UserError(f"MLFLOW_TRACKING_URI = {shown(uri)} is not an address; write it as in http://127.0.0.1:5000") from None
+    if parts.scheme == "sqlite":
+        _probe_file(uri)
+        return
     try:
         if parts.scheme in ("http", "https"):
-            requests.get(f"{uri.rstrip('/')}/health", timeout=PROBE_SECONDS)
+            with requests.get(f"{uri.rstrip('/')}/health", timeout=PROBE_SECONDS, stream=True) as answer:
+                if sum(map(len, islice(answer.iter_content(2**16), 2))) > 2**16:
+                    raise UnreachableError(_away(uri, "answers without end, so it is no MLflow"))
         elif parts.hostname and port:
             socket.create_connection((parts.hostname, port), timeout=PROBE_SECONDS).close()
     except (requests.RequestException, OSError):
-        raise UnreachableError(f"MLflow at {shown(uri)} cannot be reached; nothing is lost, `make mlflow` catches up") from None
+        raise UnreachableError(_away(uri, "cannot be reached")) from None
+
+
+def _probe_file(uri: str) -> None:
+    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    fault = databases.fault(path, PROBE_SECONDS)
+    if databases.is_damaged(fault):
+        problem = f"MLflow's store {path} is damaged ({fault})"
+        raise UnreachableError(f"{problem}; nothing is lost: move it away, and `make mlflow` fills a new one")
+    if fault:
+        raise UnreachableError(_away(uri, f"cannot be used: {fault}"))
 
 
 @contextmanager

@@ -41,8 +41,8 @@ def test_the_shipped_parameters_are_valid() -> None:
     ("key", "value", "message"),
     [
         ("study.strategies", ["adaln_zero", "nope"], r"unknown strategy 'nope'; expected one of adaln_zero, head_xavier"),
-        ("study.baseline", "nope", r"study: baseline = 'nope'; accepted: one of study.strategies"),
-        ("study.seeds", [0, 0], r"seeds = \[0, 0\]; accepted: each entry once"),
+        ("study.baseline", "nope", r"study: baseline = 'nope': expected one of study.strategies"),
+        ("study.seeds", [0, 0], r"seeds = \[0, 0\]: expected each entry once"),
         ("strategies.a.b", {"rules": ["adaln"]}, r"strategies.a.b.*accepted: .*pattern"),
         ("strategies.adaln", {"rules": []}, r"strategies: the library has a strategy called 'adaln' .*give yours another name"),
         ("model.name", "DiT-Q/2", r"unknown model 'DiT-Q/2'; expected DiT-SIZE/PATCH with a SIZE of Micro"),

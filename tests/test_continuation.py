@@ -14,10 +14,13 @@ import torch
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from dit import checkpoint, continuation, init, models
+from dit import checkpoint, init, models
 from dit.cli import app
 from dit.config import Params
+from dit.continuation.request import find
+from dit.continuation.results import COMPARISON, FILE
 from dit.data.latents import LatentStore
+from dit.data.store import StoreWriter
 from dit.diffusion import Diffusion
 from dit.models.dit.network import DiT
 from dit.optim.carried import carried
@@ -143,7 +146,7 @@ def test_variants_are_compared_and_say_what_they_carry_over(trainer: Build, scra
         *("--variant", "bf16: train.precision=bf16"),
         *("--variant", "luck: seed=1"),
     )
-    found = pd.read_csv(output / continuation.COMPARISON).set_index("variant")
+    found = pd.read_csv(output / COMPARISON).set_index("variant")
     assert list(found.index) == ["unchanged", "betas", "sgd", "bf16", "luck"]
     assert set(found["status"]) == {"finished"}
     assert found["mse"].nunique() == 5
@@ -151,10 +154,10 @@ def test_variants_are_compared_and_say_what_they_carry_over(trainer: Build, scra
         "betas: train.optimizer.betas: [0.9, 0.999] -> [0.9, 0.95], train.gradient_clip: null -> 1.0, train.log_every" in said
     )
     assert re.search(r"the optimiser's state of all \d+ weights, which starts empty: adamw left another kind", said)
-    assert "arithmetic: eager bf16 cpu, where the run had eager fp32 cpu" in said
+    assert "computed otherwise: eager bf16 on cpu, the run eager fp32 on cpu" in said
     assert "batches: seed changed, so that they are others" in said
     for name in found.index:
-        told = json.loads((output / name / continuation.FILE).read_text())
+        told = json.loads((output / name / FILE).read_text())
         assert (told["from_step"], told["steps_done"]) == (6, 10)
         assert (output / name / "events.csv").exists()
     logged = pd.read_csv(output / "betas" / "metrics.csv")["step"]
@@ -289,23 +292,21 @@ def test_what_cannot_be_continued_is_one_message(trainer: Build, scratch: Path, 
 
 def test_a_checkpoint_is_found_by_name_by_folder_and_in_the_list(trainer: Build, scratch: Path, tmp_path: Path) -> None:
     trainer(keep_checkpoints=[3, "last"], steps=5).run("run")
-    by_name = continuation.find("runs/train/micro-0", scratch, 3)
-    assert continuation.find(str(scratch / "micro-0"), tmp_path, None) == by_name
-    assert continuation.find(str(by_name.path), tmp_path, None) == by_name
-    assert continuation.find("micro-0", scratch, 5).path == Shelf(scratch / "any length" / ENDED).path(5)
+    by_name = find("runs/train/micro-0", scratch, 3)
+    assert find(str(scratch / "micro-0"), tmp_path, None) == by_name
+    assert find(str(by_name.path), tmp_path, None) == by_name
+    assert find("micro-0", scratch, 5).path == Shelf(scratch / "any length" / ENDED).path(5)
     listed = resume_from(scratch)
     assert listed.count("micro-0") >= 2
     assert by_name.size in listed
 
 
-def test_other_latents_are_refused(trainer: Build, scratch: Path, latents_directory: Path, tmp_path: Path) -> None:
+def test_other_latents_are_refused(trainer: Build, scratch: Path, latents: LatentStore, tmp_path: Path) -> None:
     trainer(keep_checkpoints=[3], steps=4).run("run")
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in latents_directory.iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
-    manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps(manifest | {"class_names": ["d", "e", "f"]}))
-    assert "does not hold the latents that micro-0 was trained on" in resume_from(
-        scratch, "micro-0", "--latents", str(other), code=2
-    )
+    arrays = latents.store.arrays
+    other = StoreWriter(tmp_path / "other", **{name: (array.dtype, array.shape[1:]) for name, array in arrays.items()})
+    for name, array in arrays.items():
+        other.append(name, array[:16])
+    other.close(class_names=["a", "b", "c"], num_classes=3, flip=True, normalize=latents.store.meta["normalize"])
+    said = resume_from(scratch, "micro-0", "--latents", str(tmp_path / "other"), code=2)
+    assert "does not hold the latents that micro-0 was trained on; give the folder that does: --latents FOLDER" in said

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from studies import Read
 
@@ -48,11 +46,21 @@ def oriented(orientation: int) -> bytes:
     return exif.tobytes()
 
 
-@given(st.integers(1, 8), st.sampled_from(["JPEG", "PNG", "WEBP"]))
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_a_photo_that_lies_on_its_side_is_stored_as_viewers_show_it(orientation: int, kind: str) -> None:
     """huggingface/datasets#6252 and kohya-ss/sd-scripts#1316: orientation in EXIF alone was ignored."""
     found = decode(encoded(stored(seen(), orientation), kind, oriented(orientation)), 32)
     np.testing.assert_allclose(found.astype(int), decode(encoded(seen(), "PNG"), 32), atol=12)
+
+
+def test_the_first_picture_of_a_phone_that_stores_several_is_turned_too() -> None:
+    """hydrusnetwork/hydrus#1442: photos with a depth map or a second size are several JPEG pictures in one file."""
+    file = io.BytesIO()
+    lying, exif = stored(seen(), 6), Image.Exif()
+    exif[0x0112] = 6
+    lying.save(file, "MPO", save_all=True, append_images=[lying], exif=exif, quality=95, subsampling=0)
+    np.testing.assert_allclose(decode(file.getvalue(), 32).astype(int), decode(encoded(seen(), "PNG"), 32), atol=12)
 
 
 @pytest.mark.parametrize("tag", ['<rdf:D tiff:Orientation="6"/>', "<rdf:D><tiff:Orientation>6</tiff:Orientation></rdf:D>"])

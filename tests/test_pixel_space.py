@@ -62,7 +62,8 @@ def test_a_study_of_fashion_mnist_in_pixel_space_works_to_the_report(
     run_stage(latents, params)
     assert "from mean and variance of the training set, of each channel" in capsys.readouterr().out
     encoded = LatentStore("data/latents")
-    assert encoded.split("train").mean.shape == (40, 1, 1, 32, 32)
+    assert encoded.split("train").mean.shape == encoded.split("train").std.shape == (40, 1, 1, 32, 32)
+    assert not Path("data/latents/train_std.bin").exists()
     assert encoded.num_classes == 10
     run_stage(features, params)
     for name in params.study.strategies:

@@ -165,7 +165,7 @@ def test_a_file_is_not_in_use_by_a_process_that_only_has_the_id_of_a_dvc(project
     said: list[str] = []
     try:
         recovery.release_rwlock(project, said.append)
-        assert said == ["files that a killed DVC had in use are free again"]
+        assert said == ["files that an earlier DVC left marked as in use are free again"]
         left = json.loads((project / ".dvc/tmp/rwlock").read_text())
         assert left == {"write": {str(project / "elsewhere"): held[str(project / "elsewhere")]}, "read": {}}
         assert command(project, "dvc", "repro", "--force").returncode == 0

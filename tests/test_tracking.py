@@ -6,7 +6,11 @@ import json
 import math
 import shutil
 import socket
+import sqlite3
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +309,104 @@ def test_server_that_does_not_answer_costs_seconds(study: Path, monkeypatch: pyt
         with pytest.raises(tracking.UnreachableError):
             tracking.sync(study)
         assert time.monotonic() - started < 8
+
+
+def damage_by_garbage(store: Path) -> None:
+    store.write_bytes(b"garbage" * 1000)
+
+
+def damage_by_cutting_off(store: Path) -> None:
+    with sqlite3.connect(store) as database:
+        database.execute("CREATE TABLE runs (name TEXT)")
+        database.executemany("INSERT INTO runs VALUES (?)", [("x" * 500,)] * 100)
+    database.close()
+    store.write_bytes(store.read_bytes()[:20_000])
+
+
+@pytest.mark.parametrize("damage", [damage_by_garbage, damage_by_cutting_off, Path.mkdir])
+def test_a_damaged_store_is_one_message_that_says_what_to_do(study: Path, damage: Callable[[Path], None]) -> None:
+    damage(study / "mlflow.db")
+    with pytest.raises(
+        tracking.UnreachableError, match=r"mlflow\.db is damaged .*: move it away, and `make mlflow` fills"
+    ) as error:
+        tracking.sync(study)
+    assert len(str(error.value).splitlines()) == 1
+    shutil.move(study / "mlflow.db", study / "moved")
+    assert len(tracking.sync(study).added) == 4
+
+
+def test_a_store_that_another_program_has_locked_costs_seconds(study: Path) -> None:
+    with sqlite3.connect(study / "mlflow.db") as busy:
+        busy.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(tracking.UnreachableError, match="cannot be used: database is locked; nothing is lost"):
+            tracking.sync(study)
+
+
+@contextmanager
+def server(answer: Callable[[socket.socket, bytes], None]) -> Iterator[str]:
+    """The address of a server that does with each connection, and the first bytes of its request, what `answer` says."""
+
+    def serve(listening: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                threading.Thread(target=handle, args=(connection,), daemon=True).start()
+
+    def handle(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            answer(connection, connection.recv(1 << 16))
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=serve, args=(listening,), daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def respond(body: bytes) -> Callable[[socket.socket, bytes], None]:
+    head = f"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    return lambda connection, _request: connection.sendall(head.encode() + body)
+
+
+def drip(connection: socket.socket, request: bytes) -> None:
+    if b"/health" in request:
+        respond(b"OK")(connection, request)
+        return
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+    while True:
+        connection.sendall(b" ")
+        time.sleep(0.2)
+
+
+def pour(connection: socket.socket, _request: bytes) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+    while True:
+        connection.sendall(b"x" * 4096)
+
+
+ODD_RUN = b'{"experiment": {"experiment_id": "1", "lifecycle_stage": "active"}, "runs": [{"info": {"status": "FINISHED"}}]}'
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (drip, "did not finish in 3 s; nothing is lost"),
+        (pour, "answers without end, so it is no MLflow; nothing is lost"),
+        (respond(b"{broken"), "does not take runs: .*; nothing is lost"),
+        (respond(b"[1]"), "does not take runs: .*; nothing is lost"),
+        (respond(ODD_RUN), "does not take runs: .*; nothing is lost"),
+    ],
+)
+def test_a_server_that_answers_nonsense_or_never_ends_is_one_message(
+    study: Path, monkeypatch: pytest.MonkeyPatch, answer: Callable[[socket.socket, bytes], None], message: str
+) -> None:
+    monkeypatch.setattr(tracking, "SECONDS", 3.0)
+    monkeypatch.setattr(tracking, "SECONDS_PER_RUN", 0.0)
+    with server(answer) as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        begun = time.monotonic()
+        with pytest.raises(tracking.UnreachableError, match=message) as error:
+            tracking.sync(study)
+        assert time.monotonic() - begun < 15
+        assert len(str(error.value).splitlines()) == 1
 
 
 def test_experiment_deleted_in_mlflow_is_a_clear_error(study: Path) -> None:

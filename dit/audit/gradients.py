@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dit.audit.probe import Batch, LossFunction, Probe, map_tensors, output_tensor
+from dit.audit.probe import Batch, LossFunction, Probe
 from dit.audit.report import Wake
 from dit.errors import UserError
 from dit.seeding import generator
@@ -25,34 +24,28 @@ MAX_RUNS = 8
 
 
 def noise_loss(probe: Probe) -> LossFunction:
-    """Mean squared error against fixed normal noise of the output's shape, scaled so that a zero output costs 1."""
+    """Mean squared error against fixed normal noise of the prediction's shape, scaled so that a zero prediction costs 1."""
     with torch.no_grad():
-        shape = output_tensor(probe.call()).shape
+        shape = probe.predicted(probe.call()).shape
     noise = torch.randn(shape, generator=generator("audit", "target"), dtype=torch.float64)
     noise /= noise.square().mean().sqrt()
 
     def loss(output: Any, batch: Batch) -> Tensor:
-        tensor = output_tensor(output)
-        return (tensor - noise.to(tensor)).square().mean()
+        tensor = probe.predicted(output)
+        return (tensor - noise.to(tensor)).abs().square().mean()
 
     return loss
 
 
 def losses(probe: Probe, loss: LossFunction) -> tuple[float, float | None]:
-    """The loss at start, and that of an output which is zero; None where such an output cannot be made."""
+    """The loss at start, and that of a prediction which is zero; None where such a prediction cannot be made."""
     output = probe.call()
     try:
-        value = loss(output, probe.batch).item()
+        value = loss(output, probe.given()).item()
     except Exception as error:
         raise UserError(f"the loss fails for what the network returns: {type(error).__name__}: {error}") from error
-    sample = getattr(output, "sample", None)
-    if isinstance(sample, Tensor):
-        zeroed = copy.copy(output)
-        zeroed.sample = torch.zeros_like(sample)
-    else:
-        zeroed = map_tensors(lambda tensor: torch.zeros_like(tensor) if tensor.is_floating_point() else tensor, output)
     try:
-        zero_value = loss(zeroed, probe.batch).item()
+        zero_value = loss(probe.with_zero_prediction(output), probe.given()).item()
     except Exception:  # a user's loss may refuse a zero output in any way: then its cost is not known
         return value, None
     return value, zero_value
@@ -67,7 +60,7 @@ def train(probe: Probe, loss: LossFunction, steps: int, learning_rate: float) ->
     rounding = {name: torch.zeros_like(when, dtype=torch.bool) for name, when in first.items()}
     for step in range(steps if weights else 0):
         probe.model.zero_grad(set_to_none=True)
-        value = loss(probe.call(), probe.batch)
+        value = loss(probe.call(), probe.given())
         if value.requires_grad:
             _backward(value)
         gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}

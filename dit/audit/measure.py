@@ -2,75 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from dit.audit.conditioning import Phase, gates, modulation, phase, sample_of
+from dit.audit.doubts import doubts
 from dit.audit.gradients import listed, losses, noise_loss, train
-from dit.audit.probe import (
-    LAYERS,
-    SAME,
-    UNCHANGED,
-    Batch,
-    LossFunction,
-    Observation,
-    Probe,
-    make_probe,
-    map_tensors,
-    relative_change,
-    repeated,
-    rms,
-    tensors_in,
-    unwrapped,
-)
-from dit.audit.report import AuditReport, Block, Input, Layer, Output, Part, State
-from dit.audit.units import follow, layers_of, single_valued, weights_of
+from dit.audit.leaves import tensors
+from dit.audit.observe import LAYERS, Observation, effective, layers_of, passing, possible_blocks
+from dit.audit.probe import SAME, Batch, LossFunction, Probe, make_probe, rms
+from dit.audit.report import AuditReport, Block, Input, Layer, Output, Part, Source, State
+from dit.audit.trained import trained
+from dit.audit.units import follow, single_valued, weights_of
+from dit.audit.units import layers_of as unit_layers
+from dit.audit.wrappers import unwrapped
 from dit.errors import ConfigError
-from dit.seeding import generator
+from dit.models.external.blocks import containers
+
+UNCHANGED = 16
+"""A block is the identity where it changes its input by at most so many roundings of the precision that it runs in."""
+
+PLAIN = tuple(layer.forward for layer in LAYERS)
+"""What a layer does that has nothing but a weight and a bias."""
 
 
 def audit(
-    model: nn.Module, batch: Batch, loss: LossFunction | None = None, *, steps: int = 4, learning_rate: float = 1e-3
+    model: nn.Module,
+    batch: Batch,
+    loss: LossFunction | None = None,
+    *,
+    steps: int = 4,
+    learning_rate: float = 1e-3,
+    source: Source | None = None,
 ) -> AuditReport:
     """Find out how `model` is initialised, from what it does when called with `batch`.
 
     `loss(output, batch)` gets what the network returns. Without it, the loss is the mean squared error against fixed normal
     noise of the output's shape and of unit mean square, so that a zero output costs exactly 1. What is audited is a copy, in
-    evaluation mode, which takes `steps` steps of `learning_rate` (see `dit.audit.gradients`); `model` and the global random
-    state stay as they are. Raises `UserError` where the network cannot be called with `batch`.
+    evaluation mode, which takes `steps` steps of `learning_rate` (see `dit.audit.gradients`); `model`, the tensors of
+    `batch` and the global random state stay as they are. `source` says where its weights were read. Raises `UserError` where
+    the network cannot be called with `batch`, or cannot be audited.
     """
     if steps < 1 or learning_rate <= 0:
-        raise ConfigError(f"steps = {steps}, learning_rate = {learning_rate}; accepted: at least 1, and a positive number")
+        raise ConfigError(f"steps = {steps}, learning_rate = {learning_rate}; expected at least 1 step, and a positive rate")
     model = unwrapped(model)
     cuda = sorted({weight.device.index for weight in model.parameters() if weight.is_cuda})
     with torch.random.fork_rng(devices=cuda), torch.inference_mode(False), torch.enable_grad():
-        return _audit(make_probe(model, batch), loss, model, steps, learning_rate)
+        return _audit(make_probe(model, batch), loss, steps, learning_rate, source)
 
 
-@dataclass
-class Phase:
-    """The network at one time: a pass with its own inputs, and one for each input that was exchanged between samples.
-
-    The sample comes first; None stands for an input that cannot be exchanged.
-    """
-
-    base: Observation
-    varied: dict[str, Observation | None]
-
-
-def _audit(probe: Probe, loss: LossFunction | None, model: nn.Module, steps: int, learning_rate: float) -> AuditReport:
-    target = loss or noise_loss(probe)
-    start = _phase(probe)
+def _audit(probe: Probe, loss: LossFunction | None, steps: int, learning_rate: float, source: Source | None) -> AuditReport:
+    target, model = loss or noise_loss(probe), probe.model
+    start = phase(probe)
     value, zero_value = losses(probe, target)
-    before = {name: weight.detach().clone() for name, weight in weights_of(probe.model).items()}
-    states = {path: _state(layer) for path, layer in probe.model.named_modules() if isinstance(layer, LAYERS)}
+    before = {name: weight.detach().clone() for name, weight in weights_of(model).items()}
+    states = {path: _state(model.get_submodule(path), main) for path, main in layers_of(model).items()}
+    blocks, branches = _blocks(probe, start.base)
     wakes = train(probe, target, steps, learning_rate)
-    end = _phase(probe)
-    blocks = _blocks(start.base, probe.dtype)
+    end = phase(probe)
+    layers = modulation(probe, start, end, blocks, states) if probe.batch_size > 1 else []
+    units = tuple(follow(unit_layers(model), before, weights_of(model), probe.dtype))
+    _put_back(model, before)
+    opened = gates(probe, start, blocks, layers) if probe.batch_size > 1 else None
     return AuditReport(
         model=model._get_name(),
         parameters=sum(weight.numel() for weight in model.parameters()),
@@ -78,26 +73,47 @@ def _audit(probe: Probe, loss: LossFunction | None, model: nn.Module, steps: int
         precision=str(probe.dtype).removeprefix("torch."),
         steps=steps,
         samples=probe.batch_size,
-        repeated=tuple(sorted(repeated(model))),
-        output=_output(start.base.output, value, zero_value),
+        repeated=tuple(sorted(_repeated(model))),
+        output=_output(probe, start.base.output, value, zero_value),
         output_layer=_output_layer(start.base, states),
         blocks=tuple(blocks),
         inputs=tuple(_inputs(probe, start, end)),
-        modulation=tuple(_modulation(start, end, blocks, states)) if probe.batch_size > 1 else (),
+        modulation=tuple(layers),
         wakes=tuple(wakes),
-        units=tuple(follow(layers_of(probe.model), before, weights_of(probe.model), probe.dtype)),
+        units=units,
         values=tuple(single_valued(before)),
+        gates=opened,
+        doubts=tuple(doubts(probe, start, blocks, branches, layers, opened)),
+        trained=trained(_matrices(model)),
+        source=source,
     )
 
 
-def _phase(probe: Probe) -> Phase:
-    base = probe.observe()
-    return Phase(base, _vary_inputs(probe, base))
+def _put_back(model: nn.Module, before: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, weight in weights_of(model).items():
+            weight.copy_(before[name])
 
 
-def _output(output: Tensor, loss: float, zero_loss: float | None) -> Output:
+def _matrices(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of layers and tables."""
+    kinds = (*LAYERS, nn.Embedding)
+    return {f"{path}.weight": module.weight for path, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def _repeated(model: nn.Module) -> set[str]:
+    """Paths of lists whose elements are alike, so that their indices can be left out when results are told."""
+    return {
+        path
+        for path, module in containers(model)
+        if len(list(module.children())) > 1 and all(name.isdigit() for name, _ in module.named_children())
+    }
+
+
+def _output(probe: Probe, output: Tensor, loss: float, zero_loss: float | None) -> Output:
     largest = output.abs().max()
     return Output(
+        path=probe.prediction.path,
         shape=tuple(output.shape),
         finite=bool(output.isfinite().all()),
         zero=bool(largest == 0),
@@ -108,21 +124,35 @@ def _output(output: Tensor, loss: float, zero_loss: float | None) -> Output:
     )
 
 
-def _blocks(seen: Observation, dtype: torch.dtype) -> list[Block]:
-    """The outermost blocks, in the order of the network."""
-    least = min(SAME, UNCHANGED * torch.finfo(dtype).eps)
-    outermost = [
-        path for path in seen.changes if not any(path != other and path.startswith(f"{other}.") for other in seen.changes)
-    ]
-    return [
-        Block(path=path, kind=seen.changes[path][0], change=seen.changes[path][1], identity=seen.changes[path][1] <= least)
+def _blocks(probe: Probe, seen: Observation) -> tuple[list[Block], list[str]]:
+    """The outermost blocks, in the order of the network, and elements of lists that may be branches.
+
+    A list is one of blocks where any of its elements passes its stream on, or is the identity.
+    """
+    lists, passed = possible_blocks(probe.model), passing(probe)
+    passed |= {path for path, change in seen.changes.items() if change.change <= SAME}
+    kept = {path for path in seen.changes if any(lists[path] == lists[other] for other in passed)}
+    branches = {path for path in seen.changes.keys() - kept if ":" not in lists[path]}
+    outermost = [path for path in seen.changes if path in kept and not _within(path.rpartition(".")[0], kept)]
+    least = min(SAME, UNCHANGED * torch.finfo(probe.dtype).eps)
+    blocks = [
+        Block(path=path, kind=change.kind, change=change.change, identity=change.change <= least)
         for path in outermost
+        for change in [seen.changes[path]]
     ]
+    return blocks, sorted(path for path in branches if not _within(path, set(outermost)))
 
 
-def _state(layer: nn.Module) -> tuple[State, str]:
-    """How a layer starts, and its zero rows where only some are zero."""
-    parts = [part.detach() for part in (layer.weight, layer.bias) if isinstance(part, Tensor)]
+def _within(path: str, others: Collection[str]) -> bool:
+    """Whether a path is one of `others`, or inside one of them."""
+    return any(f"{path}.".startswith(f"{other}.") for other in others)
+
+
+def _state(layer: nn.Module, main: nn.Module) -> tuple[State, str]:
+    """How a layer starts, and its zero rows where only some are zero; by what it does where an adapter is around it."""
+    parts = [part.detach() for part in (main.weight, main.bias) if isinstance(part, Tensor)]
+    if type(layer).forward not in PLAIN and (seen := effective(layer, main)) is not None:
+        parts = list(seen)
     rows = torch.stack([part.reshape(part.shape[0], -1).abs().amax(1) == 0 for part in parts]).all(0)
     if rows.all():
         return "zero", ""
@@ -145,119 +175,16 @@ def _output_layer(seen: Observation, states: dict[str, tuple[State, str]]) -> La
     return Layer(path=paths[-1], place="final", state=state, zero_rows=zero_rows, driven_by=())
 
 
-def _modulation(start: Phase, end: Phase, blocks: list[Block], states: dict[str, tuple[State, str]]) -> Iterator[Layer]:
-    """Layers that turn the conditioning into what modulates the stream.
-
-    They are given one vector per sample, which does not depend on the sample but on other inputs, and none of them feeds
-    another: embedders, which do, are left out.
-    """
-    drivers: dict[str, set[str]] = {}
-    for phase in (start, end):
-        for name, other in phase.varied.items():
-            for path in _different(phase.base, other) if other is not None else ():
-                drivers.setdefault(path, set()).add(name)
-    calls = end.base.calls
-    sample = next(iter(end.varied), None)
-    conditioned = [path for path, names in drivers.items() if sample not in names]
-    upstream = _upstream([call.vector for call in calls if call.path in conditioned])
-    order = {call.path: index for index, call in enumerate(calls)}
-    last = max((start.base.changes[block.path][2] for block in blocks), default=0)
-    for path in sorted(conditioned, key=order.__getitem__):
-        if any(call.node in upstream for call in calls if call.path == path):
-            continue
-        inside = any(path.startswith(f"{block.path}.") for block in blocks)
-        place: Literal["block", "final", "shared"] = "block" if inside else "final" if order[path] >= last else "shared"
-        state, zero_rows = states[path]
-        yield Layer(path=path, place=place, state=state, zero_rows=zero_rows, driven_by=tuple(sorted(drivers[path])))
-
-
-def _different(base: Observation, other: Observation) -> set[str]:
-    """Layers whose per-sample input is not the same in the two passes."""
-    return {
-        call.path
-        for call, again in zip(base.calls, other.calls, strict=False)
-        if call.path == again.path
-        and call.vector is not None
-        and again.vector is not None
-        and relative_change(call.vector, again.vector) > SAME
-    }
-
-
-def _upstream(tensors: list[Tensor | None]) -> set[Any]:
-    """All nodes of the autograd graph that the tensors were computed from."""
-    waiting = [tensor.grad_fn for tensor in tensors if tensor is not None and tensor.grad_fn is not None]
-    found: set[Any] = set()
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += [following for following, _ in node.next_functions if following is not None]
-    return found
-
-
-def _vary_inputs(probe: Probe, base: Observation) -> dict[str, Observation | None]:
-    """By input, the sample first: a pass with it exchanged between samples; None where that changes nothing or fails."""
-    sample = _sample(probe, base.output)
-    found: dict[str, Observation | None] = {}
-    for name in sorted(probe.arguments, key=lambda name: name != sample):
-        if not any(True for _ in tensors_in(probe.arguments[name])):
-            continue
-        value = probe.arguments[name]
-        if isinstance(value, list) and len(value) == probe.batch_size > 1:
-            other = [*value[1:], value[0]]
-        else:
-            draws = generator("audit", "input", name)
-            other = map_tensors(partial(_exchanged, batch_size=probe.batch_size, draws=draws), value)
-        same = all(torch.equal(a, b) for a, b in zip(tensors_in(other), tensors_in(value), strict=True))
-        found[name] = None if same else _attempt(probe, {**probe.arguments, name: other})
-    return found
-
-
-def _attempt(probe: Probe, arguments: dict[str, Any]) -> Observation | None:
-    try:
-        with torch.no_grad():
-            return probe.observe(arguments)
-    except Exception:  # a network may refuse an exchanged input in any way: then its effect is not known
-        return None
-
-
-def _exchanged(tensor: Tensor, batch_size: int, draws: torch.Generator) -> Tensor:
-    """The tensor with its samples exchanged, or drawn again where it has none; unchanged where neither can be done."""
-    if tensor.dim() and tensor.shape[0] == batch_size and not torch.equal(tensor.roll(1, 0), tensor):
-        return tensor.roll(1, 0)
-    if bool(((tensor == 0) | (tensor == 1)).all()):
-        return tensor
-    if tensor.dim() < 2:
-        return tensor // 2 if not tensor.is_floating_point() else tensor / 2
-    if tensor.is_floating_point():
-        noise = torch.randn(tensor.shape, generator=draws, dtype=torch.float64).to(tensor)
-        return tensor.mean() + (tensor.std() if tensor.numel() > 1 else 1) * noise
-    return tensor
-
-
-def _sample(probe: Probe, output: Tensor) -> str | None:
-    """The name of the input that is denoised: the largest floating one, and of the output's shape where there is such."""
-    sizes = {}
-    for name, value in probe.arguments.items():
-        tensors = [tensor for tensor in tensors_in(value) if tensor.is_floating_point() and tensor.dim() > 1]
-        if tensors:
-            total = sum(tensor.numel() for tensor in tensors)
-            pairs = zip(tensors[0].shape, output.shape, strict=False)
-            alike = tensors[0].dim() == output.dim() and sum(a != b for a, b in pairs) <= 1
-            sizes[name] = (tensors[0].shape == output.shape, alike, total)
-    return max(sizes, key=sizes.__getitem__) if sizes else None
-
-
 def _inputs(probe: Probe, start: Phase, end: Phase) -> Iterator[Input]:
-    sample = _sample(probe, start.base.output)
+    sample, inputs = sample_of(probe), probe.inputs()
     parts: set[Part] = set()
-    for name, varied in start.varied.items():
-        tensor = next(tensors_in(probe.arguments[name]))
-        part = "sample" if name == sample else _part(name, tensor, parts)
+    for path, varied in start.varied.items():
+        tensor = next(iter(tensors(inputs[path])), torch.tensor(0.0))
+        part = "sample" if path == sample else _part(path.rpartition(".")[2], tensor, parts)
         parts.add(part)
-        later = end.varied.get(name)
+        later = end.varied.get(path)
         yield Input(
-            name=name,
+            name=path,
             part=part,
             shape=tuple(tensor.shape),
             dtype=str(tensor.dtype).removeprefix("torch."),

@@ -1,21 +1,20 @@
-"""A copy of somebody's network that can be called and watched, whatever it takes and whatever it returns."""
+"""A copy of somebody's network that can be called, whatever it takes and whatever it returns."""
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+from dit.audit.leaves import Leaf, floating, fresh, leaves, mapped
+from dit.audit.wrappers import copied, unregistered
 from dit.errors import UserError
-from dit.models.external.blocks import containers
 
 Batch = Sequence[Any] | Mapping[str, Any]
 """What the network is called with: a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -29,31 +28,17 @@ SMALL = 200_000_000
 SAME = 1e-6
 """Relative distance below which two values count as equal: networks that compute parts in float32 round at 6e-8."""
 
-UNCHANGED = 16
-"""A block is the identity where it changes its input by at most so many roundings of the precision that it runs in."""
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Layers whose rows are units."""
-
-
-@dataclass
-class Call:
-    """One call of a layer: its input, and the node of the autograd graph that made its output."""
+@dataclass(frozen=True)
+class Prediction:
+    """Which of the tensors that a network returns is its prediction."""
 
     path: str
-    vector: Tensor | None
-    """The input of a linear layer that is given one vector per sample, otherwise None."""
-    node: Any
-
-
-@dataclass
-class Observation:
-    """One forward pass: the output, every call of a layer in order, and the relative change made by every possible block."""
-
-    output: Tensor
-    calls: list[Call] = field(default_factory=list)
-    changes: dict[str, tuple[str, float, int]] = field(default_factory=dict)
-    """By path: class, relative change of the stream, and number of calls made before it ended."""
+    """Where it is in what is returned; empty where that is the tensor itself."""
+    sample: str | None
+    """The input of its shape."""
+    others: tuple[str, ...]
+    """Tensors that could be the prediction as well."""
 
 
 class Probe:
@@ -64,69 +49,116 @@ class Probe:
         self.arguments = arguments
         self.batch = batch
         self.dtype = dtype
-        self.batch_size = _batch_size(arguments)
+        self.foreign: tuple[str, ...] = ()
+        """Classes of modules, and shapes of parameters, that the network uses but does not list."""
+        output, self.foreign = self._first_call()
+        self.prediction = _prediction(output, arguments)
+        self.batch_size = _batch_size(output, self.prediction)
 
     def call(self, arguments: dict[str, Any] | None = None) -> Any:
-        """The network's answer, the same each time, to its own inputs or to others."""
+        """The network's answer, the same each time, to its own inputs or to others.
+
+        Each call has copies of them, so that what a network writes into its inputs does no harm.
+        """
         torch.manual_seed(0)
-        given = self.arguments if arguments is None else arguments
+        given = fresh(self.arguments if arguments is None else arguments)
         if isinstance(self.batch, Mapping):
             return self.model(**given)
         return self.model(*given.values())
 
-    def observe(self, arguments: dict[str, Any] | None = None) -> Observation:
-        """Call the network and watch its layers and blocks."""
-        seen = Observation(torch.empty(0))
-        handles = []
-        possible = _possible_blocks(self.model)
-        for path, module in self.model.named_modules():
-            if path in possible:
-                handles.append(module.register_forward_hook(_watch_block(path, seen), with_kwargs=True))
-            elif isinstance(module, LAYERS):
-                handles.append(module.register_forward_hook(_watch_layer(path, seen, self.batch_size)))
+    def predicted(self, output: Any) -> Tensor:
+        """The prediction in what the network returned. Raises `UserError` where it is not there."""
+        for path, leaf in leaves(output, samples=self.batch_size):
+            tensor = floating(leaf)
+            if path == self.prediction.path and tensor is not None:
+                return tensor
+        raise UserError(f"the network returned a tensor at '{self.prediction.path}' in one call, but not in another")
+
+    def with_zero_prediction(self, output: Any) -> Any:
+        """What the network returned, with zeros in place of its prediction."""
+
+        def zeroed(path: str, leaf: Any) -> Any:
+            if path != self.prediction.path:
+                return leaf
+            return [torch.zeros_like(item) for item in leaf] if isinstance(leaf, list) else torch.zeros_like(leaf)
+
+        return mapped(zeroed, output, samples=self.batch_size)
+
+    def inputs(self) -> dict[str, Leaf]:
+        """Every tensor and number that the network is given, by its path."""
+        found: dict[str, Leaf] = {}
+        for name, value in self.arguments.items():
+            found |= dict(leaves(value, name, self.batch_size))
+        return found
+
+    def with_input(self, path: str, new: Any) -> dict[str, Any]:
+        """The arguments with another value for one of `inputs`."""
+
+        def changed(at: str, leaf: Any) -> Any:
+            return new if at == path else leaf
+
+        return {name: mapped(changed, value, name, self.batch_size) for name, value in self.arguments.items()}
+
+    def given(self) -> Batch:
+        """The batch as it was given, copied, for a loss that may write into it."""
+        return fresh(self.batch)
+
+    def _first_call(self) -> tuple[Any, tuple[str, ...]]:
+        """What the network returns, and what it uses that is not its own."""
+        known, called = {id(module) for module in self.model.modules()}, set[str]()
+
+        def note(module: nn.Module, _: Any) -> None:
+            if id(module) not in known and any(True for _ in module.parameters()):
+                called.add(type(module).__name__)
+
+        handle = register_module_forward_pre_hook(note)
         try:
-            seen.output = output_tensor(self.call(arguments)).detach()
+            output = self.call()
         finally:
-            for handle in handles:
-                handle.remove()
-        return seen
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside what `torch.compile` and data parallelism have made of it."""
-    while isinstance(model, OptimizedModule | DistributedDataParallel | nn.DataParallel):
-        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
-    return model
+            handle.remove()
+        for _, leaf in leaves(output):
+            if (tensor := floating(leaf)) is not None:
+                called |= {f"a parameter of {shape}" for shape in unregistered(self.model, tensor)}
+        return output, tuple(sorted(called))
 
 
 def make_probe(model: nn.Module, batch: Batch) -> Probe:
-    """The network in float64 where it is small and can be called so, otherwise in its own precision."""
+    """The network in float64 where it is small and can be called so, otherwise in its own precision.
+
+    Raises `UserError` where it cannot be called with the batch, or answers the same batch differently each time.
+    """
     if not isinstance(batch, list | tuple | Mapping):
         raise UserError(
-            f"the batch is {type(batch).__name__}; accepted: a tuple of arguments, or a mapping of arguments by name"
+            f"the batch is {type(batch).__name__}; expected a tuple of arguments, or a mapping of arguments by name"
         )
     count = sum(weight.numel() for weight in model.parameters())
     own = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
     arguments = _named(model, batch)
     for dtype in dict.fromkeys((torch.float64, own) if count <= SMALL else (own,)):
-        try:
-            network = copy.deepcopy(model).eval()
-        except Exception as error:
-            raise UserError(f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}") from error
+        network = copied(model).eval()
         if dtype != own:
             nn.Module.to(network, dtype)  # not the network's own `to`, which may keep parts in another precision
         network.zero_grad(set_to_none=True)
-        probe = Probe(network, map_tensors(partial(_cast, dtype=dtype), arguments), batch, dtype)
         try:
-            with torch.no_grad():
-                output_tensor(probe.call())
+            probe = Probe(network, fresh(arguments, partial(_cast, dtype=dtype)), batch, dtype)
         except Exception as error:
             if isinstance(error, UserError) or dtype == own:
                 message = f"{type(model).__name__} cannot be called with this batch: {type(error).__name__}: {error}"
                 raise (error if isinstance(error, UserError) else UserError(message)) from error
         else:
+            _check_repeatable(probe)
             return probe
     raise AssertionError("the network's own precision is the last that is tried")
+
+
+def _check_repeatable(probe: Probe) -> None:
+    with torch.no_grad():
+        first, second = probe.predicted(probe.call()), probe.predicted(probe.call())
+    if first.shape != second.shape or (second.isfinite().all() and relative_change(first, second) > SAME):
+        raise UserError(
+            f"{type(probe.model).__name__} answers the same batch differently from call to call; audit it without what it "
+            "keeps between calls, such as a cache, or draws from another generator than torch's"
+        )
 
 
 def _named(model: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -141,105 +173,77 @@ def _named(model: nn.Module, batch: Batch) -> dict[str, Any]:
     return dict(zip([*names, *(f"argument {index}" for index in range(len(names), len(batch)))], batch, strict=False))
 
 
-def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`value` with every tensor inside its lists, tuples and dictionaries changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: map_tensors(change, item) for key, item in value.items()}
-    if isinstance(value, list | tuple) and type(value) in (list, tuple):
-        return type(value)(map_tensors(change, item) for item in value)
-    return value
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside the lists, tuples and mappings of `value`."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_in(item)
-
-
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.is_complex():
         return tensor.to(torch.complex128 if dtype == torch.float64 else tensor.dtype)
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _batch_size(arguments: dict[str, Any]) -> int:
-    """The length of the largest floating input, which is the sample: of its first dimension, or of a list of tensors."""
-    sizes = [(1, 1)]
-    for value in arguments.values():
-        tensors = [tensor for tensor in tensors_in(value) if tensor.is_floating_point() and tensor.dim() > 1]
-        if tensors:
-            total = sum(tensor.numel() for tensor in tensors)
-            sizes.append((total, len(value) if isinstance(value, list) else tensors[0].shape[0]))
-    return max(sizes)[1]
+def _prediction(output: Any, arguments: dict[str, Any]) -> Prediction:
+    """The tensor of the sample's shape; of its shape but for one length, as with a learned sigma; otherwise the largest.
+
+    What weights have no part in, as a target, is no prediction, and nor is a number, as a loss. Raises `UserError` where there
+    is no tensor.
+    """
+    samples = _one_for_each_sample(output, arguments)
+    found = {path: tensor for path, leaf in leaves(output, samples=samples) if (tensor := floating(leaf)) is not None}
+    candidates = {path: tensor for path, tensor in found.items() if tensor.dim()}
+    if any(tensor.requires_grad for tensor in candidates.values()):
+        candidates = {path: tensor for path, tensor in candidates.items() if tensor.requires_grad}
+    if not candidates:
+        what = "only a number, which may be its loss" if found else type(output).__name__
+        raise UserError(f"the network returned {what}; expected its prediction: a tensor, or one in a container")
+    given = [leaf for name, value in arguments.items() for leaf in leaves(value, name, samples)]
+    inputs = [(path, tensor) for path, leaf in given if (tensor := floating(leaf)) is not None and tensor.dim() > 1]
+    ranks: dict[str, tuple[tuple[float, ...], str | None]] = {}
+    for path, tensor in candidates.items():
+        likeness = [(_likeness(tensor, other), -index, name) for index, (name, other) in enumerate(inputs)]
+        alike, index, name = max(likeness, default=(0, 0, None))
+        named = path.rpartition(".")[2] == "sample"
+        depth = -path.lstrip(".").count(".") - path.count("[")
+        ranks[path] = ((alike, index, named, depth) if alike else (0, 0, tensor.numel(), depth)), name if alike else None
+    best = max(rank for rank, _ in ranks.values())
+    first = next(path for path, (rank, _) in ranks.items() if rank == best)
+    others = [path for path, (rank, _) in ranks.items() if path != first and rank == best]
+    return Prediction(first, ranks[first][1], tuple(others))
 
 
-def output_tensor(output: Any) -> Tensor:
-    """The floating tensor in what a network returned: itself, its `.sample`, or the first one inside. Raises `UserError`."""
-    sample = getattr(output, "sample", None)
-    for candidate in (output, sample, output.get("sample") if isinstance(output, Mapping) else None):
-        if isinstance(candidate, Tensor) and candidate.is_floating_point():
-            return candidate
-    for value in (output, sample):
-        found = [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
-        if isinstance(value, list) and len(found) == len(value) and len({tensor.shape for tensor in found}) == 1:
-            return torch.stack(found)  # one tensor for each sample
-        if found:
-            return found[0]
-    raise UserError(f"the network returned {type(output).__name__}; accepted: a tensor, a tuple, or an object with .sample")
+def _likeness(output: Tensor, given: Tensor) -> int:
+    """2 for one shape, 1 for one that differs in one length, 0 for others."""
+    if output.dim() != given.dim():
+        return 0
+    return max(0, 2 - sum(a != b for a, b in zip(output.shape, given.shape, strict=True)))
+
+
+def _batch_size(output: Any, prediction: Prediction) -> int:
+    """How many samples the batch has: the length of the prediction, or of the list that holds it for each sample."""
+    if isinstance(output, list) and not prediction.path:
+        return len(output)
+    tensor = next(floating(leaf) for path, leaf in leaves(output) if path == prediction.path)
+    assert tensor is not None
+    return len(tensor)
+
+
+def _one_for_each_sample(output: Any, arguments: dict[str, Any]) -> int:
+    """The length of an output that is a list of one tensor for each sample; 0 for others."""
+    if not isinstance(output, list) or not all(isinstance(item, Tensor) for item in output):
+        return 0
+    for name, value in arguments.items():
+        if isinstance(value, list) and len(value) == len(output):
+            return len(output)
+        for _, leaf in leaves(value, name):
+            tensor = floating(leaf)
+            if tensor is not None and tensor.dim() > 1 and len(tensor) == len(output) and tensor.dim() == output[0].dim() + 1:
+                return len(output)
+    return 0
 
 
 def rms(tensor: Tensor) -> float:
     """Root mean square."""
-    return tensor.detach().double().square().mean().sqrt().item()
-
-
-def _possible_blocks(model: nn.Module) -> set[str]:
-    return {f"{path}.{name}".lstrip(".") for path, module in containers(model) for name, _ in module.named_children()}
-
-
-def repeated(model: nn.Module) -> set[str]:
-    """Paths of lists whose elements are alike, so that their indices can be left out when results are told."""
-    return {
-        path
-        for path, module in containers(model)
-        if len(list(module.children())) > 1 and all(name.isdigit() for name, _ in module.named_children())
-    }
-
-
-def _watch_block(path: str, seen: Observation) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        given = [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_floating_point() and tensor.dim() > 1]
-        changes = []
-        for result in tensors_in(output):
-            streams = [tensor for tensor in given if tensor.shape == result.shape and result.is_floating_point()]
-            if streams:
-                changes.append(min(_change(stream, result) for stream in streams))
-        if changes:
-            before = seen.changes.get(path, ("", 0.0, 0))[1]
-            seen.changes[path] = (type(module).__name__, max(before, *changes), len(seen.calls))
-
-    return hook
-
-
-def _change(before: Tensor, after: Tensor) -> float:
-    """The relative change, or that beyond rounding to float32, in which some blocks keep their stream."""
-    return min(relative_change(before, after), relative_change(before.float(), after))
+    return tensor.detach().double().square().mean().sqrt().item() if tensor.numel() else 0.0
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:
     """RMS of the difference over that of `before`; where that is zero, 1 for any difference."""
     size, change = rms(before), rms(after.detach().double() - before.detach().double())
     return change / size if size else float(change > 0)
-
-
-def _watch_layer(path: str, seen: Observation, batch_size: int) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        per_sample = isinstance(module, nn.Linear) and args and args[0].numel() == batch_size * module.in_features
-        seen.calls.append(Call(path, args[0] if per_sample else None, output.grad_fn))
-
-    return hook

@@ -8,13 +8,17 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-from rich.text import Text
 
-from dit.audit.expectations import EXPECTATIONS, Expectation, asleep, known, symmetric
-from dit.audit.words import brief, capital, grouped, new_table, percent, span, without_effect
+from dit.audit.expectations import EXPECTATIONS, TOPICS, Expectation, asleep, known, symmetric
+from dit.audit.printing import printed
+from dit.audit.words import brief, capital, grouped, without_effect
+from dit.terminal import plain
 
 Part = Literal["sample", "timestep", "label", "text", "other"]
+Place = Literal["block", "shared", "final"]
+Gates = Literal["modulation", "other layers", "both", "unknown"]
+"""What makes the blocks the identity: modulation that starts at zero, other layers that do, both, or it is not known."""
+Topic = Literal["output", "blocks", "modulation", "gradients"]
 State = Literal["zero", "zero weight", "partly zero", "constant", "random"]
 STATES: dict[State, str] = {"zero weight": "the same for every input (zero weight, but not bias)"}
 """In words, where the state itself is none."""
@@ -27,8 +31,12 @@ class AuditFinding(BaseModel):
 
 
 class Output(AuditFinding):
-    """The first output: root mean square, loss, and the loss of an output that is zero (None where it cannot be known)."""
+    """The first output: root mean square, loss, and the loss of an output that is zero (None where it cannot be known).
 
+    `path` is where it is in what the network returns, empty for all of that.
+    """
+
+    path: str
     shape: tuple[int, ...]
     finite: bool
     zero: bool
@@ -62,7 +70,7 @@ class Layer(AuditFinding):
     """A layer that matters for what the network starts as, how it starts, and the inputs that it depends on."""
 
     path: str
-    place: Literal["block", "shared", "final"]
+    place: Place
     state: State
     zero_rows: str
     driven_by: tuple[str, ...]
@@ -103,6 +111,38 @@ class TensorValues(AuditFinding):
     value: float
 
 
+class Doubt(AuditFinding):
+    """Why one kind of finding is not certain, so that nothing is concluded from it."""
+
+    about: Topic
+    reason: str
+
+
+class Trained(AuditFinding):
+    """Matrices that could be judged by their statistics, and those of them that no initialisation draws like that."""
+
+    matrices: int
+    moved: int
+    likely: bool
+
+
+class Source(AuditFinding):
+    """Where weights were read: which tensors of which files, and what was left alone."""
+
+    files: tuple[str, ...]
+    holder: str
+    """Keys of the file under which they were."""
+    prefix: str
+    """What stood before their names."""
+    read: tuple[str, ...]
+    """Names of tensors, as the network has them."""
+    ignored: tuple[str, ...]
+    """Names of tensors, as the file has them."""
+    ignored_files: tuple[str, ...]
+    ignored_settings: tuple[str, ...]
+    """Keys of the configuration that the class does not take."""
+
+
 class AuditReport(AuditFinding):
     """Everything that `dit.audit.audit` found. `model_dump_json` and `model_validate_json` make a round trip."""
 
@@ -123,17 +163,50 @@ class AuditReport(AuditFinding):
     wakes: tuple[Wake, ...]
     units: tuple[Units, ...]
     values: tuple[TensorValues, ...]
+    gates: Gates | None
+    """What makes the blocks the identity; None where they are not."""
+    doubts: tuple[Doubt, ...]
+    trained: Trained | None
+    """None where no matrix is large enough to tell."""
+    source: Source | None = None
+    """None where weights were read from no file."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def verdict(self) -> str:
         """What the network is at start, in words."""
-        name = "adaLN-Zero" if not self.failures("adaln-zero") else "Not adaLN-Zero"
-        return f"{name}: {' '.join(capital(sentence) + '.' for sentence in self._sentences())}"
+        return plain(f"{self._name()}: {' '.join(capital(sentence) + '.' for sentence in self._sentences())}")
+
+    def _name(self) -> str:
+        if self.was_trained and self.output.finite:
+            return "Trained"
+        if not self.failures("adaln-zero"):
+            return "adaLN-Zero"
+        return "Not adaLN-Zero" if self.reasons("adaln-zero") else "Undecided"
+
+    @property
+    def was_trained(self) -> bool:
+        """Whether the weights are those of a trained network, by their statistics."""
+        return self.trained is not None and self.trained.likely
 
     def failures(self, expectation: Expectation | str) -> list[str]:
-        """Why the network is not what is expected; empty where it is. Raises `ConfigError` for an unknown name."""
+        """Why it is not certain that the network is what is expected: reasons against it, and then doubts; empty where it is.
+
+        Raises `ConfigError` for an unknown name.
+        """
+        return self.reasons(expectation) + self.reservations(expectation)
+
+    def reasons(self, expectation: Expectation | str) -> list[str]:
+        """What was found against an expectation."""
         return [reason for check in EXPECTATIONS[known(expectation)] for reason in check(self)]
+
+    def reservations(self, expectation: Expectation | str) -> list[str]:
+        """Why an expectation cannot be judged."""
+        topics = TOPICS[known(expectation)]
+        found = [f"it cannot be told: {doubt.reason}" for doubt in self.doubts if doubt.about in topics]
+        if self.was_trained:
+            found.append("the weights are trained, and do not tell how they started")
+        return found
 
     def expect(self, expectation: Expectation | str) -> None:
         """For a test: raise `AssertionError` with the reasons and the verdict where the network is something else."""
@@ -164,8 +237,23 @@ class AuditReport(AuditFinding):
         return [
             f"{name}{rows}"
             for rows, alike in grouped(wakes, lambda wake: wake.rows)
-            for name in self._with_both((wake.tensor for wake in alike), every)
+            for name in self.with_both((wake.tensor for wake in alike), every)
         ]
+
+    def with_both(self, names: Iterable[str], among: Iterable[str]) -> list[str]:
+        """Collapsed names, with a weight and its bias on one line."""
+        collapsed = self.collapse(names, among)
+        merged = []
+        for name in collapsed:
+            stem, dot, kind = name.rpartition(".")
+            if kind == "bias" and f"{stem}.weight" in collapsed:
+                continue
+            merged.append(f"{stem}{dot}{{weight,bias}}" if kind == "weight" and f"{stem}.bias" in collapsed else name)
+        return merged
+
+    def state_now(self, state: State) -> str:
+        """A state in words; what training has made of weights is not called random."""
+        return "trained" if state == "random" and self.was_trained else state
 
     def _pattern(self, name: str) -> str:
         for path in self.repeated:
@@ -176,16 +264,23 @@ class AuditReport(AuditFinding):
         if not self.output.finite:
             yield "the output is not finite"
             return
+        if self.trained is not None and self.was_trained:
+            yield (
+                f"{self.trained.moved} of {self.trained.matrices} matrices are trained, by their statistics, so how the "
+                "network started is not known; what follows is about the weights as they are"
+            )
         yield self._about_blocks()
         for place, words in (("block", "block modulation"), ("shared", "shared modulation"), ("final", "final modulation")):
             layers = [layer for layer in self.modulation if layer.place == place]
             for state, members in grouped(layers, lambda layer: (layer.state, layer.zero_rows)):
                 paths = brief(self.collapse((layer.path for layer in members), (layer.path for layer in layers)))
-                yield f"{words} is {STATES.get(state[0], ' '.join(state).strip())} at start ({paths})"
+                told = STATES.get(state[0], f"{self.state_now(state[0])} {state[1]}".strip())
+                yield f"{words} is {told}{'' if self.was_trained else ' at start'} ({paths})"
         yield self._about_output()
         still = [item.name for item in self.inputs if without_effect(item.after_steps)]
         if still:
             yield f"still without effect on the output after {self.steps} steps: {', '.join(still)}"
+        yield from (f"it cannot be told: {doubt.reason}" for doubt in self.doubts)
         yield from (reason for check in (asleep, symmetric) for reason in check(self))
 
     def _about_blocks(self) -> str:
@@ -203,96 +298,17 @@ class AuditReport(AuditFinding):
         return f"{len(identical)} of {len(self.blocks)} blocks are the identity ({paths})"
 
     def _about_output(self) -> str:
+        loss = "loss" if self.was_trained else "initial loss"
         layer = f"output projection ({self.output_layer.path})" if self.output_layer else "output"
         instead = "" if self.output.zero_loss is None else f" instead of {self.output.zero_loss:.2f}"
         if self.output.zero:
-            return f"{layer} is zero: the output is exactly zero, initial loss {self.output.loss:.2f}"
+            return f"{layer} is zero: the output is exactly zero, {loss} {self.output.loss:.2f}"
         if self.output.constant:
             where = f" ({self.output_layer.path})" if self.output_layer else ""
-            return f"the output is constant but not zero{where}: initial loss {self.output.loss:.2f}{instead}"
-        state = self.output_layer.state if self.output_layer else "random"
-        return f"{layer} is {state}: initial loss {self.output.loss:.2f}{instead}"
+            return f"the output is constant but not zero{where}: {loss} {self.output.loss:.2f}{instead}"
+        state = self.state_now(self.output_layer.state if self.output_layer else "random")
+        return f"{layer} is {state}: {loss} {self.output.loss:.2f}{instead}"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Tables of the findings, under the verdict."""
-        yield Text(self.verdict, style="bold")
-        yield Text(
-            f"\n{self.model}: {self.parameters:,} weights, {self.trainable:,} trainable; measured in {self.precision}; "
-            f"output {' x '.join(map(str, self.output.shape))}, RMS {self.output.rms:.3g}"
-        )
-        if self.blocks:
-            yield self._block_table()
-        if self.modulation:
-            yield self._modulation_table()
-        yield self._input_table()
-        if self.wakes:
-            yield self._wake_table()
-        if self.units:
-            yield self._unit_table()
-        if self.values:
-            yield self._value_table()
-
-    def _block_table(self) -> Table:
-        table = new_table("Blocks", "block", "class", "relative change>")
-        every = [block.path for block in self.blocks]
-        for (kind, identity), members in grouped(self.blocks, lambda block: (block.kind, block.identity)):
-            paths = "\n".join(self.collapse((block.path for block in members), every))
-            table.add_row(paths, kind, "identity" if identity else span(members))
-        return table
-
-    def _modulation_table(self) -> Table:
-        table = new_table("Modulation", "layer", "place", "at start", "driven by")
-        every = [layer.path for layer in self.modulation]
-        for (place, state, rows, drivers), members in grouped(
-            self.modulation, lambda layer: (layer.place, layer.state, layer.zero_rows, layer.driven_by)
-        ):
-            paths = "\n".join(self.collapse((layer.path for layer in members), every))
-            table.add_row(paths, place, f"{state} {rows}".strip(), ", ".join(drivers))
-        return table
-
-    def _input_table(self) -> Table:
-        table = new_table(
-            "Effect of each input on the output", "input", "probably", "shape", "at start>", f"after {self.steps} steps>"
-        )
-        for item in self.inputs:
-            effects = [percent(item.at_start), percent(item.after_steps)]
-            table.add_row(item.name, item.part, " x ".join(map(str, item.shape)), *effects)
-        return table
-
-    def _wake_table(self) -> Table:
-        table = new_table("First gradient", "step>", "tensors", "how many>")
-        reasons = {"unused": "unused", "rounding": "rounding", "zero": "never", None: ""}
-        for (step, reason), members in sorted(
-            grouped(self.wakes, lambda wake: (wake.step, wake.reason)), key=lambda item: (item[0][0] is None, item[0][0] or 0)
-        ):
-            table.add_row(reasons[reason] or str(step), "\n".join(self.tensors(members)), str(len(members)))
-        return table
-
-    def _with_both(self, names: Iterable[str], among: Iterable[str]) -> list[str]:
-        """Collapsed names, with a weight and its bias on one line."""
-        collapsed = self.collapse(names, among)
-        merged = []
-        for name in collapsed:
-            stem, dot, kind = name.rpartition(".")
-            if kind == "bias" and f"{stem}.weight" in collapsed:
-                continue
-            merged.append(f"{stem}{dot}{{weight,bias}}" if kind == "weight" and f"{stem}.bias" in collapsed else name)
-        return merged
-
-    def _unit_table(self) -> Table:
-        title = f"Layers with units that start equal, and how many still repeat another after {self.steps} steps"
-        table = new_table(title, "layer", "units>", "distinct>", "repeat>", "not moved>", "every>")
-        every = [item.layer for item in self.units]
-        for key, members in grouped(
-            self.units, lambda item: (item.units, item.distinct, item.still_equal, item.unmoved, item.period)
-        ):
-            paths = "\n".join(self.collapse((item.layer for item in members), every))
-            table.add_row(paths, *("" if value is None else str(value) for value in key))
-        return table
-
-    def _value_table(self) -> Table:
-        table = new_table("Tensors with one value", "value>", "tensors", "how many>")
-        every = [item.tensor for item in self.values]
-        for value, members in grouped(self.values, lambda item: item.value):
-            table.add_row(f"{value:g}", "\n".join(self._with_both((item.tensor for item in members), every)), str(len(members)))
-        return table
+        yield from printed(self)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dit.audit.files import FACTORY
 from dit.errors import ConfigError
 from dit.seeding import generator
 
@@ -69,7 +70,7 @@ def small_config(constructor: type[nn.Module], given: Mapping[str, Any]) -> dict
     given = {name: value for name, value in given.items() if not name.startswith("_")}
     unknown = [name for name in given if name not in parameters]
     if unknown:
-        raise ConfigError(f"{constructor.__name__} has no argument '{unknown[0]}'; accepted: {', '.join(parameters)}")
+        raise ConfigError(f"{constructor.__name__} has no argument '{unknown[0]}'; expected one of {', '.join(parameters)}")
     defaults = {name: None if item.default is item.empty else item.default for name, item in parameters.items()}
     small = {name: _small(name, value) for name, value in defaults.items()} | _heads(defaults)
     small |= _needed(defaults, small) | given
@@ -200,9 +201,6 @@ def inputs(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
         else:
             return {argument: chosen[argument] for argument in names if argument in chosen}
     raise ConfigError(f"no inputs were found that {name} takes ({problem}); {FACTORY}")
-
-
-FACTORY = "write a function that returns (model, batch) and audit it as package.module:function"
 
 
 @dataclass(frozen=True)

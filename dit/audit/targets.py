@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +13,31 @@ import torch
 from torch import Tensor, nn
 
 from dit import config, init
-from dit.audit.measure import Batch, LossFunction
+from dit.audit import directories, published
+from dit.audit.building import check_config, made
+from dit.audit.files import Reading, fill, read_file
+from dit.audit.probe import Batch, LossFunction
+from dit.audit.report import Source
+from dit.audit.signatures import SIGNATURES
+from dit.audit.specs import made as inputs_of
+from dit.audit.wrappers import unwrapped
 from dit.diffusion import Batch as TrainingBatch
 from dit.diffusion import Diffusion
 from dit.errors import ConfigError, DataError, UserError
-from dit.init import weights as files
 from dit.models import Denoiser, backbone_of
-from dit.models.dit.network import DiT
-from dit.models.external.sources import built, diffusers_class, function, working_directory_searched
-from dit.models.sizes import SIZES
+from dit.models.external.sources import diffusers_class, function, working_directory_searched
 from dit.seeding import generator
 
 ACCEPTED = (
-    "diffusers:ClassName, strategy:name, a checkpoint (.pt, .safetensors), a diffusers directory with config.json and "
-    "*.safetensors, or package.module:function"
+    "diffusers:ClassName, strategy:name, a checkpoint (.pt, .safetensors), a diffusers directory with config.json and its "
+    "weights, or package.module:function"
 )
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 PARAMS = Path("params.yaml")
 BATCH = 4
 CLASSES = 10
+SHOWN = 60
+"""Characters of `--config` that a message repeats."""
 
 
 @dataclass(frozen=True)
@@ -42,47 +47,55 @@ class AuditTarget:
     model: nn.Module
     batch: Batch
     loss: LossFunction | None = None
+    source: Source | None = None
+    """Where its weights were read."""
 
 
 def load(
-    target: str, config: Mapping[str, Any], *, model_name: str | None = None, seed: int = 0, params: Path = PARAMS
+    target: str,
+    config: Mapping[str, Any],
+    *,
+    model_name: str | None = None,
+    seed: int = 0,
+    params: Path = PARAMS,
+    weights: Path | None = None,
+    reading: Reading | None = None,
 ) -> AuditTarget:
     """The network that `target` names; `config` are its constructor's arguments, or what a checkpoint does not tell.
 
-    A strategy is one of the file `params`, and its network `model_name`, or that file's own.
+    A strategy is one of the file `params`, and its network `model_name`, or that file's own. `weights` is a file or directory
+    that fills the network of a function; `reading` says how files are read.
 
     Raises `ConfigError` or `DataError` where there is no such network, or where what it holds cannot be used safely.
     """
+    reading = reading or Reading()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         kind, _, name = target.partition(":")
+        path = Path(target)
+        of_function = bool(name) and kind not in ("diffusers", "strategy") and not path.exists() and path.suffix not in SUFFIXES
+        if weights is not None and not of_function:
+            raise ConfigError(f"--weights is for package.module:function, and the target is '{target}'; leave it out")
         if kind == "diffusers":
             return _diffusers(name, config)
         if kind == "strategy":
             return _strategy(name, model_name, seed, params)
-        path = Path(target)
         if path.is_dir():
-            return _directory(path, config)
+            return _directory(path, config, reading)
         if path.suffix in SUFFIXES:
-            return _checkpoint(path, config)
-        if name and not path.exists():
-            return _function(kind, name)
-    raise ConfigError(f"'{target}' is nothing that can be audited; accepted: {ACCEPTED}")
+            return _checkpoint(path, config, reading)
+        if of_function:
+            return _function(kind, name, weights, reading)
+    raise ConfigError(f"cannot audit '{target}'; expected one of {ACCEPTED}")
 
 
 def read_config(text: str) -> dict[str, Any]:
     """A mapping from JSON, or from the JSON file at that path. Raises `ConfigError`."""
-    source = text
     with contextlib.suppress(OSError, ValueError):
         if Path(text).is_file():
-            source = Path(text).read_text()
-    try:
-        config = json.loads(source)
-    except ValueError as error:
-        raise ConfigError(f"--config = {text}: not a file, and not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"--config = {text}: {type(config).__name__}; accepted: a JSON object of constructor arguments")
-    return config
+            return directories.read_json(Path(text))
+    shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return directories.parse_json(text, f"--config = {shown}")
 
 
 def _diffusers(name: str, config: Mapping[str, Any]) -> AuditTarget:
@@ -90,8 +103,13 @@ def _diffusers(name: str, config: Mapping[str, Any]) -> AuditTarget:
     from dit.audit import synthesis
 
     constructor = diffusers_class(name)
+    check_config(name, config)
+    if constructor.__name__ in SIGNATURES and not config:
+        signature = SIGNATURES[constructor.__name__]
+        given = {argument: inputs_of(spec) for argument, spec in signature.inputs.items()}
+        return AuditTarget(made(constructor, signature.config), given)
     arguments = synthesis.small_config(constructor, config)
-    network = built(constructor, arguments, "--config")
+    network = made(constructor, arguments)
     return AuditTarget(network, synthesis.inputs(network, arguments))
 
 
@@ -102,7 +120,7 @@ def _strategy(name: str, model_name: str | None, seed: int, params: Path) -> Aud
     """
     loaded = config.load(params)
     if name not in loaded.strategies:
-        raise ConfigError(f"{params}: unknown strategy '{name}'; accepted: {', '.join(loaded.strategies)}")
+        raise ConfigError(f"{params}: unknown strategy '{name}'; expected one of {', '.join(loaded.strategies)}")
     network = init.apply(loaded.network({"num_classes": CLASSES}, model_name), loaded.strategies[name], seed)
     x0, timesteps, labels = _latent_batch(network)
     objective = loaded.diffusion.objective if loaded.diffusion.objective in backbone_of(network).objectives else "flow"
@@ -127,99 +145,35 @@ def _latent_batch(network: Denoiser) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.tensor([50, 350, 650, 950]), labels
 
 
-def _checkpoint(path: Path, config: Mapping[str, Any]) -> AuditTarget:
-    """A file with the published DiT's layout. Its sizes follow from its shapes, and heads from the published sizes."""
-    weights = read_weights(path)
-    try:
-        width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
-        depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-        tokens = weights["pos_embed"].shape[1]
-        classes = weights["y_embedder.embedding_table.weight"].shape[0] - 1
-        out_channels = weights["final_layer.linear.weight"].shape[0] // patch**2
-    except (KeyError, ValueError, IndexError) as error:
-        names = ", ".join(list(weights)[:3])
-        raise DataError(
-            f"{path} has not the layout of a published DiT ({error} is missing; it holds {names}, ...); "
-            "write a function that returns (model, batch) and audit it as package.module:function"
-        ) from None
-    heads = _heads(path, depth, width, config)
-    network = DiT(
-        latent_size=round(tokens**0.5) * patch,
-        patch_size=patch,
-        latent_channels=channels,
-        hidden_size=width,
-        depth=depth,
-        num_heads=heads,
-        num_classes=classes,
-        learn_sigma=out_channels == 2 * channels,
-    )
-    _fill(network, weights, path)
-    return AuditTarget(network, _latent_batch(network))
+def _checkpoint(path: Path, config: Mapping[str, Any], reading: Reading) -> AuditTarget:
+    """A file with the layout of a published DiT, SiT, REPA or LightningDiT."""
+    network, weights = published.load(path, config, reading)
+    source = fill(network, weights)
+    return AuditTarget(network, _latent_batch(network), source=source)
 
 
-def _heads(path: Path, depth: int, width: int, config: Mapping[str, Any]) -> int:
-    """The number that `config` gives, or that of the published size."""
-    if unknown := config.keys() - {"num_heads"}:
-        raise ConfigError(f"--config of a checkpoint has {', '.join(sorted(unknown))}; accepted: num_heads")
-    if "num_heads" in config:
-        given = config["num_heads"]
-        if not isinstance(given, int) or given < 1 or width % given:
-            raise ConfigError(f"--config: num_heads = {given!r}; accepted: a divisor of the width, {width}")
-        return given
-    for size in SIZES.values():
-        if (size.depth, size.hidden_size) == (depth, width):
-            return size.num_heads
-    raise ConfigError(
-        f"{path}: a DiT of {depth} blocks and width {width} is none of {', '.join(SIZES)}, and a checkpoint does not "
-        """tell the number of heads; give it with --config '{"num_heads": 6}'"""
-    )
-
-
-def _fill(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    try:
-        network.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise DataError(f"{path} does not fit {type(network).__name__}: {' '.join(str(error).split())[:500]}") from None
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from a checkpoint, without executing anything that it holds. Raises `ConfigError` or `DataError`."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    return _without_prefix(files.read(path))
-
-
-def _without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names as they were before a network was wrapped for distributed training or compiled."""
-    for prefix in ("module.", "_orig_mod."):
-        if all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    return dict(weights)
-
-
-def _directory(path: Path, config: Mapping[str, Any]) -> AuditTarget:
-    """A directory written by diffusers' `save_pretrained`: its class by name, its weights from safetensors alone."""
+def _directory(path: Path, config: Mapping[str, Any], reading: Reading) -> AuditTarget:
+    """A directory written by diffusers' `save_pretrained`: class and weights as its `from_pretrained` finds them."""
     from dit.audit import synthesis
 
-    if (path / "transformer").is_dir():  # of a whole pipeline
-        path = path / "transformer"
-    if not (path / "config.json").is_file():
-        raise DataError(f"{path} holds no config.json; accepted: a directory of diffusers with config.json and *.safetensors")
-    saved = {**read_config(str(path / "config.json")), **config}
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise DataError(f"{path} holds no *.safetensors; other formats are not read from a directory")
-    arguments = synthesis.small_config(constructor := diffusers_class(str(saved.get("_class_name", ""))), saved)
-    network = built(constructor, arguments, "--config")
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        weights |= read_weights(file)
-    _fill(network, weights, path)
-    return AuditTarget(network, synthesis.inputs(network, arguments))
+    folder = directories.network_folder(path)
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{path} holds no config.json; expected a directory that diffusers' save_pretrained wrote")
+    saved = {**directories.read_json(folder / "config.json"), **config}
+    constructor, arguments, ignored = directories.constructor_of(saved, folder / "config.json")
+    check_config(constructor.__name__, arguments)
+    network = made(constructor, arguments)
+    weights = directories.read_directory(folder, reading, tuple(network.state_dict()))
+    source = fill(network, weights).model_copy(update={"ignored_settings": ignored})
+    defaults = {name: item.default for name, item in inspect.signature(constructor).parameters.items()}
+    return AuditTarget(network, synthesis.inputs(network, {**defaults, **arguments}), source=source)
 
 
-def _function(module: str, name: str) -> AuditTarget:
-    """What somebody's function returns: (model, batch) or (model, batch, loss). The working directory is searched too."""
+def _function(module: str, name: str, weights: Path | None, reading: Reading) -> AuditTarget:
+    """What somebody's function returns: (model, batch) or (model, batch, loss). The working directory is searched too.
+
+    The model is filled with the file or directory `weights`, where there is one.
+    """
     where = f"{module}:{name}"
     try:
         with working_directory_searched():
@@ -232,8 +186,14 @@ def _function(module: str, name: str) -> AuditTarget:
     except Exception as error:
         raise ConfigError(f"'{where}' raised {type(error).__name__}: {error}") from error
     if not isinstance(returned, tuple) or len(returned) not in (2, 3) or not isinstance(returned[0], nn.Module):
-        raise ConfigError(f"'{where}' returned {type(returned).__name__}; accepted: (model, batch) or (model, batch, loss)")
-    return AuditTarget(*returned)
+        raise ConfigError(f"'{where}' returned {type(returned).__name__}; expected (model, batch) or (model, batch, loss)")
+    if weights is None:
+        return AuditTarget(*returned)
+    network = unwrapped(returned[0])
+    anchors = tuple(network.state_dict())
+    read = directories.read_directory if weights.is_dir() else read_file
+    source = fill(network, read(weights, reading=reading, anchors=anchors))
+    return replace(AuditTarget(*returned), model=network, source=source)
 
 
 def _needs_arguments(function: Callable[..., Any]) -> bool:

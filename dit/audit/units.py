@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dit.audit.probe import LAYERS, SAME
+from dit.audit.observe import LAYERS
+from dit.audit.probe import SAME
 from dit.audit.report import TensorValues, Units
 from dit.seeding import generator
 

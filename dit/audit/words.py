@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from rich.table import Table
-
 if TYPE_CHECKING:
     from dit.audit.report import Block
 
@@ -54,11 +52,3 @@ def percent(change: float | None) -> str:
     if change is None:
         return "not varied"
     return "none" if without_effect(change) else f"{100 * change:.{0 if change >= 0.1 else 2}f} %"
-
-
-def new_table(title: str, *columns: str) -> Table:
-    """A table whose columns are aligned to the right where their name ends in `>`."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in columns:
-        table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
-    return table

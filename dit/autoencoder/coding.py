@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from dit.autoencoder.kinds import Autoencoder
+from dit.autoencoder.kinds import Autoencoder, Pixels
 from dit.autoencoder.published import normalization
 from dit.devices import autocast, send
 from dit.fused.encoder import FusedEncoder
@@ -37,18 +37,21 @@ Posterior = Callable[[Tensor], DiagonalGaussianDistribution | Point]
 
 
 class Encoder:
-    """The encoder of `autoencoder`, in `precision`, by `backend`: one of those that `dit.devices.resolve_backend` returns.
+    """The encoder of `autoencoder`, in `precision`, by `backend`: one of those that `dit.devices.resolve_backend` returns. Of
+    pixels there is nothing to compile.
 
-    `published` is the normalisation of latents that the autoencoder's config states: see `dit.autoencoder.published`.
+    `published` is the normalisation of latents that the autoencoder's config states: see `dit.autoencoder.published`. `spread`
+    says whether posteriors have any.
     """
 
     def __init__(self, autoencoder: Autoencoder, precision: torch.dtype = torch.float32, backend: str = "eager") -> None:
         self.device, self.precision = autoencoder.device, precision
         self.published = normalization(autoencoder.config)
+        self.spread = isinstance(autoencoder, AutoencoderKL)
 
         def posterior(images: Tensor) -> DiagonalGaussianDistribution | Point:
             found = autoencoder.encode(images)
-            return found.latent_dist if isinstance(autoencoder, AutoencoderKL) else Point(found.latents)
+            return found.latent_dist if self.spread else Point(found.latents)
 
         def fused() -> Posterior:
             moments = FusedEncoder(autoencoder)
@@ -59,7 +62,7 @@ class Encoder:
             "compiled": lambda: torch.compile(posterior),
             "eager": lambda: posterior,
         }
-        self.posterior = ways[backend]()
+        self.posterior = posterior if isinstance(autoencoder, Pixels) else ways[backend]()
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> tuple[Tensor, Tensor]:

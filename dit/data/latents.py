@@ -26,8 +26,8 @@ T = TypeVar("T")
 Encode = Callable[[np.ndarray], tuple[Tensor, Tensor]]
 """Pixels (B, H, W, C) uint8 -> mean and standard deviation of the posterior, each (B, C, h, w) float32.
 
-It may have an attribute `published`: the normalisation that is published with it, as `write_latents` returns one, with its
-`factor`, or None.
+It may have two attributes: `published`, the normalisation that is published with it, as `write_latents` returns one, with its
+`factor`, or None; and `spread`, which is False where all standard deviations are 0, which are then not stored.
 """
 Normalize = Literal["auto", "published", "per_channel", "global"] | float | ShiftAndScale | MeanAndStd
 """What `latents.normalize` may be."""
@@ -35,7 +35,7 @@ Normalize = Literal["auto", "published", "per_channel", "global"] | float | Shif
 
 @dataclass(frozen=True)
 class Latents:
-    """The posteriors of one split, raw (not normalised), as read-only memory maps.
+    """The posteriors of one split, raw (not normalised), as read-only memory maps, or zeros that take no memory.
 
     `mean` and `std` are (N, F, C, h, w), float32 or float16; index 1 of F, where there is one, is the mirrored image.
     `labels` are (N,) int64.
@@ -69,7 +69,10 @@ class LatentStore:
 
     def split(self, name: Literal["train", "validation"]) -> Latents:
         """The posteriors of `"train"` or `"validation"`. Raises `DamagedError` where the bytes of a file have changed."""
-        return Latents(*(self.store.verified(f"{name}_{part}") for part in ("mean", "std", "labels")))
+        mean, labels = (self.store.verified(f"{name}_{part}") for part in ("mean", "labels"))
+        if f"{name}_std" not in self.store.arrays:
+            return Latents(mean, np.broadcast_to(np.zeros((), mean.dtype), mean.shape), labels)
+        return Latents(mean, self.store.verified(f"{name}_std"), labels)
 
     def normalize(self, z: Tensor) -> Tensor:
         """Raw latents (B, C, h, w) -> what the diffusion model sees: `(z - shift) * scale`, per channel."""
@@ -102,7 +105,8 @@ def write_latents(
     first, _ = encode(images.train_images[:1])
     item = (2 if settings.flip else 1, *first.shape[1:])
     stated = stated_normalization(settings.normalize, item[1], getattr(encode, "published", None))
-    arrays = {f"{split}_{kind}": (settings.dtype, item) for split in SPLITS for kind in ("mean", "std")}
+    kinds = ("mean", "std") if getattr(encode, "spread", True) else ("mean",)
+    arrays = {f"{split}_{kind}": (settings.dtype, item) for split in SPLITS for kind in kinds}
     labels = {f"{split}_labels": (np.int64, ()) for split in SPLITS}
     writer = StoreWriter(directory, **arrays, **labels) if directory else None
     moments = Moments(channels=item[1])
@@ -118,9 +122,9 @@ def write_latents(
             for parts in one_ahead(encoded):
                 mean, std = _stored(parts, settings)
                 _check_finite(mean, std, split, done)
-                if writer:
-                    writer.append(f"{split}_mean", mean)
-                    writer.append(f"{split}_std", std)
+                for kind, values in zip(kinds, (mean, std), strict=False):
+                    if writer:
+                        writer.append(f"{split}_{kind}", values)
                 if split == "train":
                     moments.add(mean, std)
                 done += len(mean)

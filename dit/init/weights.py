@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,44 @@ from torch import Tensor
 
 from dit.errors import ConfigError
 
-HOLDERS = ("ema", "model", "state_dict")
-"""Keys under which a training checkpoint keeps weights, the first that it has; facebookresearch/DiT train.py, download.py."""
+HOLDERS = (
+    "ema",
+    "model_ema",
+    "ema_model",
+    "ema_state_dict",
+    "state_dict_ema",
+    "params_ema",
+    "model",
+    "state_dict",
+    "model_state_dict",
+    "net",
+    "network",
+    "module",
+    "params",
+    "weights",
+)
+"""Keys under which a training checkpoint keeps weights, one inside another; the first that holds any is read.
+
+facebookresearch/DiT train.py and download.py; timm, Lightning, DeepSpeed, BasicSR and mmengine have the others. Averaged
+weights come first, as the published samplers use them.
+"""
+
+MAX_NESTING = 16
+"""Mappings inside mappings that are looked into."""
+
+MAX_PICKLE = 256 * 2**20
+"""Bytes of names and plain values in a `.pt`."""
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """Tensors by name, and where in a file they are."""
+
+    weights: dict[str, Tensor]
+    holder: str
+    """Keys of the file that lead to them, with dots between; empty where they are the file itself."""
+    others: tuple[str, ...]
+    """Other tensors of the file, by the keys that lead to them."""
 
 
 def verify(path: Path, sha256: str) -> None:
@@ -61,27 +100,117 @@ def _read(path: Path, sha256: str) -> dict[str, Tensor]:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """All tensors by name, of the file itself or of the first holder of `HOLDERS` in it; nothing in it is executed.
+    """The tensors of `state_dict`."""
+    return state_dict(path).weights
 
-    Raises `ConfigError` for a file that holds code, or no tensors by name.
+
+def state_dict(path: Path, key: str = "") -> StateDict:
+    """All tensors by name, of the file itself or of the holder in it; nothing in it is executed.
+
+    The holder is what `key` names, such as `"ema"` or `"state.model"`, otherwise the first of `HOLDERS` that holds tensors.
+
+    Raises `ConfigError` for a file that holds code, or no tensors by name, or less than it claims to.
     """
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ConfigError(f"{path}: not a safetensors file: {error}") from None
+    if not path.is_file():
+        raise ConfigError(f"{path}: not a file; expected a .safetensors or .pt file")
+    found = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    holder = _named(path, found, key.split(".")) if key else _holder(found)
+    held: Any = found
+    for step in holder:
+        held = held[step]
+    weights = _tensors(held)
+    if not weights:
+        where = f"{path}, under {key}," if key else f"{path}"
+        keys = ", ".join(map(str, list(found)[:5])) if isinstance(found, dict) and found else "nothing by name"
+        raise ConfigError(
+            f"{where} holds no tensors by name; expected a state_dict, or one under {', '.join(HOLDERS[:8])} or the like "
+            f"(it holds {keys}); name another key with --key"
+        )
+    for name, tensor in weights.items():
+        if tensor.layout == torch.strided and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ConfigError(
+                f"{path}: '{name}' has {tensor.numel():,} entries, but fewer are in the file; expected whole tensors"
+            )
+    within = ".".join(holder)
+    others = tuple(name for name in _every(found) if name not in {f"{within}.{each}".lstrip(".") for each in weights})
+    return StateDict(weights, within, others)
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path}: not a safetensors file: {error}") from None
+
+
+def _pickled(path: Path) -> Any:
+    _check_size(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments that train.py of DiT saves beside
-            found: Any = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle may raise anything
         named = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it names {named[1]}, which is code" if named else "it is no such file"
         raise ConfigError(f"{path}: refused: {reason}; expected a file of tensors and plain values alone") from None
-    for holder in HOLDERS:
-        if isinstance(found, dict) and isinstance(found.get(holder), dict):
-            found = found[holder]
-            break
-    weights = {name: value for name, value in found.items() if isinstance(value, Tensor)} if isinstance(found, dict) else {}
-    if not weights:
-        raise ConfigError(f"{path}: holds no tensors by name; expected a state_dict, or one under {', '.join(HOLDERS)}")
-    return weights
+
+
+def _check_size(path: Path) -> None:
+    """Refuse an archive that grows when it is read: torch stores tensors as they are."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = [entry.file_size for entry in archive.infolist()]
+            pickles = [entry.file_size for entry in archive.infolist() if entry.filename.endswith("data.pkl")]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ConfigError(f"{path}: refused: it is a damaged archive ({error})") from None
+    if sum(sizes) > path.stat().st_size or max(pickles, default=0) > MAX_PICKLE:
+        raise ConfigError(
+            f"{path}: refused: it is compressed, and holds {sum(sizes):,} bytes; expected a file that torch wrote"
+        )
+
+
+def _named(path: Path, found: Any, keys: list[str]) -> list[str]:
+    """The keys that lead to what `keys`, with dots between, means; a key may have dots in it."""
+    if not keys:
+        return []
+    for end in range(len(keys), 0, -1):
+        first = ".".join(keys[:end])
+        if isinstance(found, dict) and isinstance(found.get(first), dict):
+            return [first, *_named(path, found[first], keys[end:])]
+    held = ", ".join(map(str, list(found)[:8])) if isinstance(found, dict) else type(found).__name__
+    raise ConfigError(f"{path} has no mapping under the key '{'.'.join(keys)}'; it holds {held}")
+
+
+def _holder(found: Any, depth: int = MAX_NESTING) -> list[str]:
+    """The keys of the first holder that has tensors; none where it is `found` itself."""
+    if isinstance(found, dict) and depth:
+        for name in HOLDERS:
+            inner = found.get(name)
+            if isinstance(inner, dict) and inner:
+                keys = [name, *_holder(inner, depth - 1)]
+                held = inner
+                for key in keys[1:]:
+                    held = held[key]
+                if _tensors(held):
+                    return keys
+    return []
+
+
+def _tensors(found: Any) -> dict[str, Tensor]:
+    if not isinstance(found, dict):
+        return {}
+    return {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
+
+
+def _every(found: Any) -> Iterator[str]:
+    """The keys that lead to every tensor in mappings and lists."""
+    waiting, seen = [("", found, 0)], set[int]()
+    while waiting:
+        path, value, depth = waiting.pop()
+        if isinstance(value, Tensor):
+            yield path
+        elif isinstance(value, dict | list | tuple) and depth < MAX_NESTING and id(value) not in seen:
+            seen.add(id(value))
+            items = list(value.items() if isinstance(value, dict) else enumerate(value))
+            waiting += [(f"{path}.{key}".lstrip("."), item, depth + 1) for key, item in reversed(items)]

@@ -103,8 +103,8 @@ class StudyParams(Section):
     """The seeds on which each strategy's best learning rate is chosen. The other seeds report, and these do not."""
     declared: list[Name] = Field(default_factory=list)
     """The strategies whose comparison with the baseline is primary. Verdicts are corrected for their number."""
-    sample: Literal["all", "best", "none"] = "all"
-    """Which runs are sampled and evaluated: all, those at each strategy's best setting, or none."""
+    sample: Literal["all", "best", "one", "none"] = "all"
+    """Which runs are sampled: all, those at each strategy's best setting, one of those each (for its pictures), or none."""
 
     @model_validator(mode="after")
     def _consistent(self) -> StudyParams:

@@ -108,6 +108,8 @@ class Table:
             raise InputError(path) from None
         except pd.errors.EmptyDataError:  # of a run that diverged at once, written when such had no header
             return pd.DataFrame(columns=list(self.columns))
+        except ValueError as error:
+            raise DataError(f"{path}: not a table: {error}") from None
         if missing := [column for column in self.columns if column not in table]:
             raise DataError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns)}")
         return table

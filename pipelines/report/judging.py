@@ -78,7 +78,7 @@ def _asked(study: Study, name: str, metric: Metric, numbers: Numbers, ranked: Ma
 def _conditions(study: Study, name: str, of_samples: bool) -> Conditions:
     mine, base = study.shown(name, of_samples), study.shown(study.baseline, of_samples)
     rate = f"at learning rate {mine.rate:g}" + ("" if mine.rate == base.rate else f" against {base.rate:g}")
-    if of_samples and study.params.study.sample == "best":
+    if of_samples and study.params.study.sample in ("best", "one"):
         rate = f"each at the setting with its lowest validation error, {rate}"
     return Conditions(base.data, base.network, base.length, rate)
 

@@ -59,9 +59,9 @@ def _evaluation(folder: Path, train: TrainRecord, name: str) -> EvaluateRecord:
 
 def _sampled(params: Params, everything: list[Run], shown: dict[str, dict[int, Run]]) -> dict[str, dict[int, Sampled]]:
     """The evaluations of the runs that are shown, or of each strategy at its best setting."""
-    if params.study.sample == "best":
+    if params.study.sample in ("best", "one"):
         by_name = {run.name: run for run in everything}
-        return {name: {seed: _best(f"{name}-best-{seed}", by_name) for seed in design.report_seeds(params)} for name in shown}
+        return {name: {seed: _best(f"{name}-best-{seed}", by_name) for seed in design.sampled_seeds(params)} for name in shown}
     return {
         name: {seed: Sampled(run.evaluation, run, EVALUATE / run.name) for seed, run in by_seed.items() if run.evaluation}
         for name, by_seed in shown.items()

@@ -23,6 +23,7 @@ from dit.config import Params, load
 from dit.errors import InputError, UserError
 from pipelines import design
 from pipelines.design import Item
+from pipelines.disk import FullDiskError, full_path
 from pipelines.stages.launch import WRONG_INPUT, check_devices, in_group, join_group, run_group
 
 TRANSIENT = os.EX_TEMPFAIL
@@ -63,7 +64,11 @@ def run_dvc_stage(stage: Stage, name: str, section: str = "") -> None:
 def exit_codes() -> Iterator[None]:
     """End the process with a code that says what went wrong, if anything did."""
     try:
-        yield
+        with _full_disk_told():
+            yield
+    except FullDiskError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(TRANSIENT)
     except InputError as error:
         stage_name = made_by(error.path)
         print(f"error: {error}{f'; run `dvc repro {stage_name}`' if stage_name else ''}", file=sys.stderr)
@@ -78,6 +83,17 @@ def exit_codes() -> Iterator[None]:
         traceback.print_exc()
         print(f"error: {error}; a retry may help", file=sys.stderr)
         sys.exit(TRANSIENT)
+
+
+@contextmanager
+def _full_disk_told() -> Iterator[None]:
+    """Raises `FullDiskError` where something fails for that, whatever the library that wrote made of it."""
+    try:
+        yield
+    except Exception as error:
+        if (path := full_path(error)) is not None:
+            raise FullDiskError(path) from None
+        raise
 
 
 def run_key(item: Item, settings: object) -> str:

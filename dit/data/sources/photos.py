@@ -71,8 +71,8 @@ def open_source(images: ImagesParams, source: PhotosSource) -> Source:
         side = min(train.short_side, validation.short_side)
         if side < SMALLEST_REGION:
             raise ConfigError(
-                f"images.source.validation_region = {source.validation_region} leaves a region of {side} pixels of '{name}'; "
-                f"accepted: a fraction that leaves {SMALLEST_REGION} or more on both sides"
+                f"images.source.validation_region = {source.validation_region} leaves a region of {side} pixels of '{name}': "
+                f"expected a fraction that leaves {SMALLEST_REGION} or more on both sides"
             )
         if side < images.size:
             notes.append(f"'{name}' has a region of {side} pixels, less than size {images.size}: its crops are enlarged")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dit.errors import ConfigError, DataError
 from dit.sections import ImagesParams, WebDatasetSource
 
 KEY = "images.source"
+WHOLE_NUMBER = re.compile(r"-?\d+", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def _labelled(source: WebDatasetSource, key: str, pattern: str) -> tuple[Part, l
     if not labels:
         known = f"image_key = '{source.image_key}', label_key = '{source.label_key}'"
         raise DataError(f"{KEY}.{key} = '{pattern}' holds no labelled image, with {known}")
-    numbers = all(label.lstrip("-").isdecimal() for label in labels)
+    numbers = all(WHOLE_NUMBER.fullmatch(label) for label in labels)
     return Part(shards, positions, [int(label) for label in labels] if numbers else labels), rejected
 
 
@@ -129,9 +131,7 @@ def _title(sample: dict[str, Any]) -> str:
 
 
 def _pictures(part: Part, index: dict[Any, int], keys: str) -> Iterator[Encoded]:
-    wanted = iter(zip(part.positions, part.labels, strict=True))
-    row, label = next(wanted)
-    for position, sample in enumerate(_samples(part.shards)):
-        if position == row:
-            yield Encoded(_title(sample), index[label], _image(sample, keys) or b"")
-            row, label = next(wanted, (-1, None))
+    samples = enumerate(_samples(part.shards))
+    for row, label in zip(part.positions, part.labels, strict=True):
+        sample = next(sample for position, sample in samples if position == row)
+        yield Encoded(_title(sample), index[label], _image(sample, keys) or b"")

@@ -1,0 +1,115 @@
+"""How the diffusion transformers of diffusers start, as a table in Markdown: `python -m dit.audit.atlas > docs/atlas.md`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from dit.audit import audit
+from dit.audit.report import AuditReport
+from dit.audit.targets import load
+from dit.errors import UserError
+
+ORIGINS = {
+    "DiTTransformer2DModel": ("zero modulation and head", "facebookresearch/DiT, models.py, `initialize_weights`"),
+    "HunyuanVideoTransformer3DModel": (
+        "zero modulation",
+        "Tencent-Hunyuan/HunyuanVideo, hyvideo/modules/modulate_layers.py, `ModulateDiT`",
+    ),
+    "PixArtTransformer2DModel": (
+        "zero head and zero outputs of cross-attention",
+        "PixArt-alpha/PixArt-alpha, diffusion/model/nets/PixArt.py, `initialize_weights`",
+    ),
+    "WanTransformer3DModel": ("zero head", "Wan-Video/Wan2.1, wan/modules/model.py, `init_weights`"),
+}
+"""What the original code makes zero, by class, and where."""
+
+HEAD = """# Atlas: how the diffusion transformers of diffusers start
+
+Every network of diffusers {version} with "Transformer" in its name that `dit audit` can call: fresh from its constructor,
+small (about two blocks), and measured, not read. This page is made by `python -m dit.audit.atlas > docs/atlas.md`. What
+surprises comes first: a start that is not that of the original code, then units that stay equal while they train, then the
+highest initial loss.
+
+The loss is the mean squared error against noise of unit mean square: 1 for an output of zero. *Wakes* are the steps at which
+the first weights of the head, of modulation, of other layers of the blocks, and of all the rest receive a gradient.
+Constructors of diffusers leave most layers to the defaults of torch, as a checkpoint is loaded over them: who trains from
+scratch starts from what stands here.
+
+| network | output | blocks | block modulation | equal units | wakes: head, modulation, blocks, rest | loss | original code |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One network: its row, and how much it surprises."""
+
+    name: str
+    row: str
+    surprise: tuple[bool, bool, float]
+
+
+def entry(name: str, report: AuditReport) -> Entry:
+    """What an audit found, in a row."""
+    identical = sum(block.identity for block in report.blocks)
+    states = list(dict.fromkeys(layer.state for layer in report.modulation if layer.place != "final"))
+    alike = sum(item.still_equal for item in report.units)
+    zero, where = ORIGINS.get(name, ("", ""))
+    differs = ("head" in zero and not report.output.zero) or ("modulation" in zero and "zero" not in states)
+    cells = [
+        name,
+        "zero" if report.output.zero else f"RMS {report.output.rms:.2g}",
+        f"{identical} of {len(report.blocks)} are the identity" if report.blocks else "none was found",
+        ", ".join(states) or "none was found",
+        str(alike) if alike else "none",
+        ", ".join("never" if step is None else str(step) for step in _wakes(report)),
+        f"{report.output.loss:.2f}",
+        f"{zero} ({where})" if zero else "",
+    ]
+    return Entry(name, f"| {' | '.join(cells)} |", (differs, alike > 0, report.output.loss))
+
+
+def _wakes(report: AuditReport) -> Iterator[int | None]:
+    """The first step of the head's weights, of those of modulation, of the others of the blocks, and of all others."""
+    head = (f"{report.output_layer.path}.",) if report.output_layer else ()
+    modulation = tuple(f"{layer.path}." for layer in report.modulation)
+    blocks = tuple(f"{block.path}." for block in report.blocks)
+    seen: set[str] = set()
+    for prefixes in (head, modulation, blocks, ("",)):
+        members = [wake for wake in report.wakes if wake.tensor.startswith(prefixes) and wake.tensor not in seen]
+        seen |= {wake.tensor for wake in members}
+        yield min((wake.step for wake in members if wake.step is not None), default=None)
+
+
+def page(names: Sequence[str]) -> str:
+    """The table for these classes, and those that could not be called, with the reason."""
+    import diffusers
+
+    entries, refused = [], []
+    for name in names:
+        try:
+            target = load(f"diffusers:{name}", {})
+            entries.append(entry(name, audit(target.model, target.batch)))
+        except UserError as error:
+            refused.append(f"- {name}: {str(error)[:160]}")
+        print(name, file=sys.stderr)
+    entries.sort(key=lambda item: (*item.surprise, item.name), reverse=True)
+    rows = "\n".join(item.row for item in entries)
+    left = "\n".join(refused) or "None."
+    return f"{HEAD.format(version=diffusers.__version__)}{rows}\n\n## Not called ({len(refused)} of {len(names)})\n\n{left}\n"
+
+
+def main() -> None:
+    """Print the page."""
+    import diffusers
+
+    warnings.simplefilter("ignore")
+    diffusers.logging.set_verbosity_error()
+    print(page(sorted(name for name in diffusers.__all__ if "Transformer" in name)), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Networks built from other people's configurations: what cannot be built is told before it takes time or memory."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
+
+from dit.errors import ConfigError
+from dit.models.external.sources import built
+
+MAX_NUMBER = 2**40
+"""The largest number in a configuration."""
+
+MAX_DEPTH = 32
+"""Lists and mappings inside one another in a configuration."""
+
+MAX_ENTRIES = 100_000
+"""Values in a configuration."""
+
+MAX_SIDE = 512
+"""Positions along a side of a sample or of a table of positions: such a table is computed, not only described."""
+
+MAX_LAYERS = 4096
+"""Blocks of a network."""
+
+MAX_MODULES = 30_000
+"""Modules of a network: a thousand blocks of thirty."""
+
+SIDES = ("sample_size", "sample_width", "sample_height", "pos_embed_max_size", "sample_frames", "image_size", "input_size")
+
+LAYERS = re.compile(r"(n|num)_?(\w+_)?(layers|blocks)|(\w+_)?depth")
+"""What numbers of blocks are called."""
+
+WEIGHT_COPIES = 3
+"""How often an audit holds the weights, in their own precision: the network, its copy, and how that started."""
+
+
+def check_config(name: str, config: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` where a configuration is nested or long beyond use, or has numbers that no network has."""
+    for count, (path, value, depth) in enumerate(_values(config)):
+        if depth > MAX_DEPTH or count > MAX_ENTRIES:
+            raise ConfigError(f"--config of {name}: nested deeper than {MAX_DEPTH}, or more than {MAX_ENTRIES:,} values")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and (not math.isfinite(value) or abs(value) > MAX_NUMBER):
+            raise ConfigError(f"--config of {name}: {path[1:]} is no size of a network; expected at most 2^40")
+        most = MAX_SIDE if path[1:] in SIDES else MAX_LAYERS if LAYERS.fullmatch(path[1:]) else MAX_NUMBER
+        if number and value > most:
+            raise ConfigError(f"--config of {name}: {path[1:]} = {value}; expected at most {most}")
+
+
+def _values(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Any, int]]:
+    yield path, value, depth
+    if depth > MAX_DEPTH:
+        return
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _values(item, f"{path}.{key}", depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _values(item, path, depth + 1)
+
+
+def made(constructor: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
+    """What `constructor` makes of `arguments`; without memory first, so that what is too large is refused.
+
+    Raises `ConfigError` for a network that cannot be built, has more modules than any, or does not fit in memory.
+    """
+    with _limited(constructor.__name__), torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        try:
+            outline = constructor(**arguments)
+        except ConfigError:
+            raise
+        except Exception:  # some cannot be built without memory; and what is wrong is told below
+            outline = None
+    if outline is not None:
+        need = WEIGHT_COPIES * sum(weight.numel() * weight.element_size() for weight in outline.parameters())
+        free = psutil.virtual_memory().available
+        if need > free:
+            raise ConfigError(
+                f"{constructor.__name__} needs {need / 2**30:,.0f} GiB to be audited, and {free / 2**30:,.0f} GiB are free; "
+                "make it smaller with --config"
+            )
+    with _limited(constructor.__name__), warnings.catch_warnings(action="ignore"):
+        network = built(constructor, arguments, "--config")
+    if not any(True for _ in network.parameters()):
+        raise ConfigError(f"{constructor.__name__} has no weights with these arguments; expected a network")
+    return network
+
+
+@contextmanager
+def _limited(name: str) -> Iterator[None]:
+    """Within the block, a network of too many modules, or with a weight larger than the memory, is refused."""
+    modules = 0
+    memory = psutil.virtual_memory().total
+
+    def count(_: nn.Module, __: str, ___: Any) -> None:
+        nonlocal modules
+        modules += 1
+        if modules > MAX_MODULES:
+            raise ConfigError(
+                f"{name} has more than {MAX_MODULES:,} modules with these arguments; make it smaller with --config"
+            )
+
+    def measure(_: nn.Module, attribute: str, weight: nn.Parameter | None) -> None:
+        if weight is not None and weight.numel() * weight.element_size() > memory:
+            raise ConfigError(f"{name}: weight {attribute} {tuple(weight.shape)} is larger than the memory; make it smaller")
+
+    hooks = [register_module_module_registration_hook(count), register_module_parameter_registration_hook(measure)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

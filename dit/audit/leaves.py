@@ -1,0 +1,123 @@
+"""The tensors and numbers inside whatever a network takes or returns, each by its path, such as `batch.x` or `[1]`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MAX_DEPTH = 12
+"""Containers inside containers that are looked into."""
+
+Leaf = Tensor | int | float | list
+"""A tensor, a number, or a list of one tensor for each sample."""
+
+
+def parts(value: Any) -> list[tuple[str, Any]] | None:
+    """What a container holds, by the end of its path; None for what is no container.
+
+    Containers are mappings, lists, tuples, dataclasses, and plain objects such as namespaces.
+    """
+    if isinstance(value, Tensor | nn.Module | str | bytes | type) or callable(value):
+        return None
+    if isinstance(value, Mapping):
+        return [(f".{key}", item) for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        names = getattr(value, "_fields", None)
+        return [(f".{names[i]}" if names else f"[{i}]", item) for i, item in enumerate(value)]
+    if dataclasses.is_dataclass(value):
+        return [(f".{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value)]
+    if getattr(value, "__dict__", None):
+        return [(f".{name}", item) for name, item in vars(value).items()]
+    return None
+
+
+def remade(value: Any, items: list[Any]) -> Any:
+    """A container like `value`, as from `parts`, that holds `items`; `value` stays as it is."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*items)
+    if isinstance(value, list | tuple):
+        return type(value)(items)
+    if isinstance(value, Mapping):
+        try:
+            made = copy.copy(value)
+            for key, item in zip(value, items, strict=True):
+                made[key] = item  # type: ignore[index]
+        except TypeError:  # it cannot be copied or written into
+            return dict(zip(value, items, strict=True))
+        return made
+    names = [name for name, _ in parts(value) or ()]
+    made = copy.copy(value)
+    for name, item in zip(names, items, strict=True):
+        object.__setattr__(made, name[1:], item)
+    return made
+
+
+def leaves(value: Any, path: str = "", samples: int = 0, depth: int = MAX_DEPTH) -> Iterator[tuple[str, Leaf]]:
+    """Every tensor and number in `value` by its path; a list of `samples` tensors, one for each sample, is one leaf."""
+    inside = None if depth == 0 or by_sample(value, samples) else parts(value)
+    if inside is None:
+        if isinstance(value, Tensor | int | float | list) and not isinstance(value, bool):
+            yield path.removeprefix("."), value
+        return
+    for name, item in inside:
+        yield from leaves(item, f"{path}{name}", samples, depth - 1)
+
+
+def mapped(change: Callable[[str, Any], Any], value: Any, path: str = "", samples: int = 0, depth: int = MAX_DEPTH) -> Any:
+    """`value` with every leaf replaced by `change(path, leaf)`; all its containers are new."""
+    inside = None if depth == 0 or by_sample(value, samples) else parts(value)
+    if inside is None:
+        return change(path.removeprefix("."), value)
+    return remade(value, [mapped(change, item, f"{path}{name}", samples, depth - 1) for name, item in inside])
+
+
+def by_sample(value: Any, samples: int) -> bool:
+    """Whether `value` is a list of `samples` tensors, one for each sample."""
+    if not (isinstance(value, list) and samples > 1 and len(value) == samples):
+        return False
+    if not all(isinstance(item, Tensor) for item in value):
+        return False
+    return len({item.dim() for item in value}) == 1 and any(not item.dim() or len(item) != samples for item in value)
+
+
+def fresh(value: Any, change: Callable[[Tensor], Tensor] = torch.clone) -> Any:
+    """`value` with new containers and new tensors, so that nothing that is written into them reaches `value`.
+
+    A tensor that is there twice is one tensor in the answer too. `change` makes the new tensors.
+    """
+    made: dict[int, Tensor] = {}
+
+    def renewed(_: str, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in made:
+            new = change(leaf.detach())
+            made[id(leaf)] = (new.clone() if new.data_ptr() == leaf.data_ptr() else new).requires_grad_(leaf.requires_grad)
+        return made[id(leaf)]
+
+    return mapped(renewed, value)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Every tensor in `value`."""
+    return [leaf for _, leaf in leaves(value) if isinstance(leaf, Tensor)]
+
+
+def stacked(leaf: Any) -> Tensor | None:
+    """A leaf as one tensor, the samples of a list one above the other; None where it is a number or they differ in shape."""
+    if isinstance(leaf, Tensor):
+        return leaf
+    if isinstance(leaf, list) and leaf and all(isinstance(item, Tensor) for item in leaf):
+        return torch.stack(leaf) if len({item.shape for item in leaf}) == 1 else leaf[0][None]
+    return None
+
+
+def floating(leaf: Any) -> Tensor | None:
+    """A leaf as one tensor, where it is one of floating or complex numbers."""
+    tensor = stacked(leaf)
+    return tensor if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()) else None

@@ -1,0 +1,276 @@
+"""One forward pass, watched: every call of a layer, and what every possible block makes of its streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit.audit.leaves import tensors
+from dit.audit.probe import Probe, relative_change, rms
+from dit.models.external.blocks import containers
+from dit.seeding import generator
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers whose rows are units."""
+
+ALIKE = 0.5
+"""Cosine above which a stream is the one that went in: 1 where nothing was added, less where it was normalised after that."""
+
+
+@dataclass
+class Call:
+    """One call of a layer."""
+
+    path: str
+    vector: Tensor | None
+    """The input of a linear layer that is given one vector per sample, otherwise None."""
+    given: float
+    """A number that differs where its input does."""
+
+
+@dataclass
+class Change:
+    """What a possible block made of its streams."""
+
+    kind: str
+    """Its class."""
+    change: float
+    """The largest relative change of a stream."""
+    ended: int
+    """Calls of layers that were made before it ended."""
+
+
+@dataclass
+class Observation:
+    """The prediction, every call of a layer in order, and the change made by every possible block."""
+
+    output: Tensor
+    calls: list[Call] = field(default_factory=list)
+    changes: dict[str, Change] = field(default_factory=dict)
+
+
+def observe(probe: Probe, arguments: dict[str, Any] | None = None, disturbed: Collection[str] = ()) -> Observation:
+    """Call the network and watch it. Noise is added to what the layers in `disturbed` return."""
+    seen = Observation(torch.empty(0))
+    lists = possible_blocks(probe.model)
+    layers = layers_of(probe.model)
+    with watched(probe.model) as watch:
+        for path, module in probe.model.named_modules():
+            if path in lists:
+                watch(module, _Block(path, seen))
+            elif path in layers:
+                watch(module, _Layer(path, layers[path], seen, probe.batch_size, path in disturbed))
+        seen.output = probe.predicted(probe.call(arguments)).detach()
+    return seen
+
+
+def possible_blocks(model: nn.Module) -> dict[str, str]:
+    """The list that holds it, for every module that may be a block.
+
+    That is an element of a list of modules that are alike; or one of several modules of one class, made of layers, that are
+    attributes of one module.
+    """
+    found = {f"{path}.{name}".lstrip("."): path for path, module in containers(model) for name, _ in module.named_children()}
+    for path, module in model.named_modules():
+        children = dict(module.named_children())
+        for name, child in children.items():
+            alike = [other for other in children.values() if type(other) is type(child)]
+            plain = isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential) or isinstance(module, nn.Sequential)
+            if len(alike) > 1 and not plain and any(child.children()):
+                found.setdefault(f"{path}.{name}".lstrip("."), f"{path}:{type(child).__name__}")
+    return found
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """By the path of every layer, the plain layer in it: itself, or the one that an adapter was put around."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{outer}.") for outer in found if outer):
+            continue
+        main = module if isinstance(module, LAYERS) else adapted(module)
+        if main is not None:
+            found[path] = main
+    return found
+
+
+def adapted(module: nn.Module) -> nn.Linear | None:
+    """The linear layer in a module that adds a low-rank product to it, as LoRA does; None where it is no such module."""
+    main = next((child for child in module.children() if isinstance(child, nn.Linear)), None)
+    if main is None or isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return None
+    rank, own = min(main.in_features, main.out_features), {id(weight) for weight in main.parameters()}
+    matrices = [weight for weight in module.parameters() if id(weight) not in own and weight.dim() == 2]
+    low = [
+        weight for weight in matrices if min(weight.shape) < rank and set(weight.shape) & {main.in_features, main.out_features}
+    ]
+    others = [weight for weight in module.parameters() if id(weight) not in own and weight.dim() != 2 and weight.numel() > rank]
+    if len(matrices) < 2 or len(low) != len(matrices) or len(matrices) % 2 or others:
+        return None
+    return main if effective(module, main) is not None else None
+
+
+def effective(module: nn.Module, main: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Weight (out, in) and bias (out,) of a linear layer from what it does; None where it is not linear in its input."""
+    if not isinstance(main, nn.Linear):
+        return None
+    weight = main.weight
+    unit = torch.eye(main.in_features, dtype=weight.dtype, device=weight.device)
+    try:
+        with torch.no_grad():
+            bias = module(torch.zeros_like(unit[:1]))
+            matrix = module(unit) - bias
+            other = torch.randn(2, main.in_features, generator=generator("audit", "linear")).to(unit)
+            expected = other @ matrix + bias
+            if relative_change(expected, module(other)) > 1e-3:
+                return None
+    except Exception:  # whatever the module does with it, it is no layer
+        return None
+    return matrix.T, bias[0]
+
+
+def passing(probe: Probe) -> set[str]:
+    """Possible blocks that pass their stream on when every layer in them returns zeros.
+
+    A branch, whose output is added to the stream outside it, passes nothing on.
+    """
+    kept: dict[str, float] = {}
+    lists = possible_blocks(probe.model)
+    with torch.no_grad(), watched(probe.model) as watch:
+        for path, module in probe.model.named_modules():
+            if path in lists:
+                watch(module, _Passing(path, kept))
+            elif isinstance(module, LAYERS) and any(path.startswith(f"{block}.") for block in lists):
+                watch(module, _Silent())
+        probe.call()
+    return {path for path, cosine in kept.items() if cosine > ALIKE}
+
+
+class _Watcher:
+    def enter(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Called before the module."""
+
+    def leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """Called after the module; what it returns takes the place of the output, unless it is None."""
+
+
+class _Block(_Watcher):
+    """Compares what a block is given, copied before it writes into that, with what it returns or has written."""
+
+    def __init__(self, path: str, seen: Observation) -> None:
+        self.path, self.seen = path, seen
+        self.given: list[list[tuple[Tensor, int, Tensor]]] = []
+
+    def enter(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        streams = [tensor for tensor in tensors([args, kwargs]) if tensor.is_floating_point() and tensor.dim() > 1]
+        self.given.append([(tensor, tensor._version, tensor.detach().clone()) for tensor in streams])
+
+    def streams(self, output: Any) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Each tensor that the block returned or wrote into, and the inputs of its shape as they were."""
+        given = self.given.pop()
+        results = [tensor for tensor in tensors(output) if tensor.is_floating_point()]
+        written = [tensor for tensor, version, _ in given if tensor._version != version]
+        results += [tensor for tensor in written if not any(tensor is result for result in results)]
+        for result in results:
+            alike = [before for _, _, before in given if before.shape == result.shape]
+            if alike:
+                yield alike, result
+
+    def leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        changes = [min(_change(before, after) for before in alike) for alike, after in self.streams(output)]
+        if not changes:
+            return
+        known = self.seen.changes.get(self.path)
+        largest = max([*changes, *([known.change] if known else [])])
+        self.seen.changes[self.path] = Change(type(module).__name__, largest, len(self.seen.calls))
+
+
+class _Silent(_Watcher):
+    """Makes a layer return zeros."""
+
+    def leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        return torch.zeros_like(output) if isinstance(output, Tensor) else None
+
+
+class _Passing(_Block):
+    """Notes how alike a block's streams are before and after it: the least cosine."""
+
+    def __init__(self, path: str, kept: dict[str, float]) -> None:
+        super().__init__(path, Observation(torch.empty(0)))
+        self.kept = kept
+
+    def leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        cosines = [max(_cosine(before, after) for before in streams) for streams, after in self.streams(output)]
+        if cosines:
+            self.kept[self.path] = min([*cosines, self.kept.get(self.path, 1.0)])
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    return F.cosine_similarity(one.detach().double().flatten(), other.detach().double().flatten(), dim=0).item()
+
+
+def _number(tensor: Tensor) -> float:
+    """A sum of the entries, each with a weight of its own."""
+    values = tensor.detach().double().flatten()
+    return float(values @ torch.linspace(1, 2, len(values), dtype=torch.float64, device=values.device))
+
+
+class _Layer(_Watcher):
+    """Notes a call of a layer, and disturbs it where that is asked for."""
+
+    def __init__(self, path: str, main: nn.Module, seen: Observation, batch_size: int, disturb: bool) -> None:
+        self.path, self.main, self.seen, self.batch_size, self.disturb = path, main, seen, batch_size, disturb
+
+    def leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        given = next(iter([*args, *kwargs.values()]), None)
+        vector, number = None, 0.0
+        if isinstance(given, Tensor):
+            number = _number(given)
+            if isinstance(self.main, nn.Linear) and given.numel() == self.batch_size * self.main.in_features:
+                vector = given.detach().clone()
+        self.seen.calls.append(Call(self.path, vector, number))
+        if not (self.disturb and isinstance(output, Tensor)):
+            return None
+        noise = torch.randn(output.shape, generator=generator("audit", "disturbed", self.path), dtype=torch.float64)
+        return output + (1 + rms(output)) * noise.to(output)
+
+
+def _change(before: Tensor, after: Tensor) -> float:
+    """The relative change, or that beyond rounding to float32, in which some blocks keep their stream."""
+    return min(relative_change(before, after), relative_change(before.float(), after))
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[Callable[[nn.Module, _Watcher], None]]:
+    """Within the block, modules can be watched, called or through their `forward`; after it they are as they were."""
+    undo: list[Callable[[], None]] = []
+
+    def watch(module: nn.Module, watcher: _Watcher) -> None:
+        if module._forward_hooks or module._forward_pre_hooks or isinstance(module, torch.jit.ScriptModule):
+            before = module.register_forward_pre_hook(
+                lambda _, args, kwargs: watcher.enter(args, kwargs), prepend=True, with_kwargs=True
+            )
+            after = module.register_forward_hook(watcher.leave, with_kwargs=True)
+            undo.extend([before.remove, after.remove])
+            return
+        plain, own = module.forward, "forward" in module.__dict__
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            watcher.enter(args, kwargs)
+            output = plain(*args, **kwargs)
+            replaced = watcher.leave(module, args, kwargs, output)
+            return output if replaced is None else replaced
+
+        module.forward = forward
+        undo.append(lambda: setattr(module, "forward", plain) if own else delattr(module, "forward"))
+
+    try:
+        yield watch
+    finally:
+        for step in reversed(undo):
+            step()

@@ -1,0 +1,57 @@
+"""Whether weights are still as some initialisation drew them, or have been trained: by their statistics, not by their name.
+
+Every usual initialisation draws the entries of a matrix independently, from one distribution for the matrix or for each of its
+chunks (or makes it orthogonal, whose rows differ even less). Then the mean squares of its columns vary as those of independent
+entries do: with a relative variance of (k - 1) / n for n rows and a kurtosis of k. Training moves whole rows and columns, so
+that they vary by far more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from dit.audit.report import Trained
+
+SMALLEST = 16
+"""Rows and columns that a matrix needs to be judged."""
+
+EXCESS = 1.5
+"""Times the variance of independent entries beyond which rows and columns are no draw."""
+
+DEVIATIONS = 6.0
+"""Standard deviations of that variance that the excess must be, so that no draw of a small matrix counts as trained."""
+
+ENOUGH = 0.25
+"""Of the matrices judged, the share that must look trained: those of a small network after some 300 steps do."""
+
+
+def trained(weights: Mapping[str, Tensor]) -> Trained | None:
+    """What the statistics of the matrices among `weights` say; None where there are none that can be judged."""
+    judged: dict[str, bool] = {}
+    for name, weight in weights.items():
+        if weight.dim() < 2 or not weight.is_floating_point() or not weight.any():
+            continue
+        matrix = weight.detach().double().flatten(1)
+        matrix = matrix[matrix.abs().amax(1) > 0]
+        if min(matrix.shape) >= SMALLEST and bool((matrix != matrix[0, 0]).any()):
+            judged[name] = _moved(matrix)
+    if not judged:
+        return None
+    moved = sum(judged.values())
+    return Trained(matrices=len(judged), moved=moved, likely=moved > ENOUGH * len(judged))
+
+
+def _moved(matrix: Tensor) -> bool:
+    """Whether both the rows and the columns vary by more than those of a draw do."""
+    squares = matrix.square()
+    kurtosis = (squares.square().mean() / squares.mean().square()).item()
+    return all(_excess(squares, kurtosis, dim) for dim in (0, 1))
+
+
+def _excess(squares: Tensor, kurtosis: float, dim: int) -> bool:
+    means = squares.mean(dim)
+    expected = max(kurtosis - 1, 0.1) / squares.shape[dim]
+    ratio = (means.var() / means.mean().square()).item() / expected
+    return ratio > max(EXCESS, 1 + DEVIATIONS * (2 / (len(means) - 1)) ** 0.5)

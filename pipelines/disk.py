@@ -1,0 +1,58 @@
+"""A full disk: how it is recognised in whatever it makes fail, and what a person is told."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from pathlib import Path
+
+from dit.errors import UserError
+
+LEAST_BYTES = 32 * 1024**2
+"""A study that finds less does not start: its servers and their logs alone could not be written."""
+EXIT_CODE = os.EX_TEMPFAIL
+_NUMBERS = (errno.ENOSPC, errno.EDQUOT)
+_WORDS = re.compile(r"no space left on|disk quota exceeded|disk is full|os error (28|122)\b", re.IGNORECASE)
+"""Of the system, SQLite, and libraries in Rust."""
+
+
+class FullDiskError(UserError):
+    """There is no space left. The message says where, and what can be freed."""
+
+    def __init__(self, path: str | Path) -> None:
+        where = Path(path).absolute()
+        existing = next(each for each in (where, *where.parents) if each.exists())
+        free = shutil.disk_usage(existing).free
+        super().__init__(
+            f"no space left on the disk of {path} ({free / 1e6:.0f} MB are free): free some, for example with "
+            "`dvc gc --workspace`, which drops results of other parameters from DVC's cache, or by removing "
+            ".scratch/experiments; the next run goes on from here"
+        )
+
+
+def is_full(text: str) -> bool:
+    """Whether words of a program say that the disk is full."""
+    return bool(_WORDS.search(text))
+
+
+def full_path(error: BaseException | None) -> Path | None:
+    """Where there was no space, if that is what an error, or one behind it, is about."""
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno in _NUMBERS) or is_full(str(error)):
+            name = error.filename if isinstance(error, OSError) else None
+            return Path(os.fsdecode(name)) if isinstance(name, (str, bytes)) else Path.cwd()
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def is_nearly_full(path: Path) -> bool:
+    """Whether a disk has less space left than a study needs to start: then whatever fails, fails because of that."""
+    return shutil.disk_usage(path).free < LEAST_BYTES
+
+
+def check(path: Path) -> None:
+    """Raise `FullDiskError` where there is hardly any space left."""
+    if is_nearly_full(path):
+        raise FullDiskError(path)
