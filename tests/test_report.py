@@ -312,7 +312,7 @@ def test_a_browser_opens_the_report_from_disk_and_shows_every_figure(workspace: 
     assert CHROMIUM, "no browser found: `make test` installs one where it can; CHROMIUM=/path/to/chrome names another"
     compare(workspace(ALL, [0, 1, 2], diverged=("adaln-2",)))
     page = Page(dumped(Path("reports/index.html"), tmp_path / "profile"))
-    names = ("differences", "validation", "early", "relative", "training", "buckets", "wake-up", "gradients")
+    names = ("delays", "differences", "validation", "early", "relative", "training", "buckets", "wake-up", "gradients")
     names += ("gradient-ranks", "depth", "conditioning", "widths", "units", "gates", "ranks", "updates")
     assert page.drawn == str(len(names))
     assert {name for name, marks in page.marks.items() if marks} == {f"figure-{name}" for name in names}
@@ -367,10 +367,8 @@ def test_a_planted_delay_is_the_answer_with_its_steps_and_its_conditions() -> No
     )
     assert conditions in rest
     assert "(3 declared comparisons)" in rest
-    assert (
-        "symmetric is not distinguishably behind or ahead of adaln_zero over training, "
-        "at every learning rate (n = 5; exploratory)." in rest
-    )
+    nothing = "symmetric is not distinguishably behind or ahead of adaln_zero over training, at every learning rate"
+    assert f"{nothing} (n = 5; exploratory)." in rest
     assert "no verdict on strategies each at its own best rate" in " ".join(rest.split())
     assert "What a start does depends" not in rest
     found = numbers["findings"]
@@ -454,7 +452,9 @@ def test_samples_of_each_strategy_at_its_best_setting_name_the_runs_that_they_ar
     assert numbers["strategies"]["head_xavier"]["mean"]["frechet_distance"] is not None
 
 
+@pytest.mark.slow
 def test_a_report_of_500_runs_stays_under_20_megabytes() -> None:
+    """Measured: 5.3 MB, of which Plotly is 4.5."""
     strategies = [*FINAL]
     factors = {"train.learning_rate": [5.0e-4, *RATES, 8.0e-3], "model.depth": [2, 4, 8, 12]}
     params = study({"strategies": strategies, "seeds": [0, 1, 2, 3, 4], "factors": factors, "sample": "none"})

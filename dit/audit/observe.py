@@ -266,7 +266,7 @@ def watched(model: nn.Module) -> Iterator[Callable[[nn.Module, _Watcher], None]]
             replaced = watcher.leave(module, args, kwargs, output)
             return output if replaced is None else replaced
 
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
         undo.append(lambda: setattr(module, "forward", plain) if own else delattr(module, "forward"))
 
     try:
