@@ -228,7 +228,7 @@ def test_extra_tensors_are_named_and_left_out_by_option(micro: Callable[..., DiT
 def test_of_several_networks_one_is_chosen_by_option(micro: Callable[..., DiT], tmp_path: Path) -> None:
     path, own = tmp_path / "two.pt", weights(micro)
     torch.save({"student": {**prefixed("a.", own), **prefixed("b.", other(own))}}, path)
-    assert "name another key with --key" in run(str(path))[2]
+    assert "(it holds student)" in run(str(path))[2]
     assert "holds 2 networks, whose names begin with 'a.', 'b.'; choose with --prefix" in run(str(path), "--key", "student")[2]
     assert run(str(path), "--key", "student", "--prefix", "a.", "--expect", "adaln-zero")[0] == 0
     assert run(str(path), "--key", "student", "--prefix", "b.", "--expect", "adaln-zero")[0] == 1

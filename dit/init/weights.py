@@ -123,8 +123,7 @@ def state_dict(path: Path, key: str = "") -> StateDict:
         where = f"{path}, under {key}," if key else f"{path}"
         keys = ", ".join(map(str, list(found)[:5])) if isinstance(found, dict) and found else "nothing by name"
         raise ConfigError(
-            f"{where} holds no tensors by name; expected a state_dict, or one under {', '.join(HOLDERS[:8])} or the like "
-            f"(it holds {keys}); name another key with --key"
+            f"{where} holds no tensors by name; expected a state_dict, or one under {', '.join(HOLDERS)} (it holds {keys})"
         )
     for name, tensor in weights.items():
         if tensor.layout == torch.strided and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
