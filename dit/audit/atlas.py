@@ -30,7 +30,7 @@ ORIGINS = {
 HEAD = """# Atlas: how the diffusion transformers of diffusers start
 
 Every network of diffusers {version} with "Transformer" in its name that `dit audit` can call, and two others: fresh from its
-constructor, small (about two blocks), and measured, not read. This page is made by `python -m dit.audit.atlas > docs/atlas.md`. What
+constructor, small (about two blocks), and measured, not read. `python -m dit.audit.atlas > docs/atlas.md` makes this page. What
 surprises comes first: a start that is not that of the original code, then units that stay equal while they train, then the
 highest initial loss.
 
