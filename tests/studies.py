@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dit.config import Params
 from dit.data.images import ImageStore
@@ -17,12 +18,12 @@ from pipelines.stages.entry import Stage
 ROOT = Path(__file__).parents[1]
 Read = Callable[..., ImageStore]
 """What fixture `read` gives."""
-MICRO = {
+ONE_SETTING: dict[str, Any] = {"study.factors": {}, "study.declared": [], "study.sample": "all"}
+"""A study without factors in which every run is sampled."""
+MICRO: dict[str, Any] = {
+    **ONE_SETTING,
     "study.strategies": ["adaln_zero", "symmetric"],
     "study.seeds": [0, 1],
-    "study.factors": {},
-    "study.declared": [],
-    "study.sample": "all",
     "images.size": 16,
     "images.source.train_per_class": 8,
     "images.source.validation_per_class": 4,

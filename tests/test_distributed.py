@@ -18,6 +18,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from studies import ONE_SETTING
 
 from dit import config, init
 from dit.data.images import ImageStore
@@ -35,6 +36,7 @@ from pipelines.files import write_json
 ROOT = Path(__file__).parents[1]
 STEPS = 24
 SMALL = {
+    **ONE_SETTING,
     "model.name": "DiT-Micro/2",
     "train.device": "cpu",
     "train.steps": STEPS,

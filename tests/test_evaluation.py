@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage.transform import resize
-from studies import run_stage
+from studies import ONE_SETTING, run_stage
 
-from dit import autoencoder, config, init, models, sections, yamlfile
+from dit import autoencoder, config, init, models, sections
 from dit.data.store import StoreWriter
 from dit.errors import ConfigError, DataError, InputError
 from dit.evaluation import distances
@@ -42,10 +42,8 @@ def cloud() -> torch.Tensor:
 
 
 def changed(**sections: dict[str, Any]) -> config.Params:
-    data = yamlfile.read(ROOT / "params.yaml")
-    for section, values in sections.items():
-        data[section].update(values)
-    return config.parse(data)
+    values = {f"{section}.{key}": value for section, given in sections.items() for key, value in given.items()}
+    return config.load(ROOT / "params.yaml").with_values(ONE_SETTING | values)
 
 
 @pytest.fixture(scope="module")

@@ -146,7 +146,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
     ("path", "advice"),
     [
         ("data/features/features.json", "; run `dvc repro features`"),
-        ("runs/train/adaln_zero-0/run.json", "; run `dvc repro train@adaln_zero-0`"),
+        ("runs/train/adaln_zero-learning_rate=0.001-0/run.json", "; run `dvc repro train@adaln_zero-learning_rate=0.001-0`"),
         ("runs/analyse/adaln_zero/start.json", "; run `dvc repro analyse@adaln_zero`"),
         ("/elsewhere/data/features/features.json", ""),
     ],

@@ -50,7 +50,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("DIT_SCRATCH", raising=False)
     params = yamlfile.read(ROOT / "params.yaml")
-    params["study"] |= {"strategies": STRATEGIES, "seeds": SEEDS}
+    params["study"] |= {"strategies": STRATEGIES, "seeds": SEEDS, "factors": {}, "declared": [], "sample": "all"}
     (tmp_path / "params.yaml").write_text(json.dumps(params))
     for strategy in STRATEGIES:
         for seed in SEEDS:
