@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from dit.audit import audit
 from dit.audit.report import AuditReport
+from dit.audit.signatures import SIGNATURES
 from dit.audit.targets import load
 from dit.errors import UserError
 
@@ -28,8 +29,8 @@ ORIGINS = {
 
 HEAD = """# Atlas: how the diffusion transformers of diffusers start
 
-Every network of diffusers {version} with "Transformer" in its name that `dit audit` can call: fresh from its constructor,
-small (about two blocks), and measured, not read. This page is made by `python -m dit.audit.atlas > docs/atlas.md`. What
+Every network of diffusers {version} with "Transformer" in its name that `dit audit` can call, and two others: fresh from its
+constructor, small (about two blocks), and measured, not read. This page is made by `python -m dit.audit.atlas > docs/atlas.md`. What
 surprises comes first: a start that is not that of the original code, then units that stay equal while they train, then the
 highest initial loss.
 
@@ -86,20 +87,30 @@ def _wakes(report: AuditReport) -> Iterator[int | None]:
 
 def page(names: Sequence[str]) -> str:
     """The table for these classes, and those that could not be called, with the reason."""
-    import diffusers
-
     entries, refused = [], []
     for name in names:
         try:
             target = load(f"diffusers:{name}", {})
             entries.append(entry(name, audit(target.model, target.batch)))
         except UserError as error:
-            refused.append(f"- {name}: {str(error)[:160]}")
+            refused.append(refusal(name, str(error)))
         print(name, file=sys.stderr)
-    entries.sort(key=lambda item: (*item.surprise, item.name), reverse=True)
-    rows = "\n".join(item.row for item in entries)
+    return table(entries, refused)
+
+
+def refusal(name: str, reason: str) -> str:
+    """A line for a network that could not be called."""
+    return f"- {name}: {reason[:160]}"
+
+
+def table(entries: Sequence[Entry], refused: Sequence[str]) -> str:
+    """The page: the rows, what surprises first, and what could not be called."""
+    import diffusers
+
+    rows = "\n".join(item.row for item in sorted(entries, key=lambda item: (*item.surprise, item.name), reverse=True))
     left = "\n".join(refused) or "None."
-    return f"{HEAD.format(version=diffusers.__version__)}{rows}\n\n## Not called ({len(refused)} of {len(names)})\n\n{left}\n"
+    total = len(entries) + len(refused)
+    return f"{HEAD.format(version=diffusers.__version__)}{rows}\n\n## Not called ({len(refused)} of {total})\n\n{left}\n"
 
 
 def main() -> None:
@@ -108,7 +119,8 @@ def main() -> None:
 
     warnings.simplefilter("ignore")
     diffusers.logging.set_verbosity_error()
-    print(page(sorted(name for name in diffusers.__all__ if "Transformer" in name)), end="")
+    names = {name for name in diffusers.__all__ if "Transformer" in name} | SIGNATURES.keys()
+    print(page(sorted(names)), end="")
 
 
 if __name__ == "__main__":

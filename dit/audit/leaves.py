@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,29 +33,30 @@ def parts(value: Any) -> list[tuple[str, Any]] | None:
         return [(f".{names[i]}" if names else f"[{i}]", item) for i, item in enumerate(value)]
     if dataclasses.is_dataclass(value):
         return [(f".{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value)]
-    if getattr(value, "__dict__", None):
-        return [(f".{name}", item) for name, item in vars(value).items()]
+    held = {} if isinstance(value, Enum | ModuleType) else getattr(value, "__dict__", {})
+    if any(isinstance(item, Tensor | Mapping | list | tuple) for item in held.values()):
+        return [(f".{name}", item) for name, item in held.items()]
     return None
 
 
 def remade(value: Any, items: list[Any]) -> Any:
     """A container like `value`, as from `parts`, that holds `items`; `value` stays as it is."""
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*items)
-    if isinstance(value, list | tuple):
-        return type(value)(items)
-    if isinstance(value, Mapping):
-        try:
-            made = copy.copy(value)
+    try:
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*items)
+        if isinstance(value, list | tuple):
+            return type(value)(items)
+        made = copy.copy(value)
+        if isinstance(value, Mapping):
             for key, item in zip(value, items, strict=True):
-                made[key] = item  # type: ignore[index]
-        except TypeError:  # it cannot be copied or written into
+                made[key] = item
+        else:
+            for (name, _), item in zip(parts(value) or (), items, strict=True):
+                object.__setattr__(made, name[1:], item)
+    except Exception:  # a container of the user's may refuse to be copied or written into in any way
+        if isinstance(value, Mapping):
             return dict(zip(value, items, strict=True))
-        return made
-    names = [name for name, _ in parts(value) or ()]
-    made = copy.copy(value)
-    for name, item in zip(names, items, strict=True):
-        object.__setattr__(made, name[1:], item)
+        return tuple(items) if isinstance(value, tuple) else items if isinstance(value, list) else value
     return made
 
 

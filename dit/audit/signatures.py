@@ -124,6 +124,33 @@ SIGNATURES: dict[str, Signature] = {
             "pooled_embeds": Normal((3, 64)),
         },
     ),
+    "HunyuanDiT2DModel": Signature(
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "patch_size": 2,
+            "sample_size": 8,
+            "hidden_size": 32,
+            "num_layers": 4,
+            "cross_attention_dim": 24,
+            "cross_attention_dim_t5": 16,
+            "pooled_projection_dim": 12,
+            "text_len": 5,
+            "text_len_t5": 7,
+        },
+        {
+            "hidden_states": Normal((3, 4, 8, 8)),
+            "timestep": Steps(1000),
+            "encoder_hidden_states": Normal((3, 5, 24)),
+            "text_embedding_mask": Full((3, 5), 1),
+            "encoder_hidden_states_t5": Normal((3, 7, 16)),
+            "text_embedding_mask_t5": Full((3, 7), 1),
+            "image_meta_size": Full((3, 6), 8),
+            "style": Full((3,), 0),
+            "image_rotary_emb": [Normal((16, 16)), Normal((16, 16))],
+        },
+    ),
     "Ideogram4Transformer2DModel": Signature(
         {
             "in_channels": 8,
@@ -311,6 +338,31 @@ SIGNATURES: dict[str, Signature] = {
     "TransformerTemporalModel": Signature(
         {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 32, "num_layers": 2},
         {"hidden_states": Normal((6, 32, 4, 4)), "num_frames": 2},
+    ),
+    "UVit2DModel": Signature(
+        {
+            "hidden_size": 32,
+            "cond_embed_dim": 24,
+            "micro_cond_encode_dim": 8,
+            "micro_cond_embed_dim": 40,
+            "encoder_hidden_size": 24,
+            "vocab_size": 40,
+            "codebook_size": 32,
+            "in_channels": 32,
+            "block_out_channels": 32,
+            "num_res_blocks": 1,
+            "block_num_heads": 2,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "sample_size": 8,
+        },
+        {
+            "input_ids": Joined((Count((3, 1, 8)), Full((3, 7, 8), 5))),
+            "encoder_hidden_states": Normal((3, 7, 24)),
+            "pooled_text_emb": Normal((3, 24)),
+            "micro_conds": Normal((3, 5)),
+        },
     ),
 }
 """By class. Text comes before the image where both are in one sequence, and the sample has three samples."""
