@@ -11,7 +11,7 @@ from dit.audit.conditioning import Phase, gates, modulation, phase, sample_of
 from dit.audit.doubts import doubts
 from dit.audit.gradients import listed, losses, noise_loss, train
 from dit.audit.leaves import tensors
-from dit.audit.observe import LAYERS, Observation, effective, layers_of, passing, possible_blocks
+from dit.audit.observe import LAYERS, Observation, effective, layers_of, observe, passing, possible_blocks
 from dit.audit.probe import SAME, Batch, LossFunction, Probe, make_probe, rms
 from dit.audit.report import AuditReport, Block, Input, Layer, Output, Part, Source, State
 from dit.audit.trained import trained
@@ -23,6 +23,9 @@ from dit.models.external.blocks import containers
 
 UNCHANGED = 16
 """A block is the identity where it changes its input by at most so many roundings of the precision that it runs in."""
+
+LAST = 6
+"""Layers, from the last called, among which the output projection is looked for: others may be those of other outputs."""
 
 PLAIN = tuple(layer.forward for layer in LAYERS)
 """What a layer does that has nothing but a weight and a bias."""
@@ -75,7 +78,7 @@ def _audit(probe: Probe, loss: LossFunction | None, steps: int, learning_rate: f
         samples=probe.batch_size,
         repeated=tuple(sorted(_repeated(model))),
         output=_output(probe, start.base.output, value, zero_value),
-        output_layer=_output_layer(start.base, states),
+        output_layer=_output_layer(probe, start.base, states),
         blocks=tuple(blocks),
         inputs=tuple(_inputs(probe, start, end)),
         modulation=tuple(layers),
@@ -165,14 +168,17 @@ def _state(layer: nn.Module, main: nn.Module) -> tuple[State, str]:
     return "random", ""
 
 
-def _output_layer(seen: Observation, states: dict[str, tuple[State, str]]) -> Layer | None:
-    """The last layer that is called, and where the output is not zero the last that makes it so."""
+def _output_layer(probe: Probe, seen: Observation, states: dict[str, tuple[State, str]]) -> Layer | None:
+    """The last layer that the prediction depends on, and where that is not zero the last that makes it so."""
     nonzero = bool(seen.output.any())
     paths = [call.path for call in seen.calls if not (nonzero and states[call.path][0] == "zero")]
-    if not paths:
-        return None
-    state, zero_rows = states[paths[-1]]
-    return Layer(path=paths[-1], place="final", state=state, zero_rows=zero_rows, driven_by=())
+    for path in list(dict.fromkeys(reversed(paths)))[:LAST]:
+        with torch.no_grad():
+            other = observe(probe, disturbed=(path,)).output
+        if not torch.equal(other, seen.output):
+            state, zero_rows = states[path]
+            return Layer(path=path, place="final", state=state, zero_rows=zero_rows, driven_by=())
+    return None
 
 
 def _inputs(probe: Probe, start: Phase, end: Phase) -> Iterator[Input]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit.audit.leaves import tensors
+from dit.audit.leaves import fresh, tensors
 from dit.audit.probe import Probe, relative_change, rms
 from dit.models.external.blocks import containers
 from dit.seeding import generator
@@ -135,23 +135,33 @@ def effective(module: nn.Module, main: nn.Module) -> tuple[Tensor, Tensor] | Non
 
 
 def passing(probe: Probe) -> set[str]:
-    """Possible blocks that pass their stream on when every layer in them returns zeros.
+    """Possible blocks that pass their stream on when, called again, every layer in them returns zeros.
 
     A branch, whose output is added to the stream outside it, passes nothing on.
     """
     kept: dict[str, float] = {}
-    lists = possible_blocks(probe.model)
+    lists, silence = possible_blocks(probe.model), Silence()
     with torch.no_grad(), watched(probe.model) as watch:
         for path, module in probe.model.named_modules():
             if path in lists:
-                watch(module, _Passing(path, kept))
-            elif isinstance(module, LAYERS) and any(path.startswith(f"{block}.") for block in lists):
-                watch(module, _Silent())
+                watch(module, _Passing(path, kept, silence))
+            elif isinstance(module, LAYERS):
+                watch(module, _Silent(silence))
         probe.call()
     return {path for path, cosine in kept.items() if cosine > ALIKE}
 
 
+@dataclass
+class Silence:
+    """Whether layers return zeros."""
+
+    on: bool = False
+
+
 class _Watcher:
+    again: Callable[..., Any]
+    """What the module does, unwatched."""
+
     def enter(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Called before the module."""
 
@@ -191,21 +201,40 @@ class _Block(_Watcher):
 
 
 class _Silent(_Watcher):
-    """Makes a layer return zeros."""
+    """Makes a layer return zeros while there is silence."""
+
+    def __init__(self, silence: Silence) -> None:
+        self.silence = silence
 
     def leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        return torch.zeros_like(output) if isinstance(output, Tensor) else None
+        return torch.zeros_like(output) if self.silence.on and isinstance(output, Tensor) else None
 
 
 class _Passing(_Block):
-    """Notes how alike a block's streams are before and after it: the least cosine."""
+    """Calls a block again in silence, and notes how alike its streams are before and after it: the least cosine."""
 
-    def __init__(self, path: str, kept: dict[str, float]) -> None:
+    def __init__(self, path: str, kept: dict[str, float], silence: Silence) -> None:
         super().__init__(path, Observation(torch.empty(0)))
-        self.kept = kept
+        self.kept, self.silence = kept, silence
+        self.calls: list[tuple[tuple, dict[str, Any]]] = []
+
+    def enter(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self.silence.on:
+            self.calls.append(fresh((args, kwargs)))
 
     def leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        cosines = [max(_cosine(before, after) for before in streams) for streams, after in self.streams(output)]
+        if self.silence.on:
+            return
+        again_args, again_kwargs = self.calls.pop()
+        self.silence.on = True
+        try:
+            super().enter(again_args, again_kwargs)
+            silent = self.again(*again_args, **again_kwargs)
+            cosines = [max(_cosine(before, after) for before in streams) for streams, after in self.streams(silent)]
+        except Exception:  # a block may fail on zeros in any way: then it is not known to pass anything on
+            cosines = [0.0]
+        finally:
+            self.silence.on = False
         if cosines:
             self.kept[self.path] = min([*cosines, self.kept.get(self.path, 1.0)])
 
@@ -251,6 +280,7 @@ def watched(model: nn.Module) -> Iterator[Callable[[nn.Module, _Watcher], None]]
     undo: list[Callable[[], None]] = []
 
     def watch(module: nn.Module, watcher: _Watcher) -> None:
+        watcher.again = module.forward
         if module._forward_hooks or module._forward_pre_hooks or isinstance(module, torch.jit.ScriptModule):
             before = module.register_forward_pre_hook(
                 lambda _, args, kwargs: watcher.enter(args, kwargs), prepend=True, with_kwargs=True

@@ -146,9 +146,15 @@ def make_probe(model: nn.Module, batch: Batch) -> Probe:
                 message = f"{type(model).__name__} cannot be called with this batch: {type(error).__name__}: {error}"
                 raise (error if isinstance(error, UserError) else UserError(message)) from error
         else:
-            _check_repeatable(probe)
-            return probe
+            if dtype == own or _finite(probe):  # what is written for one precision may overflow in another
+                _check_repeatable(probe)
+                return probe
     raise AssertionError("the network's own precision is the last that is tried")
+
+
+def _finite(probe: Probe) -> bool:
+    with torch.no_grad():
+        return bool(probe.predicted(probe.call()).isfinite().all())
 
 
 def _check_repeatable(probe: Probe) -> None:
