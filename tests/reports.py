@@ -380,17 +380,10 @@ def example(folder: Path) -> None:
 
     folder.mkdir(parents=True)
     os.chdir(folder)
-    rates = [5.0e-4, 1.0e-3, 2.0e-3, 4.0e-3, 8.0e-3]
+    factors = {"train.learning_rate": [5.0e-4, 1.0e-3, 2.0e-3, 4.0e-3, 8.0e-3], "model.depth": [4, 8]}
     strategies = ["adaln_zero", "head_xavier", "gates_only_zero", "symmetric"]
-    params = study(
-        {
-            "strategies": strategies,
-            "seeds": [0, 1, 2, 3, 4],
-            "factors": {"train.learning_rate": rates, "model.depth": [4, 8]},
-            "choose_on": [0, 1],
-            "declared": ["head_xavier", "symmetric"],
-        }
-    )
+    asked = {"choose_on": [0, 1], "declared": ["head_xavier", "symmetric"]}
+    params = study({"strategies": strategies, "seeds": [0, 1, 2, 3, 4], "factors": factors, **asked})
     errors = planted(
         delay={"head_xavier": 18},
         level={"symmetric": 1.06},

@@ -324,6 +324,8 @@ def _tunings(table: _Table) -> Iterable[Tuning]:
 
 def _effects(table: _Table) -> Effects | None:
     """Effects over strategy, rate and places. A rate at which any run failed is left out, and named."""
+    if len({tuple(factor for factor, _ in place) for place in table.places}) > 1:
+        return None  # named settings that give different parameters are no full product
     rates = sorted({run.rate for run in table.runs})
     failing = {run.rate for run in table.runs if not ended(run.error)} if table.has_rates else set()
     factors: dict[str, list[str]] = {STRATEGY: [table.question.baseline, *table.others]}

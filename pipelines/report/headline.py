@@ -77,7 +77,6 @@ def headline(study: Study, summary: dict[str, Any]) -> Headline:
 def _conditions(study: Study) -> str:
     """What all of it holds for, in one sentence."""
     runs = study.trained.values()
-    base = study.shown(study.baseline)
     networks, data, lengths, rates = (
         list(dict.fromkeys(values))
         for values in (
@@ -87,8 +86,8 @@ def _conditions(study: Study) -> str:
             (f"{rate:g}" for rate in sorted({run.rate for run in runs})),
         )
     )
-    factors = listed(list(dict.fromkeys(factor for run in runs for factor, _ in run.place)) or [""])
-    across = f", across {factors}" if base.place else ""
+    factors = list(dict.fromkeys(factor for run in runs for factor, _ in run.place))
+    across = f", across {listed(factors)}" if factors else ""
     few = networks if len(networks) <= 3 else [f"{len(networks)} networks"]
     plural = "" if len(rates) == 1 else "s"
     return (
@@ -157,13 +156,15 @@ def _many_settings(pairs: list[Pair], tuned: list[AtBest], delay: str | None) ->
     """The answer over several rates or settings: yes or no only where all of them agree."""
     found = {one.judgement.answer for one in tuned or pairs}
     start = {frozenset({"worse"}): "Yes.", frozenset({"better"}): "No."}.get(frozenset(found), "")
+    if found == {"no verdict"} and not delay:
+        start = "Undecided."
     if {"worse", "better"} <= found:
         start = "It depends on the setting."
     if tuned:
         level = f"Each at its own best learning rate, the random head {_at_best(tuned)}."
     else:
         level = "" if delay else f"The random head {answers.standing(pairs)}."
-    return " ".join(filter(None, (start, delay, level))) or "Undecided. No comparison has a verdict."
+    return " ".join(filter(None, (start, delay, level)))
 
 
 def _at_best(tuned: list[AtBest]) -> str:
