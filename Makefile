@@ -1,9 +1,9 @@
 # Everything a person types. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help install plan study mlflow report up down test browser lint format bench
+.PHONY: help install plan study mlflow report up down test chaos browser lint format bench
 
 # What a person gives is passed on as text, by the environment: neither make nor a shell acts on anything in it.
-GIVEN := SET PROFILE TARGETS WORKERS TESTS BENCH CHROMIUM PREFECT_PORT MLFLOW_PORT
+GIVEN := SET PROFILE TARGETS WORKERS TESTS BENCH MINUTES SEED CHROMIUM PREFECT_PORT MLFLOW_PORT
 $(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
 export $(GIVEN)
 VENV := .venv
@@ -48,6 +48,9 @@ down: $(INSTALLED) ## Stop what `make up` started
 
 test: $(INSTALLED) browser ## Run the tests [TESTS=tests/test_model.py] [TESTS='-m slow'] [CHROMIUM=/path/to/chrome]
 	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $$TESTS
+
+chaos: $(INSTALLED) ## Kill, stop and damage micro studies at random, and compare with an undisturbed one [MINUTES=30] [SEED=0]
+	@$(VENV)/bin/python tests/chaos.py --minutes "$${MINUTES:-30}" $${SEED:+--seed "$$SEED"}
 
 browser: # The report's page test opens it in Chromium or Chrome.
 	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome google-chrome-stable; do \

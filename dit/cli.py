@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from dit import config, init, models
+from dit import config, design, init, models
 from dit.analysis import tables
 from dit.analysis.wakeup import by_kind, not_predicted, predict
 from dit.config import Params
@@ -59,9 +59,13 @@ def check(params: ParamsFile = Path("params.yaml")) -> None:
                 if name in study.strategies:
                     raise ConfigError(f"{params}: strategies.{name}.{error}") from None
                 print(f"not in the study, and does not fit {loaded.model.name}: strategies.{name}.{error}", file=sys.stderr)
+        design.check(loaded, str(params))
+        planned = design.design(study)
+        factors = f" x {len(planned.settings())} settings of {', '.join(planned.factors)}" if planned.factors else ""
         print(
-            f"{plain(str(params))} is valid: study '{plain(study.name)}', {len(study.strategies)} strategies x "
-            f"{len(study.seeds)} seeds, {loaded.model.name} on latents of {loaded.autoencoder.latent_channels} x "
+            f"{plain(str(params))} is valid: study '{plain(study.name)}', {len(study.strategies)} strategies{plain(factors)} x "
+            f"{len(study.seeds)} seeds = {len(planned.runs)} runs, {loaded.model.name} on latents of "
+            f"{loaded.autoencoder.latent_channels} x "
             f"{loaded.latent_size} x {loaded.latent_size}, {loaded.train.steps} steps of {loaded.train.batch_size}"
         )
 

@@ -167,6 +167,8 @@ def content(params: Params) -> str:
     listed: dict[str, Any] = {
         stage: {key: _listed(item) for key, item in by_key.items()} for stage, by_key in found.items() if stage != "compare"
     }
+    # A study without samples has no floors of distances: in their place stands a folder that is always there.
+    listed["floors"] = "data/features" if found["features"] else str(OUT / "images")
     listed["evaluated"] = "runs/evaluate" if found["evaluate"] else str(OUT / "compare" / f"{ALL}.samples.json")
     listed["reconstructions"] = f"{next(iter(found['autoencoder'].values())).out}/metrics.json"
     listed["curves"] = list(dict.fromkeys(curve_name(run) for run in designs.design(params.study).runs))

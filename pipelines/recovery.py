@@ -10,7 +10,9 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ Tell = Callable[[str], None]
 
 KEPT = Path(".scratch/recovery/dvc.lock")
 """The copy of `dvc.lock` after the last stage of a study."""
+_ONE_AT_A_TIME = threading.Lock()
 _ENTRY = re.compile(r"^  (?=\S)", re.MULTILINE)
 """Where the entry of a stage begins in a `dvc.lock`."""
 
@@ -38,13 +41,14 @@ def workspace(root: Path, tell: Tell) -> None:
 
 
 def keep_lock(root: Path) -> None:
-    """Keep a copy of `dvc.lock`, which is complete."""
+    """Keep a copy of `dvc.lock`, which is complete. No stage fails because there is no room for it."""
     source, kept = root / "dvc.lock", root / KEPT
-    if source.exists() and not (kept.exists() and kept.read_bytes() == source.read_bytes()):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(".partial")
-        shutil.copyfile(source, partial)
-        partial.replace(kept)
+    with _ONE_AT_A_TIME, suppress(OSError):
+        if source.exists() and not (kept.exists() and kept.read_bytes() == source.read_bytes()):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            partial = kept.with_suffix(".partial")
+            shutil.copyfile(source, partial)
+            partial.replace(kept)
 
 
 def restore_lock(root: Path, tell: Tell) -> None:

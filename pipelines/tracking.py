@@ -149,7 +149,6 @@ def _within(seconds: float, uri: str, act: Callable[[], None]) -> None:
     if isinstance(error, UserError):
         raise error
     if error is not None:
-        logging.getLogger(__name__).debug("MLflow", exc_info=error)
         said = redacted(str(error), uri).strip().splitlines() or [type(error).__name__]
         raise UnreachableError(_away(uri, f"does not take runs: {said[0]}")) from None
 

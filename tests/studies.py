@@ -20,6 +20,9 @@ Read = Callable[..., ImageStore]
 MICRO = {
     "study.strategies": ["adaln_zero", "symmetric"],
     "study.seeds": [0, 1],
+    "study.factors": {},
+    "study.declared": [],
+    "study.sample": "all",
     "images.size": 16,
     "images.source.train_per_class": 8,
     "images.source.validation_per_class": 4,

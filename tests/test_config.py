@@ -188,3 +188,24 @@ def test_auto_is_the_fastest_backend_that_can_run(device: str, precision: torch.
     if chosen != "fused":
         with pytest.raises(ConfigError, match=r"evaluate\.backend = 'fused'; accepted here: auto, compiled, eager"):
             resolve_backend("fused", torch.device(device), precision, fusible, "evaluate", "a multiple of 16 tokens")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.learning_rate", float("inf")),
+        ("train.gradient_clip", float("nan")),
+        ("train.steps", True),
+        ("train.steps", 10**4000),
+        ("train.threads", 2**63),
+        ("images.size", 65536),
+        ("autoencoder.channels", [16, 32, 10**6]),
+        ("autoencoder.latent_channels", 10**6),
+        ("images.workers", 2**40),
+    ],
+)
+def test_numbers_that_no_machine_can_serve_are_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        config.parse(with_value(key, value))
+    assert str(error.value).startswith(f"params.yaml: {key}")
+    assert len(str(error.value)) < 1200

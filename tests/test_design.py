@@ -136,9 +136,8 @@ def test_only_the_best_setting_of_each_strategy_is_sampled_where_that_is_wanted(
         run_stage(train, params, run)
     run_stage(best, params)
     chosen = json.loads(Path("runs/best/adaln_zero.json").read_text())
-    finals = {
-        name: TrainRecord.read(Path("runs/train", name)).final for name in found["train"] if name.startswith("adaln_zero")
-    }
+    start = "adaln_zero-learning_rate="
+    finals = {name: TrainRecord.read(Path("runs/train", name)).final for name in found["train"] if name.startswith(start)}
     errors = {name: final.ema_validation_mse for name, final in finals.items() if final}
     both = {rate: errors[f"{start}{rate}-0"] * errors[f"{start}{rate}-1"] for rate in ("0.001", "0.004")}
     assert chosen["setting"] == f"learning_rate={min(both, key=both.__getitem__)}"

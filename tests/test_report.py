@@ -312,7 +312,7 @@ def test_a_browser_opens_the_report_from_disk_and_shows_every_figure(workspace: 
     assert CHROMIUM, "no browser found: `make test` installs one where it can; CHROMIUM=/path/to/chrome names another"
     compare(workspace(ALL, [0, 1, 2], diverged=("adaln-2",)))
     page = Page(dumped(Path("reports/index.html"), tmp_path / "profile"))
-    names = ("differences", "validation", "early", "relative", "training", "buckets", "wake-up", "gradients")
+    names = ("delays", "differences", "validation", "early", "relative", "training", "buckets", "wake-up", "gradients")
     names += ("gradient-ranks", "depth", "conditioning", "widths", "units", "gates", "ranks", "updates")
     assert page.drawn == str(len(names))
     assert {name for name, marks in page.marks.items() if marks} == {f"figure-{name}" for name in names}
@@ -367,10 +367,8 @@ def test_a_planted_delay_is_the_answer_with_its_steps_and_its_conditions() -> No
     )
     assert conditions in rest
     assert "(3 declared comparisons)" in rest
-    assert (
-        "symmetric is not distinguishably behind or ahead of adaln_zero over training, "
-        "at every learning rate (n = 5; exploratory)." in rest
-    )
+    nothing = "symmetric is not distinguishably behind or ahead of adaln_zero over training, at every learning rate"
+    assert f"{nothing} (n = 5; exploratory)." in rest
     assert "no verdict on strategies each at its own best rate" in " ".join(rest.split())
     assert "What a start does depends" not in rest
     found = numbers["findings"]
@@ -406,8 +404,11 @@ def test_a_planted_interaction_with_another_factor_is_said_and_no_other() -> Non
     params = study({"strategies": THREE, "seeds": [0, 1, 2, 3, 4], "factors": {"model.depth": [4, 8]}, "sample": "none"})
     errors = planted(with_level={("symmetric", "model.depth", 8): 1.05, ("*", "model.depth", 8): 0.9})
     numbers, _, rest = words_of(write_study(params, errors))
-    assert re.search(r"against adaln_zero, symmetric has \+[45]\.\d\s% .* error with depth 8 instead of 4, n = 5\.", rest)
-    assert "head_xavier has" not in rest
+    change = (
+        r"going from depth 4 to 8, the error of symmetric changes by \+[45]\.\d\s% .* relative to that of adaln_zero \(n = 5\)"
+    )
+    assert re.search(change, rest)
+    assert "the error of head_xavier changes" not in rest
     assert numbers["findings"]["responses"] == []
     assert "with depth 8 on photos at 32 px" in numbers["findings"]["same_rate"][1]["sentence"]
 
@@ -454,7 +455,9 @@ def test_samples_of_each_strategy_at_its_best_setting_name_the_runs_that_they_ar
     assert numbers["strategies"]["head_xavier"]["mean"]["frechet_distance"] is not None
 
 
+@pytest.mark.slow
 def test_a_report_of_500_runs_stays_under_20_megabytes() -> None:
+    """Measured: 5.3 MB, of which Plotly is 4.5."""
     strategies = [*FINAL]
     factors = {"train.learning_rate": [5.0e-4, *RATES, 8.0e-3], "model.depth": [2, 4, 8, 12]}
     params = study({"strategies": strategies, "seeds": [0, 1, 2, 3, 4], "factors": factors, "sample": "none"})

@@ -243,4 +243,8 @@ def test_an_output_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
         write(name)
     with pytest.raises(KilledError):
         write("third", KilledError)
-    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["out", "out/second"]
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
+        "out",
+        "out/checksums.json",
+        "out/second",
+    ]

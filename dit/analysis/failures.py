@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 
@@ -39,7 +40,7 @@ class History:
     spikes: pd.DataFrame
     stability: pd.DataFrame
 
-    @property
+    @cached_property
     def spike_steps(self) -> list[int]:
         """The steps at which it spiked."""
         return [int(step) for step in self.events.loc[self.events["kind"] == "spike", "step"]]

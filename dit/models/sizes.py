@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from pydantic import PositiveInt
-
 from dit.errors import ConfigError
 from dit.models.contract import Options
+from dit.sections.types import Depth, Width
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,9 @@ SIZES = {
 class SizedOptions(Options):
     """Sizes that replace those of the name."""
 
-    depth: PositiveInt | None = None
-    hidden_size: PositiveInt | None = None
-    num_heads: PositiveInt | None = None
+    depth: Depth | None = None
+    hidden_size: Width | None = None
+    num_heads: Width | None = None
 
 
 def sizes_of(

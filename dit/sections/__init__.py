@@ -10,8 +10,6 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     ConfigDict,
     Field,
-    PositiveFloat,
-    PositiveInt,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
@@ -58,15 +56,19 @@ from dit.sections.data import (
 )
 from dit.sections.optim import ConstantSchedule, DecaySchedule, OptimizerParams, ScheduleParams, WSDSchedule
 from dit.sections.types import (
+    MOST_PIXELS,
     Backend,
     Device,
     FilePath,
     LevelName,
     Name,
     OpenFraction,
+    PositiveFloat,
+    PositiveInt,
     Precision,
     Section,
     Seed,
+    Threads,
 )
 from dit.timesteps import scale_betas
 
@@ -206,7 +208,7 @@ class AnalyseParams(Section):
     batch_size: Annotated[int, Field(ge=2)]
     seed: Seed
     widths: Annotated[list[Annotated[int, Field(gt=0, multiple_of=64)]], Field(min_length=2)]
-    threads: PositiveInt
+    threads: Threads
     device: Device
 
 
@@ -233,7 +235,7 @@ class TrainParams(Section):
     deterministic: bool
     processes: PositiveInt
     parallel: Literal["ddp", "fsdp"]
-    threads: PositiveInt
+    threads: Threads
     device: Device
 
     @property
@@ -292,7 +294,7 @@ class EvaluateParams(Section):
     precision: Precision
     backend: Backend
     processes: PositiveInt
-    threads: PositiveInt
+    threads: Threads
     device: Device
 
 
@@ -300,10 +302,10 @@ class FeaturesParams(Section):
     """The feature space of the distances, and stage `features`, which measures the real images in it."""
 
     extractor: Literal["efficientnet_lite0", "inception"]
-    size: Annotated[int, Field(ge=32)]
+    size: Annotated[int, Field(ge=32, le=MOST_PIXELS)]
     weights: FilePath | None
     batch_size: PositiveInt
-    threads: PositiveInt
+    threads: Threads
     device: Device
 
     @model_validator(mode="after")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from dit.errors import ConfigError
 from dit.sections.types import (
+    MOST_PIXELS,
     Backend,
     Count,
     Device,
@@ -15,9 +16,13 @@ from dit.sections.types import (
     Fraction,
     NonNegativeFloat,
     OpenFraction,
+    PositiveFloat,
+    PositiveInt,
     Precision,
     Section,
     Seed,
+    Threads,
+    Width,
 )
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -87,7 +92,7 @@ class WebDatasetSource(Section):
 class ImagesParams(Section):
     """Stage `images`."""
 
-    size: Annotated[int, Field(ge=8)]
+    size: Annotated[int, Field(ge=8, le=MOST_PIXELS)]
     channels: Literal[1, 3]
     seed: Seed
     workers: Count
@@ -102,15 +107,15 @@ class TrainedAutoencoder(Section):
     """Stage `autoencoder`, trained on the images of the study."""
 
     kind: Literal["train"]
-    latent_channels: PositiveInt
+    latent_channels: Width
     downsample: PositiveInt
-    channels: Annotated[list[PositiveInt], Field(min_length=1)]
+    channels: Annotated[list[Width], Field(min_length=1, max_length=16)]
     steps: PositiveInt
     batch_size: PositiveInt
     learning_rate: PositiveFloat
     kl_weight: NonNegativeFloat
     seed: Seed
-    threads: PositiveInt
+    threads: Threads
     device: Device
 
     @model_validator(mode="after")
@@ -129,9 +134,9 @@ class PretrainedAutoencoder(Section):
     kind: Literal["pretrained"]
     path: str
     revision: str | None
-    latent_channels: PositiveInt
+    latent_channels: Width
     downsample: PositiveInt
-    threads: PositiveInt
+    threads: Threads
     device: Device
 
 
@@ -141,7 +146,7 @@ class IdentityAutoencoder(Section):
     kind: Literal["identity"]
     latent_channels: Literal[1, 3]
     downsample: Literal[1]
-    threads: PositiveInt
+    threads: Threads
     device: Device
 
 
@@ -187,5 +192,5 @@ class LatentsParams(Section):
     precision: Precision
     backend: Backend
     processes: PositiveInt
-    threads: PositiveInt
+    threads: Threads
     device: Device

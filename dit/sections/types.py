@@ -14,7 +14,18 @@ Backend = Literal["auto", "fused", "compiled", "eager"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0)]
+LARGEST = 10**9
+"""Of whole numbers that have no limit of their own. What is larger is a slip of the pen, and would fail after hours."""
+PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Threads = Annotated[int, Field(gt=0, le=1024)]
+Width = Annotated[int, Field(gt=0, le=2**16)]
+"""Channels of a layer."""
+Depth = Annotated[int, Field(gt=0, le=10_000)]
+"""Blocks of a network; the deepest published DiTs have 1,000."""
+MOST_PIXELS = 4096
+"""Height and width of an image."""
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 FilePath = Annotated[Path, Field(strict=False)]
 LEVEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", re.ASCII)

@@ -132,7 +132,7 @@ def _scope_of_curves(compared: Sequence[Pair], pairs: Sequence[Pair]) -> str:
     """Where curves could be compared; at the other settings runs failed, or seeds are too few."""
     if len(compared) == len(pairs) or len(compared) <= FEW:
         return scope(compared, pairs)
-    return f"at all {len(compared)} of {len(pairs)} {_noun(pairs)}s at which curves can be compared"
+    return f"at each of the {len(compared)} {_noun(pairs)}s, of {len(pairs)}, at which curves can be compared"
 
 
 def _noun(pairs: Sequence[Pair]) -> str:
@@ -248,8 +248,9 @@ def interactions(findings: Findings) -> str | None:
 def _interaction(name: str, factor: str, one: Effect) -> str:
     found = one.estimate
     bounds = "" if found.low is None or found.high is None else f" [{percent(found.low)}, {percent(found.high)}]"
-    change = f"{factor} {one.levels[1]} instead of {one.reference[1]}"
-    return f"against {one.reference[0]}, {name} has {percent(found.mean)}{bounds} error with {change}, n = {found.n}"
+    step = f"going from {factor} {one.reference[1]} to {one.levels[1]}"
+    change = f"{step}, the error of {name} changes by {percent(found.mean)}{bounds}"
+    return f"{change} relative to that of {one.reference[0]} (n = {found.n})"
 
 
 def failing(study: Study) -> str | None:

@@ -163,7 +163,7 @@ def _many_settings(pairs: list[Pair], tuned: list[AtBest], delay: str | None) ->
         level = f"Each at its own best learning rate, the random head {_at_best(tuned)}."
     else:
         level = "" if delay else f"The random head {answers.standing(pairs)}."
-    return " ".join(filter(None, (start, level, delay))) or "Undecided. No comparison has a verdict."
+    return " ".join(filter(None, (start, delay, level))) or "Undecided. No comparison has a verdict."
 
 
 def _at_best(tuned: list[AtBest]) -> str:

@@ -97,19 +97,21 @@ class Run:
         return table[table["mse"].notna()]
 
     def history(self) -> History:
-        """What happened to it on the way."""
+        """What happened to it on the way. Of a run without events, nothing else is read."""
         directory = TRAIN / self.name
         collapsed, diverged = self.train.collapsed, self.train.diverged
+        events = EVENTS.read(directory)
+        eventful = len(events) > 0
         return History(
             self.strategy,
             self.rate,
             self.seed,
             self.train.status,
-            EVENTS.read(directory),
+            events,
             collapsed.step if collapsed else None,
             diverged.step if diverged else None,
-            SPIKES.read(directory),
-            STABILITY.read(directory),
+            SPIKES.read(directory) if eventful else pd.DataFrame(columns=list(SPIKES.columns)),
+            STABILITY.read(directory) if eventful else pd.DataFrame(columns=list(STABILITY.columns)),
         )
 
 
