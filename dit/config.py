@@ -178,9 +178,10 @@ class Params(Section):
             )
 
     def _check_strategies(self) -> None:
-        for name in self.study.strategies:
-            if name not in self.strategies:
-                raise ValueError(f"study.strategies: unknown strategy '{name}'; expected one of {', '.join(self.strategies)}")
+        for key in ("strategies", "declared", "only"):
+            for name in getattr(self.study, key):
+                if name not in self.strategies:
+                    raise ValueError(f"study.{key}: unknown strategy '{name}'; expected one of {', '.join(self.strategies)}")
         every_role = models.roles(self.skeleton())
         for name in self.study.strategies:
             try:

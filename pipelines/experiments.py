@@ -31,7 +31,7 @@ from dit.errors import ConfigError, UserError
 from dit.fused.encoder import NEEDS
 from dit.models import backend_for
 from dit.optim.fused import unserved
-from pipelines import dag, design
+from pipelines import dag
 
 EXPERIMENTS = Path(".scratch/experiments")
 PROFILES = Path("profiles")
@@ -163,7 +163,6 @@ def workspace(root: Path, overrides: Mapping[str, Any], name: str) -> Iterator[P
         _share_cache(root, path)
         parameters_file = path / "params.yaml"
         parameters_file.write_text(override(parameters_file.read_text(), overrides))
-        design.write(path, config.load(parameters_file))
         if (path / "dvc.lock").exists():
             dag.dvc(path, "checkout", "--quiet", "--allow-missing")
         yield path

@@ -158,7 +158,7 @@ def show(found: Plan) -> None:
     levels = "; ".join(f"{key}: {', '.join(map(str, values))}" for key, values in runs.factors.items())
     print(f"study '{study.name}': {len(runs.runs)} runs of {len(study.strategies)} strategies and {len(study.seeds)} seeds")
     print(f"factors: {levels or 'none'}")
-    print(f"primary comparisons with {study.baseline}: {', '.join(study.declared) or 'none declared'}; sampled: {study.sample}")
+    print(f"primary comparisons with {study.baseline}: {', '.join(study.primary) or 'none declared'}; sampled: {study.sample}")
     table = Table(box=SIMPLE)
     for title in ("stage", "to run", "up to date", "seconds of one", "known from"):
         table.add_column(title, justify="left" if title in ("stage", "known from") else "right")

@@ -102,7 +102,7 @@ def test_one_strategy_may_have_levels_or_a_value_of_its_own() -> None:
         ({"factors": {"train.steps": [5, 5]}}, r"factors\.train\.steps = \[5, 5\]: expected .* each level once"),
         ({"factors": RATES, "settings": {"a": {"train.steps": 2}}}, "factors and settings are both given"),
         ({"factors": {"train.optimizer": [{"name": "sgd"}]}}, "cannot be part of a name; name the levels"),
-        ({"only": {"nobody": {"train.steps": 1}}}, "only: 'nobody' is no strategy of the study"),
+        ({"only": {"nobody": {"train.steps": 1}}}, "study.only: unknown strategy 'nobody'; expected one of adaln_zero"),
         ({"declared": ["adaln_zero"]}, "declared: 'adaln_zero' is the baseline"),
         ({"choose_on": [0]}, r"choose_on = \[0\] leaves 1 of the seeds \[0, 1\] to report: expected at least 3"),
     ],

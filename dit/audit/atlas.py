@@ -30,9 +30,9 @@ ORIGINS = {
 HEAD = """# Atlas: how the diffusion transformers of diffusers start
 
 Every network of diffusers {version} with "Transformer" in its name that `dit audit` can call, and two others: fresh from its
-constructor, small (about two blocks), and measured, not read. `python -m dit.audit.atlas > docs/atlas.md` makes this page. What
-surprises comes first: a start that is not that of the original code, then units that stay equal while they train, then the
-highest initial loss.
+constructor, small (about two blocks), and measured, not read. This page is made by
+`python -m dit.audit.atlas > docs/atlas.md`. What surprises comes first: a start that is not that of the original code, then
+units that stay equal while they train, then the highest initial loss.
 
 The loss is the mean squared error against noise of unit mean square: 1 for an output of zero. *Wakes* are the steps at which
 the first weights of the head, of modulation, of other layers of the blocks, and of all the rest receive a gradient.
@@ -66,14 +66,14 @@ def entry(name: str, report: AuditReport) -> Entry:
         f"{identical} of {len(report.blocks)} are the identity" if report.blocks else "none was found",
         ", ".join(states) or "none was found",
         str(alike) if alike else "none",
-        ", ".join("never" if step is None else str(step) for step in _wakes(report)),
+        ", ".join(_wakes(report)),
         f"{report.output.loss:.2f}",
         f"{zero} ({where})" if zero else "",
     ]
     return Entry(name, f"| {' | '.join(cells)} |", (differs, alike > 0, report.output.loss))
 
 
-def _wakes(report: AuditReport) -> Iterator[int | None]:
+def _wakes(report: AuditReport) -> Iterator[str]:
     """The first step of the head's weights, of those of modulation, of the others of the blocks, and of all others."""
     head = (f"{report.output_layer.path}.",) if report.output_layer else ()
     modulation = tuple(f"{layer.path}." for layer in report.modulation)
@@ -82,7 +82,8 @@ def _wakes(report: AuditReport) -> Iterator[int | None]:
     for prefixes in (head, modulation, blocks, ("",)):
         members = [wake for wake in report.wakes if wake.tensor.startswith(prefixes) and wake.tensor not in seen]
         seen |= {wake.tensor for wake in members}
-        yield min((wake.step for wake in members if wake.step is not None), default=None)
+        first = min((wake.step for wake in members if wake.step is not None), default="never")
+        yield str(first) if members else "-"
 
 
 def page(names: Sequence[str]) -> str:

@@ -104,9 +104,14 @@ class StudyParams(Section):
     choose_on: list[Seed] = Field(default_factory=list)
     """The seeds on which each strategy's best learning rate is chosen. The other seeds report, and these do not."""
     declared: list[Name] = Field(default_factory=list)
-    """The strategies whose comparison with the baseline is primary. Verdicts are corrected for their number."""
+    """The strategies whose comparison with the baseline is primary, as far as they are in the study; see `primary`."""
     sample: Literal["all", "best", "one", "none"] = "all"
     """Which runs are sampled: all, those at each strategy's best setting, one of those each (for its pictures), or none."""
+
+    @property
+    def primary(self) -> list[str]:
+        """The declared strategies that the study has. Verdicts on them are corrected for their number."""
+        return [name for name in self.declared if name in self.strategies]
 
     @model_validator(mode="after")
     def _consistent(self) -> StudyParams:
@@ -115,9 +120,6 @@ class StudyParams(Section):
                 raise ValueError(f"{key} = {values}: expected each entry once")
         if self.baseline not in self.strategies:
             raise ValueError(f"baseline = '{self.baseline}': expected one of study.strategies, {self.strategies}")
-        for key, names in (("only", self.only), ("declared", self.declared)):
-            if unknown := [name for name in names if name not in self.strategies]:
-                raise ValueError(f"{key}: '{unknown[0]}' is no strategy of the study; expected one of {self.strategies}")
         if self.baseline in self.declared:
             raise ValueError(f"declared: '{self.baseline}' is the baseline, with which the others are compared; leave it out")
         if self.factors and self.settings:

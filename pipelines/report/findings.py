@@ -17,7 +17,7 @@ def findings(study: Study) -> dict[str, Any]:
     found = study.findings
     return {
         "choose_on": study.params.study.choose_on,
-        "declared": study.params.study.declared,
+        "declared": study.params.study.primary,
         "responses": [_tuning(one) for one in found.tunings],
         "same_rate": [_pair(one) for one in found.pairs],
         "each_at_its_best": [_at_best(one) for one in found.at_best],

@@ -238,7 +238,7 @@ class Study:
     def findings(self) -> Findings:
         """What the final errors and curves of all runs allow to say."""
         study = self.params.study
-        question = Question(study.baseline, study.strategies, study.declared, study.choose_on)
+        question = Question(study.baseline, study.strategies, study.primary, study.choose_on)
         return find(self.trained.values(), question)
 
     @cached_property
