@@ -151,6 +151,4 @@ def _check(name: str, given: Tensor, own: Tensor, path: Path, kind: str) -> None
         )
     if given.is_floating_point() and not bool(given.float().isfinite().all()):
         count = int((~given.float().isfinite()).sum())
-        raise DataError(
-            f"{path}: {count:,} of {given.numel():,} entries of '{name}' are not finite; expected trained or new weights"
-        )
+        raise DataError(f"{path}: {count:,} of {given.numel():,} entries of '{name}' are not finite; expected numbers")

@@ -102,8 +102,8 @@ def _diffusers(name: str, config: Mapping[str, Any]) -> AuditTarget:
     """A transformer of diffusers, built by its constructor: small where `config` does not say otherwise."""
     from dit.audit import synthesis
 
+    check_config(name, config)  # before diffusers is imported, which takes seconds
     constructor = diffusers_class(name)
-    check_config(name, config)
     if constructor.__name__ in SIGNATURES and not config:
         signature = SIGNATURES[constructor.__name__]
         given = {argument: inputs_of(spec) for argument, spec in signature.inputs.items()}
