@@ -273,7 +273,7 @@ def test_a_run_that_did_not_finish_is_a_result_without_figures(
     run_stage(features, workspace)
     run_stage(evaluate, workspace, f"head_xavier-{seed}")
     found = outputs(f"runs/evaluate/head_xavier-{seed}")
-    assert list(found) == ["metrics.json"]
+    assert sorted(found) == ["checksums.json", "metrics.json"]
     result = json.loads(found["metrics.json"])
     assert result["status"] == status
     assert f"{status} {said}" in capsys.readouterr().out
