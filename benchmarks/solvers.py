@@ -18,6 +18,7 @@ from rich.table import Table
 from dit import config
 from dit.autoencoder import load_autoencoder
 from dit.data.latents import LatentStore
+from dit.design import design
 from dit.devices import make_deterministic, resolve_device
 from dit.distributed import Ranks
 from dit.evaluation.distances import sample_distances
@@ -37,6 +38,7 @@ def main(
     """Sample with each solver; tell the distances, as means over seeds, and the seconds of sampling and its preparation."""
     params = config.load()
     strategy = params.study.baseline
+    first = design(params.study).settings(strategy)[0]
     device = resolve_device(params.evaluate.device)
     make_deterministic(params.evaluate.threads)
     store, extractor = LatentStore("data/latents"), load_extractor(params.features, device)
@@ -48,16 +50,21 @@ def main(
         scheduler, _, steps = solver.partition(":")
         overrides = {"evaluate.scheduler": scheduler, "evaluate.steps": int(steps)}
         chosen = experiments.parameters(Path.cwd(), overrides)
-        for seed in params.study.seeds:
+        for run in (run for run in design(params.study).runs if run.strategy == strategy and run.setting == first):
             started = time.monotonic()
-            network = load_network(chosen, store, TRAIN / f"{strategy}-{seed}" / "ema.safetensors").to(device)
-            latents = store.denormalize(draw(network, chosen, store.num_classes, ranks, f"sample {strategy}-{seed}"))
+            network = load_network(chosen, store, TRAIN / run.name / "ema.safetensors").to(device)
+            latents = store.denormalize(draw(network, chosen, store.num_classes, ranks, f"sample {run.name}"))
             seconds = time.monotonic() - started
             seen = look(latents, autoencoder, extractor, chosen.evaluate, store.num_classes, ranks)
             if seen is None:
-                raise SystemExit(f"error: samples of {strategy}-{seed} by {solver} are not finite, so they have no distances")
+                raise SystemExit(f"error: samples of {run.name} by {solver} are not finite, so they have no distances")
             distances = vars(sample_distances(real, seen.features, chosen.evaluate))
-            row = {"solver": scheduler, "steps": int(steps), "timestep_spacing": chosen.evaluate.timestep_spacing, "seed": seed}
+            row = {
+                "solver": scheduler,
+                "steps": int(steps),
+                "timestep_spacing": chosen.evaluate.timestep_spacing,
+                "seed": run.seed,
+            }
             report["results"].append({**row, "seconds": seconds, **distances})
             write(report, output)
     Console(width=120).print(table(report))

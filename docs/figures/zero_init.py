@@ -21,6 +21,7 @@ from dit.analysis.symmetry import distinct_units, factors
 from dit.config import Params
 from dit.data.batches import Batches
 from dit.data.latents import LatentStore
+from dit.design import design
 from dit.diffusion import Diffusion
 from dit.init import Strategy
 from dit.models.dit.network import DiT
@@ -43,7 +44,7 @@ def main() -> None:
     draw("wake-up", wake_up(params, network(params, store)))
     draw("factors", head_factors(params, network(params, store), batches, diffusion))
     draw("start", initial_error(params, store, batches, diffusion))
-    draw("units", units_over_training())
+    draw("units", units_over_training(params))
 
 
 def network(params: Params, store: LatentStore, width: int | None = None) -> DiT:
@@ -120,15 +121,16 @@ def initial_error(params: Params, store: LatentStore, batches: Batches, diffusio
     return figure
 
 
-def units_over_training() -> plt.Figure:
-    """Distinct hidden units, and rows of the head, over the training runs of the study."""
+def units_over_training(params: Params) -> plt.Figure:
+    """Distinct hidden units, and rows of the head, over the first run of each strategy."""
+    runs = {run.strategy: run for run in reversed(design(params.study).runs)}.values()
     figure, axes = plt.subplots(1, 2, figsize=(8, 3))
     roles = {".mlp_in.weight": "hidden units of an MLP", "final.projection.weight": "rows of the head"}
     for panel, (role, title) in zip(axes, roles.items(), strict=True):
-        for path in sorted(Path("runs/train").glob("*-0")):
-            table = pd.read_csv(path / "diagnostics.csv")
+        for run in runs:
+            table = pd.read_csv(Path("runs/train") / run.name / "diagnostics.csv")
             counts = table[table["role"].str.endswith(role)].groupby("step")["distinct_units"].mean()
-            panel.plot(counts.index + 1, counts, marker=".", lw=1, label=path.name.removesuffix("-0"))
+            panel.plot(counts.index + 1, counts, marker=".", lw=1, label=run.strategy)
         panel.set(xscale="log", yscale="log", xlabel="optimiser step + 1", title=f"Distinct {title}")
     axes[0].legend(frameon=False, fontsize=7)
     return figure
