@@ -168,7 +168,7 @@ def select(stages: Mapping[str, Stage], targets: Collection[str] | None) -> dict
         if not named:
             known = ", ".join(dict.fromkeys(name.partition("@")[0] for name in stages))
             example = next((name for name in stages if "@" in name), target)
-            raise ConfigError(f"targets: no stage is called '{target}'; accepted: {known}, one such as {example}, or a pattern")
+            raise ConfigError(f"targets: no stage is called '{target}'; expected {known}, one such as {example}, or a pattern")
         wanted.update(named)
     for name in reversed(list(stages)):
         if name in wanted:

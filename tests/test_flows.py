@@ -71,7 +71,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
     (root / ".scratch" / "imports").mkdir(parents=True)
     done = command(root, "pipelines", "study", **recorder)
     assert done.returncode == 0, done.stdout
-    git(root, "add", "dvc.lock")
+    git(root, "add", "dvc.lock", "design.yaml")
     git(root, "commit", "--quiet", "--message", "study")
     return root, done
 
@@ -175,8 +175,8 @@ def test_overrides_run_an_experiment_beside_the_workspace(study: Path) -> None:
     before = [(study / name).read_bytes() for name in ("dvc.lock", "params.yaml", "reports/summary.json")]
     done = command(study, "pipelines", "study", "--set", "train.steps=6", "*@adaln_zero-0")
     assert done.returncode == 0, done.stdout
-    assert "2 stages ran, 5 were cached" in done.stdout
-    assert "1 runs added, 0 already there, 3 not evaluated yet" in done.stdout
+    assert "3 stages ran, 4 were cached" in done.stdout
+    assert "1 runs added, 0 already there, 3 not there yet" in done.stdout
     name = done.stdout.partition("dvc exp apply ")[2].partition("`")[0]
     assert name in command(study, "dvc", "exp", "show", "--json").stdout
     assert [(study / name).read_bytes() for name in ("dvc.lock", "params.yaml", "reports/summary.json")] == before
@@ -188,8 +188,8 @@ def test_overrides_run_an_experiment_beside_the_workspace(study: Path) -> None:
     ("arguments", "message"),
     [
         (["--set", "train.stepz=1"], "params.yaml with overrides: train.stepz is not a known key (value 1)"),
-        (["--set", "train.steps"], "--set train.steps; accepted: KEY=VALUE"),
-        (["trian"], "targets: no stage is called 'trian'; accepted: images, autoencoder"),
+        (["--set", "train.steps"], "--set train.steps: expected KEY=VALUE"),
+        (["trian"], "targets: no stage is called 'trian'; expected design, images, autoencoder"),
     ],
 )
 def test_wrong_input_is_one_clear_message_before_any_work(study: Path, arguments: list[str], message: str) -> None:

@@ -111,6 +111,7 @@ def make_run(root: Path, params: dict[str, Any], strategy: str, seed: int, *, di
     EvaluateRecord(
         strategy=strategy,
         seed=seed,
+        run=f"{strategy}-{seed}",
         run_key=f"evaluate-{strategy}-{seed}{version}",
         train_run_key=key,
         status=status,
