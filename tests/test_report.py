@@ -359,7 +359,7 @@ def test_a_planted_delay_is_the_answer_with_its_steps_and_its_conditions() -> No
     numbers, answer, rest = words_of(write_study(params, planted(delay={"head_xavier": 18}, noise=0.001)))
     assert re.fullmatch(
         r"Yes\. The random head starts 1[78](?: to 1[89])? steps late and stays 1[78](?: to 1[89])? steps late, at every "
-        r"learning rate; at step 400 its error is 2\.\d\s%(?: to 2\.\d\s%)? higher \(n = 5\)\.",
+        r"learning rate; at step 400 its error without averaging is 2\.\d\s%(?: to 2\.\d\s%)? higher \(n = 5\)\.",
         answer,
     )
     conditions = (

@@ -104,8 +104,8 @@ def scope(found: Sequence[Pair], among: Sequence[Pair]) -> str:
 def delay(pairs: Sequence[Pair], subject: str, other: str) -> str | None:
     """Delay or level in words, over all settings at which curves could be compared; None where there is none.
 
-    `The random head starts 18 steps late and stays 18 steps late, at every learning rate; at step 350 its error is 3.4 % higher
-    (n = 5; exploratory).`
+    `The random head starts 18 steps late and stays 18 steps late, at every learning rate; at step 350 its error without averaging is 3.4 %
+    higher (n = 5; exploratory).`
     """
     compared = [pair for pair in pairs if pair.curves]
     if not compared:
@@ -187,7 +187,7 @@ def _at_the_end(curves: Sequence[CurveComparison]) -> str:
     """What the difference in error is at the last step: of the trained weights, as they were validated."""
     gaps = sorted(math.expm1(one.gap.values[-1].mean) for one in curves)
     low, high = gaps[0], gaps[-1]
-    step = f"at step {curves[0].gap.steps[-1]:,.0f} its error is"
+    step = f"at step {curves[0].gap.steps[-1]:,.0f} its error without averaging is"
     if low < 0 < high:
         return f"{step} between {_size(low)} lower and {_size(high)} higher"
     shown = dict.fromkeys(_size(value) for value in sorted((low, high), key=abs))
