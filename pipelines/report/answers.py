@@ -104,8 +104,8 @@ def scope(found: Sequence[Pair], among: Sequence[Pair]) -> str:
 def delay(pairs: Sequence[Pair], subject: str, other: str) -> str | None:
     """Delay or level in words, over all settings at which curves could be compared; None where there is none.
 
-    `The random head starts 18 steps late and stays 18 steps late, at every learning rate; at step 350 its error without averaging
-    is 3.4 % higher (n = 5; exploratory).`
+    `The random head starts 18 steps late and stays 18 steps late, at every learning rate; at step 350 its error without
+    averaging is 3.4 % higher (n = 5; exploratory).`
     """
     compared = [pair for pair in pairs if pair.curves]
     if not compared:
