@@ -69,7 +69,7 @@ def test_the_shipped_parameters_are_valid() -> None:
         ("images.channels", 2, r"images.channels = 2; accepted: 1 or 3"),
         ("train.steps", -3, r"train.steps = -3; accepted: greater than 0"),
         ("train.stepz", 3, r"train.stepz is not a known key"),
-        ("train.processes", 3, r"train: batch_size = 64; accepted: a multiple of processes = 3"),
+        ("train.processes", 3, r"train: batch_size = 32; accepted: a multiple of processes = 3"),
         ("train.validation.buckets", 999, r"train.validation: buckets = 999; accepted: at most samples = 256"),
         ("train.precision", "fp8", r"train.precision = 'fp8'; accepted: 'auto', 'fp32', 'bf16' or 'fp16'"),
         ("diffusion.timestep_sampling", "logitnormal", r"timestep_sampling = 'logitnormal'; .*'uniform' or 'logit_normal'"),

@@ -335,7 +335,7 @@ def test_every_profile_gives_valid_parameters_and_another_name_is_one_clear_erro
         ("train: {steps: 3}", r"profiles/mine\.yaml: expected dotted keys of params\.yaml"),
         ("train.stepz: 3", r"profiles/mine\.yaml: train\.stepz is not a known key"),
         ("trian.steps: 3", r"profiles/mine\.yaml: trian\.steps is not a known key"),
-        ("train.processes: 3", r"profiles/mine\.yaml: train: batch_size = 64; accepted: a multiple of processes = 3"),
+        ("train.processes: 3", r"profiles/mine\.yaml: train: batch_size = 32; accepted: a multiple of processes = 3"),
     ],
 )
 def test_a_wrong_profile_is_told_with_its_file(tmp_path: Path, text: str, message: str) -> None:
