@@ -240,8 +240,7 @@ def audit(
     TARGET is diffusers:ClassName, strategy:NAME, a checkpoint, a diffusers directory, or package.module:function, which returns
     (model, batch) or (model, batch, loss).
     """
-    from dit.audit import audit as run_audit
-    from dit.audit import targets
+    from dit.audit import audit as run_audit, targets
     from dit.audit.expectations import known
     from dit.audit.files import Reading
 

@@ -17,6 +17,9 @@ from dit.errors import ConfigError
 from dit.sections import StudyParams
 from dit.sections.types import LEVEL_NAME
 
+MOST_LETTERS = 200
+"""In the name of a run, which names folders: file systems allow 255 bytes."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -95,15 +98,23 @@ class Design:
 
 
 def design(study: StudyParams) -> Design:
-    """The runs of a study. Raises `ConfigError` where two settings have one name, or a level needs a name and has none."""
-    return Design(
-        tuple(
-            Run(strategy, setting, seed)
-            for strategy in study.strategies
-            for setting in settings_of(study, strategy)
-            for seed in study.seeds
-        )
+    """The runs of a study.
+
+    Raises `ConfigError` where two settings have one name, a level needs a name and has none, or the name of a run is too long.
+    """
+    runs = tuple(
+        Run(strategy, setting, seed)
+        for strategy in study.strategies
+        for setting in settings_of(study, strategy)
+        for seed in study.seeds
     )
+    longest = max((run.name for run in runs), key=len)
+    if len(longest) > MOST_LETTERS:
+        raise ConfigError(
+            f"study.factors: a run would be called {longest}, which is longer than {MOST_LETTERS} letters; "
+            "name the levels, or use study.settings"
+        )
+    return Design(runs)
 
 
 def settings_of(study: StudyParams, strategy: str) -> list[Setting]:
@@ -111,8 +122,7 @@ def settings_of(study: StudyParams, strategy: str) -> list[Setting]:
 
     What `study.only` gives for this strategy replaces those levels; a single value there is the same at every setting.
     """
-    only = study.only.get(strategy, {})
-    fixed = {key: value for key, value in only.items() if not isinstance(value, (list, dict))}
+    only, fixed = study.only.get(strategy, {}), study.fixed(strategy)
     if study.settings:
         return [Setting(name, {**levels, **fixed}) for name, levels in study.settings.items()]
     factors = {**study.factors, **{key: value for key, value in only.items() if key not in fixed}}

@@ -35,7 +35,7 @@ def read(path: str | Path, where: str | Path | None = None) -> Any:
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"{where}: not a file")
         if status.st_size > MOST_BYTES:
-            raise ConfigError(f"{where}: {status.st_size} bytes, of which at most {MOST_BYTES} are read; is it the right file?")
+            raise ConfigError(f"{where}: {status.st_size} bytes, but at most {MOST_BYTES} are read; is it the right file?")
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise

@@ -26,7 +26,7 @@ from typing import Any
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
-from dvc.utils.serialize import load_yaml, modify_yaml
+from dvc.utils.serialize import modify_yaml
 
 from dit.errors import ConfigError, UserError
 from dit.terminal import plain
@@ -40,6 +40,8 @@ _CHATTER = re.compile(
 )
 """What DVC says around every stage, and what `run` says by its result."""
 _EXIT_CODE = re.compile(r"failed to run: .*, exited with (-?\d+)")
+_ENTRY = re.compile(r"^  (\S.*):$", re.MULTILINE)
+"""The name of a stage in a `dvc.lock`."""
 _LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by")
 
 
@@ -54,6 +56,8 @@ class Stage:
     """The paths that it writes."""
     up_to_date: bool
     """All that it and the stages above it declare is as `dvc.lock` says: command, parameters, dependencies and outputs."""
+    place: int = 0
+    """Where it stands in `dvc.yaml`, counted from 0."""
 
 
 class Outcome(Enum):
@@ -84,7 +88,8 @@ def read(root: Path) -> dict[str, Stage]:
     try:
         with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
             graph = repo.index.graph
-            stages = {stage.name: _stage(graph, stage) for stage in _pipeline(repo.index.stages)}
+            listed = enumerate(_pipeline(repo.index.stages))
+            stages = {stage.name: _stage(graph, stage, place) for place, stage in listed}
     except DvcException as error:
         raise ConfigError(f"{root / 'dvc.yaml'}: {error}") from None
     return _in_order(stages)
@@ -95,15 +100,16 @@ def checking(root: Path) -> Iterator[Callable[[str], bool]]:
     """Says of a stage that has not run, once those above it are done, whether `dvc repro` has nothing to do for it.
 
     It is DVC's own comparison, in this process and on a project that stays open: below outputs that came out as they were, no
-    process has to start to find that.
+    process has to start to find that. The project is read when the first stage is asked about.
     """
     with Repo(str(root), _wait_for_lock=True) as repo:
-        with repo.lock:
-            stages = {stage.name: stage for stage in _pipeline(repo.index.stages)}
+        stages: dict[str, Any] = {}
 
         def unchanged(name: str) -> bool:
             try:
                 with repo.lock:
+                    if not stages:
+                        stages.update({stage.name: stage for stage in _pipeline(repo.index.stages)})
                     return not stages[name].status()
             except DvcException:  # a dependency is in use, say; `dvc repro` waits, or tells what is wrong
                 return False
@@ -116,9 +122,9 @@ def _pipeline(nodes: Iterable[Any]) -> list[Any]:
     return [stage for stage in nodes if isinstance(stage, PipelineStage)]
 
 
-def _stage(graph: Any, stage: PipelineStage) -> Stage:
+def _stage(graph: Any, stage: PipelineStage, place: int) -> Stage:
     upstream = sorted(above.name for above in _pipeline(graph.successors(stage)))
-    return Stage(stage.name, tuple(upstream), tuple(out.def_path for out in stage.outs), not stage.status())
+    return Stage(stage.name, tuple(upstream), tuple(out.def_path for out in stage.outs), not stage.status(), place)
 
 
 def _in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
@@ -138,19 +144,26 @@ def _in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
     return ordered
 
 
-def order_lock(root: Path) -> None:
-    """Put the entries of `dvc.lock` in the order of `dvc.yaml`, as `dvc repro` does: side by side, stages end as it happens."""
+def order_lock(root: Path, stages: Collection[Stage]) -> None:
+    """Put the entries of `dvc.lock` in the order of `dvc.yaml`, as `dvc repro` does: side by side, stages end as it happens.
+
+    `stages` are those of `dvc.yaml`. A lock file that is in order already is only looked through, since DVC takes seconds to
+    read one of hundreds of stages.
+    """
     lock = root / "dvc.lock"
     if not lock.exists():
         return
+    recorded = [name.strip("'\"") for name in _ENTRY.findall(lock.read_text())]
+    listed = [stage.name for stage in sorted(stages, key=lambda stage: stage.place)]
+    known = set(recorded)
+    ordered = [name for name in listed if name in known]
+    ordered += [name for name in recorded if name not in set(ordered)]
+    if ordered == recorded:
+        return
     with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
-        recorded = list(load_yaml(lock)["stages"])
-        listed = [stage.name for stage in _pipeline(repo.index.stages)]
-        ordered = [*(name for name in listed if name in recorded), *(name for name in recorded if name not in listed)]
-        if ordered != recorded:
-            atomic_dvc.install()
-            with modify_yaml(lock, fs=repo.fs) as data:
-                data["stages"] = {name: data["stages"][name] for name in ordered}
+        atomic_dvc.install()
+        with modify_yaml(lock, fs=repo.fs) as data:
+            data["stages"] = {name: data["stages"][name] for name in ordered}
 
 
 def select(stages: Mapping[str, Stage], targets: Collection[str] | None) -> dict[str, Stage]:

@@ -15,8 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dit import design as designs
-from dit import yamlfile
+from dit import design as designs, yamlfile
 from dit.config import Params
 from dit.design import Design, Run, Setting
 from dit.errors import ConfigError, InputError
@@ -96,10 +95,12 @@ def items(params: Params) -> dict[str, dict[str, Item]]:
     made["evaluate"] = _evaluations(params, found, data)
     shared = {ALL: Setting()}
     if params.study.sample in ("best", "one"):
-        made["best"] = {key: Item("best", key, setting, {}, "runs/best") for key, setting in shared.items()}
+        made["best"] = {
+            key: Item("best", key, setting, {"train": "runs/train"}, "runs/best") for key, setting in shared.items()
+        }
     if params.study.sample == "none":
         made["features"] = {}
-    made["compare"] = {key: Item("compare", key, setting) for key, setting in shared.items()}
+    made["compare"][ALL] = Item("compare", ALL, Setting())
     return made
 
 
@@ -142,16 +143,9 @@ def _folder(kind: str, setting: Setting, data: Mapping[str, Mapping[str, Setting
     return f"data/{kind}/{name}" if name else f"data/{kind}"
 
 
-def at_run(params: Params, run: Run) -> Params:
-    """`params`, which hold for the study or for a setting of it, at the setting of `run`."""
-    return params.with_values(run.setting.levels)
-
-
-def inputs_of(params: Params, run: Run) -> dict[str, str]:
-    """The folders with the data of one run, by kind."""
-    settings = designs.design(params.study).settings()
-    data = {kind: designs.distinct(settings, DATA[kind]) for kind in EVALUATED}
-    return {kind: _folder(kind, run.setting, data) for kind in EVALUATED}
+def data_folder(params: Params, run: Run, kind: str) -> str:
+    """The folder with the data of a run, such as `data/images`."""
+    return _folder(kind, run.setting, {kind: designs.distinct(designs.design(params.study).settings(), DATA[kind])})
 
 
 def analyses(params: Params, found: Design) -> dict[str, str]:
@@ -190,7 +184,9 @@ def write(root: Path, params: Params) -> bool:
     path, wanted = root / FILE, content(params)
     if path.exists() and path.read_text() == wanted:
         return False
-    path.write_text(wanted)
+    partial = path.with_suffix(".partial")
+    partial.write_text(wanted)
+    partial.replace(path)
     return True
 
 

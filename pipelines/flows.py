@@ -118,8 +118,7 @@ def study(
         params = experiments.parameters(root, overrides)
         with _workspace(root, overrides) as (workspace, experiment):
             design.write(workspace, config.load(workspace / "params.yaml"))
-            stages = dag.select(dag.read(workspace), targets)
-            return _run(workspace, stages, device_pool(params, workers), experiment)
+            return _run(workspace, targets, device_pool(params, workers), experiment)
     except UserError as error:
         return Failed(message=str(error))
 
@@ -137,8 +136,10 @@ def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[P
         yield path, name
 
 
-def _run(workspace: Path, stages: Mapping[str, dag.Stage], pool: DevicePool, experiment: str | None) -> State[Any]:
-    """Run `stages`, then show what came out: in MLflow, as artifacts, and as a DVC experiment."""
+def _run(workspace: Path, targets: list[str] | None, pool: DevicePool, experiment: str | None) -> State[Any]:
+    """Run the stages that `targets` need, then show what came out: in MLflow, as artifacts, and as a DVC experiment."""
+    every = dag.read(workspace)
+    stages = dag.select(every, targets)
     fresh = sum(stage.up_to_date for stage in stages.values())
     _log().info("%d of %d stages are up to date; %d at a time", fresh, len(stages), pool.max_parallel)
     scratch = Path(os.environ.get("DIT_SCRATCH", ".scratch")).resolve()
@@ -146,7 +147,7 @@ def _run(workspace: Path, stages: Mapping[str, dag.Stage], pool: DevicePool, exp
         states = run_all(stages, processes, pool, unchanged)
     if experiment:
         experiments.forget_stale(workspace)
-    dag.order_lock(workspace)
+    dag.order_lock(workspace, every.values())
     recovery.keep_lock(workspace)
     mlflow = fill_mlflow(workspace, {"dvc_experiment": experiment} if experiment else {}, return_state=True)
     if not all(state.is_completed() for state in states.values()):

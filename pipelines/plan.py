@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 DURATIONS = Path(".scratch/durations.csv")
 """How long each stage took that the flow ran: its name, what it was, and seconds."""
 START_SECONDS = 6.0
-"""What a stage takes beside its own work where no earlier one tells: a process starts, and DVC reads and writes its files."""
+"""What a stage takes beside its own work where no earlier one tells: Python starts and DVC reads and writes its files, in a
+default study on two cores (`make bench BENCH=stages` measures both)."""
 DIAGNOSED = 0.1
 """What validation and diagnoses add to training, as a fraction: `make bench BENCH=diagnostics`."""
 
@@ -138,11 +139,17 @@ def up_to_date(root: Path, params: Params) -> dict[str, bool]:
             identity = json_text(design.identity(params.with_values(item.setting.levels), item))
             ran_with = {dep["path"]: dep.get("md5") for dep in recorded.get(name, {}).get("deps", [])}
             own = ran_with.get(item.identity_file.as_posix()) == hashlib.md5(identity.encode()).hexdigest()
-            above = [same[made[path]] for path in item.inputs.values() if path in made]
+            above = [same[made[out]] for out in made for path in item.inputs.values() if _overlap(out, path)]
             same[name] = own and all(above) and (root / item.out).exists()
-            made[item.out] = name
+            if item.out:
+                made[item.out] = name
     same["compare"] = all(same.values())
     return same
+
+
+def _overlap(out: str, path: str) -> bool:
+    """Whether a stage that reads `path` reads what lies at `out`: all of it, a part, or more."""
+    return Path(path).is_relative_to(out) or Path(out).is_relative_to(path)
 
 
 def show(found: Plan) -> None:

@@ -30,16 +30,14 @@ from mlflow import MlflowClient
 from mlflow.entities import Experiment, Metric, Param, Run, RunStatus
 from PIL import Image
 
-from dit import config
-from dit import design as designs
+from dit import config, design as designs
 from dit.errors import UserError
 from dit.terminal import plain
 from pipelines import databases
 from pipelines.records.analysis import StartRecord
 from pipelines.records.base import Timing
 from pipelines.redaction import redacted, shown
-from pipelines.run_metrics import Finished, finished, start_values, timing, values
-from pipelines.run_metrics import params as settings_of
+from pipelines.run_metrics import Finished, finished, params as settings_of, start_values, timing, values
 
 PROBE_SECONDS = 3.0
 """How long a tracking server has to answer before the study goes on without it."""
@@ -97,18 +95,20 @@ def sync(root: Path, tags: Mapping[str, str] | None = None) -> Synced:
     found = list(finished(root, params))
     names = [run.name for run in designs.design(study).runs]
     synced.missing = sorted(set(names) - {run.name for run in found}, key=names.index)
-    _within(SECONDS + SECONDS_PER_RUN * len(found), uri, lambda: _fill(root, study.name, found, colors, tags or {}, synced))
+    given = tags or {}
+    view = View(given.get("dvc_experiment", study.name), tuple(designs.design(study).factors))
+    _within(SECONDS + SECONDS_PER_RUN * len(found), uri, lambda: _fill(root, view, found, colors, given, synced))
     return synced
 
 
 def _fill(
-    root: Path, name: str, found: Sequence[Finished], colors: Mapping[str, str], tags: Mapping[str, str], synced: Synced
+    root: Path, view: View, found: Sequence[Finished], colors: Mapping[str, str], tags: Mapping[str, str], synced: Synced
 ) -> None:
     """Add the runs `found` that are missing, and note in `synced` what was done."""
     with _one_at_a_time():
         uri = tracking_uri()
         client = MlflowClient(uri)
-        experiment = _experiment(client, name, uri)
+        experiment = _experiment(client, synced.experiment, uri)
         known = _present(client, experiment)
         present = {run.name: there for run in found if (there := _same(known[run.key], run))}
         synced.present = list(present)
@@ -119,12 +119,12 @@ def _fill(
         about = _provenance(root, added)
         for run in reversed(added):  # the UI lists the last first
             color = {"mlflow.runColor": colors[run.strategy]}
-            own = {**tags, **about[run.name], **color, "added_by": _adder()}
+            own = {**tags, **about[run.name], **color, "added_by": _adder(), view.tag: "yes"}
             present[run.name] = _log_run(client, experiment, run, own)
             synced.added.append(run.name)
         if found:
-            view = tags.get("dvc_experiment", name)
-            synced.view = _save_view(client, experiment, view, [present[run.name].info.run_id for run in found])
+            _show_in(client, view, [present[run.name] for run in found], [run for runs in known.values() for run in runs])
+            synced.view = _save_view(client, experiment, view)
 
 
 def _within(seconds: float, uri: str, act: Callable[[], None]) -> None:
@@ -169,23 +169,54 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> Experiment:
     return found
 
 
-def _save_view(client: MlflowClient, experiment: Experiment, name: str, run_ids: Sequence[str]) -> str:
-    """Put the runs of one study, grouped by strategy, among the "Views" of the UI; the address of that view.
+@dataclass(frozen=True)
+class View:
+    """The runs of one study as the UI shows them: those with a tag, grouped by strategy and by the study's factors.
+
+    A tag, and not a list of ids, because the store limits the length of a view and a study may have hundreds of runs.
+    """
+
+    name: str
+    factors: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """The name as a part of addresses and tags."""
+        return re.sub(r"[^A-Za-z0-9_-]", "-", self.name)
+
+    @property
+    def tag(self) -> str:
+        """The tag of the runs in it."""
+        return f"view.{self.key}"
+
+
+def _show_in(client: MlflowClient, view: View, runs: Sequence[Run], others: Sequence[Run]) -> None:
+    """Put `runs` in a view, and take those of `others` out that the study no longer has."""
+    for run in runs:
+        if view.tag not in run.data.tags:
+            client.set_tag(run.info.run_id, view.tag, "yes")
+    shown = {run.info.run_id for run in runs}
+    for run in others:
+        if run.info.run_id not in shown and view.tag in run.data.tags:
+            client.delete_tag(run.info.run_id, view.tag)
+
+
+def _save_view(client: MlflowClient, experiment: Experiment, view: View) -> str:
+    """Put a view among the "Views" of the UI; its address.
 
     A view is a tag of the experiment, as `mlflow/server/js` saves it: what it leaves out has the UI's defaults.
     """
-    key = re.sub(r"[^A-Za-z0-9_-]", "-", name)
-    runs = ", ".join(f"'{run_id}'" for run_id in run_ids)
+    keys = [{"mode": "param", "groupByData": name} for name in ("strategy", *view.factors)]
     state = {
-        "searchFilter": f"attributes.run_id IN ({runs})",
-        "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": "strategy"}]},
+        "searchFilter": f"tags.`{view.tag}` = 'yes'",
+        "groupBy": {"aggregateFunction": "average", "groupByKeys": keys},
         "runsHiddenMode": "SHOWALL",
     }
-    saved = json.dumps({"name": name, "createdAt": experiment.creation_time, "state": json.dumps(state)})
-    tag = f"mlflow.sharedViewState.{key}"
+    saved = json.dumps({"name": view.name, "createdAt": experiment.creation_time, "state": json.dumps(state)})
+    tag = f"mlflow.sharedViewState.{view.key}"
     if experiment.tags.get(tag) != saved:
         client.set_experiment_tag(experiment.experiment_id, tag, saved)
-    return f"/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey={key}&compareRunsMode=CHART"
+    return f"/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey={view.key}&compareRunsMode=CHART"
 
 
 def _adder() -> str:

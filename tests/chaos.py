@@ -25,10 +25,9 @@ from pathlib import Path
 import psutil
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from studies import MICRO, ROOT, environment, git  # noqa: E402
+from studies import environment, micro_project  # noqa: E402
 
 from dit.checksums import sha256  # noqa: E402
-from pipelines.experiments import override  # noqa: E402
 
 OUTPUTS = ("dvc.lock", "data", "runs", "reports")
 KINDS = {
@@ -64,21 +63,6 @@ class Found:
     identical: int = 0
     disturbances: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
-
-
-def template(folder: Path) -> Path:
-    """The project as git sees it, with the parameters of a micro study, in which nothing has run."""
-    root = folder / "template"
-    for name in git(ROOT, "ls-files", "--cached", "--others", "--exclude-standard", "-z").split("\0"):
-        if name and (ROOT / name).is_file():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, root / name)
-    (root / "dvc.lock").unlink(missing_ok=True)
-    (root / "params.yaml").write_text(override((root / "params.yaml").read_text(), MICRO))
-    git(root, "init", "--quiet")
-    git(root, "add", ".")
-    git(root, "commit", "--quiet", "--message", "micro")
-    return root
 
 
 def outputs(root: Path) -> dict[str, str]:
@@ -183,7 +167,7 @@ def run_disturbed(root: Path, log: Path, found: Found, draws: random.Random, kil
 def campaign(folder: Path, found: Found, tell: Callable[[str], None]) -> Iterator[None]:
     """Disturb studies for ever, one at each step."""
     draws = random.Random(found.seed)
-    pristine = template(folder)
+    pristine = micro_project(folder / "template")
     calm = shutil.copytree(pristine, folder / "calm", symlinks=True)
     log = folder / "calm.log"
     if start(calm, log).wait() != 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dit import config
 from dit.config import Params
 from dit.data.images import ImageStore
 from pipelines import design
@@ -50,6 +52,35 @@ MICRO: dict[str, Any] = {
     "evaluate.grid_rows": 1,
     "features.size": 32,
 }
+
+
+HUB: dict[str, Any] = {
+    "kind": "huggingface",
+    "config": None,
+    "image_column": "image",
+    "label_column": "label",
+    "train_split": "train",
+    "validation_split": None,
+    "validation_fraction": 0.25,
+}
+"""A source of the `datasets` library, without its path."""
+
+
+def micro_project(root: Path) -> Path:
+    """Copy the project as git sees it to `root`, with the parameters of a micro study of which nothing has run; commit it."""
+    from pipelines.experiments import override  # imports DVC, which a machine that only runs kernels may lack
+
+    for name in git(ROOT, "ls-files", "--cached", "--others", "--exclude-standard", "-z").split("\0"):
+        if name and (ROOT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, root / name)
+    (root / "dvc.lock").unlink(missing_ok=True)
+    (root / "params.yaml").write_text(override((root / "params.yaml").read_text(), MICRO))
+    design.write(root, config.load(root / "params.yaml"))
+    git(root, "init", "--quiet")
+    git(root, "add", ".")
+    git(root, "commit", "--quiet", "--message", "micro")
+    return root
 
 
 def command(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -15,8 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from dit import yamlfile
 from dit.errors import ConfigError
@@ -136,7 +135,7 @@ def test_side_by_side_gives_the_lock_file_of_dvc_repro(project: Path) -> None:
         processes.run("data", print)
         list(pool.map(lambda name: processes.run(name, print), ["train@b", "train@a"]))
         processes.run("compare", print)
-    dag.order_lock(project)
+    dag.order_lock(project, dag.read(project).values())
     assert (project / "dvc.lock").read_bytes() == (twin / "dvc.lock").read_bytes()
 
 

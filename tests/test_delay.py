@@ -7,8 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from scipy import stats
 
 from dit.analysis.delay import CurveComparison, Curves, StepsTo, compare_curves, compare_steps, median_steps, steps_to_threshold

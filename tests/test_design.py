@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from studies import MICRO, ROOT, run_stage
 
 from dit import config, yamlfile
@@ -102,6 +101,11 @@ def test_one_strategy_may_have_levels_or_a_value_of_its_own() -> None:
         ({"factors": {"train.steps": [5, 5]}}, r"factors\.train\.steps = \[5, 5\]: expected .* each level once"),
         ({"factors": RATES, "settings": {"a": {"train.steps": 2}}}, "factors and settings are both given"),
         ({"factors": {"train.optimizer": [{"name": "sgd"}]}}, "cannot be part of a name; name the levels"),
+        (
+            {"settings": {"a": {"train.steps": 2}}, "only": {"symmetric": {"train.steps": [1, 2]}}},
+            r"only\.symmetric\.train\.steps gives levels, which settings do not have",
+        ),
+        ({"factors": {"train.steps": {"x" * 190: 1}}}, "which is longer than 200 letters; name the levels"),
         ({"only": {"nobody": {"train.steps": 1}}}, "study.only: unknown strategy 'nobody'; expected one of adaln_zero"),
         ({"declared": ["adaln_zero"]}, "declared: 'adaln_zero' is the baseline"),
         ({"choose_on": [0]}, r"choose_on = \[0\] leaves 1 of the seeds \[0, 1\] to report: expected at least 3"),

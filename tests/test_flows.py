@@ -20,7 +20,7 @@ from urllib.request import Request, urlopen
 import psutil
 import pytest
 from imported import declared, imported
-from studies import MICRO, ROOT, command, environment, free_port, git
+from studies import MICRO, ROOT, command, environment, free_port, git, micro_project
 
 from pipelines.experiments import override
 from pipelines.gate import authorization
@@ -54,16 +54,7 @@ stages:
 @pytest.fixture(scope="session")
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """The micro study, run once from nothing, then committed; and what the command printed."""
-    root = tmp_path_factory.mktemp("study")
-    for name in git(ROOT, "ls-files", "--cached", "--others", "--exclude-standard", "-z").split("\0"):
-        if name and (ROOT / name).exists():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, root / name)
-    (root / "dvc.lock").unlink(missing_ok=True)
-    (root / "params.yaml").write_text(override((root / "params.yaml").read_text(), MICRO))
-    git(root, "init", "--quiet")
-    git(root, "add", ".")
-    git(root, "commit", "--quiet", "--message", "micro")
+    root = micro_project(tmp_path_factory.mktemp("study"))
     recorder = {
         "PYTHONPATH": f"{root}{os.pathsep}{ROOT / 'tests' / 'imports'}",
         "IMPORTS_FOLDER": str(root / ".scratch/imports"),

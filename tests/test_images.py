@@ -12,10 +12,9 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from PIL import Image
-from studies import Read
+from studies import HUB, Read
 
 from dit import config, yamlfile
 from dit.data.decoding import CHUNK, MOST_BYTES, Encoded, Rejected, center_crop, decode_all
@@ -27,15 +26,6 @@ from dit.seeding import generator
 
 PHOTOS = {"kind": "photos", "train_per_class": 3, "validation_per_class": 2, "validation_region": 0.25, "max_zoom": 3.0}
 FOLDER = {"kind": "folder", "validation_root": None, "validation_fraction": 0.25}
-HUB = {
-    "kind": "huggingface",
-    "config": None,
-    "image_column": "image",
-    "label_column": "label",
-    "train_split": "train",
-    "validation_split": None,
-    "validation_fraction": 0.25,
-}
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from diffusers import DiTTransformer2DModel
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from networks import dit_roles
 from safetensors.torch import save_file
 from scipy.stats import ks_2samp

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from dit import config, init, models, yamlfile
 from dit.analysis.signal import coordinate_check, width_exponent

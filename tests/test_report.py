@@ -22,8 +22,7 @@ from dit.analysis.series import diagnosed
 from dit.config import Params
 from dit.design import Run, Setting
 from dit.errors import DataError
-from pipelines.design import ALL as ALL_RUNS
-from pipelines.design import item_named
+from pipelines.design import ALL as ALL_RUNS, item_named
 from pipelines.report.headline import headline
 from pipelines.report.listings import listings
 from pipelines.report.reading import read_run, read_study

@@ -6,8 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from dit.analysis.response import Errors, at_same_rate, best_rate, each_at_its_best, learning_rate_sensitivity, response
 from dit.errors import UserError

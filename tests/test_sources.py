@@ -14,23 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from PIL import Image
-from studies import Read
+from studies import HUB, Read
 
 from dit.data.sources.idx import fit
 from dit.errors import ConfigError, DataError
-
-HUB = {
-    "kind": "huggingface",
-    "config": None,
-    "image_column": "image",
-    "label_column": "label",
-    "train_split": "train",
-    "validation_split": None,
-    "validation_fraction": 0.25,
-}
 
 
 def picture(red: int, kind: str = "PNG") -> bytes:

@@ -9,8 +9,7 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from dit.analysis.failures import History, before, count, lead, sign
 from dit.analysis.study import Findings, Place, Question, Trained, find

@@ -65,7 +65,7 @@ def make_run(root: Path, params: dict[str, Any], strategy: str, seed: int, *, di
     train.mkdir(parents=True, exist_ok=True)
     evaluate.mkdir(parents=True, exist_ok=True)
     key = f"train-{strategy}-{seed}{version}"
-    rules = init.named(strategy).resolved
+    rules = init.named(strategy.partition("-")[0]).resolved
     settings = {name: params[name] for name in ("model", "diffusion", "train")}
     status: Status = "diverged" if diverged else "finished"
     TrainRecord(
@@ -287,6 +287,23 @@ def test_view_shows_the_runs_of_this_study_by_strategy(study: Path) -> None:
     assert {run.data.tags["run_key"] for run in shown} >= {"evaluate-adaln_zero-0-edited"}
     assert state["groupBy"]["groupByKeys"] == [{"mode": "param", "groupByData": "strategy"}]
     assert "viewStateShareKey=photos-32" in synced.view
+
+
+def test_view_of_a_study_with_factors_does_not_average_over_them(study: Path) -> None:
+    params = yamlfile.read(study / "params.yaml")
+    params["study"]["settings"] = {"slow": {"train.learning_rate": 0.001}, "fast": {"train.learning_rate": 0.004}}
+    (study / "params.yaml").write_text(json.dumps(params))
+    for name in ("slow", "fast"):
+        make_run(study, params, f"adaln_zero-{name}", 0, diverged=False)
+    assert sorted(tracking.sync(study).added) == ["adaln_zero-fast-0", "adaln_zero-slow-0"]
+    client = MlflowClient(tracking.tracking_uri())
+    experiment = client.get_experiment_by_name("photos-32")
+    assert experiment
+    state = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.photos-32"])["state"])
+    grouped = [key["groupByData"] for key in state["groupBy"]["groupByKeys"]]
+    assert grouped == ["strategy", "train.learning_rate"]
+    found = runs()["adaln_zero-fast-0"].data
+    assert (found.tags["setting"], found.tags["factor.train.learning_rate"]) == ("fast", "0.004")
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:{port}", "postgresql://user:secret@127.0.0.1:{port}/mlflow"])

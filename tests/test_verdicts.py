@@ -6,8 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from dit.analysis.comparison import METRICS, Metric
 from dit.analysis.response import Errors, each_at_its_best

@@ -230,7 +230,7 @@ class _Table:
         return {rate: {seed: run.error for seed, run in by_seed.items()} for rate, by_seed in rates.items()}
 
     def conditions(self, name: str, place: Place, rate: str) -> Conditions:
-        """Those of the baseline, and what the strategy has for itself."""
+        """The conditions of the baseline, and whatever parameters the strategy alone has."""
         first = next(iter(next(iter(self.found[self.question.baseline, place].values())).values()))
         own = next(iter(next(iter(self.found[name, place].values())).values())).own
         network = " with ".join(filter(None, (first.network, ", ".join(f"{factor} {level}" for factor, level in place))))

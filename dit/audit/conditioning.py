@@ -115,7 +115,7 @@ def modulation(
 ) -> list[Layer]:
     """Layers that are given one vector per sample, which does not depend on the sample but on other inputs.
 
-    Those of them that feed another such layer, as embedders do, are left out.
+    A layer that feeds another such layer, as an embedder does, is left out.
     """
     drivers: dict[str, set[str]] = {}
     for each in (start, end):
@@ -154,7 +154,7 @@ def _different(base: Observation, other: Observation) -> set[str]:
 
 
 def _feeding(probe: Probe, base: Observation, paths: list[str]) -> set[str]:
-    """Those of `paths` that change what another of them is given when what they return is disturbed; halved until found."""
+    """The layers among `paths` whose output another of them reads: found by disturbing halves of the list."""
     every = set(paths)
 
     def search(some: list[str]) -> set[str]:

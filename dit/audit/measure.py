@@ -15,8 +15,7 @@ from dit.audit.observe import LAYERS, Observation, effective, layers_of, observe
 from dit.audit.probe import SAME, Batch, LossFunction, Probe, make_probe, rms
 from dit.audit.report import AuditReport, Block, Input, Layer, Output, Part, Source, State
 from dit.audit.trained import trained
-from dit.audit.units import follow, single_valued, weights_of
-from dit.audit.units import layers_of as unit_layers
+from dit.audit.units import follow, layers_of as unit_layers, single_valued, weights_of
 from dit.audit.wrappers import unwrapped
 from dit.errors import ConfigError
 from dit.models.external.blocks import containers

@@ -71,10 +71,10 @@ def observe(probe: Probe, arguments: dict[str, Any] | None = None, disturbed: Co
 
 
 def possible_blocks(model: nn.Module) -> dict[str, str]:
-    """The list that holds it, for every module that may be a block.
+    """By path, every module that may be a block, with the path of the module that holds it.
 
-    That is an element of a list of modules that are alike; or one of several modules of one class, made of layers, that are
-    attributes of one module.
+    A block is one of a list of modules that are alike, or one of several attributes of a module that have the same class and
+    are made of layers.
     """
     found = {f"{path}.{name}".lstrip("."): path for path, module in containers(model) for name, _ in module.named_children()}
     for path, module in model.named_modules():

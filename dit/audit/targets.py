@@ -21,8 +21,7 @@ from dit.audit.report import Source
 from dit.audit.signatures import SIGNATURES
 from dit.audit.specs import made as inputs_of
 from dit.audit.wrappers import unwrapped
-from dit.diffusion import Batch as TrainingBatch
-from dit.diffusion import Diffusion
+from dit.diffusion import Batch as TrainingBatch, Diffusion
 from dit.errors import ConfigError, DataError, UserError
 from dit.models import Denoiser, backbone_of
 from dit.models.external.sources import diffusers_class, function, working_directory_searched

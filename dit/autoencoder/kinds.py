@@ -43,4 +43,4 @@ class Pixels(nn.Module):
 Autoencoder = AutoencoderKL | AutoencoderTiny | Pixels
 
 CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-"""Those of diffusers, by the `_class_name` in their config.json."""
+"""The classes of diffusers that are read, by the `_class_name` in their config.json."""

@@ -24,7 +24,7 @@ from dit.optim.optimizer import check as check_optimizer
 from dit.terminal import plain
 from dit.training.kept import Kept, KeptRun, RunSettings, digest
 from dit.training.loop import Trainer
-from dit.training.records import Records, outcome
+from dit.training.records import Records
 
 OF_BATCHES = (
     *("seed", "model.label_dropout", "train.batch_size"),
@@ -121,13 +121,7 @@ def _continued(kept: Kept, variant: Variant, store: LatentStore, until: int, ran
     trainer.restore(state)
     trainer.last_step = until
     trainer.go_on(variant.name)
-    ended = outcome(
-        trainer.records,
-        trainer.divergence,
-        steps_done=trainer.steps_done,
-        parameters=sum(weight.numel() for weight in trainer.model.parameters()),
-        target_second_moment=trainer.validation.target_second_moment,
-    )
+    ended = trainer.outcome()
     spikes = (event["step"] for event in trainer.records.events if event["kind"] == "spike" and event["step"] >= kept.step)
     error = trainer.stability.errors[-1] if trainer.stability.errors else None
     result = Result(variant.name, variant.words, ended, kept.step, next(spikes, None), error, told)

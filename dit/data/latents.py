@@ -96,8 +96,9 @@ def write_latents(
 ) -> dict[str, Any]:
     """Encode every image, in order, into a store at `directory`; returns how latents are normalised.
 
-    That is `shift` and `scale`, one value per channel, of `(z - shift) * scale`, and their `source` in words. Of several ranks
-    each encodes its rows of every batch, `batch_size` of them; `directory` is None on all but the first.
+    A latent z is normalised to `(z - shift) * scale`. The result has `shift` and `scale`, one value per channel, and `source`:
+    where they come from, in words. Each rank encodes its own rows of every batch, `batch_size` of them; `directory` is None on
+    all ranks but the first.
     Raises `ConfigError` where the encoder has no normalisation of that kind, and `DataError` for latents that are not finite,
     also where that is because `latents.dtype` cannot hold them.
     """

@@ -17,41 +17,17 @@ from pydantic import (
 
 from dit.sections.data import (
     FolderSource as FolderSource,
-)
-from dit.sections.data import (
     HuggingFaceSource as HuggingFaceSource,
-)
-from dit.sections.data import (
     IdentityAutoencoder as IdentityAutoencoder,
-)
-from dit.sections.data import (
     IdxSource as IdxSource,
-)
-from dit.sections.data import (
     ImagesParams as ImagesParams,
-)
-from dit.sections.data import (
     LatentsParams as LatentsParams,
-)
-from dit.sections.data import (
     MeanAndStd as MeanAndStd,
-)
-from dit.sections.data import (
     PhotosSource as PhotosSource,
-)
-from dit.sections.data import (
     PretrainedAutoencoder as PretrainedAutoencoder,
-)
-from dit.sections.data import (
     ShiftAndScale as ShiftAndScale,
-)
-from dit.sections.data import (
     TrainedAutoencoder as TrainedAutoencoder,
-)
-from dit.sections.data import (
     UnlabelledSource as UnlabelledSource,
-)
-from dit.sections.data import (
     WebDatasetSource as WebDatasetSource,
 )
 from dit.sections.optim import ConstantSchedule, DecaySchedule, OptimizerParams, ScheduleParams, WSDSchedule
@@ -104,9 +80,14 @@ class StudyParams(Section):
     choose_on: list[Seed] = Field(default_factory=list)
     """The seeds on which each strategy's best learning rate is chosen. The other seeds report, and these do not."""
     declared: list[Name] = Field(default_factory=list)
-    """The strategies whose comparison with the baseline is primary, as far as they are in the study; see `primary`."""
+    """The strategies whose comparison with the baseline is primary. One that the study leaves out is ignored; see `primary`."""
     sample: Literal["all", "best", "one", "none"] = "all"
     """Which runs are sampled: all, those at each strategy's best setting, one of those each (for its pictures), or none."""
+
+    def fixed(self, strategy: str) -> dict[str, Any]:
+        """What `strategy` has at every setting in place of what the others have: the single values of `only`."""
+        own = self.only.get(strategy, {})
+        return {key: value for key, value in own.items() if not isinstance(value, (list, dict))}
 
     @property
     def primary(self) -> list[str]:
@@ -124,6 +105,9 @@ class StudyParams(Section):
             raise ValueError(f"declared: '{self.baseline}' is the baseline, with which the others are compared; leave it out")
         if self.factors and self.settings:
             raise ValueError("factors and settings are both given: expected one of them")
+        for name in self.only if self.settings else ():
+            for key in self.only[name].keys() - self.fixed(name).keys():
+                raise ValueError(f"only.{name}.{key} gives levels, which settings do not have: expected one value, or factors")
         self._check_levels()
         self._check_choice()
         return self

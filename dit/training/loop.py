@@ -28,7 +28,7 @@ from dit.sections import TrainParams
 from dit.training.engines import ENGINES, clip_factor, plain_forward
 from dit.training.indicators import SAMPLES, block_states
 from dit.training.kept import ENDED, Keeper, KeptRun, RunSettings, Shelf, describe, digest
-from dit.training.records import Divergence, Records
+from dit.training.records import Divergence, Outcome, Records, outcome
 from dit.training.stability import Observation, Stability, observe
 from dit.training.validation import Validation
 
@@ -108,6 +108,16 @@ class Trainer:
             backend=self.backend,
             processes=self.ranks.size,
             torch=torch.__version__,
+        )
+
+    def outcome(self) -> Outcome:
+        """How the run ended."""
+        return outcome(
+            self.records,
+            self.divergence,
+            steps_done=self.steps_done,
+            parameters=sum(weight.numel() for weight in self.model.parameters()),
+            target_second_moment=self.validation.target_second_moment,
         )
 
     def averaged_weights(self) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ def awake(summary: dict[str, Any]) -> Finding:
     sentences += [f"In {listed(never)} some part of it receives none in the steps looked at."] if never else []
     agrees = {name: entry["start"]["predicted_equals_measured"] for name, entry in summary["strategies"].items()}
     if wrong := [name for name, agreed in agrees.items() if agreed is False]:
-        return Finding("warning", " ".join([*sentences, f"That is not what the architecture predicts for {listed(wrong)}."]))
+        return Finding("warning", " ".join([*sentences, f"For {listed(wrong)} the architecture predicts other steps."]))
     if None in agrees.values():
         return Finding("note", " ".join([*sentences, "This is measured, not predicted; the wake-up figure says why."]))
     return Finding("note", " ".join([*sentences, "The architecture alone predicts the same."]))

@@ -7,37 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dit import design as designs
 from dit.analysis.study import Place
 from dit.config import Params
 from dit.design import Run, Setting
 from dit.sections import FolderSource, HuggingFaceSource
-from pipelines.design import DATA
 
 LEARNING_RATE = "train.learning_rate"
 
 
-def data_folder(params: Params, run: Run, kind: str) -> str:
-    """The folder with the data of a run, such as `data/images`."""
-    name = designs.share(run.setting, DATA[kind], designs.distinct(designs.design(params.study).settings(), DATA[kind]))
-    return f"data/{kind}/{name}" if name else f"data/{kind}"
-
-
-def fixed(params: Params, strategy: str) -> dict[str, Any]:
-    """What one strategy has at every setting in place of what the others have: single values of `study.only`."""
-    only = params.study.only.get(strategy, {})
-    return {key: value for key, value in only.items() if not isinstance(value, (list, dict))}
-
-
 def place_of(params: Params, run: Run) -> Place:
     """The level of every factor but the learning rate, in words, without what only this strategy has."""
-    left = {key: level for key, level in run.setting.levels.items() if key not in fixed(params, run.strategy)}
+    left = {key: level for key, level in run.setting.levels.items() if key not in params.study.fixed(run.strategy)}
     return tuple((word(key), level_of(run.setting, key)) for key in left if key != LEARNING_RATE)
 
 
 def own_of(params: Params, run: Run) -> str:
     """What only this strategy has, but for its learning rate, in words."""
-    own = fixed(params, run.strategy)
+    own = params.study.fixed(run.strategy)
     return ", ".join(f"{word(key)} {level_of(run.setting, key)}" for key in own if key != LEARNING_RATE)
 
 

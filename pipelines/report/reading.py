@@ -14,7 +14,7 @@ from pipelines import design
 from pipelines.records.analysis import ANALYSE, StartRecord
 from pipelines.records.evaluation import EVALUATE, EvaluateRecord, ReferencesRecord
 from pipelines.records.training import TRAIN, TrainRecord
-from pipelines.report.places import data_folder, place_of
+from pipelines.report.places import place_of
 from pipelines.report.runs import Analysis, Run, Sampled, Study
 
 
@@ -35,7 +35,9 @@ def read_study(params: Params) -> Study:
     analyses = {name: Analysis(name, StartRecord.read(folder), folder) for name, folder in folders.items()}
     setting = shown[params.study.baseline].name.replace(",", ", ").replace("_", " ").replace("=", " ")
     references = (
-        None if params.study.sample == "none" else ReferencesRecord.read(Path(data_folder(params, found.runs[0], "features")))
+        None
+        if params.study.sample == "none"
+        else ReferencesRecord.read(Path(design.data_folder(params, found.runs[0], "features")))
     )
     sampled = _sampled(params, everything, runs)
     return Study(params, strategies, everything, runs, analyses, sampled, references, setting)

@@ -12,12 +12,11 @@ import pandas as pd
 
 from dit.config import Params
 from dit.data.images import load_images
-from pipelines.design import Item
+from pipelines.design import Item, data_folder
 from pipelines.files import complete_directory, write_json
 from pipelines.report.figures import figures
 from pipelines.report.headline import headline
 from pipelines.report.page import Autoencoder, render
-from pipelines.report.places import data_folder
 from pipelines.report.reading import departed, read_study
 from pipelines.report.runs import Run, Study
 from pipelines.report.summary import mean_curves, metric_means, summarise

@@ -36,7 +36,8 @@ def evaluate(params: Params, item: Item) -> None:
     A run that did not finish training, or whose samples are not finite, is a result too: it has no grid and no distances.
     """
     run = evaluated_run(params, item)
-    params, inputs = design.at_run(params, run), design.inputs_of(params, run)
+    params = params.with_values(run.setting.levels)
+    inputs = {kind: design.data_folder(params, run, kind) for kind in design.EVALUATED}
     make_deterministic(params.evaluate.threads)
     trained = read_run(run, params)
     settings = {section: getattr(params, section).model_dump(mode="json") for section in ("evaluate", "features")}

@@ -17,7 +17,6 @@ from dit.diffusion import Diffusion
 from dit.distributed import Ranks, joined
 from dit.training.kept import RunSettings
 from dit.training.loop import Trainer
-from dit.training.records import outcome
 from pipelines.design import Item
 from pipelines.files import complete_directory, scratch
 from pipelines.records.base import Timing
@@ -66,13 +65,7 @@ def train_on(ranks: Ranks, params: Params, item: Item) -> None:
     ema = trainer.averaged_weights()
     if not ranks.is_main:
         return
-    end = outcome(
-        trainer.records,
-        trainer.divergence,
-        steps_done=trainer.steps_done,
-        parameters=sum(weight.numel() for weight in trainer.model.parameters()),
-        target_second_moment=trainer.validation.target_second_moment,
-    )
+    end = trainer.outcome()
     record = TrainRecord(
         strategy=strategy, seed=seed, run_key=key, device=device.type, settings=TrainSettings(**settings), **vars(end)
     )

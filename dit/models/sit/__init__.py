@@ -8,8 +8,7 @@ from dit.errors import ConfigError
 from dit.models import dit
 from dit.models.contract import FLOW_ONLY, Backbone
 from dit.models.dit import PATCH_SIZES
-from dit.models.dit.probes import gates
-from dit.models.dit.probes import units as dit_units
+from dit.models.dit.probes import gates, units as dit_units
 from dit.models.dit.roles import roles
 from dit.models.layers import FLOW_TIMESTEPS
 from dit.models.probes import output_units, two_branch_blocks
