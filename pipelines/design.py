@@ -93,11 +93,8 @@ def items(params: Params) -> dict[str, dict[str, Item]]:
         inputs = {"latents": _folder("latents", run.setting, data)}
         made["train"][run.name] = Item("train", run.name, run.setting, inputs, f"runs/train/{run.name}", run.strategy, run.seed)
     made["evaluate"] = _evaluations(params, found, data)
-    shared = {ALL: Setting()}
     if params.study.sample in ("best", "one"):
-        made["best"] = {
-            key: Item("best", key, setting, {"train": "runs/train"}, "runs/best") for key, setting in shared.items()
-        }
+        made["best"][ALL] = Item("best", ALL, Setting(), {"train": "runs/train"}, "runs/best")
     if params.study.sample == "none":
         made["features"] = {}
     made["compare"][ALL] = Item("compare", ALL, Setting())

@@ -163,7 +163,11 @@ def show(found: Plan) -> None:
     study = found.params.study
     runs = design(study)
     levels = "; ".join(f"{key}: {', '.join(map(str, values))}" for key, values in runs.factors.items())
-    print(f"study '{study.name}': {len(runs.runs)} runs of {len(study.strategies)} strategies and {len(study.seeds)} seeds")
+    counts = " and ".join(
+        f"{n} {noun if n == 1 else plural}"
+        for n, noun, plural in ((len(study.strategies), "strategy", "strategies"), (len(study.seeds), "seed", "seeds"))
+    )
+    print(f"study '{study.name}': {len(runs.runs)} runs of {counts}")
     print(f"factors: {levels or 'none'}")
     print(f"primary comparisons with {study.baseline}: {', '.join(study.primary) or 'none declared'}; sampled: {study.sample}")
     table = Table(box=SIMPLE)

@@ -57,7 +57,7 @@ def test_what_no_person_writes_is_one_short_message(text: str, message: str) -> 
     [
         ("größe: 1".encode("latin-1"), "byte 2 is not UTF-8; save the file in UTF-8"),
         ("a: 1".encode("utf-16"), "byte 0 is not UTF-8"),
-        (b"#" * (yamlfile.MOST_BYTES + 1), "1048577 bytes, of which at most 1048576 are read; is it the right file?"),
+        (b"#" * (yamlfile.MOST_BYTES + 1), "1048577 bytes, but at most 1048576 are read; is it the right file?"),
     ],
 )
 def test_a_file_in_another_encoding_or_of_another_kind_is_told(tmp_path: Path, data: bytes, message: str) -> None:
