@@ -36,8 +36,8 @@ mlflow: $(INSTALLED) ## Bring runs that MLflow does not have into it [MLFLOW_TRA
 	@$(RUN) pipelines mlflow
 
 report: $(INSTALLED) ## Open the report in a browser
-	@test -f reports/index.html || { echo "error: no reports/index.html; accepted: after 'make study'. Experiments' reports are" \
-		"in .scratch/experiments/NAME/" >&2; exit 2; }
+	@test -f reports/index.html || { echo "error: reports/index.html not found; run 'make study' first" \
+		"(reports of experiments are in .scratch/experiments/NAME/reports)" >&2; exit 2; }
 	@$(RUN) webbrowser -t "file://$$PWD/reports/index.html"
 
 up: $(INSTALLED) ## Start a Prefect server, a worker and the MLflow UI on 127.0.0.1 [PREFECT_PORT=4200] [MLFLOW_PORT=5000]

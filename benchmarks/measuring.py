@@ -60,14 +60,14 @@ class Case(NamedTuple):
 
 
 def parse_case(text: str, multiple: int = COARSE) -> Case:
-    """Of the option `--cases`, with latents of a `multiple`. Raises `typer.BadParameter`, which says what is accepted."""
+    """Of the option `--cases`, with latents of a `multiple`. Raises `typer.BadParameter`, which says what is expected."""
     found = re.fullmatch(r"(.+):([1-9]\d*)@([1-9]\d*)", text)
     try:
         if not found:
-            raise ConfigError(f"'{text}'; accepted: MODEL:BATCH@LATENT, such as DiT-XL/2:128@32")
+            raise ConfigError(f"'{text}': expected MODEL:BATCH@LATENT, such as DiT-XL/2:128@32")
         _, patch = parse_name(found[1], "DiT", PATCH_SIZES)
         if int(found[3]) % (whole := max(patch, multiple)):
-            raise ConfigError(f"'{text}': latents of {found[3]}; accepted: multiples of {whole}")
+            raise ConfigError(f"'{text}': latents of {found[3]}; their size should be a multiple of {whole}")
     except ConfigError as error:
         raise typer.BadParameter(str(error), param_hint="--cases") from error
     return Case(found[1], int(found[2]), int(found[3]))

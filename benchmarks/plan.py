@@ -42,7 +42,7 @@ def main(
     """Tell what one step, one run, a checkpoint and an evaluation should take for each number of GPUs."""
     rows = {row["model"]: row for row in json.loads(results.read_text())["results"] if row["backend"] == "auto"}
     if name not in rows:
-        raise typer.BadParameter(f"{name}; accepted: {', '.join(rows)}, as in {results}", param_hint="--model")
+        raise typer.BadParameter(f"{name}: expected one of {', '.join(rows)}, as in {results}", param_hint="--model")
     measured = rows[name]
     weights = parameters(name, measured["latent_size"])
     report: Result = {"model": name, "parameters": weights, "batch_per_gpu": measured["batch_size"], "plans": []}

@@ -105,7 +105,7 @@ def main(
 def check_steps(steps: int) -> None:
     """Raises `typer.BadParameter` unless the second half is free of validation and of the early diagnoses."""
     if steps & (steps - 1) or steps < FEWEST_STEPS:
-        raise typer.BadParameter(f"{steps}; accepted: a power of two, {FEWEST_STEPS} or more", param_hint="--steps")
+        raise typer.BadParameter(f"{steps}: expected a power of two of at least {FEWEST_STEPS}", param_hint="--steps")
 
 
 def measure(case: Case, backend: str, steps: int, device: torch.device, profile: bool) -> Result:

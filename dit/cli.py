@@ -90,7 +90,7 @@ def show_init(
     with _user_errors_shown():
         loaded = config.load(params)
         if strategy and any(diff):
-            raise ConfigError("--strategy and --diff are two questions; accepted: one of them")
+            raise ConfigError("--strategy and --diff are two questions; give one of them")
         if strategy:
             table = _strategy_table(loaded, _strategy(loaded, strategy, params, name), name, seed, every)
             table.title = f"{strategy}: {table.title}"
@@ -110,7 +110,7 @@ def _strategy(loaded: Params, name: str, params: Path, network: str | None) -> S
     if name not in loaded.strategies:
         near = get_close_matches(name, loaded.strategies, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"{params}: unknown strategy '{name}'{hint}; accepted: {', '.join(loaded.strategies)}")
+        raise ConfigError(f"{params}: unknown strategy '{name}'{hint}; expected one of {', '.join(loaded.strategies)}")
     every_role = models.roles(loaded.skeleton(network))
     try:
         claims(loaded.strategies[name], every_role)

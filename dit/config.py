@@ -196,28 +196,28 @@ class Params(Section):
             raise ValueError(f"train.{error}") from None
 
     def _check_evaluation(self) -> None:
-        accepted = SCHEDULERS[self.diffusion.objective]
-        if self.evaluate.scheduler not in accepted:
+        fitting = SCHEDULERS[self.diffusion.objective]
+        if self.evaluate.scheduler not in fitting:
             raise ValueError(
                 f"evaluate.scheduler = '{self.evaluate.scheduler}' does not fit diffusion.objective = "
-                f"'{self.diffusion.objective}'; accepted: {', '.join(accepted)}"
+                f"'{self.diffusion.objective}'; expected one of {', '.join(fitting)}"
             )
         if self.evaluate.steps > self.diffusion.num_timesteps:
             raise ValueError(
                 f"evaluate.steps = {self.evaluate.steps}; "
-                f"accepted: at most diffusion.num_timesteps = {self.diffusion.num_timesteps}"
+                f"it should be at most diffusion.num_timesteps = {self.diffusion.num_timesteps}"
             )
         self._check_timesteps()
         self._check_guidance()
         if self.evaluate.kernel_subset_size > self.evaluate.num_samples:
             raise ValueError(
                 f"evaluate.kernel_subset_size = {self.evaluate.kernel_subset_size}; "
-                f"accepted: at most evaluate.num_samples = {self.evaluate.num_samples}"
+                f"it should be at most evaluate.num_samples = {self.evaluate.num_samples}"
             )
         if self.evaluate.nearest_k > self.evaluate.num_samples - 2:
             raise ValueError(
                 f"evaluate.nearest_k = {self.evaluate.nearest_k}; "
-                f"accepted: at most evaluate.num_samples - 2 = {self.evaluate.num_samples - 2}"
+                f"it should be at most evaluate.num_samples - 2 = {self.evaluate.num_samples - 2}"
             )
 
     def _check_timesteps(self) -> None:
@@ -241,7 +241,7 @@ class Params(Section):
         if self.evaluate.guidance_scale > 1 and not self.model.label_dropout:
             raise ValueError(
                 f"evaluate.guidance_scale = {self.evaluate.guidance_scale} with model.label_dropout = 0, which never trains "
-                f"the null class that guidance needs; accepted: evaluate.guidance_scale 1, or model.label_dropout above 0"
+                f"the null class that guidance needs; set evaluate.guidance_scale to 1, or model.label_dropout above 0"
             )
 
 

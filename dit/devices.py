@@ -20,7 +20,7 @@ def resolve_device(name: str) -> torch.device:
         name = next(device for device, there in available.items() if there)
     if not available[name]:
         there = ", ".join(device for device in available if available[device])
-        raise ConfigError(f"device = '{name}' is not on this machine; accepted here: auto, {there}")
+        raise ConfigError(f"device = '{name}' is not on this machine, which has auto, {there}")
     return torch.device(name)
 
 
@@ -56,7 +56,7 @@ def resolve_backend(name: str, device: torch.device, precision: torch.dtype, sup
     can_fuse = nvidia and precision == torch.bfloat16 and supported
     if name == "fused" and not can_fuse:
         raise ConfigError(
-            f"{section}.backend = 'fused'; accepted here: auto, compiled, eager (fused needs an NVIDIA GPU, "
+            f"{section}.backend = 'fused' cannot run here; use auto, compiled or eager (fused needs an NVIDIA GPU, "
             f"{section}.precision bf16, and {needs})"
         )
     if name == "auto":

@@ -20,7 +20,7 @@ Location = tuple[int | str, ...]
 
 
 class UserError(Exception):
-    """Something that the user gave is wrong. The message says what, where, and what would be accepted.
+    """Something that the user gave is wrong. The message says what, where, and what is expected.
 
     As text it is safe to print and not too long, whatever names or values of the user's it quotes.
     """
@@ -38,7 +38,7 @@ def _shortened(line: str) -> str:
 
 
 class ConfigError(UserError):
-    """A parameter is wrong: the message names the file, the key, the value and what is accepted."""
+    """A parameter is wrong: the message names the file, the key, the value and what it should be."""
 
 
 class DataError(UserError):
@@ -57,7 +57,7 @@ class InputError(DataError):
 
 
 def explain(error: ValidationError, where: str, data: Any) -> str:
-    """A pydantic error about `data` as one line for each wrong key: where, the key, its value, and what is accepted.
+    """A pydantic error about `data` as one line for each wrong key: where, the key, its value, and what it should be.
 
     What several entries of one mapping have in common, as strategies that share rules do, is told once.
     """
@@ -65,14 +65,14 @@ def explain(error: ValidationError, where: str, data: Any) -> str:
     locations: dict[str, Location] = {}
     for problem in error.errors(include_url=False):
         location = _written(problem, data)
-        head, accepted = _sentence(problem, _key(location))
-        choices.setdefault(head, []).append(accepted)
+        head, expected = _sentence(problem, _key(location))
+        choices.setdefault(head, []).append(expected)
         locations[head] = location
     alike: dict[tuple[Location, str], list[str]] = {}
-    for head, accepted_ones in choices.items():
+    for head, expected_ones in choices.items():
         location = locations[head] if len(locations[head]) > 2 else ()
         start = _key(location[:2])
-        line = f"{head}{' or '.join(accepted_ones)}".removeprefix(start)
+        line = f"{head}{' or '.join(expected_ones)}".removeprefix(start)
         alike.setdefault((location[:1], line), []).append(start)
     return "\n".join(f"{where}: {starts[0]}{line}{_also(starts[1:])}" for (_, line), starts in alike.items())
 
@@ -107,10 +107,11 @@ def _sentence(problem: Any, key: str) -> tuple[str, str]:
     if problem["type"] == "union_tag_not_found":
         return f"{key}.{_tag(problem)} is missing", ""
     if problem["type"] == "union_tag_invalid":
-        return f"{key}.{_tag(problem)} = {problem['input'][_tag(problem)]!r}; accepted: ", problem["ctx"]["expected_tags"]
+        chosen = problem["input"][_tag(problem)]
+        return f"{key}.{_tag(problem)} = {chosen!r}; it should be one of ", problem["ctx"]["expected_tags"]
     if problem["type"] == "value_error":
         return f"{key + ': ' if key else ''}{problem['ctx']['error']}", ""
-    return f"{key} = {problem['input']!r}; accepted: ", problem["msg"].removeprefix("Input should be ")
+    return f"{key} = {problem['input']!r}; it should be ", problem["msg"].removeprefix("Input should be ")
 
 
 def _key(location: Location) -> str:

@@ -87,7 +87,7 @@ def profile(root: Path, name: str) -> dict[str, Any]:
     known = sorted(file.stem for file in (root / PROFILES).glob("*.yaml"))
     path = PROFILES / f"{name}.yaml"
     if name not in known:
-        raise ConfigError(f"{path}: no such profile; accepted: {', '.join(known) or 'none: the folder is empty'}")
+        raise ConfigError(f"{path}: no such profile; there are {', '.join(known) or 'none: the folder is empty'}")
     overrides = yamlfile.read(root / path, path)
     if not isinstance(overrides, dict) or not all(_is_override(key, value) for key, value in overrides.items()):
         raise ConfigError(
@@ -116,7 +116,7 @@ def override(text: str, overrides: Mapping[str, Any], where: str = "overrides") 
         for name in sections:
             section = section.get(name) if isinstance(section, dict) else None
         if not isinstance(section, dict):
-            raise ConfigError(f"{where}: {key} is not a known key; accepted: dotted keys of params.yaml, such as train.steps")
+            raise ConfigError(f"{where}: {key} is not a known key; expected a dotted key of params.yaml, such as train.steps")
         section[last] = _as_written(value)
     stream = io.StringIO()
     layout.dump(data, stream)

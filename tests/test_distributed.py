@@ -217,10 +217,10 @@ def resume_apart(rank: int, directory: Path, latents_directory: Path) -> None:
 
 
 def test_a_wrong_number_of_processes_is_one_error_before_any_work(workspace: Path) -> None:
-    expected = "error: params.yaml: train: batch_size = 8; accepted: a multiple of processes = 3\n"
+    expected = "error: params.yaml: train: batch_size = 8; it should be a multiple of processes = 3\n"
     assert refused(train(workspace, 3)) == expected
     group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
-    expected = "error: train.processes = 1; accepted: 2, as torchrun started so many\n"
+    expected = "error: train.processes = 1; but torchrun started 2 processes\n"
     assert refused(train(workspace, 1, **group)) == expected
     assert not (workspace / ".scratch").exists()
     command = [sys.executable, "-m", "pipelines.stages.features"]
@@ -232,7 +232,7 @@ def test_a_wrong_number_of_processes_is_one_error_before_any_work(workspace: Pat
         text=True,
         check=False,
     )
-    assert features.stderr == "error: WORLD_SIZE = 2, as torchrun sets it; accepted: none, as this stage is one process\n"
+    assert features.stderr == "error: WORLD_SIZE = 2: this stage is one process; start it without torchrun\n"
 
 
 def test_rows_are_shared_without_gap_or_overlap() -> None:

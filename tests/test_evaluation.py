@@ -111,7 +111,7 @@ class Executes:
 
 
 def test_inception_says_what_it_lacks() -> None:
-    with pytest.raises(ConfigError, match="size = 128 with extractor 'inception'; accepted: 299"):
+    with pytest.raises(ConfigError, match="size = 128 with extractor 'inception'; it should be 299"):
         changed(features={"extractor": "inception"})
     if importlib.util.find_spec("torch_fidelity") is None:
         with pytest.raises(ConfigError, match=r"pip install -e '\.\[inception\]'"):
@@ -153,11 +153,11 @@ def test_precision_and_recall_tell_fidelity_from_coverage(cloud: torch.Tensor, c
 
 
 def test_too_few_images_are_refused(cloud: torch.Tensor, params: config.Params) -> None:
-    with pytest.raises(ConfigError, match=r"evaluate.kernel_subset_size = 100; accepted: at most 60, with the generated"):
+    with pytest.raises(ConfigError, match=r"evaluate.kernel_subset_size = 100; it should be at most 60, with the generated"):
         distances.measure_kernel_distance(cloud, cloud[:60], subset_size=100, subsets=2, seed=0)
-    with pytest.raises(ConfigError, match=r"evaluate.nearest_k = 5; accepted: at most 4, with the real"):
+    with pytest.raises(ConfigError, match=r"evaluate.nearest_k = 5; it should be at most 4, with the real"):
         distances.measure_precision_recall(cloud[:6], cloud, nearest_k=5)
-    with pytest.raises(ConfigError, match=r"evaluate.kernel_subset_size = 100; accepted: at most 99, with the real"):
+    with pytest.raises(ConfigError, match=r"evaluate.kernel_subset_size = 100; it should be at most 99, with the real"):
         distances.check_counts(99, params.evaluate)
 
 

@@ -119,7 +119,7 @@ def test_timestep_features_are_the_published_sinusoids() -> None:
 
 
 @pytest.mark.parametrize("name", ["DiT-Q/2", "DiT-S/3", "DiT-S", "dit-s/2"])
-def test_an_unknown_size_is_refused_with_the_accepted_ones(name: str) -> None:
+def test_an_unknown_size_is_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(ConfigError, match=r"expected .*XL.*2, ?4, ?8"):
         models.build(name, latent_size=32, latent_channels=4, num_classes=10, learn_sigma=True)
 

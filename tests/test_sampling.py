@@ -370,7 +370,7 @@ def test_another_number_of_timesteps_samples_the_data_distribution(scheduler: st
         ({"evaluate": {"timestep_spacing": "published"}}, "'published' does not fit .* 'dpmsolver.*expected auto or leading"),
         ({"evaluate": {"guidance_channels": 5}}, "guidance_channels = 5; expected 'all' or at most .*latent_channels = 4"),
         ({"model": {"label_dropout": 0.0}}, "evaluate.guidance_scale = 1.5 .* model.label_dropout above 0"),
-        ({"evaluate": {"nearest_k": 255}}, "evaluate.nearest_k = 255; accepted: at most .* 254"),
+        ({"evaluate": {"nearest_k": 255}}, "evaluate.nearest_k = 255; it should be at most .* 254"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_before_any_work(changes: dict[str, dict[str, Any]], message: str) -> None:

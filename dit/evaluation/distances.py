@@ -117,4 +117,4 @@ def _check_finite(real: Tensor, generated: Tensor) -> None:
 
 def _check_count(key: str, value: int, most: int, kind: str) -> None:
     if value > most:
-        raise ConfigError(f"evaluate.{key} = {value}; accepted: at most {most}, with the {kind} images that there are")
+        raise ConfigError(f"evaluate.{key} = {value}; it should be at most {most}, with the {kind} images that there are")

@@ -114,11 +114,13 @@ def _inception(params: FeaturesParams) -> tuple[nn.Module, int]:
         raise ConfigError(INSTALL_INCEPTION) from None
     except UnpicklingError:
         raise ConfigError(
-            f"features.weights = '{path}' holds more than weights; accepted: those of torch-fidelity, or null"
+            f"features.weights = '{path}' holds more than weights; expected a file of torch-fidelity's weights, or null"
         ) from None
     except (FileNotFoundError, RuntimeError) as error:
         found = str(error).splitlines()[0]
-        raise ConfigError(f"features.weights = '{path}': {found}; accepted: weights of torch-fidelity, or null") from None
+        raise ConfigError(
+            f"features.weights = '{path}': {found}; expected a file of torch-fidelity's weights, or null"
+        ) from None
 
 
 NETWORKS: dict[str, Callable[[FeaturesParams], tuple[nn.Module, int]]] = {

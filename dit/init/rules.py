@@ -144,12 +144,12 @@ class ModifiableRule(FilledRule, ABC):
             raise ConfigError(f"'{role.path}' is one number, which has no {self.equal}; leave 'equal' out for it")
         if self.equal == "heads" and role.heads is None:
             raise ConfigError(
-                f"'{role.path}' belongs to no attention head, as equal: heads needs; accepted: roles of qkv, or attn_out.weight"
+                f"'{role.path}' belongs to no attention head, as equal: heads needs; name roles of qkv, or attn_out.weight"
             )
         if self.scaled_by == "block_index" and role.block is None:
             raise ConfigError(
                 f"'{role.path}' lies outside the blocks and has no index, as scaled_by: block_index needs; "
-                f"accepted: roles of block, or scaled_by: depth"
+                f"name roles of block, or use scaled_by: depth"
             )
 
     def part(self, matrix: Tensor, role: Role) -> Tensor:

@@ -73,12 +73,12 @@ def weight_decay_of(make: Make, params: NamedOptimizerParams) -> float | None:
 
 
 def _check_arguments(name: str, make: Make, arguments: Mapping[str, Any]) -> None:
-    accepted = [key for key in inspect.signature(make).parameters if key not in GIVEN]
+    known = [key for key in inspect.signature(make).parameters if key not in GIVEN]
     for key in arguments:
         if key in GIVEN:
             raise ConfigError(f"arguments.{key} must not be given: {GIVEN[key]}")
-        if key not in accepted:
-            raise ConfigError(f"arguments.{key} is not an argument of {name}; expected one of {', '.join(accepted)}")
+        if key not in known:
+            raise ConfigError(f"arguments.{key} is not an argument of {name}; expected one of {', '.join(known)}")
     try:
         make([torch.nn.Parameter(torch.zeros(1, 1))], lr=1.0, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -164,9 +164,11 @@ class DiffusionParams(Section):
     @model_validator(mode="after")
     def _consistent(self) -> DiffusionParams:
         if self.learn_sigma and self.objective != "eps":
-            raise ValueError(f"learn_sigma = true with objective '{self.objective}'; accepted: false, or objective 'eps'")
+            raise ValueError(
+                f"learn_sigma = true with objective '{self.objective}'; learn_sigma should be false, or objective 'eps'"
+            )
         if self.beta_start > self.beta_end:
-            raise ValueError(f"beta_start = {self.beta_start}; accepted: at most beta_end = {self.beta_end}")
+            raise ValueError(f"beta_start = {self.beta_start}; it should be at most beta_end = {self.beta_end}")
         if self.objective != "flow":
             scale_betas(self.beta_start, self.beta_end, self.num_timesteps)
         return self
@@ -183,7 +185,7 @@ class ValidationParams(Section):
     @model_validator(mode="after")
     def _consistent(self) -> ValidationParams:
         if self.buckets > self.samples:
-            raise ValueError(f"buckets = {self.buckets}; accepted: at most samples = {self.samples}")
+            raise ValueError(f"buckets = {self.buckets}; it should be at most samples = {self.samples}")
         return self
 
 
@@ -245,9 +247,9 @@ class TrainParams(Section):
                 f"keep_checkpoints: no checkpoint is due at {late[0]}; expected less than steps = {self.steps}, or last"
             )
         if self.batch_size % self.processes:
-            raise ValueError(f"batch_size = {self.batch_size}; accepted: a multiple of processes = {self.processes}")
+            raise ValueError(f"batch_size = {self.batch_size}; it should be a multiple of processes = {self.processes}")
         if self.parallel == "fsdp" and self.backend == "fused":
-            raise ValueError("backend = 'fused' with parallel = 'fsdp'; accepted: auto, compiled, eager, or parallel 'ddp'")
+            raise ValueError("backend = 'fused' with parallel = 'fsdp'; use another backend, or parallel 'ddp'")
         if isinstance(self.schedule, DecaySchedule) and self.schedule.warmup_steps >= self.steps:
             raise ValueError(
                 f"schedule.warmup_steps = {self.schedule.warmup_steps}: expected less than steps = {self.steps}, "
@@ -298,8 +300,8 @@ class FeaturesParams(Section):
     def _consistent(self) -> FeaturesParams:
         if self.extractor == "inception" and self.size != 299:
             raise ValueError(
-                f"size = {self.size} with extractor 'inception'; accepted: 299, which its network resizes to by itself"
+                f"size = {self.size} with extractor 'inception'; it should be 299, to which its network resizes by itself"
             )
         if self.extractor != "inception" and self.weights is not None:
-            raise ValueError(f"weights = '{self.weights}' with extractor '{self.extractor}'; accepted: null")
+            raise ValueError(f"weights = '{self.weights}' with extractor '{self.extractor}'; it should be null")
         return self

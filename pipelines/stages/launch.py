@@ -46,9 +46,9 @@ def join_group(section: str, settings: TrainParams | EvaluateParams | LatentsPar
     """
     size = int(os.environ["WORLD_SIZE"])
     if settings is None:
-        raise ConfigError(f"WORLD_SIZE = {size}, as torchrun sets it; accepted: none, as this stage is one process")
+        raise ConfigError(f"WORLD_SIZE = {size}: this stage is one process; start it without torchrun")
     if settings.processes != size:
-        raise ConfigError(f"{section}.processes = {settings.processes}; accepted: {size}, as torchrun started so many")
+        raise ConfigError(f"{section}.processes = {settings.processes}; but torchrun started {size} processes")
     if LAUNCHER in os.environ:
         end_with(int(os.environ[LAUNCHER]))
 
@@ -56,7 +56,7 @@ def join_group(section: str, settings: TrainParams | EvaluateParams | LatentsPar
 def check_devices(section: str, settings: TrainParams | EvaluateParams | LatentsParams) -> None:
     """Raises `ConfigError` where there is no GPU for each process."""
     if resolve_device(settings.device).type == "cuda" and settings.processes > (count := torch.cuda.device_count()):
-        raise ConfigError(f"{section}.processes = {settings.processes}; accepted here: at most {count}, one for each GPU")
+        raise ConfigError(f"{section}.processes = {settings.processes}; it should be at most {count} here, one for each GPU")
 
 
 def end_with(parent: int) -> None:
