@@ -245,9 +245,16 @@ def possible() -> list[str]:
     """The conditions that this machine can make: some need root, a control group, or the library faketime."""
     root = os.geteuid() == 0
     needs = {
-        "ordinary user": root,
+        "ordinary user": root and _runs_python(NOBODY),
         "small disk": root,
         "little memory": root and os.access(CGROUP / "cgroup.procs", os.W_OK),
         "jumping clock": FAKETIME.exists(),
     }
     return [name for name in CONDITIONS if needs.get(name, True)]
+
+
+def _runs_python(user: int) -> bool:
+    """Whether another user may run this interpreter, which may lie in somebody's home."""
+    with suppress(PermissionError):
+        return subprocess.run([sys.executable, "-c", ""], user=user, group=user, extra_groups=[], check=False).returncode == 0
+    return False
