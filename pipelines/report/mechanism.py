@@ -226,7 +226,7 @@ def widths(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Fi
     )
     plot.update_yaxes(type="log", rangemode="normal", exponentformat="power", dtick=1)
     exponents = [
-        f"{name} {entry['start']['width_exponent']:+.2f}"
+        f"{name} {fixed(entry['start']['width_exponent'], 2, signed=True)}"
         for name, entry in summary["strategies"].items()
         if entry["start"]["width_exponent"] is not None
     ]
