@@ -23,7 +23,7 @@ from dit.analysis import tables
 from dit.analysis.wakeup import by_kind, not_predicted, predict
 from dit.config import Params
 from dit.errors import ConfigError, UserError
-from dit.exchange import commands
+from dit.exchange import commands, measuring
 from dit.init import Strategy
 from dit.init.strategy import claims
 from dit.terminal import plain
@@ -311,7 +311,7 @@ def _with_errors_shown(command: Callable[..., None]) -> Callable[..., None]:
     return shown
 
 
-for each in (commands.sample, commands.export):
+for each in (commands.sample, commands.export, measuring.evaluate, measuring.reference):
     app.command(each.__name__)(_with_errors_shown(each))
 
 

@@ -13,9 +13,9 @@ import torch
 from diffusers import DiTPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from studies import ONE_SETTING, ROOT
 from typer.testing import CliRunner
 
-from studies import ONE_SETTING, ROOT
 from dit import autoencoder, checksums, config, init, models, sections, yamlfile
 from dit.cli import app
 from dit.data.store import StoreWriter

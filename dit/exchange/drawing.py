@@ -123,11 +123,22 @@ def images(trained: Trained, labels: Tensor, settings: EvaluateParams, ranks: Ra
         if not latents.isfinite().all():
             raise DataError(f"{trained.name}: the samples from {drawn} on are not finite; its training diverged")
         raw = trained.denormalize(latents)
-        decoded = ranks.split(
-            lambda own, raw=raw: (torch.from_numpy(decode(autoencoder, raw[own])).to(ranks.device),), len(raw)
-        )  # type: ignore[misc]
+
+        def decoded(own: slice, raw: Tensor = raw) -> tuple[Tensor]:
+            return (torch.from_numpy(decode(autoencoder, raw[own])).to(ranks.device),)
+
         drawn += len(latents)
-        yield decoded[0].cpu().numpy()
+        yield ranks.split(decoded, len(raw))[0].cpu().numpy()
+
+
+def kept(batches: Iterator[np.ndarray], count: int, output: Path) -> Iterator[np.ndarray]:
+    """The same batches, each written to an archive on its way."""
+    if output.suffix != ".npz" or output.exists():
+        raise ConfigError(f"--output {output}: expected a new file that ends in .npz")
+    with ImageArchive(output, count) as archive:
+        for batch in batches:
+            archive.write(batch)
+            yield batch
 
 
 def save(batches: Iterator[np.ndarray], count: int, output: Path) -> None:

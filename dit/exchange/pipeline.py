@@ -56,7 +56,9 @@ def export_pipeline(trained: Trained, directory: Path, settings: EvaluateParams,
     scheduler = _scheduler(trained, settings)
     weights = {name: tensor.detach().float().cpu() for name, tensor in network.state_dict().items()}
     given = dict(weights)
-    timesteps, steps, fitted = None, (settings.steps,), None
+    timesteps: tuple[int, ...] | None = None
+    steps: tuple[int, ...] = (settings.steps,)
+    fitted = None
     if not any_steps:
         timesteps, steps, fitted = _fitted(weights, scheduler, settings.steps)
         given |= fitted

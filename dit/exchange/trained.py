@@ -99,6 +99,20 @@ class Where:
     scratch: Path = Path(".scratch")
     reading: Reading = field(default_factory=Reading)
 
+    @classmethod
+    def of(
+        cls,
+        model: str | None,
+        vae: str | None,
+        key: str,
+        step: int | None,
+        latents: Path | None,
+        autoencoder: Path | None,
+        scratch: Path,
+    ) -> Where:
+        """From the options of a command."""
+        return cls(model, vae, autoencoder, latents, step, scratch, Reading(key=key))
+
 
 def load(target: str, where: Where) -> Trained:
     """The network that `target` means: a run of the study in the working directory, a file, or a directory.
@@ -120,6 +134,14 @@ def load(target: str, where: Where) -> Trained:
         raise ConfigError(
             f"'{target}' is no run in {RUNS}, no checkpoint file ({', '.join(SUFFIXES)}) and no exported directory; {error}"
         ) from None
+
+
+def is_images(path: Path) -> bool:
+    """Whether there are images at `path` and no network: an `.npz`, or a folder without anything that `load` reads."""
+    if path.suffix == ".npz":
+        return True
+    marks = (OWN, "model_index.json", "config.json", "run.json", "ema.safetensors")
+    return path.is_dir() and not any((path / mark).is_file() for mark in marks)
 
 
 def of_run(folder: Path, where: Where) -> Trained:
