@@ -163,7 +163,7 @@ PUBLISHED = [("DiT", "DiT-Micro/2"), ("SiT", "SiT-Micro/2"), ("LightningDiT", "L
 
 
 def in_published_layout(name: str, path: Path, wrapper: str = "") -> dict[str, torch.Tensor]:
-    """A file as the training scripts of DiT, SiT and LightningDiT write it: `model`, `ema`, the optimiser's state, arguments."""
+    """A file as the training scripts of DiT, SiT and LightningDiT write it: `model`, `ema`, optimiser, arguments."""
     weights = random_network(name).state_dict()
     other = {f"{wrapper}{key}": torch.zeros_like(value) for key, value in weights.items()}
     ema = {f"{wrapper}{key}": value for key, value in weights.items()}

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from dit.errors import ConfigError, DataError
 from dit.evaluation.archives import IMAGES, ArchivedImages
-from dit.evaluation.features import FeatureExtractor
+from dit.evaluation.features import FeatureExtractor, Outputs
 from dit.evaluation.inception import SPATIAL
 from dit.progress import progress
+from dit.sections import EvaluateParams
 
 ASYMMETRY = 1e-4
 """Of a covariance, relative to its largest entry: above it, it is none."""
@@ -88,37 +89,50 @@ class Statistics:
     size: int = 0
 
 
-def measure(
-    name: str, batches: Iterator[np.ndarray], count: int, extractor: FeatureExtractor, *, shown: bool = True
-) -> Statistics:
+class Gathered:
+    """What is seen in images that come in batches: moments, and the features and logits of each image."""
+
+    def __init__(self) -> None:
+        self._pooled, self._spatial = Moments(), Moments()
+        self._features: list[Tensor] = []
+        self._logits: list[Tensor] = []
+
+    def add(self, seen: Outputs) -> None:
+        """Add a batch. Raises `DataError` for features that are not finite."""
+        if not seen.features.isfinite().all():
+            raise DataError(f"the features of an image from {self._pooled.count} on are not finite")
+        self._pooled.add(seen.features)
+        self._features.append(seen.features)
+        if seen.spatial is not None:
+            self._spatial.add(seen.spatial)
+        if seen.logits is not None:
+            self._logits.append(seen.logits)
+
+    def statistics(self, name: str, extractor: FeatureExtractor) -> Statistics:
+        """Of all images so far."""
+        return Statistics(
+            name,
+            self._pooled.count,
+            self._pooled.normal(),
+            self._spatial.normal() if self._spatial.count else None,
+            torch.cat(self._features),
+            torch.cat(self._logits) if self._logits else None,
+            extractor.name,
+            extractor.size,
+        )
+
+
+def measure(name: str, batches: Iterator[np.ndarray], count: int, extractor: FeatureExtractor) -> Statistics:
     """The statistics of `count` images, which come in batches (B, H, W, C) uint8; features and logits are kept.
 
     Raises `DataError` for features that are not finite.
     """
-    pooled, spatial = Moments(), Moments()
-    features, logits = [], []
-    with progress(count, f"measure {name}", "image", shown=shown) as bar:
+    gathered = Gathered()
+    with progress(count, f"measure {name}", "image") as bar:
         for batch in batches:
-            seen = extractor.outputs(batch)
-            if not seen.features.isfinite().all():
-                raise DataError(f"{name}: the features of an image from {pooled.count} on are not finite")
-            pooled.add(seen.features)
-            features.append(seen.features)
-            if seen.spatial is not None:
-                spatial.add(seen.spatial)
-            if seen.logits is not None:
-                logits.append(seen.logits)
+            gathered.add(extractor.outputs(batch))
             bar.update(len(batch))
-    return Statistics(
-        name,
-        pooled.count,
-        pooled.normal(),
-        spatial.normal() if spatial.count else None,
-        torch.cat(features),
-        torch.cat(logits) if logits else None,
-        extractor.name,
-        extractor.size,
-    )
+    return gathered.statistics(name, extractor)
 
 
 def save(statistics: Statistics, path: Path, with_features: bool = True) -> None:
@@ -177,6 +191,13 @@ def load(path: Path, extractor: FeatureExtractor) -> Statistics:
 def has_statistics(path: Path) -> bool:
     """Whether a file holds statistics, and not images alone."""
     return path.suffix != ".npz" or not _members(path).isdisjoint(KEYS.values()) or IMAGES not in _members(path)
+
+
+def of_params(params: EvaluateParams, extractor: FeatureExtractor, batch_size: int) -> Statistics | None:
+    """What `evaluate.reference` names, with the features of its images; None where it names nothing. Raises as `load` does."""
+    if params.reference is None:
+        return None
+    return with_features_of_images(load(params.reference, extractor), params.reference, extractor, batch_size)
 
 
 def with_features_of_images(reference: Statistics, path: Path, extractor: FeatureExtractor, batch_size: int) -> Statistics:

@@ -118,7 +118,7 @@ def _pipeline(facts: Facts) -> Iterator[str]:
     if facts.timesteps is not None:
         yield (
             f"Use num_inference_steps = {' or '.join(map(str, facts.steps))} with the scheduler of this directory, and nothing "
-            "else. diffusers' DiT embeds timesteps by other frequencies than the published DiT (exponents k / 127, not k / 128)."
+            "else. diffusers' DiT embeds timesteps by other frequencies than the published one: exponents k / 127, not k / 128."
             f" So the first layer of the timestep MLP was solved for anew: it gives the same at the {len(facts.timesteps)} "
             f"timesteps of {diffusion.num_timesteps} that these visit, and not between them. The layer as it was trained is in "
             f"`{TIMESTEP_LAYER}`. For other steps export with other `--steps`, or with `--any-steps`."

@@ -16,7 +16,6 @@ from dit.exchange import options as opts
 from dit.terminal import plain
 
 if TYPE_CHECKING:
-
     from dit.evaluation.features import FeatureExtractor
     from dit.evaluation.literature import Figures
     from dit.evaluation.statistics import Statistics
@@ -228,7 +227,8 @@ def _print(
     single = "" if against.features is None else f", of which {len(against.features):,} for precision and recall"
     Console(markup=False, emoji=False).print(table)
     print(
-        f"{found.count:,} images ({drawn}) against {of} images{single}; {network.name} at {network.size} pixels; k = {nearest_k}"
+        f"{found.count:,} images ({drawn}) against {of} images{single}; {network.name} at {network.size} pixels; "
+        f"k = {nearest_k}"
     )
     for line in _cautions(found, against, figures, network):
         print(line)
@@ -236,7 +236,7 @@ def _print(
 
 def _cautions(found: Statistics, against: Statistics, figures: Figures, network: FeatureExtractor) -> Iterator[str]:
     if found.count is not None and found.count < network.dimension:
-        yield f"{found.count:,} images are fewer than the {network.dimension} features: FID says little, and falls with their number."
+        yield f"{found.count:,} images are fewer than the {network.dimension} features: this FID does not compare with others."
     if figures.precision is None:
         yield f"No precision and recall: {plain(against.name)} has neither images nor their features."
     if figures.sfid is None:

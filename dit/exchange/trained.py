@@ -20,6 +20,7 @@ from dit.audit.files import Reading, fill
 from dit.continuation.request import find as find_kept
 from dit.data.latents import LatentStore
 from dit.errors import ConfigError, DataError, InputError, explain
+from dit.exchange import autoencoders
 from dit.exchange.names import from_diffusers
 from dit.models import Denoiser
 from dit.models.contract import FLOW_ONLY
@@ -38,8 +39,6 @@ TIMESTEP_LAYER = "timestep_layer.safetensors"
 """The first layer of the timestep MLP as it was trained, where an export has another; see `dit.exchange.times`."""
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 FAMILIES = ("DiT", "SiT", "LightningDiT")
-PUBLISHED_AUTOENCODERS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
-"""The two of facebookresearch/DiT `sample.py --vae`."""
 PUBLISHED_DIFFUSION = {
     "objective": "eps",
     "learn_sigma": True,
@@ -195,7 +194,7 @@ def _of_study(
         tuple(store.shift.flatten().tolist()),
         tuple(store.scale.flatten().tolist()),
         tuple(store.class_names),
-        _autoencoder(str(autoencoder), where),
+        autoencoders.of_study(autoencoder, where.vae),
         about,
     )
 
@@ -220,7 +219,7 @@ def of_file(path: Path, where: Where) -> Trained:
     network, weights = published.load(path, {}, where.reading, family)
     source = fill(network, weights)
     model = _named(network, where.model, path)
-    autoencoder, shift, scale = _published_autoencoder(where, network.latent_channels)
+    autoencoder, shift, scale = autoencoders.published(where.vae, network.latent_channels)
     about = {"source": str(path), "holder": source.holder}
     names = tuple(str(label) for label in range(network.num_classes))
     return Trained(path.stem, network.eval(), model, _diffusion(network), shift, scale, names, autoencoder, about)
@@ -306,19 +305,9 @@ def _of_own(path: Path, own: Mapping[str, Any], weights: Mapping[str, Tensor], w
         raise ConfigError(explain(error, str(path / OWN), own)) from None
     except (KeyError, TypeError, RuntimeError) as error:
         raise DataError(f"{path}: {OWN} and the weights do not fit: {error}; expected what `dit export` wrote") from None
-    autoencoder = _exported_autoencoder(path, own, where)
+    autoencoder = autoencoders.exported(path, own, where.vae)
     shift, scale = tuple(normalize["shift"]), tuple(normalize["scale"])
     return Trained(own["name"], network.eval(), model, diffusion, shift, scale, tuple(names), autoencoder, own.get("about", {}))
-
-
-def _exported_autoencoder(path: Path, own: Mapping[str, Any], where: Where) -> Autoencoder | None:
-    from dit.autoencoder import Pixels
-
-    if own.get("pixels"):
-        return Pixels(own["sizes"]["latent_channels"])
-    if where.vae is None and not (path / "vae").is_dir():
-        return None
-    return _vae(where.vae or str(path / "vae"))
 
 
 def _of_foreign(path: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor], where: Where) -> Trained:
@@ -335,9 +324,8 @@ def _of_foreign(path: Path, config: Mapping[str, Any], weights: Mapping[str, Ten
         hidden_size=len(weights["x_embedder.proj.weight"]),
     )
     network.load_state_dict(dict(weights))
-    if where.vae is None and (path / "vae").is_dir():
-        where = Where(**{**vars(where), "vae": str(path / "vae")})
-    autoencoder, shift, scale = _published_autoencoder(where, channels)
+    vae = where.vae or (str(path / "vae") if (path / "vae").is_dir() else None)
+    autoencoder, shift, scale = autoencoders.published(vae, channels)
     index = read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
     labels = index.get("id2label") or {}
     names = tuple(str(labels.get(str(label), label)) for label in range(network.num_classes))
@@ -345,52 +333,6 @@ def _of_foreign(path: Path, config: Mapping[str, Any], weights: Mapping[str, Ten
     return Trained(
         path.name, network.eval(), model, _diffusion(network), shift, scale, names, autoencoder, {"source": str(path)}
     )
-
-
-def _autoencoder(directory: str, where: Where) -> Autoencoder | None:
-    """What stage `autoencoder` left; another one where `where.vae` names it."""
-    from dit.autoencoder import load_autoencoder
-
-    if where.vae is not None:
-        return _vae(where.vae)
-    return load_autoencoder(directory, "cpu") if Path(directory).is_dir() else None
-
-
-def _published_autoencoder(where: Where, channels: int) -> tuple[Autoencoder | None, tuple[float, ...], tuple[float, ...]]:
-    """The autoencoder that `where.vae` names, and the normalisation that its config states."""
-    from dit.autoencoder.published import normalization
-
-    if where.vae is None:
-        return None, (0.0,) * channels, (1.0,) * channels
-    found = _vae(where.vae)
-    stated = normalization({**dict(found.config), "latent_channels": found.config["latent_channels"]})
-    if found.config["latent_channels"] != channels:
-        raise ConfigError(
-            f"--vae {where.vae} has {found.config['latent_channels']} latent channels; the network expects {channels}"
-        )
-    if stated is None:
-        raise ConfigError(f"--vae {where.vae}: its config.json states no scaling_factor, without which latents have no scale")
-    return found, tuple(stated["shift"]), tuple(stated["scale"])
-
-
-def _vae(name: str) -> Autoencoder:
-    from diffusers import AutoencoderKL
-
-    from dit.autoencoder.files import from_pretrained
-    from dit.autoencoder.kinds import CLASSES
-
-    path = PUBLISHED_AUTOENCODERS.get(name, name)
-    options = {"subfolder": "vae"} if (Path(path) / "vae" / "config.json").is_file() else {}
-    try:
-        kind = AutoencoderKL.load_config(path, **options).get("_class_name")
-        if kind not in CLASSES:
-            raise ConfigError(f"--vae {name} holds a model of class {kind}; expected {' or '.join(CLASSES)}")
-        return from_pretrained(kind, path, **options)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"--vae {name}: {reason}; expected a directory in diffusers format, ema, mse, or a name on the hub"
-        ) from None
 
 
 def _about_run(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
