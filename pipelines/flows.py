@@ -31,7 +31,7 @@ from pydantic import Field
 
 from dit import config
 from dit.errors import UserError
-from pipelines import dag, design, experiments, recovery, services, tracking
+from pipelines import dag, design, experiments, live, naming, recovery, services, tracking
 from pipelines.device_pool import DevicePool, device_pool, environment
 from pipelines.plan import note_duration
 from pipelines.report.words import samples
@@ -94,7 +94,12 @@ def fill_mlflow(workspace: Path, tags: Mapping[str, str]) -> State[Any]:
     return Completed(message=message)
 
 
-@flow(name="study", task_runner=ThreadPoolTaskRunner(), persist_result=False)  # type: ignore[arg-type]
+@flow(
+    name="study",
+    flow_run_name=lambda: naming.flow_run(Path.cwd(), runtime.flow_run.parameters),
+    task_runner=ThreadPoolTaskRunner(),
+    persist_result=False,
+)  # type: ignore[arg-type]
 def study(
     overrides: dict[str, Any] | None = None,
     workers: Annotated[int, Field(ge=1)] | None = None,
@@ -118,9 +123,10 @@ def study(
         params = experiments.parameters(root, overrides)
         with _workspace(root, overrides) as (workspace, experiment):
             design.write(workspace, config.load(workspace / "params.yaml"))
-            return _run(workspace, targets, device_pool(params, workers), experiment)
+            trial = naming.trial(overrides)
+            return _run(workspace, targets, device_pool(params, workers), experiment, trial)
     except UserError as error:
-        return Failed(message=str(error))
+        return _failed(str(error))
 
 
 @contextmanager
@@ -136,22 +142,36 @@ def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[P
         yield path, name
 
 
-def _run(workspace: Path, targets: list[str] | None, pool: DevicePool, experiment: str | None) -> State[Any]:
+def _failed(message: str) -> State[Any]:
+    """A failed state whose name says why: `prefect deployment run --watch` prints nothing else of it."""
+    return Failed(name=naming.short(f"Failed: {message}"), message=message)
+
+
+def _run(workspace: Path, targets: list[str] | None, pool: DevicePool, experiment: str | None, trial: str) -> State[Any]:
     """Run the stages that `targets` need, then show what came out: in MLflow, as artifacts, and as a DVC experiment."""
     every = dag.read(workspace)
     stages = dag.select(every, targets)
     fresh = sum(stage.up_to_date for stage in stages.values())
     _log().info("%d of %d stages are up to date; %d at a time", fresh, len(stages), pool.max_parallel)
     scratch = Path(os.environ.get("DIT_SCRATCH", ".scratch")).resolve()
-    with dag.Processes(workspace, {"DIT_SCRATCH": str(scratch)}) as processes, dag.checking(workspace) as unchanged:
+    tags = {"dvc_experiment": experiment, "trial": trial} if experiment else {}
+
+    def tell(page: str) -> None:
+        _log().info("curves while they grow: %s", services.mlflow_page(tracking.tracking_uri(), page))
+
+    with (
+        dag.Processes(workspace, {"DIT_SCRATCH": str(scratch)}) as processes,
+        dag.checking(workspace) as unchanged,
+        live.Live(workspace, tags, tell),
+    ):
         states = run_all(stages, processes, pool, unchanged)
     if experiment:
         experiments.forget_stale(workspace)
     dag.order_lock(workspace, every.values())
     recovery.keep_lock(workspace)
-    mlflow = fill_mlflow(workspace, {"dvc_experiment": experiment} if experiment else {}, return_state=True)
+    mlflow = fill_mlflow(workspace, tags, return_state=True)
     if not all(state.is_completed() for state in states.values()):
-        return Failed(message=_failure(states))
+        return _failed(_failure(states))
     report = workspace / "reports" / "index.html"
     if experiment:
         experiments.save(Path.cwd(), workspace, experiment, stages)

@@ -38,6 +38,7 @@ from pipelines.records.training import (
     TrainRecord,
     TrainSettings,
 )
+from pipelines.report.colours import colours
 
 ROOT = Path(__file__).parents[1]
 STRATEGIES, SEEDS = ["adaln_zero", "symmetric"], [0, 1]
@@ -236,7 +237,7 @@ def test_a_strategys_start_is_on_all_its_runs_whenever_it_was_analysed(study: Pa
     assert found["adaln_zero-0"].data.metrics["start/predicted_equals_measured"] == 1
     wake_up = {name: step for name, step in found["adaln_zero-0"].data.metrics.items() if name.startswith("wake_up_measured")}
     assert wake_up == {"wake_up_measured/final.projection": 0, "wake_up_measured/mlp_in": 2}
-    assert history(found["adaln_zero-0"], "coordinates/block_0/width_64") == [(1, 0.1)]
+    assert history(found["adaln_zero-0"], "coordinates/block_0_width_64") == [(1, 0.1)]
     assert history(found["adaln_zero-0"], "start_gradient_stable_rank/mlp") == [(0, 2.0), (1, 4.0)]
     assert {name: run.data.metrics.get("start/awake_step") for name, run in found.items()} == {
         "adaln_zero-0": 2,
@@ -261,7 +262,7 @@ def test_run_that_was_cut_short_is_made_again_unless_somebody_else_is_at_it(stud
     experiment = client.create_experiment("photos-32")
 
     def half_a_run(adder: str) -> str:
-        tags = {"run_key": "evaluate-adaln_zero-0", "added_by": adder}
+        tags = {"run_key": "evaluate-adaln_zero-0", "train_run_key": "train-adaln_zero-0", "added_by": adder}
         return client.create_run(experiment, tags=tags, run_name="half").info.run_id
 
     ours, others = half_a_run(f"{socket.gethostname()}:{Path.cwd()}"), half_a_run("elsewhere:/study")
@@ -285,7 +286,8 @@ def test_view_shows_the_runs_of_this_study_by_strategy(study: Path) -> None:
     shown = client.search_runs([experiment.experiment_id], state["searchFilter"])
     assert len(shown) == 4
     assert {run.data.tags["run_key"] for run in shown} >= {"evaluate-adaln_zero-0-edited"}
-    assert state["groupBy"]["groupByKeys"] == [{"mode": "param", "groupByData": "strategy"}]
+    assert state["groupBy"] is None
+    assert {run.data.tags["mlflow.runColor"] for run in shown} == set(colours("adaln_zero", STRATEGIES).values())
     assert "viewStateShareKey=photos-32" in synced.view
 
 
@@ -299,7 +301,7 @@ def test_view_of_a_study_with_factors_does_not_average_over_them(study: Path) ->
     client = MlflowClient(tracking.tracking_uri())
     experiment = client.get_experiment_by_name("photos-32")
     assert experiment
-    state = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.photos-32"])["state"])
+    state = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.photos-32-means"])["state"])
     grouped = [key["groupByData"] for key in state["groupBy"]["groupByKeys"]]
     assert grouped == ["strategy", "train.learning_rate"]
     found = runs()["adaln_zero-fast-0"].data
