@@ -10,10 +10,11 @@ import json
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlflow import MlflowClient
-from mlflow.entities import Experiment, Run
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment, Run
 
 SHARED = "mlflow.sharedViewState."
 """What the name of a tag that holds a view begins with."""
@@ -62,9 +63,9 @@ class View:
         """The tag of the runs in it."""
         return f"view.{self.key}"
 
-    def address(self, experiment: Experiment) -> str:
+    def address(self, experiment_id: str) -> str:
         """Where the UI shows it: the page of the experiment's runs, as charts."""
-        return f"/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey={self.key}&compareRunsMode=CHART"
+        return f"/#/experiments/{experiment_id}/runs?viewStateShareKey={self.key}&compareRunsMode=CHART"
 
 
 def show_in(client: MlflowClient, view: View, runs: Collection[Run], others: Iterable[Run]) -> None:
@@ -99,7 +100,7 @@ def save(client: MlflowClient, experiment: Experiment, view: View, metrics: Iter
             "groupBy": _by_strategy(view) if ending == MEANS else None,
         }
         _save(client, experiment, view.name + ending, view.key + ending, state)
-    return view.address(experiment)
+    return view.address(experiment.experiment_id)
 
 
 def _save(client: MlflowClient, experiment: Experiment, name: str, key: str, state: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from dit.errors import UserError
 from dit.training.records import Divergence, Final, Initial
 from pipelines import tracking
 from pipelines.files import scratch
+from pipelines.mlflow_store import UnreachableError
 from pipelines.records.analysis import COORDINATES, GRADIENTS, StartRecord
 from pipelines.records.base import Status, Timing
 from pipelines.records.evaluation import EvaluateRecord, FeatureSpace
@@ -314,7 +315,7 @@ def test_server_that_is_away_costs_seconds_and_loses_nothing(study: Path, monkey
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(port=unused.getsockname()[1]))
         started = time.monotonic()
-        with pytest.raises(tracking.UnreachableError, match="cannot be reached; nothing is lost") as error:
+        with pytest.raises(UnreachableError, match="cannot be reached; nothing is lost") as error:
             tracking.sync(study)
         assert time.monotonic() - started < 8
     assert "secret" not in str(error.value)
@@ -326,7 +327,7 @@ def test_server_that_does_not_answer_costs_seconds(study: Path, monkeypatch: pyt
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
-        with pytest.raises(tracking.UnreachableError):
+        with pytest.raises(UnreachableError):
             tracking.sync(study)
         assert time.monotonic() - started < 8
 
@@ -346,9 +347,7 @@ def damage_by_cutting_off(store: Path) -> None:
 @pytest.mark.parametrize("damage", [damage_by_garbage, damage_by_cutting_off, Path.mkdir])
 def test_a_damaged_store_is_one_message_that_says_what_to_do(study: Path, damage: Callable[[Path], None]) -> None:
     damage(study / "mlflow.db")
-    with pytest.raises(
-        tracking.UnreachableError, match=r"mlflow\.db is damaged .*: move it away, and `make mlflow` fills"
-    ) as error:
+    with pytest.raises(UnreachableError, match=r"mlflow\.db is damaged .*: move it away, and `make mlflow` fills") as error:
         tracking.sync(study)
     assert len(str(error.value).splitlines()) == 1
     shutil.move(study / "mlflow.db", study / "moved")
@@ -358,7 +357,7 @@ def test_a_damaged_store_is_one_message_that_says_what_to_do(study: Path, damage
 def test_a_store_that_another_program_has_locked_costs_seconds(study: Path) -> None:
     with sqlite3.connect(study / "mlflow.db") as busy:
         busy.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(tracking.UnreachableError, match="cannot be used: database is locked; nothing is lost"):
+        with pytest.raises(UnreachableError, match="cannot be used: database is locked; nothing is lost"):
             tracking.sync(study)
 
 
@@ -423,7 +422,7 @@ def test_a_server_that_answers_nonsense_or_never_ends_is_one_message(
     with server(answer) as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         begun = time.monotonic()
-        with pytest.raises(tracking.UnreachableError, match=message) as error:
+        with pytest.raises(UnreachableError, match=message) as error:
             tracking.sync(study)
         assert time.monotonic() - begun < 15
         assert len(str(error.value).splitlines()) == 1
