@@ -14,7 +14,7 @@ import typer
 
 from dit.errors import UserError
 from dit.terminal import plain
-from pipelines import disk, plan, services
+from pipelines import disk, mlflow_store, plan, services
 from pipelines.overrides import assignments
 from pipelines.redaction import redacted, shown
 
@@ -94,9 +94,7 @@ def up(
     ports = _port("PREFECT_PORT", prefect_port), _port("MLFLOW_PORT", mlflow_port)
     if ports[0] == ports[1]:
         raise UserError(f"PREFECT_PORT and MLFLOW_PORT are both {ports[0]}: expected two different ports")
-    from pipelines import tracking
-
-    services.up(*ports, tracking.tracking_uri(), print)
+    services.up(*ports, mlflow_store.tracking_uri(), print)
 
 
 @app.command()
