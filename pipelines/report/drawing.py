@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipelines.report.colours import PALETTE, colours
+from pipelines.report.colours import colours
 from pipelines.report.runs import Run, Study
 from pipelines.report.words import counted
 
