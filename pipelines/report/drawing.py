@@ -9,10 +9,10 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from pipelines.report.colours import colours
 from pipelines.report.runs import Run, Study
 from pipelines.report.words import counted
 
-PALETTE = ("#3b7dd8", "#e0802b", "#2f9e6e", "#a36bd0", "#d9534f", "#1aa3b0", "#a1783a", "#d6649f", "#868e96")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 TICKS = [mantissa * 10.0**power for power in range(-5, 5) for mantissa in (1, 1.5, 2, 3, 5, 7)]
 LOG_AXIS = {"type": "log", "tickvals": TICKS, "ticktext": [f"{tick:g}" for tick in TICKS]}
@@ -87,8 +87,8 @@ class Look:
 def looks(study: Study) -> dict[str, Look]:
     """A look for each strategy. The baseline is a broad solid line that others, dashed and drawn over it, leave visible."""
     return {
-        name: Look(PALETTE[index % len(PALETTE)], DASHES[index % len(DASHES)], 2 if index else 4)
-        for index, name in enumerate([study.baseline, *study.others])
+        name: Look(colour, DASHES[index % len(DASHES)], 2 if index else 4)
+        for index, (name, colour) in enumerate(colours(study.baseline, study.others).items())
     }
 
 

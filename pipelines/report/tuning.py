@@ -14,7 +14,8 @@ from dit.analysis.effects import cell_means
 from dit.analysis.failures import QUANTITIES, average, before
 from dit.analysis.study import STRATEGY, Pair, Place, Tuning
 from dit.analysis.verdicts import Judgement
-from pipelines.report.drawing import DASHES, PALETTE, TITLED, Figure, Look, finish, ribbon
+from pipelines.report.colours import PALETTE
+from pipelines.report.drawing import DASHES, TITLED, Figure, Look, finish, ribbon
 from pipelines.report.runs import Study
 from pipelines.report.words import fixed, listed
 
