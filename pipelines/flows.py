@@ -261,7 +261,7 @@ def comparison(workspace: Path, report: Path, page: str, mlflow: str) -> str:
     `page` is the address of the report for a browser, empty where none serves it; `mlflow` the message of task `mlflow`.
     """
     summary = json.loads((workspace / "reports" / "summary.json").read_text())
-    shown = json.loads((workspace / "reports" / "metrics.json").read_text())[summary["baseline"]]
+    shown = [name for name in summary["metrics"] if "_step_" not in name]  # at the end of training, and before it
     labels = [summary["metrics"][metric]["label"] for metric in shown]
     table = [f"| strategy | {' | '.join(labels)} |", f"|---|{'---:|' * len(labels)}"]
     for name, strategy in summary["strategies"].items():

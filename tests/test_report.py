@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 from browser import dumped, seen
-from hypothesis import given
-from hypothesis import strategies as draw
+from hypothesis import given, strategies as draw
 from reports import FINAL, STEPS, Fate, planted, study, write_best, write_json, write_run, write_study
 
 from dit.analysis.series import diagnosed
@@ -218,7 +217,10 @@ def test_dvc_reads_one_column_for_each_strategy(workspace: Workspace) -> None:
         assert header == "step,adaln_zero,symmetric"
         assert first.startswith("0,")
     means = json.loads(Path("reports/metrics.json").read_text())
-    assert means["symmetric"]["validation_mse"] == summary()["strategies"]["symmetric"]["mean"]["validation_mse"]
+    found = summary()["strategies"]["symmetric"]
+    relative = found["difference"]["validation_mse"]["relative"][0]
+    assert means["symmetric"] == {"validation_mse": found["mean"]["validation_mse"], "against_baseline": relative}
+    assert list(means["adaln_zero"]) == ["validation_mse"]
 
 
 def test_runs_that_left_the_study_leave_the_workspace_too(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
@@ -462,8 +464,8 @@ def test_on_wide_and_narrow_screens_nothing_sticks_out_overlaps_or_is_out_of_rea
     found = seen(Path("reports/index.html"), tmp_path / "seen", (1400, 1000, 420), dark=dark)
     assert sorted(found) == [420, 1000, 1400]
     paper = "rgb(21, 24, 27)" if dark else "rgb(253, 253, 251)"
-    nothing = dict.fromkeys(("stickingOut", "silentlyCut", "overlapping", "accessibility"), [])
-    assert found == dict.fromkeys(found, {"background": paper, **nothing})
+    nothing = {fault: [] for fault in ("stickingOut", "silentlyCut", "overlapping", "accessibility")}
+    assert found == {width: {"background": paper, **nothing} for width in found}
 
 
 @given(draw.floats(-1e6, 1e6), draw.integers(0, 6))

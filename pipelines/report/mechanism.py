@@ -23,6 +23,7 @@ from dit.analysis.series import (
 from dit.analysis.wakeup import by_kind, kind
 from pipelines.report.drawing import TITLED, Figure, Look, band, curves, finish, line_of
 from pipelines.report.runs import Analysis, Run, Study
+from pipelines.report.words import fixed
 
 PANELS = 5
 """Heat maps side by side."""
