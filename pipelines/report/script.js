@@ -127,7 +127,7 @@ for (const fold of document.querySelectorAll("details")) {
 }
 
 // A link to something in a fold opens the fold.
-addEventListener("hashchange", () => document.querySelector(location.hash)?.closest("details")?.setAttribute("open", ""));
+addEventListener("hashchange", () => document.getElementById(location.hash.slice(1))?.closest("details")?.setAttribute("open", ""));
 
 draw();
 addEventListener("resize", markOverflow);

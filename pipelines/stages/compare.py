@@ -52,7 +52,8 @@ def compare(params: Params, item: Item) -> None:
             mean_curves(study.groups, curve).to_csv(out / "plots" / f"{name}.csv", lineterminator="\n")
         (out / "index.html").write_text(page, encoding="utf-8")
     print(f"compare: {words.answer}".replace("\u202f", " "))  # a terminal has no narrow spaces
-    print(f"compare: wrote {Path('reports/index.html').resolve().as_uri()}")
+    if not Path(".git").is_file():  # the worktree of an experiment goes: the flow names the copy that stays
+        print(f"compare: wrote {Path('reports/index.html').resolve().as_uri()}")
 
 
 def drop_departed(study: Study) -> None:
