@@ -50,7 +50,7 @@ test: $(INSTALLED) browser ## Run the tests [TESTS=tests/test_model.py] [TESTS='
 	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $$TESTS
 
 chaos: $(INSTALLED) ## Kill, stop and damage micro studies at random, and compare with an undisturbed one [MINUTES=30] [SEED=0]
-	@$(VENV)/bin/python tests/chaos.py --minutes "$${MINUTES:-30}" $${SEED:+--seed "$$SEED"}
+	@$(VENV)/bin/python tests/chaos --minutes "$${MINUTES:-30}" $${SEED:+--seed "$$SEED"}
 
 browser: # The report's page test opens it in Chromium or Chrome.
 	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome google-chrome-stable; do \

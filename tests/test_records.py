@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from dataclasses import fields
@@ -159,3 +160,10 @@ def test_a_stage_says_which_stage_makes_what_it_misses(
         raise InputError(path)
     assert ended.value.code == entry.WRONG_INPUT
     assert capsys.readouterr().err == f"error: {path} not found{advice}\n"
+
+
+def test_a_folder_that_may_not_be_written_is_named_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, entry.exit_codes():
+        raise PermissionError(errno.EACCES, "Permission denied", "runs/train")
+    assert ended.value.code == entry.WRONG_INPUT
+    assert capsys.readouterr().err == "error: no permission to use runs/train; change its owner or mode, and run again\n"

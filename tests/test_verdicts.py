@@ -114,11 +114,12 @@ def test_planted_level_differences_are_found_in_a_study_of_strategies_each_at_it
 def test_false_declared_verdicts_are_at_most_five_percent_of_null_studies(seeds: int) -> None:
     """1,000 studies of four strategies that equal their baseline, each at its best rate as chosen on two other seeds.
 
-    Measured: 43 of them have a false declared verdict with three reported seeds, 32 with five; 91 % of comparisons were
-    judged. At the best measured rates, not interpolated, it was 228 with five seeds, because some optima lie nearer to a
-    measured rate than others.
+    Measured with draws that the design had not seen, three times 1,000 studies: 146 of the 3,000 have a false declared verdict
+    with three reported seeds (4.9 %, 95 % interval 4.1 to 5.7), 114 with five; 91 % of comparisons were judged. At the best
+    measured rates, not interpolated, it was 228 of 1,000 with five seeds, because some optima lie nearer to a measured rate
+    than others.
     """
-    draws = np.random.default_rng(0)
+    draws = np.random.default_rng(1)
     found = [study(draws, [1.0] * 5, seeds) for _ in range(1000)]
     judged = np.mean([one.answer != "no verdict" for judgements in found for one in judgements])
     false = sum(any(one.answer in ("better", "worse") for one in judgements) for judgements in found)

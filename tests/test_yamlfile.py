@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from chaos.parameters import CHANGES, MOST_LETTERS, TEXTS, changed
+from hypothesis import given, settings
 from studies import command
 
 from dit import config, yamlfile
 from dit.errors import ConfigError
 
-ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "params.yaml").read_text()
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{below}: &{below} [{', '.join([f'*{above}'] * 10)}]\n" for above, below in zip("abcdefgh", "bcdefghi", strict=True)
 )
@@ -78,40 +77,19 @@ def test_aliases_that_a_person_writes_are_read() -> None:
     }
 
 
-SHIPPED: dict[str, Any] = yamlfile.parse(TEXT, "params.yaml")
-LEAVES = [(section, key) for section, values in SHIPPED.items() if isinstance(values, dict) for key in values]
-SCALARS = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.integers(-(10**4000), 10**4000)
-    | st.floats()
-    | st.text(max_size=20)
-    | st.dates()
-    | st.binary(max_size=4)
-)
-VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3))
-
-
 @settings(deadline=None, max_examples=300)
-@given(st.lists(st.tuples(st.sampled_from(LEAVES), VALUES), min_size=1, max_size=3))
-def test_any_value_anywhere_is_accepted_or_one_message(changes: list[tuple[tuple[str, str], Any]]) -> None:
-    data = {section: dict(values) if isinstance(values, dict) else values for section, values in SHIPPED.items()}
-    for (section, key), value in changes:
-        data[section][key] = value
+@given(CHANGES)
+def test_any_value_anywhere_is_read_or_one_message(changes: list[tuple[tuple[str, str], Any]]) -> None:
     try:
-        config.parse(data)
+        config.parse(changed(changes))
     except ConfigError as error:
         said = str(error)
         assert said.isprintable() or "\n" in said
-        assert len(said) < 45_000
-
-
-SYNTAX = st.text("[]{}&*!|>:-?, \n'\"a1%@#~.", max_size=60)
+        assert len(said) < MOST_LETTERS
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.text(max_size=200) | SYNTAX)
+@given(TEXTS)
 def test_any_text_is_read_or_one_message(text: str) -> None:
     with suppress(ConfigError):
         yamlfile.parse(text, "params.yaml")

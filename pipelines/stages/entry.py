@@ -76,7 +76,12 @@ def exit_codes() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_INPUT)
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except PermissionError as error:
+        print(
+            f"error: no permission to use {error.filename or error}; change its owner or mode, and run again", file=sys.stderr
+        )
+        sys.exit(WRONG_INPUT)
+    except (FileNotFoundError, NotADirectoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_INPUT)
     except (OSError, torch.OutOfMemoryError) as error:
