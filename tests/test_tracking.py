@@ -27,6 +27,7 @@ from dit.errors import UserError
 from dit.training.records import Divergence, Final, Initial
 from pipelines import tracking
 from pipelines.files import scratch
+from pipelines.mlflow_store import UnreachableError
 from pipelines.records.analysis import COORDINATES, GRADIENTS, StartRecord
 from pipelines.records.base import Status, Timing
 from pipelines.records.evaluation import EvaluateRecord, FeatureSpace
@@ -38,6 +39,7 @@ from pipelines.records.training import (
     TrainRecord,
     TrainSettings,
 )
+from pipelines.report.colours import colours
 
 ROOT = Path(__file__).parents[1]
 STRATEGIES, SEEDS = ["adaln_zero", "symmetric"], [0, 1]
@@ -236,7 +238,7 @@ def test_a_strategys_start_is_on_all_its_runs_whenever_it_was_analysed(study: Pa
     assert found["adaln_zero-0"].data.metrics["start/predicted_equals_measured"] == 1
     wake_up = {name: step for name, step in found["adaln_zero-0"].data.metrics.items() if name.startswith("wake_up_measured")}
     assert wake_up == {"wake_up_measured/final.projection": 0, "wake_up_measured/mlp_in": 2}
-    assert history(found["adaln_zero-0"], "coordinates/block_0/width_64") == [(1, 0.1)]
+    assert history(found["adaln_zero-0"], "coordinates/block_0_width_64") == [(1, 0.1)]
     assert history(found["adaln_zero-0"], "start_gradient_stable_rank/mlp") == [(0, 2.0), (1, 4.0)]
     assert {name: run.data.metrics.get("start/awake_step") for name, run in found.items()} == {
         "adaln_zero-0": 2,
@@ -261,7 +263,7 @@ def test_run_that_was_cut_short_is_made_again_unless_somebody_else_is_at_it(stud
     experiment = client.create_experiment("photos-32")
 
     def half_a_run(adder: str) -> str:
-        tags = {"run_key": "evaluate-adaln_zero-0", "added_by": adder}
+        tags = {"run_key": "evaluate-adaln_zero-0", "train_run_key": "train-adaln_zero-0", "added_by": adder}
         return client.create_run(experiment, tags=tags, run_name="half").info.run_id
 
     ours, others = half_a_run(f"{socket.gethostname()}:{Path.cwd()}"), half_a_run("elsewhere:/study")
@@ -285,7 +287,8 @@ def test_view_shows_the_runs_of_this_study_by_strategy(study: Path) -> None:
     shown = client.search_runs([experiment.experiment_id], state["searchFilter"])
     assert len(shown) == 4
     assert {run.data.tags["run_key"] for run in shown} >= {"evaluate-adaln_zero-0-edited"}
-    assert state["groupBy"]["groupByKeys"] == [{"mode": "param", "groupByData": "strategy"}]
+    assert state["groupBy"] is None
+    assert {run.data.tags["mlflow.runColor"] for run in shown} == set(colours("adaln_zero", STRATEGIES).values())
     assert "viewStateShareKey=photos-32" in synced.view
 
 
@@ -299,7 +302,7 @@ def test_view_of_a_study_with_factors_does_not_average_over_them(study: Path) ->
     client = MlflowClient(tracking.tracking_uri())
     experiment = client.get_experiment_by_name("photos-32")
     assert experiment
-    state = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.photos-32"])["state"])
+    state = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.photos-32-means"])["state"])
     grouped = [key["groupByData"] for key in state["groupBy"]["groupByKeys"]]
     assert grouped == ["strategy", "train.learning_rate"]
     found = runs()["adaln_zero-fast-0"].data
@@ -312,7 +315,7 @@ def test_server_that_is_away_costs_seconds_and_loses_nothing(study: Path, monkey
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(port=unused.getsockname()[1]))
         started = time.monotonic()
-        with pytest.raises(tracking.UnreachableError, match="cannot be reached; nothing is lost") as error:
+        with pytest.raises(UnreachableError, match="cannot be reached; nothing is lost") as error:
             tracking.sync(study)
         assert time.monotonic() - started < 8
     assert "secret" not in str(error.value)
@@ -324,7 +327,7 @@ def test_server_that_does_not_answer_costs_seconds(study: Path, monkeypatch: pyt
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
-        with pytest.raises(tracking.UnreachableError):
+        with pytest.raises(UnreachableError):
             tracking.sync(study)
         assert time.monotonic() - started < 8
 
@@ -344,9 +347,7 @@ def damage_by_cutting_off(store: Path) -> None:
 @pytest.mark.parametrize("damage", [damage_by_garbage, damage_by_cutting_off, Path.mkdir])
 def test_a_damaged_store_is_one_message_that_says_what_to_do(study: Path, damage: Callable[[Path], None]) -> None:
     damage(study / "mlflow.db")
-    with pytest.raises(
-        tracking.UnreachableError, match=r"mlflow\.db is damaged .*: move it away, and `make mlflow` fills"
-    ) as error:
+    with pytest.raises(UnreachableError, match=r"mlflow\.db is damaged .*: move it away, and `make mlflow` fills") as error:
         tracking.sync(study)
     assert len(str(error.value).splitlines()) == 1
     shutil.move(study / "mlflow.db", study / "moved")
@@ -356,7 +357,7 @@ def test_a_damaged_store_is_one_message_that_says_what_to_do(study: Path, damage
 def test_a_store_that_another_program_has_locked_costs_seconds(study: Path) -> None:
     with sqlite3.connect(study / "mlflow.db") as busy:
         busy.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(tracking.UnreachableError, match="cannot be used: database is locked; nothing is lost"):
+        with pytest.raises(UnreachableError, match="cannot be used: database is locked; nothing is lost"):
             tracking.sync(study)
 
 
@@ -421,7 +422,7 @@ def test_a_server_that_answers_nonsense_or_never_ends_is_one_message(
     with server(answer) as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         begun = time.monotonic()
-        with pytest.raises(tracking.UnreachableError, match=message) as error:
+        with pytest.raises(UnreachableError, match=message) as error:
             tracking.sync(study)
         assert time.monotonic() - begun < 15
         assert len(str(error.value).splitlines()) == 1

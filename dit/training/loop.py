@@ -26,6 +26,7 @@ from dit.optim.schedule import learning_rate
 from dit.progress import progress
 from dit.sections import TrainParams
 from dit.training.engines import ENGINES, clip_factor, plain_forward
+from dit.training.growing import GrowingTables
 from dit.training.indicators import SAMPLES, block_states
 from dit.training.kept import ENDED, Keeper, KeptRun, RunSettings, Shelf, describe, digest
 from dit.training.records import Divergence, Outcome, Records, outcome
@@ -85,6 +86,7 @@ class Trainer:
         engine = ENGINES[self.backend]
         self.engine = engine(self.model, diffusion, params, self.ema, self.ranks, self.precision)
         self.records = Records()
+        self.growing = GrowingTables(scratch)
         self.stability = Stability(self.validation.target_second_moment)
         self.divergence: Divergence | None = None
         self.steps_done = 0
@@ -161,6 +163,7 @@ class Trainer:
         """Remove what an ended run no longer needs; call this once its results are on disk. Kept checkpoints stay."""
         if self.ranks.is_main:
             checkpoint.remove(self.scratch)
+            self.growing.remove()
             self.keeper.forget()
 
     def _train(self, step: int) -> None:
@@ -246,6 +249,7 @@ class Trainer:
                 self.records.metrics.append(asdict(seen))
             self._judge(seen)
         self._pending = []
+        self._show_progress()
         return mse
 
     def _judge(self, seen: Observation) -> None:
@@ -286,6 +290,11 @@ class Trainer:
             self.records.validation.append({"step": step, "weights": weights, "mse": measured.mse, **buckets})
             if not math.isfinite(measured.mse) and not self.divergence:
                 self._diverged(Divergence(step, f"validation_mse of the {weights} weights", repr(measured.mse)))
+        self._show_progress()
+
+    def _show_progress(self) -> None:
+        if self.ranks.is_main:
+            self.growing.update(self.records)
 
     def _save(self) -> None:
         """Write a checkpoint; all ranks call this. It can be read by any number of ranks, with DDP or FSDP."""
