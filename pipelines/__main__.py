@@ -54,7 +54,8 @@ def study(
     given = experiments.profile(Path.cwd(), profile) if profile else {}
     experiments.parameters(Path.cwd(), {**given, **overrides})
     server.wait()
-    _log_for_people(flows.LOGGER)
+    server.end_with_it()
+    _log_for_people(flows.LOGGER, server)
     try:
         state = flows.study(overrides or None, workers, targets or None, profile, return_state=True)
     except KeyboardInterrupt:
@@ -62,6 +63,8 @@ def study(
         raise typer.Exit(128 + signal.SIGINT) from None
     except Exception:  # Prefect's server could not write, say
         disk.check(Path.cwd())
+        if server.has_ended():
+            raise UserError(services.ENDED) from None
         raise
     if not state.is_completed():
         print(f"error: {state.message}", file=sys.stderr)
@@ -116,18 +119,22 @@ class _Lines(logging.Formatter):
         return "\n".join(f"{name:<26} | {line}" for line in text.splitlines()) if name else text
 
 
-def _log_for_people(name: str) -> None:
-    """On this terminal, only what the flow says to people, defects, and what is not Prefect's; Prefect's log has it all."""
+def _log_for_people(name: str, server: services.PrefectServer) -> None:
+    """On this terminal, only what the flow says to people, defects, and what is not Prefect's; Prefect's log has it all.
+
+    What Prefect says because its disk is full or its `server` has ended is no defect: the study says that itself.
+    """
 
     def matters(record: logging.LogRecord) -> bool:
         defect = record.exc_info is not None and record.exc_info[0] is not None
         said = record.name.endswith(f".{name}") or not record.name.startswith("prefect")
-        return said or (defect and not disk.is_nearly_full(Path.cwd()))
+        return said or (defect and not disk.is_nearly_full(Path.cwd()) and not server.has_ended())
 
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Lines())
     handler.addFilter(matters)
-    logging.getLogger().handlers = [handler]
+    for logger in (logging.getLogger(), logging.getLogger("prefect._internal")):
+        logger.handlers = [handler]
     logging.raiseExceptions = False  # a log that cannot be written, as on a full disk, is no news for a person
 
 

@@ -13,10 +13,11 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -145,6 +146,9 @@ def mlflow_page(tracking_uri: str, path: str) -> str:
     return (service.pages if service else f"http://{HOST}:{MLFLOW_PORT}") + path
 
 
+ENDED = "Prefect's server ended while the study ran; run the same command again, it goes on from here"
+
+
 @dataclass(frozen=True)
 class PrefectServer:
     """A Prefect server, as this process reaches it."""
@@ -152,11 +156,35 @@ class PrefectServer:
     environment: dict[str, str]
     process: subprocess.Popen[str] | None = None
     """What runs it, where it ends with this process."""
+    unwanted: threading.Event = field(default_factory=threading.Event)
+    """Set when this process ends it."""
+
+    @property
+    def _api(self) -> Service:
+        return Service("prefect", 0, 0, self.environment["PREFECT_API_URL"], self.environment["PREFECT_API_AUTH_STRING"])
+
+    def has_ended(self) -> bool:
+        """Whether nothing answers any more."""
+        return not _answers(self._api, "/health") if self.process is None else self.process.poll() is not None
+
+    def end_with_it(self) -> None:
+        """From now on, end this process when its server is killed: Prefect would try to reach it for minutes."""
+        if self.process is not None:
+            threading.Thread(target=self._follow, args=(self.process,), daemon=True).start()
+
+    def _follow(self, process: subprocess.Popen[str]) -> None:
+        process.wait()
+        if not self.unwanted.is_set():
+            print(f"error: {ENDED}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _end(self, process: subprocess.Popen[str]) -> None:
+        self.unwanted.set()
+        guard.stop(process)
 
     def wait(self) -> None:
         """Wait until it answers. Raises `UserError` where it does not, or where another program has taken its port."""
-        server = Service("prefect", 0, 0, self.environment["PREFECT_API_URL"], self.environment["PREFECT_API_AUTH_STRING"])
-        mine = self.process
+        server, mine = self._api, self.process
 
         def ended() -> bool:
             return mine is not None and mine.poll() is not None
@@ -186,8 +214,9 @@ def prefect_server(environment: Mapping[str, str]) -> PrefectServer:
     databases.mend(DATABASE, say)
     with _log_file("prefect-temporary").open("w") as log:
         process = guard.start(_prefect_command(port), Path.cwd(), settings, log)
-    atexit.register(guard.stop, process)
-    return PrefectServer(prefect_environment(url, password), process)
+    server = PrefectServer(prefect_environment(url, password), process)
+    atexit.register(server._end, process)
+    return server
 
 
 def prefect_environment(api_url: str, password: str) -> dict[str, str]:

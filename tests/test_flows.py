@@ -228,6 +228,29 @@ def test_one_study_at_a_time_and_interrupting_it_ends_everything(shell: Path) ->
     assert not psutil.pid_exists(int((shell / "pid").read_text()))
 
 
+def test_a_server_that_is_killed_ends_the_study_with_one_line(shell: Path) -> None:
+    with (shell / ".scratch.log").open("w") as log:
+        running = subprocess.Popen(
+            [sys.executable, "-m", "pipelines", "study", "endless"],
+            cwd=shell,
+            env=environment(shell),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    while not ((shell / "pid").exists() and (shell / "pid").read_text()):
+        assert running.poll() is None
+        time.sleep(0.1)
+    for process in psutil.Process(running.pid).children(recursive=True):
+        if any("pipelines.gate:prefect" in word for word in process.cmdline()):
+            process.kill()
+    assert running.wait(20) == 1
+    said = (shell / ".scratch.log").read_text()
+    assert said.endswith(
+        "error: Prefect's server ended while the study ran; run the same command again, it goes on from here\n"
+    )
+    assert "Traceback" not in said
+
+
 @pytest.fixture
 def services(study: Path) -> Iterator[dict[str, int]]:
     """`up` on free ports, and `down` at the end."""

@@ -37,9 +37,11 @@ def compare(params: Params, item: Item) -> None:
     images = load_images(data_folder(params, shown, "images"))
     autoencoder = read_autoencoder(Path(data_folder(params, shown, "autoencoder")))
     summary = summarise(study)
+    counts, rejected = images.manifest["counts"], images.manifest["rejected"]
+    described = {"counts": counts, "rejected": rejected, "classes": len(images.class_names)}
+    summary |= {"autoencoder": autoencoder.metrics, "images": described}
     words = headline(study, summary)
-    described = {"counts": images.manifest["counts"], "rejected": images.manifest["rejected"]}
-    summary |= {"headline": words.sentences, "autoencoder": autoencoder.metrics, "images": described}
+    summary["headline"] = words.sentences
     drawn = figures(study, summary)
     page = render(study, summary, headline=words, figures=drawn, images=images, autoencoder=autoencoder)
     with complete_directory("reports", sealed=False) as out:

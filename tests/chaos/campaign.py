@@ -64,7 +64,7 @@ class Found:
 
 
 def campaign(
-    folder: Path, found: Found, conditions: list[str], tell: Callable[[str], None], disturbances: tuple[int, int] = (3, 8)
+    folder: Path, found: Found, conditions: list[str], tell: Callable[[str], None], disturbances: tuple[int, int] = (4, 10)
 ) -> Iterator[None]:
     """Disturb studies for ever, one at each step, under each of the `conditions` in turn.
 
