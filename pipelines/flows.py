@@ -63,21 +63,25 @@ def run_stage(stage: str, up_to_date: bool, processes: dag.Processes, environmen
     if up_to_date:
         return Completed(name="Cached", message="up to date")
     log = _log()
-    log.info("started")
+
+    def say(text: str) -> None:
+        log.info("%s: %s", stage, text)  # in Prefect's pages, lines of several stages stand below each other
+
+    say("started")
     begin = time.monotonic()
     try:
-        outcome = processes.run(stage, log.info, environment)
+        outcome = processes.run(stage, say, environment)
         recovery.keep_lock(processes.root)
     except (dag.StageError, dag.StoppedError) as error:
         again = isinstance(error, dag.StageError) and error.transient and runtime.task_run.run_count <= RETRIES
         log.error("%s%s", error, f"; it runs again in {RETRY_DELAY_SECONDS} s" if again else "")
         return Failed(message=str(error), data=error)
     if outcome is dag.Outcome.CACHED:
-        log.info("cached")
+        say("cached")
         return Completed(name="Cached", message="restored from DVC's cache")
     seconds = time.monotonic() - begin
     note_duration(stage, seconds)
-    log.info("done in %.1f s", seconds)
+    say(f"done in {seconds:.1f} s")
     return Completed(message=f"{seconds:.1f} s")
 
 
