@@ -7,6 +7,7 @@ or is killed ends in the same way, at once: else it would go on beside the next 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -19,6 +20,8 @@ from typing import IO, Any
 
 GRACE_SECONDS = 5.0
 GRACE_SECONDS_SPARED = 30.0
+PR_SET_PDEATHSIG = 1
+"""linux/prctl.h: the signal that a process gets when its parent ends."""
 SIGNAL_BASE = 128
 """A shell reports death by signal n as exit code 128 + n (POSIX.1-2017, Shell & Utilities, 2.8.2), and so does this."""
 
@@ -99,10 +102,17 @@ def _signal(pid: int, number: signal.Signals) -> None:
         return
 
 
+def _end_with_parent() -> None:
+    """Have this process killed when its parent is, on Linux: a server whose guard was killed would stay for ever."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _main(spare: str, grace: str, *command: str) -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)
     ending = threading.Event()
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
+    ends_with_guard = None if int(spare) else _end_with_parent
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=ends_with_guard) as process:
         spared = process.pid if int(spare) else None
         ender = threading.Thread(target=_end_with_starter, args=(spared, float(grace), ending), daemon=True)
         ender.start()

@@ -213,6 +213,16 @@ def test_nothing_outlives_a_starter_that_is_killed(tmp_path: Path) -> None:
     wait_until(lambda: not psutil.pid_exists(int(pid.read_text())))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_a_server_does_not_outlive_a_guard_that_is_killed(tmp_path: Path) -> None:
+    process = guard.start(["sh", "-c", "echo $$ > pid; sleep 60"], tmp_path, os.environ)
+    pid = tmp_path / "pid"
+    wait_until(lambda: pid.exists() and bool(pid.read_text()))
+    process.kill()
+    process.wait()
+    wait_until(lambda: not psutil.pid_exists(int(pid.read_text())))
+
+
 def test_experiment_has_uncommitted_work_and_overrides_and_leaves_no_trace(project: Path) -> None:
     run_all(project)
     edit(project / "source.txt", "source", "edited")
