@@ -111,8 +111,8 @@ def _end_with_parent() -> None:
 def _main(spare: str, grace: str, *command: str) -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)
     ending = threading.Event()
-    ends_with_guard = None if int(spare) else _end_with_parent
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=ends_with_guard) as process:
+    ends_with_guard = None if int(spare) else _end_with_parent  # no thread has started yet
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=ends_with_guard) as process:  # noqa: PLW1509
         spared = process.pid if int(spare) else None
         ender = threading.Thread(target=_end_with_starter, args=(spared, float(grace), ending), daemon=True)
         ender.start()
