@@ -159,7 +159,7 @@ def _diff_table(loaded: Params, strategies: Sequence[Strategy], names: Sequence[
     before, after = strategies
     changes = tables.changes(network, before, after, every)
     changed = sum(change.parameters for change in changes)
-    total = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+    total = sum(weight.numel() for weight in network.parameters())  # as the audit and the report count them
     of = f"{changed:,} of {total:,} parameters, with {CLASSES_SHOWN} classes, are drawn differently"
     table = Table(title=f"{names[0]} -> {names[1]}: {of}")
     table.title_justify = "left"

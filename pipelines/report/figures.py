@@ -16,7 +16,7 @@ from pipelines.report.drawing import ERROR_AXIS, LOG_AXIS, TITLED, Figure, Look,
 from pipelines.report.mechanism import MECHANISM
 from pipelines.report.runs import Run, Study
 from pipelines.report.tuning import ANSWERS, EXPLAINED
-from pipelines.report.words import samples
+from pipelines.report.words import MINUS, samples
 
 
 def figures(study: Study, summary: dict[str, Any]) -> dict[str, Figure]:
@@ -62,7 +62,7 @@ def _forest(summary: dict[str, Any], name: str, metric: str, row: int, colour: s
         return []
     values = {seed: (run[metric], base[seed][metric]) for seed, run in entry["runs"].items()}
     single = {seed: value - other for seed, (value, other) in values.items() if value is not None and other is not None}
-    bounds = f" [{found['low']:+.4g}, {found['high']:+.4g}]" if found["low"] is not None else ""
+    bounds = f" [{found['low']:+.4g}, {found['high']:+.4g}]".replace("-", MINUS) if found["low"] is not None else ""
     seeds = go.Scatter(
         x=list(single.values()),
         y=[row - 0.24] * len(single),

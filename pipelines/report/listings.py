@@ -15,7 +15,7 @@ from dit.analysis.study import AtBest, Pair, Place, Tuning
 from dit.analysis.verdicts import Judgement
 from pipelines.report.runs import Study
 from pipelines.report.tuning import place_label
-from pipelines.report.words import counted, fixed, percent
+from pipelines.report.words import MINUS, counted, fixed, percent
 
 MISSING = "\u2013"
 QUANTITY_WORDS = {"gradient_norm": "gradient norm", "loss": "loss", "mse": "error"}
@@ -140,7 +140,7 @@ def _response(one: Tuning) -> list[str]:
 
 def _estimate(found: Estimate, form: str) -> str:
     bounds = "" if found.low is None or found.high is None else f" [{found.low:{form}}, {found.high:{form}}]"
-    return f"{found.mean:{form}}{bounds}"
+    return f"{found.mean:{form}}{bounds}".replace("-", MINUS)
 
 
 def delays(study: Study) -> Listing:

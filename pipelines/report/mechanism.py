@@ -23,6 +23,7 @@ from dit.analysis.series import (
 from dit.analysis.wakeup import by_kind, kind
 from pipelines.report.drawing import TITLED, Figure, Look, band, curves, finish, line_of
 from pipelines.report.runs import Analysis, Run, Study
+from pipelines.report.words import fixed
 
 PANELS = 5
 """Heat maps side by side."""
@@ -226,7 +227,7 @@ def widths(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Fi
     )
     plot.update_yaxes(type="log", rangemode="normal", exponentformat="power", dtick=1)
     exponents = [
-        f"{name} {entry['start']['width_exponent']:+.2f}"
+        f"{name} {fixed(entry['start']['width_exponent'], 2, signed=True)}"
         for name, entry in summary["strategies"].items()
         if entry["start"]["width_exponent"] is not None
     ]

@@ -79,8 +79,8 @@ def samples_rank_nothing(summary: dict[str, Any]) -> Finding | None:
         return None
     return Finding(
         "warning",
-        "The generated samples cannot rank anything: No metric of the generated samples can rank these strategies, so none has "
-        "a verdict; section Samples says why. This study says nothing about how good the pictures are.",
+        "The generated samples cannot rank anything: none of their metrics tells these strategies apart, so none has a verdict "
+        "(section Samples says why). This study says nothing about how good the pictures are.",
     )
 
 

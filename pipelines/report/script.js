@@ -79,10 +79,14 @@ async function recolour(changes = {}) {
 async function arrange() {
   for (const { canvas, data, layout } of plots) {
     const fitting = arranged(layout);
+    for (const [path, value] of Object.entries(theme(layout))) {
+      const keys = path.split(".");
+      const last = keys.pop();
+      keys.reduce((part, key) => (part[key] ??= {}), fitting)[last] = value;
+    }
     canvas.style.height = `${fitting.height}px`;
     await Plotly.react(canvas, data, fitting, CONFIG);
   }
-  await recolour();
 }
 
 // A click on an entry of a legend hides its lines, or shows them again.
@@ -123,7 +127,7 @@ for (const fold of document.querySelectorAll("details")) {
 }
 
 // A link to something in a fold opens the fold.
-addEventListener("hashchange", () => document.querySelector(location.hash)?.closest("details")?.setAttribute("open", ""));
+addEventListener("hashchange", () => document.getElementById(location.hash.slice(1))?.closest("details")?.setAttribute("open", ""));
 
 draw();
 addEventListener("resize", markOverflow);

@@ -17,7 +17,7 @@ from dit.analysis.verdicts import Judgement
 from pipelines.report.colours import PALETTE
 from pipelines.report.drawing import DASHES, TITLED, Figure, Look, finish, ribbon
 from pipelines.report.runs import Study
-from pipelines.report.words import listed
+from pipelines.report.words import fixed, listed
 
 PANELS = 9
 """Places, strategies or factors side by side in one figure; the tables hold all of them."""
@@ -292,7 +292,7 @@ def map_of_differences(study: Study, _summary: dict[str, Any], _styles: dict[str
     cells = [[found.get((name, *column)) for column in columns] for name in study.others] if columns else []
     values = [[None if one is None or one.mean is None else 100 * one.mean for one in row] for row in cells]
     reach = max((abs(value) for row in values for value in row if value is not None), default=1)
-    text = [["" if value is None else f"{value:+.1f}" for value in row] for row in values]
+    text = [["" if value is None else fixed(value, 1, signed=True) for value in row] for row in values]
     verdicts = [["not run" if one is None else f"{one.answer}, n = {one.n}" for one in row] for row in cells]
     plot = go.Figure(
         go.Heatmap(
