@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from dit.errors import ConfigError
@@ -49,13 +50,16 @@ def compare(generated: Statistics, reference: Statistics, nearest_k: int) -> Fig
 def frechet(one: Normal, other: Normal) -> float:
     """Squared Fréchet distance of two normal distributions; Heusel et al. (2017), eq. 6, in float64.
 
-    The trace of sqrt(A B) is that of sqrt(sqrt(A) B sqrt(A)), which is symmetric; what rounding leaves below zero is zero.
+    The trace of sqrt(A B) is that of sqrt(R' B R), where A = R R' and R has a column for each eigenvalue of A above rounding:
+    with fewer images than features that is a small matrix.
     """
     a, b = one.covariance.numpy(), other.covariance.numpy()
-    values, vectors = np.linalg.eigh(a)  # torch's does not converge for some covariances of fewer images than features
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    product = root @ b @ root
-    trace = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(min=0)).sum()
+    with threadpool_limits(torch.get_num_threads()):
+        values, vectors = np.linalg.eigh(a)  # torch's does not converge for some covariances of fewer images than features
+        kept = values > values.max() * len(values) * np.finfo(values.dtype).eps
+        root = vectors[:, kept] * np.sqrt(values[kept])  # (D, rank)
+        product = root.T @ b @ root
+        trace = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(min=0)).sum()
     return float((one.mean - other.mean).square().sum().item() + np.trace(a) + np.trace(b) - 2 * trace)
 
 
