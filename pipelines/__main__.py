@@ -115,7 +115,7 @@ class _Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         name = getattr(record, "task_run_name", None)
         text = super().format(record)
-        text = plain(redacted(text) if record.exc_info else shown(text))
+        text = plain(redacted(text) if record.exc_info else shown(text)).removeprefix(f"{name}: ")
         return "\n".join(f"{name:<26} | {line}" for line in text.splitlines()) if name else text
 
 

@@ -27,11 +27,11 @@ from prefect.logging.loggers import PrefectLogAdapter
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from dit import config
 from dit.errors import UserError
-from pipelines import dag, design, experiments, live, naming, recovery, services, tracking
+from pipelines import dag, design, experiments, form, live, naming, recovery, services, tracking
 from pipelines.device_pool import DevicePool, device_pool, environment
 from pipelines.mlflow_store import UnreachableError, tracking_uri
 from pipelines.plan import note_duration
@@ -63,21 +63,25 @@ def run_stage(stage: str, up_to_date: bool, processes: dag.Processes, environmen
     if up_to_date:
         return Completed(name="Cached", message="up to date")
     log = _log()
-    log.info("started")
+
+    def say(text: str) -> None:
+        log.info("%s: %s", stage, text)  # in Prefect's pages, lines of several stages stand below each other
+
+    say("started")
     begin = time.monotonic()
     try:
-        outcome = processes.run(stage, log.info, environment)
+        outcome = processes.run(stage, say, environment)
         recovery.keep_lock(processes.root)
     except (dag.StageError, dag.StoppedError) as error:
         again = isinstance(error, dag.StageError) and error.transient and runtime.task_run.run_count <= RETRIES
         log.error("%s%s", error, f"; it runs again in {RETRY_DELAY_SECONDS} s" if again else "")
         return Failed(message=str(error), data=error)
     if outcome is dag.Outcome.CACHED:
-        log.info("cached")
+        say("cached")
         return Completed(name="Cached", message="restored from DVC's cache")
     seconds = time.monotonic() - begin
     note_duration(stage, seconds)
-    log.info("done in %.1f s", seconds)
+    say(f"done in {seconds:.1f} s")
     return Completed(message=f"{seconds:.1f} s")
 
 
@@ -103,10 +107,11 @@ def fill_mlflow(workspace: Path, tags: Mapping[str, str]) -> State[Any]:
     persist_result=False,
 )
 def study(
-    overrides: dict[str, Any] | None = None,
+    overrides: Annotated[dict[str, Any], WithJsonSchema(form.overrides())] | None = None,
     workers: Annotated[int, Field(ge=1)] | None = None,
     targets: list[str] | None = None,
-    profile: str | None = None,
+    profile: Annotated[str, WithJsonSchema(form.profiles())] | None = None,
+    strategies: Annotated[list[str], WithJsonSchema(form.strategies())] | None = None,
 ) -> State[Any]:
     """Images, autoencoder, latents, a DiT per initialisation strategy and seed, their evaluation, and the comparison.
 
@@ -118,9 +123,12 @@ def study(
         workers: Stages that run at the same time; by default as many as the machine has room for.
         targets: Only these stages and what they need, such as ["train@adaln_zero-0"] or ["evaluate"]; by default all.
         profile: A file of overrides, such as "gpu" for profiles/gpu.yaml; `overrides` come on top.
+        strategies: Only these strategies, beside the baseline.
     """
     root = Path.cwd()
     try:
+        if strategies:
+            overrides = {**experiments.only(root, strategies), **(overrides or {})}
         overrides = {**(experiments.profile(root, profile) if profile else {}), **(overrides or {})}
         params = experiments.parameters(root, overrides)
         with _workspace(root, overrides) as (workspace, experiment):

@@ -23,6 +23,8 @@ FINAL, INITIAL, DIFFERENCE = "result/validation_mse", "result/initial_validation
 FACTORS, MEANS = "-factors", "-means"
 """Endings of the names of the two further views."""
 SEVERAL = 2
+TRAINING = "workflowType=machine_learning"
+"""The part of an address that has MLflow show its pages about training, not those about language models."""
 
 Chart = dict[str, Any]
 _LINE: Chart = {
@@ -65,7 +67,7 @@ class View:
 
     def address(self, experiment_id: str) -> str:
         """Where the UI shows it: the page of the experiment's runs, as charts."""
-        return f"/#/experiments/{experiment_id}/runs?viewStateShareKey={self.key}&compareRunsMode=CHART"
+        return f"/#/experiments/{experiment_id}/runs?viewStateShareKey={self.key}&compareRunsMode=CHART&{TRAINING}"
 
 
 def show_in(client: MlflowClient, view: View, runs: Collection[Run], others: Iterable[Run]) -> None:
@@ -127,7 +129,7 @@ def _by_strategy(view: View) -> dict[str, Any]:
 def _charts(view: View, open_: str) -> tuple[list[Chart], list[Chart]]:
     """The sections that are a person's first, and the charts in them; the section called `open_` is open."""
     answer = [
-        _card("curve", "LINE", "Validation error by step", **_LINE, metricKey=CURVE, selectedMetricKeys=[CURVE]),
+        _card("curve", "LINE", "Validation error by step", **_LINE, metricKey=CURVE),
         *(_against(factor) for factor in view.factors if factor in view.numeric),
         _card("final", "BAR", "Final validation error", metricKey=FINAL),
         _card("difference", "BAR", "Difference to the baseline at the same seed, in percent", metricKey=DIFFERENCE),

@@ -31,7 +31,7 @@ from dit.errors import UserError
 from pipelines import databases, gate, guard
 from pipelines.gate import HOST
 from pipelines.known_services import SERVICES, Service, private_folder, running, say, write_private
-from pipelines.mlflow_view import View
+from pipelines.mlflow_view import TRAINING, View
 from pipelines.redaction import redacted, shown
 
 PREFECT_PORT = 4200
@@ -44,7 +44,7 @@ JOB_TEMPLATE = {
     "variables": {"type": "object", "properties": {}, "additionalProperties": False},
 }
 """What a run through the worker may choose about its process: nothing, so neither its command nor environment nor folder."""
-EXPERIMENTS_PAGE = "/experiments"
+EXPERIMENTS_PAGE = f"/experiments?{TRAINING}"
 START_SECONDS = 90.0
 STOP_SECONDS = 10.0
 

@@ -281,9 +281,15 @@ def test_deployment_runs_through_the_worker_and_down_stops_exactly_the_services(
     assert set(states.values()) == {"Cached"}
     artifacts = {artifact["key"]: artifact["data"] for artifact in ask(f"{server}/artifacts/filter", {})}
     assert "| symmetric |" in artifacts["comparison"]
-    assert f"{study.as_uri()}/reports/index.html" in artifacts["report"]
+    page = re.search(r"http://mlflow-\w+\.localhost:\d+/reports/index\.html", artifacts["report"])
+    assert page
+    assert f"]({page[0]})" in artifacts["comparison"]
+    assert flow_runs[0]["name"] == "study adaln_zero vs symmetric"
+    wrong = command(study, "prefect", "deployment", "run", "study/local", "--param", 'overrides={"train.stepz": 1}')
+    assert wrong.returncode != 0
+    assert "a dotted key of params.yaml" in " ".join(wrong.stdout.split())
     schema = ask(f"{server}/deployments/filter", {})[0]["parameter_openapi_schema"]["properties"]
-    assert {"overrides", "workers", "targets", "profile"} == schema.keys()
+    assert {"overrides", "workers", "targets", "profile", "strategies"} == schema.keys()
     assert all(parameter["description"] for parameter in schema.values())
     with socket.create_server(("127.0.0.1", 0)) as bystander:
         assert "stopped prefect" in command(study, "pipelines", "down").stdout

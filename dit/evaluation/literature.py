@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import linalg
 from torch import Tensor
 
 from dit.errors import ConfigError
@@ -53,10 +52,10 @@ def frechet(one: Normal, other: Normal) -> float:
     The trace of sqrt(A B) is that of sqrt(sqrt(A) B sqrt(A)), which is symmetric; what rounding leaves below zero is zero.
     """
     a, b = one.covariance.numpy(), other.covariance.numpy()
-    values, vectors = linalg.eigh(a)  # SciPy's: torch's does not converge for some covariances of fewer images than features
+    values, vectors = np.linalg.eigh(a)  # torch's does not converge for some covariances of fewer images than features
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     product = root @ b @ root
-    trace = np.sqrt(linalg.eigvalsh((product + product.T) / 2).clip(min=0)).sum()
+    trace = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(min=0)).sum()
     return float((one.mean - other.mean).square().sum().item() + np.trace(a) + np.trace(b) - 2 * trace)
 
 
