@@ -83,7 +83,7 @@ def dumped(page: Path, profile: Path, *options: str) -> str:
     quiet = ["disable-quic", "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync"]
     headless = ["headless", "no-sandbox", "disable-gpu", f"user-data-dir={profile}", "virtual-time-budget=20000"]
     command = [CHROMIUM, *(f"--{option}" for option in (*quiet, *headless, *options)), "--dump-dom", page.resolve().as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
 def seen(report: Path, scratch: Path, widths: tuple[int, ...], *, dark: bool) -> dict[int, dict[str, Any]]:
