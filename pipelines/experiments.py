@@ -79,12 +79,12 @@ def _check_machine(params: Params, where: str) -> None:
 
 
 def profile(root: Path, name: str) -> dict[str, Any]:
-    """The overrides of `profiles/<name>.yaml`, which fit the parameters of the workspace.
+    """The overrides of `profiles/<name>.yaml`, which fit the parameters of the workspace. `name` may start with a folder.
 
     They are named by dotted key, or, where a section is to be of another kind, as `autoencoder` may be, by the whole section.
     Raises `ConfigError` where there is no such profile, or where it or what it makes of the parameters is wrong.
     """
-    known = sorted(file.stem for file in (root / PROFILES).glob("*.yaml"))
+    known = sorted(file.relative_to(root / PROFILES).with_suffix("").as_posix() for file in (root / PROFILES).rglob("*.yaml"))
     path = PROFILES / f"{name}.yaml"
     if name not in known:
         raise ConfigError(f"{path}: no such profile; there are {', '.join(known) or 'none: the folder is empty'}")

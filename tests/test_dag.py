@@ -327,8 +327,9 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 
 def test_every_profile_gives_valid_parameters_and_another_name_is_one_clear_error() -> None:
-    profiles = [path.stem for path in (ROOT / "profiles").glob("*.yaml")]
-    assert "gpu" in profiles
+    folder = ROOT / "profiles"
+    profiles = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
+    assert {"gpu", "evidence/heads"} <= set(profiles)
     for name in profiles:
         experiments.parameters(ROOT, {**experiments.profile(ROOT, name), "autoencoder.device": "auto"})
     for name in ("gpu8", "../params"):
