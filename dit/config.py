@@ -245,6 +245,12 @@ class Params(Section):
             )
 
 
+def shipped() -> Path:
+    """The file of all defaults: beside this module in an installed package, at the root of a source tree."""
+    installed = Path(__file__).with_name("params.yaml")
+    return installed if installed.is_file() else Path(__file__).parents[1] / "params.yaml"
+
+
 def load(path: str | Path = "params.yaml") -> Params:
     """Read and check a parameter file. Raises `ConfigError` that names every wrong key, its value and what is expected."""
     try:
