@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from functools import wraps
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
@@ -22,6 +23,7 @@ from dit.analysis import tables
 from dit.analysis.wakeup import by_kind, not_predicted, predict
 from dit.config import Params
 from dit.errors import ConfigError, UserError
+from dit.exchange import commands, measuring
 from dit.init import Strategy
 from dit.init.strategy import claims
 from dit.terminal import plain
@@ -157,7 +159,7 @@ def _diff_table(loaded: Params, strategies: Sequence[Strategy], names: Sequence[
     before, after = strategies
     changes = tables.changes(network, before, after, every)
     changed = sum(change.parameters for change in changes)
-    total = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+    total = sum(weight.numel() for weight in network.parameters())  # as the audit and the report count them
     of = f"{changed:,} of {total:,} parameters, with {CLASSES_SHOWN} classes, are drawn differently"
     table = Table(title=f"{names[0]} -> {names[1]}: {of}")
     table.title_justify = "left"
@@ -296,6 +298,21 @@ def resume_from(
         results = go_on(kept, chosen, steps, output, latents)
     if len(results) > 1:
         _show(comparison(results))
+
+
+def _with_errors_shown(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with errors of the user as one message."""
+
+    @wraps(command)
+    def shown(*arguments: Any, **options: Any) -> None:
+        with _user_errors_shown():
+            command(*arguments, **options)
+
+    return shown
+
+
+for each in (commands.sample, commands.export, measuring.evaluate, measuring.reference):
+    app.command(each.__name__)(_with_errors_shown(each))
 
 
 def _add_commands() -> None:

@@ -1,4 +1,4 @@
-"""What the network predicts and what it is charged for: eps (with learned sigma), x0, v, and flow matching.
+"""What the network predicts, and the loss of its prediction: eps (with learned sigma), x0, v, and flow matching.
 
 Notation of Ho et al. (2020): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with abar_t the running product of 1 - beta_t and
 beta linear in t, given for 1000 timesteps and scaled for others. Flow matching (Lipman et al. 2023; Ma et al. 2024, SiT, linear
@@ -139,13 +139,13 @@ class Diffusion:
         return 2.0 if self.objective == "flow" else 1.0
 
     def training_loss(self, model: Denoise, batch: Batch, loss: Callable[..., Loss] | None = None) -> Loss:
-        """Noise a batch, ask the network, and charge it. `loss` may be a compiled version of this object's own."""
+        """Noise a batch, call the network, and compute its loss. `loss` may be a compiled version of `self.loss`."""
         x_t = self.add_noise(batch.x0, batch.eps, batch.timesteps)
         output = model(x_t, batch.timesteps, batch.labels)
         return (loss or self.loss)(output, batch.x0, batch.eps, batch.timesteps, x_t)
 
     def loss(self, output: Tensor, x0: Tensor, eps: Tensor, t: Tensor, x_t: Tensor) -> Loss:
-        """Charge the network's output (B, C or 2C, H, W) for its prediction and, where learned, for its sigma."""
+        """The loss of the network's output (B, C or 2C, H, W): of its prediction and, if learned, of its sigma."""
         output = output.float()
         if not self.learn_sigma:
             mse = _mean((output - self.target(x0, eps, t)) ** 2)

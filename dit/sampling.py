@@ -6,7 +6,7 @@ network, the batch size or the device. So the samples of two strategies differ o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -61,7 +61,6 @@ def balanced_labels(count: int, num_classes: int) -> Tensor:
     return torch.arange(count) % num_classes
 
 
-@torch.inference_mode()
 def sample(
     model: Denoiser | Network,
     diffusion: DiffusionParams,
@@ -78,6 +77,23 @@ def sample(
     `settings` names the sampler, its guidance and its seed; its `batch_size` is that of each rank. `precision` is that of the
     network alone; the scheduler computes in float32.
     """
+    options: dict[str, Any] = {"device": device, "precision": precision, "description": description, "ranks": ranks}
+    return torch.cat([x.cpu() for x in list(sampled(model, diffusion, labels, settings, **options))])
+
+
+@torch.inference_mode()
+def sampled(
+    model: Denoiser | Network,
+    diffusion: DiffusionParams,
+    labels: Tensor,
+    settings: EvaluateParams,
+    *,
+    device: torch.device,
+    precision: torch.dtype,
+    description: str,
+    ranks: Ranks | None = None,
+) -> Iterator[Tensor]:
+    """The latents of `sample` a batch at a time, in order, each (B, C, H, W) on `device`: so many that no memory holds them."""
     ranks = ranks or Ranks(device)
     batches = torch.arange(len(labels)).split(settings.batch_size * ranks.size)
     evaluations = len(build_scheduler(diffusion, settings).timesteps)
@@ -101,8 +117,8 @@ def sample(
         return (x,)
 
     with progress(len(batches) * evaluations, description, "step", shown=ranks.is_main) as bar:
-        drawn = [ranks.split(lambda own, batch=batch: solve(batch[own]), len(batch))[0] for batch in batches]  # type: ignore[misc]
-    return torch.cat([x.cpu() for x in drawn])
+        for batch in batches:
+            yield ranks.split(lambda own, batch=batch: solve(batch[own]), len(batch))[0]  # type: ignore[misc]
 
 
 def _noise(model: Denoiser | Network, draws: list[torch.Generator], device: torch.device) -> Tensor:

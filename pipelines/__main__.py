@@ -14,7 +14,7 @@ import typer
 
 from dit.errors import UserError
 from dit.terminal import plain
-from pipelines import disk, plan, services
+from pipelines import disk, mlflow_store, plan, services
 from pipelines.overrides import assignments
 from pipelines.redaction import redacted, shown
 
@@ -54,7 +54,8 @@ def study(
     given = experiments.profile(Path.cwd(), profile) if profile else {}
     experiments.parameters(Path.cwd(), {**given, **overrides})
     server.wait()
-    _log_for_people(flows.LOGGER)
+    server.end_with_it()
+    _log_for_people(flows.LOGGER, server)
     try:
         state = flows.study(overrides or None, workers, targets or None, profile, return_state=True)
     except KeyboardInterrupt:
@@ -62,6 +63,8 @@ def study(
         raise typer.Exit(128 + signal.SIGINT) from None
     except Exception:  # Prefect's server could not write, say
         disk.check(Path.cwd())
+        if server.has_ended():
+            raise UserError(services.ENDED) from None
         raise
     if not state.is_completed():
         print(f"error: {state.message}", file=sys.stderr)
@@ -91,9 +94,7 @@ def up(
     ports = _port("PREFECT_PORT", prefect_port), _port("MLFLOW_PORT", mlflow_port)
     if ports[0] == ports[1]:
         raise UserError(f"PREFECT_PORT and MLFLOW_PORT are both {ports[0]}: expected two different ports")
-    from pipelines import tracking
-
-    services.up(*ports, tracking.tracking_uri(), print)
+    services.up(*ports, mlflow_store.tracking_uri(), print)
 
 
 @app.command()
@@ -114,22 +115,26 @@ class _Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         name = getattr(record, "task_run_name", None)
         text = super().format(record)
-        text = plain(redacted(text) if record.exc_info else shown(text))
+        text = plain(redacted(text) if record.exc_info else shown(text)).removeprefix(f"{name}: ")
         return "\n".join(f"{name:<26} | {line}" for line in text.splitlines()) if name else text
 
 
-def _log_for_people(name: str) -> None:
-    """On this terminal, only what the flow says to people, defects, and what is not Prefect's; Prefect's log has it all."""
+def _log_for_people(name: str, server: services.PrefectServer) -> None:
+    """On this terminal, only what the flow says to people, defects, and what is not Prefect's; Prefect's log has it all.
+
+    What Prefect says because its disk is full or its `server` has ended is no defect: the study says that itself.
+    """
 
     def matters(record: logging.LogRecord) -> bool:
         defect = record.exc_info is not None and record.exc_info[0] is not None
         said = record.name.endswith(f".{name}") or not record.name.startswith("prefect")
-        return said or (defect and not disk.is_nearly_full(Path.cwd()))
+        return said or (defect and not disk.is_nearly_full(Path.cwd()) and not server.has_ended())
 
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Lines())
     handler.addFilter(matters)
-    logging.getLogger().handlers = [handler]
+    for logger in (logging.getLogger(), logging.getLogger("prefect._internal")):
+        logger.handlers = [handler]
     logging.raiseExceptions = False  # a log that cannot be written, as on a full disk, is no news for a person
 
 

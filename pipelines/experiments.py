@@ -99,6 +99,13 @@ def profile(root: Path, name: str) -> dict[str, Any]:
     return overrides
 
 
+def only(root: Path, strategies: Collection[str]) -> dict[str, Any]:
+    """The overrides by which a study compares the baseline with these strategies alone."""
+    study = config.load(root / "params.yaml").study
+    named = [study.baseline, *(name for name in strategies if name != study.baseline)]
+    return {"study.strategies": named, "study.declared": [name for name in study.declared if name in named]}
+
+
 def _is_override(key: Any, value: Any) -> bool:
     return isinstance(key, str) and ("." in key or (isinstance(value, dict) and "kind" in value))
 

@@ -27,12 +27,13 @@ from prefect.logging.loggers import PrefectLogAdapter
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from dit import config
 from dit.errors import UserError
-from pipelines import dag, design, experiments, recovery, services, tracking
+from pipelines import dag, design, experiments, form, live, naming, recovery, services, tracking
 from pipelines.device_pool import DevicePool, device_pool, environment
+from pipelines.mlflow_store import UnreachableError, tracking_uri
 from pipelines.plan import note_duration
 from pipelines.report.words import samples
 
@@ -40,6 +41,7 @@ LOGGER = "study"
 """The child of Prefect's run loggers that holds what a person wants to read, less what Prefect says about itself."""
 RETRIES = 2
 RETRY_DELAY_SECONDS = 5
+SIGN_IN_FIRST = "the browser opens it once it is signed in to MLflow, by the link that `make up` prints"
 MOST_SHOWN = 100
 """Stages of a study of which each is a task even where it has nothing to do: a task costs Prefect some 20 ms."""
 
@@ -61,21 +63,25 @@ def run_stage(stage: str, up_to_date: bool, processes: dag.Processes, environmen
     if up_to_date:
         return Completed(name="Cached", message="up to date")
     log = _log()
-    log.info("started")
+
+    def say(text: str) -> None:
+        log.info("%s: %s", stage, text)  # in Prefect's pages, lines of several stages stand below each other
+
+    say("started")
     begin = time.monotonic()
     try:
-        outcome = processes.run(stage, log.info, environment)
+        outcome = processes.run(stage, say, environment)
         recovery.keep_lock(processes.root)
     except (dag.StageError, dag.StoppedError) as error:
         again = isinstance(error, dag.StageError) and error.transient and runtime.task_run.run_count <= RETRIES
         log.error("%s%s", error, f"; it runs again in {RETRY_DELAY_SECONDS} s" if again else "")
         return Failed(message=str(error), data=error)
     if outcome is dag.Outcome.CACHED:
-        log.info("cached")
+        say("cached")
         return Completed(name="Cached", message="restored from DVC's cache")
     seconds = time.monotonic() - begin
     note_duration(stage, seconds)
-    log.info("done in %.1f s", seconds)
+    say(f"done in {seconds:.1f} s")
     return Completed(message=f"{seconds:.1f} s")
 
 
@@ -87,19 +93,25 @@ def fill_mlflow(workspace: Path, tags: Mapping[str, str]) -> State[Any]:
         synced = tracking.sync(workspace, tags)
     except UserError as error:
         log.warning("%s", error)
-        return Failed(name="Unreachable" if isinstance(error, tracking.UnreachableError) else "Failed", message=str(error))
+        return Failed(name="Unreachable" if isinstance(error, UnreachableError) else "Failed", message=str(error))
     page = services.mlflow_page(synced.store, synced.view) if synced.view else ""
     message = f"{synced}\n{page}".strip()
     log.info("%s", message)
     return Completed(message=message)
 
 
-@flow(name="study", task_runner=ThreadPoolTaskRunner(), persist_result=False)  # type: ignore[arg-type]
+@flow(
+    name="study",
+    flow_run_name=lambda: naming.flow_run(Path.cwd(), runtime.flow_run.parameters),
+    task_runner=ThreadPoolTaskRunner(),  # type: ignore[arg-type]
+    persist_result=False,
+)
 def study(
-    overrides: dict[str, Any] | None = None,
+    overrides: Annotated[dict[str, Any], WithJsonSchema(form.overrides())] | None = None,
     workers: Annotated[int, Field(ge=1)] | None = None,
     targets: list[str] | None = None,
-    profile: str | None = None,
+    profile: Annotated[str, WithJsonSchema(form.profiles())] | None = None,
+    strategies: Annotated[list[str], WithJsonSchema(form.strategies())] | None = None,
 ) -> State[Any]:
     """Images, autoencoder, latents, a DiT per initialisation strategy and seed, their evaluation, and the comparison.
 
@@ -111,16 +123,20 @@ def study(
         workers: Stages that run at the same time; by default as many as the machine has room for.
         targets: Only these stages and what they need, such as ["train@adaln_zero-0"] or ["evaluate"]; by default all.
         profile: A file of overrides, such as "gpu" for profiles/gpu.yaml; `overrides` come on top.
+        strategies: Only these strategies, beside the baseline.
     """
     root = Path.cwd()
     try:
+        if strategies:
+            overrides = {**experiments.only(root, strategies), **(overrides or {})}
         overrides = {**(experiments.profile(root, profile) if profile else {}), **(overrides or {})}
         params = experiments.parameters(root, overrides)
         with _workspace(root, overrides) as (workspace, experiment):
             design.write(workspace, config.load(workspace / "params.yaml"))
-            return _run(workspace, targets, device_pool(params, workers), experiment)
+            trial = naming.trial(overrides)
+            return _run(workspace, targets, device_pool(params, workers), experiment, trial)
     except UserError as error:
-        return Failed(message=str(error))
+        return _failed(str(error))
 
 
 @contextmanager
@@ -136,22 +152,38 @@ def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[P
         yield path, name
 
 
-def _run(workspace: Path, targets: list[str] | None, pool: DevicePool, experiment: str | None) -> State[Any]:
+def _failed(message: str) -> State[Any]:
+    """A failed state whose name says why: `prefect deployment run --watch` prints nothing else of it."""
+    return Failed(name=naming.short(f"Failed: {message}"), message=message)
+
+
+def _run(workspace: Path, targets: list[str] | None, pool: DevicePool, experiment: str | None, trial: str) -> State[Any]:
     """Run the stages that `targets` need, then show what came out: in MLflow, as artifacts, and as a DVC experiment."""
     every = dag.read(workspace)
     stages = dag.select(every, targets)
     fresh = sum(stage.up_to_date for stage in stages.values())
     _log().info("%d of %d stages are up to date; %d at a time", fresh, len(stages), pool.max_parallel)
     scratch = Path(os.environ.get("DIT_SCRATCH", ".scratch")).resolve()
-    with dag.Processes(workspace, {"DIT_SCRATCH": str(scratch)}) as processes, dag.checking(workspace) as unchanged:
+    tags = {"dvc_experiment": experiment, "trial": trial} if experiment else {}
+
+    log = _log()  # the thread that tells has no run of Prefect's
+
+    def tell(page: str) -> None:
+        log.info("curves while they grow: %s", services.mlflow_page(tracking_uri(), page))
+
+    with (
+        dag.Processes(workspace, {"DIT_SCRATCH": str(scratch)}) as processes,
+        dag.checking(workspace) as unchanged,
+        live.Live(workspace, tags, tell),
+    ):
         states = run_all(stages, processes, pool, unchanged)
     if experiment:
         experiments.forget_stale(workspace)
     dag.order_lock(workspace, every.values())
     recovery.keep_lock(workspace)
-    mlflow = fill_mlflow(workspace, {"dvc_experiment": experiment} if experiment else {}, return_state=True)
+    mlflow = fill_mlflow(workspace, tags, return_state=True)
     if not all(state.is_completed() for state in states.values()):
-        return Failed(message=_failure(states))
+        return _failed(_failure(states))
     report = workspace / "reports" / "index.html"
     if experiment:
         experiments.save(Path.cwd(), workspace, experiment, stages)
@@ -159,8 +191,10 @@ def _run(workspace: Path, targets: list[str] | None, pool: DevicePool, experimen
         _log().info("DVC experiment %s: see `dvc exp show`, `dvc exp apply %s`", experiment, experiment)
     if "compare" in stages:
         _log().info("report: %s", report.as_uri())
-        create_markdown_artifact(comparison(workspace, report, mlflow.message or ""), key="comparison")
-        create_link_artifact(report.as_uri(), key="report", link_text="The report", description=str(report))
+        page = services.report_page(experiment)
+        create_markdown_artifact(comparison(workspace, report, page, mlflow.message or ""), key="comparison")
+        if page:
+            create_link_artifact(page, key="report", link_text="The report", description=f"{report}; {SIGN_IN_FIRST}")
     cached = sum(state.name == "Cached" for state in states.values())
     return Completed(message=f"{len(stages) - cached} stages ran, {cached} were cached")
 
@@ -229,31 +263,46 @@ def _failure(states: Mapping[str, State[Any]]) -> str:
     return "\n".join([*failed, *([f"not run because of that: {', '.join(skipped)}"] if skipped else [])])
 
 
-def comparison(workspace: Path, report: Path, mlflow: str) -> str:
-    """What the study found, in Markdown: the report's headline, the means of every strategy, and where the rest is."""
+def comparison(workspace: Path, report: Path, page: str, mlflow: str) -> str:
+    """What the study found, in Markdown: the report's headline, every strategy with intervals, and where the rest is.
+
+    `page` is the address of the report for a browser, empty where none serves it; `mlflow` the message of task `mlflow`.
+    """
     summary = json.loads((workspace / "reports" / "summary.json").read_text())
-    shown = json.loads((workspace / "reports" / "metrics.json").read_text())[summary["baseline"]]
+    shown = [name for name in summary["metrics"] if "_step_" not in name]  # at the end of training, and before it
     labels = [summary["metrics"][metric]["label"] for metric in shown]
     table = [f"| strategy | {' | '.join(labels)} |", f"|---|{'---:|' * len(labels)}"]
     for name, strategy in summary["strategies"].items():
         table.append(f"| {name} | {' | '.join(_cell(strategy, metric) for metric in shown)} |")
     setting = f" at {summary['study']['setting']}" if summary["study"]["setting"] else ""
+    baseline = summary["baseline"]
+    *counts, address = mlflow.split("\n") if "\n" in mlflow else (mlflow, "")
     where = [
-        f"Means over seeds{setting}; distances from {samples(summary)}. Intervals and figures: `{report}`",
+        f"Means over seeds{setting}; in brackets the difference to {baseline} at the same seed, and its "
+        f"{summary['confidence']:.0%} interval. "
+        f"Distances are measured from {samples(summary)}.",
         "",
-        mlflow.replace("\n", "  \n"),
+        f"Report: [{report.name}]({page}); {SIGN_IN_FIRST}. File: `{report}`" if page else f"Report: `{report}`",
+        "",
+        f"{' '.join(counts)}{f' [Charts in MLflow]({address})' if address else ''}",
     ]
     return "\n".join([*(f"- {line}" for line in summary["headline"]), "", *table, "", *where])
 
 
 def _cell(strategy: Mapping[str, Any], metric: str) -> str:
-    """A mean over seeds, and its verdict against the baseline: exploratory, unless the study declared it."""
+    """A mean over seeds, the difference to the baseline with its interval, and the verdict.
+
+    A verdict is exploratory, unless the study declared the comparison.
+    """
     mean, found = strategy["mean"].get(metric), strategy.get("difference", {}).get(metric, {})
     if mean is None:
         return "-"
+    said = f"{mean:.4g}"
+    if None not in (found.get("mean"), found.get("low"), found.get("high")):
+        said += f" [{found['mean']:+.2g}; {found['low']:+.2g} to {found['high']:+.2g}]"
     if found.get("verdict") not in ("better", "worse"):
-        return f"{mean:.4g}"
-    return f"{mean:.4g} ({found['verdict']}{'' if found['declared'] else ', exploratory'}, n = {found['n']})"
+        return said
+    return f"{said} {found['verdict']}{'' if found['declared'] else ', exploratory'}, n = {found['n']}"
 
 
 def _keep_report(report: Path, experiment: str) -> Path:

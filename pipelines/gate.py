@@ -9,13 +9,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 import secrets
 import time
+from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HOST = "127.0.0.1"
@@ -24,6 +26,7 @@ SIGN_IN = "/sign-in"
 PASSWORD = "PREFECT_SERVER_API_AUTH_STRING"
 MLFLOW_PASSWORD = "DIT_MLFLOW_PASSWORD"
 TICKET_SECONDS = 3600.0
+REPORT_PATH = re.compile(r"/reports/(?:(?P<experiment>[A-Za-z0-9_-]+)/)?index\.html")
 COOKIE = "password"
 COOKIE_SECONDS = 30 * 24 * 3600
 ADVICE = "Run `make up` in the project's folder, and open the link that it prints."
@@ -32,13 +35,13 @@ PAGE = f"""<!doctype html>
 <title>Sign in</title>
 <p>{ADVICE}</p>
 <script>
-  const ticket = location.hash.slice(1);
+  const [ticket, page] = location.hash.slice(1).split("&page=");
   history.replaceState(null, "", location.pathname);
   fetch(location.pathname, {{method: "POST", body: ticket}}).then(async answer => {{
     const password = answer.ok && await answer.text();
     if (password) localStorage.setItem("prefect-password", password);
     if (!answer.ok && !localStorage.getItem("prefect-password")) return;
-    location.replace("/");
+    location.replace(page ? "/#" + page : "/");
   }});
 </script>
 """
@@ -132,7 +135,39 @@ def mlflow() -> ASGIApp:
     """MLflow's API and pages behind the gate, which asks for the password in `MLFLOW_PASSWORD`. Run by `mlflow server`."""
     from mlflow.server.fastapi_app import app
 
-    return _guarded(app, os.environ[MLFLOW_PASSWORD], checks=False)
+    return _guarded(Reports(app, Path.cwd()), os.environ[MLFLOW_PASSWORD], checks=False)
+
+
+class Reports:
+    """Answers with the reports of the folder `root`, and lets the application answer everything else.
+
+    There is the study's own and one for each experiment; no other file can be named. A report runs its scripts as a page of
+    nowhere: it cannot use the API that is served under the same name.
+    """
+
+    def __init__(self, app: ASGIApp, root: Path) -> None:
+        self.app, self.root = app, root
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        named = REPORT_PATH.fullmatch(scope["path"]) if scope["type"] == "http" else None
+        if named is None:
+            await self.app(scope, receive, send)
+            return
+        file = self.root / report_file(named["experiment"])
+        headers = {"Content-Security-Policy": "sandbox allow-scripts allow-downloads allow-popups", "Cache-Control": "no-cache"}
+        answer = FileResponse(file, headers=headers, media_type="text/html") if file.is_file() else None
+        await (answer or PlainTextResponse("There is no such report.", 404))(scope, receive, send)
+
+
+def report_path(experiment: str | None) -> str:
+    """The path under which the report of the study, or of one experiment, is served."""
+    return f"/reports/{f'{experiment}/' if experiment else ''}index.html"
+
+
+def report_file(experiment: str | None) -> Path:
+    """Where that report lies in the folder."""
+    return Path(".scratch/experiments", experiment, "index.html") if experiment else Path("reports/index.html")
 
 
 def _guarded(app: ASGIApp, password: str, *, checks: bool) -> ASGIApp:

@@ -18,10 +18,11 @@ from dit.analysis.wakeup import by_kind
 from dit.config import Params
 from pipelines import design as folders
 from pipelines.files import scratch
+from pipelines.mlflow_view import FINAL, INITIAL
 from pipelines.records.analysis import COORDINATES, GRADIENTS, StartRecord
 from pipelines.records.base import Timing
 from pipelines.records.evaluation import EVALUATE, EvaluateRecord
-from pipelines.records.training import DIAGNOSTICS, GRADIENT_NOISE, METRICS, TRAIN, VALIDATION, TrainRecord
+from pipelines.records.training import DIAGNOSTICS, GRADIENT_NOISE, METRICS, TRAIN, VALIDATION, RunningRecord, TrainRecord
 
 Value = tuple[str, int, float]
 """The name of a series, a step, and the number there."""
@@ -64,6 +65,12 @@ class Finished:
         """How it ended."""
         return self.evaluation.status if self.evaluation else self.run.status
 
+    @property
+    def outcome(self) -> str:
+        """How it ended, and where that was before its end: "collapsed at step 7,495"."""
+        event = self.run.collapsed or self.run.diverged
+        return f"{self.status} at step {event.step:,}" if event else self.status
+
 
 def finished(root: Path, study: Params) -> Iterator[Finished]:
     """The runs of a study whose outputs are there, and belong together."""
@@ -89,14 +96,17 @@ def _evaluations(root: Path) -> Iterator[tuple[Path, EvaluateRecord]]:
         yield file.parent, EvaluateRecord.read(file.parent)
 
 
-def params(run: Finished) -> dict[str, str]:
-    """All settings, flat: `train.steps`, `evaluate.scheduler`. Rules of initialisation stay together, as JSON."""
-    settings = {**run.run.settings.model_dump(), **(run.evaluation.settings if run.evaluation else {})}
+def params(planned: design.Run, made: TrainRecord | RunningRecord, evaluation: EvaluateRecord | None = None) -> dict[str, str]:
+    """All settings, flat: `train.steps`, `evaluate.scheduler`. Rules of initialisation stay together, as JSON.
+
+    A run that has not been evaluated has fewer of them, and the same values of those.
+    """
+    settings = {**made.settings.model_dump(), **(evaluation.settings if evaluation else {})}
     rules = json.dumps(settings.pop("rules"))
-    counted = {"parameters": run.run.parameters, "device": run.run.device}
-    about = {"strategy": run.strategy, "seed": run.seed, "setting": run.planned.setting.name, "rules": rules}
+    counted = {"parameters": made.parameters, "device": made.device}
+    about = {"strategy": planned.strategy, "seed": planned.seed, "setting": planned.setting.name, "rules": rules}
     flat = {**about, **counted, **_flat(settings)}
-    levels = {key: value for key, value in _flat(run.planned.setting.levels).items() if key not in flat}
+    levels = {key: value for key, value in _flat(planned.setting.levels).items() if key not in flat}
     return {key: str(value) for key, value in {**flat, **levels}.items() if value != ""}
 
 
@@ -112,14 +122,27 @@ def values(run: Finished, timing: Timing | None) -> Iterator[Value]:
 
     What has one value stands at step 0, where the UI draws bars instead of a line.
     """
-    yield from _finite(_training(run.train))
-    yield from _finite(_validation(run.train))
+    yield from _finite(_result(run.run))
+    yield from curves(METRICS.read(run.train), VALIDATION.read(run.train))
     yield from _finite(_diagnostics(run.train))
     yield from _finite(_noise(run.train))
     if run.evaluation:
         yield from _finite((f"evaluation/{name}", 0, value) for name, value in run.evaluation.metrics.items())
     if timing:
         yield from _finite([("time/seconds", 0, timing.seconds), ("time/images_per_second", 0, timing.images_per_second)])
+
+
+def curves(training: pd.DataFrame, validated: pd.DataFrame) -> Iterator[Value]:
+    """What a run has measured so far in training and in validation, where it is finite."""
+    yield from _finite(_training(training))
+    yield from _finite(_validation(validated))
+
+
+def difference_to_baseline(run: Finished, baseline: Finished) -> float | None:
+    """By how many percent the final validation error is above that of `baseline`, where both runs finished."""
+    if run.run.final is None or baseline.run.final is None:
+        return None
+    return 100 * (run.run.final.ema_validation_mse / baseline.run.final.ema_validation_mse - 1)
 
 
 def start_values(analysis: Path) -> Iterator[Value]:
@@ -144,15 +167,20 @@ def _series(name: str, curve: pd.Series) -> Iterator[Measured]:
         yield name, int(step), float(value)  # type: ignore[call-overload]
 
 
-def _training(train: Path) -> Iterator[Measured]:
-    table = METRICS.read(train).set_index("step")
+def _result(run: TrainRecord) -> Iterator[Measured]:
+    yield INITIAL, 0, run.initial.validation_mse
+    yield FINAL, 0, run.final.ema_validation_mse if run.final else None
+
+
+def _training(table: pd.DataFrame) -> Iterator[Measured]:
+    table = table.set_index("step")
     for name in table:
         yield from _series(f"train/{name}", table[name])
 
 
-def _validation(train: Path) -> Iterator[Measured]:
+def _validation(table: pd.DataFrame) -> Iterator[Measured]:
     """The EMA weights, which are the ones evaluated, also by range of timesteps; the model's own beside them."""
-    table = VALIDATION.read(train).set_index("step")
+    table = table.set_index("step")
     averaged = table[table["weights"] == "ema"]
     yield from _series("validation/mse_without_ema", table[table["weights"] == "model"]["mse"])
     yield from _series("validation/mse", averaged["mse"])
@@ -215,7 +243,7 @@ def _coordinates(analysis: Path) -> Iterator[Measured]:
     """How far activations moved after each step, by width."""
     for (activation, width), table in COORDINATES.read(analysis).groupby(["activation", "width"], sort=False):
         name = str(activation).replace("[", "_").replace("]", "")  # MLflow takes no brackets
-        yield from _series(f"coordinates/{name}/width_{width}", table.set_index("step")["change_rms"])
+        yield from _series(f"coordinates/{name}_width_{width}", table.set_index("step")["change_rms"])
 
 
 def timing(run: Finished) -> Timing | None:

@@ -13,21 +13,25 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 from urllib.request import Request, urlopen
 
 import psutil
 
+from dit import yamlfile
 from dit.errors import UserError
 from pipelines import databases, gate, guard
 from pipelines.gate import HOST
 from pipelines.known_services import SERVICES, Service, private_folder, running, say, write_private
+from pipelines.mlflow_view import TRAINING, View
 from pipelines.redaction import redacted, shown
 
 PREFECT_PORT = 4200
@@ -40,6 +44,7 @@ JOB_TEMPLATE = {
     "variables": {"type": "object", "properties": {}, "additionalProperties": False},
 }
 """What a run through the worker may choose about its process: nothing, so neither its command nor environment nor folder."""
+EXPERIMENTS_PAGE = f"/experiments?{TRAINING}"
 START_SECONDS = 90.0
 STOP_SECONDS = 10.0
 
@@ -54,23 +59,42 @@ def up(prefect_port: int, mlflow_port: int, tracking_uri: str, tell: Callable[[s
         _check_free(prefect_port, "Prefect", "PREFECT_PORT")
     if "mlflow" not in known and not _is_server(tracking_uri):
         _check_free(mlflow_port, "MLflow", "MLFLOW_PORT")
-    prefect = known.get("prefect") or _start_prefect(prefect_port)
-    environment = prefect_environment(f"{prefect.url}/api", prefect.password)
-    _write_profile(environment)
-    if "worker" not in known:
-        _deploy(environment)
-    worker = [*_module("prefect"), "worker", "start", "--pool", POOL, "--name", POOL]
-    _ensure(Service("worker", 0, 0, ""), worker, environment, lambda: _has_worker(prefect))
+    with ThreadPoolExecutor() as pool:  # each of them takes seconds to import what it needs
+        mlflow = None if _is_server(tracking_uri) else pool.submit(_start_mlflow, mlflow_port, tracking_uri)
+        prefect = _start_prefect(prefect_port)
+        environment = prefect_environment(f"{prefect.url}/api", prefect.password)
+        _write_profile(environment)
+        _make_pool(prefect)
+        deployed = None if "worker" in known else pool.submit(_deploy, environment)
+        worker = [*_module("prefect"), "worker", "start", "--pool", POOL, "--name", POOL]
+        _ensure(Service("worker", 0, 0, ""), worker, environment, lambda: _has_worker(prefect))
+        if deployed:
+            deployed.result()
     tell(f"Prefect  {_sign_in_page(prefect)}  (worker in work pool '{POOL}')")
-    if _is_server(tracking_uri):
+    if mlflow is None:
         tell(f"MLflow   {shown(tracking_uri)}  (MLFLOW_TRACKING_URI; not started here)")
     else:
-        tell(f"MLflow   {_sign_in_page(known.get('mlflow') or _start_mlflow(mlflow_port, tracking_uri))}")
+        service = mlflow.result()
+        tell(f"MLflow   {_sign_in_page(service, _study_page(service))}")
     tell("         Each link signs one browser in, once; `make up` prints new ones.")
     tell(f"logs     {SERVICES}/*.log")
 
 
+def _study_page(mlflow: Service) -> str:
+    """The page of MLflow's view of this folder's study, without `/#`; before there is one, the list of experiments."""
+    try:
+        name = str(yamlfile.read(Path("params.yaml"))["study"]["name"])
+    except (UserError, OSError, KeyError, TypeError):
+        return EXPERIMENTS_PAGE
+    found = _fetch(mlflow, f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={quote(name)}")
+    if not isinstance(found, dict):
+        return EXPERIMENTS_PAGE
+    return View(name).address(found["experiment"]["experiment_id"]).removeprefix("/#")
+
+
 def _start_prefect(port: int) -> Service:
+    if (found := running().get("prefect")) is not None:
+        return found
     service = Service("prefect", 0, 0, f"http://{HOST}:{port}", _password())
     environment = _server_environment(f"{service.url}/api", service.password)
     databases.mend(DATABASE, say)
@@ -78,6 +102,8 @@ def _start_prefect(port: int) -> Service:
 
 
 def _start_mlflow(port: int, tracking_uri: str) -> Service:
+    if (found := running().get("mlflow")) is not None:
+        return found
     service = Service("mlflow", 0, 0, f"http://{HOST}:{port}", _password())
     pages = gate.pages_host(service.password)
     environment = os.environ | {
@@ -106,12 +132,21 @@ def down(tell: Callable[[str], None]) -> None:
         tell("nothing was running")
 
 
+def report_page(experiment: str | None) -> str:
+    """The address of a report for a browser that is signed in to the MLflow UI; empty where that does not run."""
+    service = running().get("mlflow")
+    return service.pages + gate.report_path(experiment) if service else ""
+
+
 def mlflow_page(tracking_uri: str, path: str) -> str:
     """The address of a page of the MLflow UI: where it runs, or will run after `up`."""
     service = running().get("mlflow")
     if _is_server(tracking_uri):
         return tracking_uri.rstrip("/") + path
     return (service.pages if service else f"http://{HOST}:{MLFLOW_PORT}") + path
+
+
+ENDED = "Prefect's server ended while the study ran; run the same command again, it goes on from here"
 
 
 @dataclass(frozen=True)
@@ -121,11 +156,35 @@ class PrefectServer:
     environment: dict[str, str]
     process: subprocess.Popen[str] | None = None
     """What runs it, where it ends with this process."""
+    unwanted: threading.Event = field(default_factory=threading.Event)
+    """Set when this process ends it."""
+
+    @property
+    def _api(self) -> Service:
+        return Service("prefect", 0, 0, self.environment["PREFECT_API_URL"], self.environment["PREFECT_API_AUTH_STRING"])
+
+    def has_ended(self) -> bool:
+        """Whether nothing answers any more."""
+        return not _answers(self._api, "/health") if self.process is None else self.process.poll() is not None
+
+    def end_with_it(self) -> None:
+        """From now on, end this process when its server is killed: Prefect would try to reach it for minutes."""
+        if self.process is not None:
+            threading.Thread(target=self._follow, args=(self.process,), daemon=True).start()
+
+    def _follow(self, process: subprocess.Popen[str]) -> None:
+        process.wait()
+        if not self.unwanted.is_set():
+            print(f"error: {ENDED}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _end(self, process: subprocess.Popen[str]) -> None:
+        self.unwanted.set()
+        guard.stop(process)
 
     def wait(self) -> None:
         """Wait until it answers. Raises `UserError` where it does not, or where another program has taken its port."""
-        server = Service("prefect", 0, 0, self.environment["PREFECT_API_URL"], self.environment["PREFECT_API_AUTH_STRING"])
-        mine = self.process
+        server, mine = self._api, self.process
 
         def ended() -> bool:
             return mine is not None and mine.poll() is not None
@@ -155,8 +214,9 @@ def prefect_server(environment: Mapping[str, str]) -> PrefectServer:
     databases.mend(DATABASE, say)
     with _log_file("prefect-temporary").open("w") as log:
         process = guard.start(_prefect_command(port), Path.cwd(), settings, log)
-    atexit.register(guard.stop, process)
-    return PrefectServer(prefect_environment(url, password), process)
+    server = PrefectServer(prefect_environment(url, password), process)
+    atexit.register(server._end, process)
+    return server
 
 
 def prefect_environment(api_url: str, password: str) -> dict[str, str]:
@@ -191,9 +251,9 @@ def _password() -> str:
     return f"study:{secrets.token_urlsafe(32)}"
 
 
-def _sign_in_page(service: Service) -> str:
-    """A link by which one browser gets in, once. The ticket is a fragment, which browsers do not send nor servers log."""
-    return f"{service.pages}{gate.SIGN_IN}#{_fetch(service, gate.SIGN_IN, b'')}"
+def _sign_in_page(service: Service, page: str = "") -> str:
+    """A link by which one browser gets in, once, to see `page`. The ticket is a fragment, which no browser sends or logs."""
+    return f"{service.pages}{gate.SIGN_IN}#{_fetch(service, gate.SIGN_IN, b'')}{f'&page={page}' if page else ''}"
 
 
 def _log_file(name: str) -> Path:
@@ -265,12 +325,15 @@ def _prefect(environment: Mapping[str, str], *arguments: str) -> None:
 
 
 def _deploy(environment: Mapping[str, str]) -> None:
-    """Make the work pool, or bring it up to date, and the deployments of `prefect.yaml`."""
-    template = PREFECT_HOME / "work-pool.json"
-    write_private(template, json.dumps(JOB_TEMPLATE))
-    pool = ["work-pool", "create", POOL, "--type", "process", "--base-job-template", str(template), "--overwrite"]
-    _prefect(environment, *pool)
+    """Make the deployments of `prefect.yaml`, or bring them up to date."""
     _prefect(environment, "--no-prompt", "deploy", "--all")
+
+
+def _make_pool(prefect: Service) -> None:
+    """Make the work pool, or bring it up to date."""
+    made = {"name": POOL, "type": "process", "base_job_template": JOB_TEMPLATE}
+    if _fetch(prefect, "/api/work_pools/", json.dumps(made).encode()) is None:  # there is one
+        _fetch(prefect, f"/api/work_pools/{POOL}", json.dumps({"base_job_template": JOB_TEMPLATE}).encode(), "PATCH")
 
 
 def _module(name: str) -> list[str]:
@@ -290,11 +353,11 @@ def _answers(service: Service, path: str) -> bool:
     return _fetch(service, path) is not None
 
 
-def _fetch(service: Service, path: str, body: bytes | None = None) -> Any:
+def _fetch(service: Service, path: str, body: bytes | None = None, method: str | None = None) -> Any:
     """The body of the answer, as JSON where it is, or None where there is no good answer."""
     headers = {"Content-Type": "application/json", "Authorization": gate.authorization(service.password)}
     try:
-        with urlopen(Request(service.url + path, body, headers), timeout=5) as answer:
+        with urlopen(Request(service.url + path, body, headers, method=method), timeout=5) as answer:
             text = answer.read().decode()
     except (URLError, OSError):
         return None

@@ -6,51 +6,45 @@ tracking server was away appears like any other, once, under its run key.
 
 from __future__ import annotations
 
-import fcntl
-import json
-import logging
-import os
-import re
 import socket
 import subprocess
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from urllib.parse import urlsplit
 
-import requests
 from dvc.utils.serialize import load_yaml
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, Metric, Param, Run, RunStatus
+from mlflow.entities import Experiment, Metric, Param, Run, RunStatus, RunTag
 from PIL import Image
 
 from dit import config, design as designs
+from dit.config import Params
 from dit.errors import UserError
 from dit.terminal import plain
-from pipelines import databases
+from pipelines.mlflow_store import PROBE_SECONDS, one_at_a_time, prepare_client, probe, tracking_uri, within
+from pipelines.mlflow_view import DIFFERENCE, View, save, show_in
 from pipelines.records.analysis import StartRecord
 from pipelines.records.base import Timing
-from pipelines.redaction import redacted, shown
-from pipelines.run_metrics import Finished, finished, params as settings_of, start_values, timing, values
+from pipelines.records.training import RunningRecord, TrainRecord
+from pipelines.redaction import shown
+from pipelines.report.colours import colours
+from pipelines.run_metrics import (
+    Finished,
+    difference_to_baseline,
+    finished,
+    params as settings_of,
+    start_values,
+    timing,
+    values,
+)
 
-PROBE_SECONDS = 3.0
-"""How long a tracking server has to answer before the study goes on without it."""
 SECONDS, SECONDS_PER_RUN = 60.0, 5.0
 """How long all of `sync` may take. A run takes under a second in a local store, and some 20 requests in one far away."""
-COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#e377c2", "#8c564b", "#bcbd22", "#7f7f7f")
-"""One for each strategy, in the order of the study; all seeds of a strategy share it."""
+TRIALS = "-trials"
+"""How the name of the experiment of quick trials, which are runs with other parameters than the workspace's, ends."""
 METRICS_PER_REQUEST, PARAMS_PER_REQUEST = 1000, 100
-PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-
-
-class UnreachableError(UserError):
-    """The tracking server is away. Nothing is lost: the next `sync` brings in what is missing."""
 
 
 @dataclass
@@ -72,11 +66,6 @@ class Synced:
         return plain(f"MLflow experiment '{self.experiment}' in {self.store}: {counts}")
 
 
-def tracking_uri() -> str:
-    """`MLFLOW_TRACKING_URI`, by default the file `mlflow.db` of this folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
-
-
 def sync(root: Path, tags: Mapping[str, str] | None = None) -> Synced:
     """Add to MLflow the runs of the study in `root` that it does not have; `tags` go on those. Doing it twice adds nothing.
 
@@ -85,31 +74,53 @@ def sync(root: Path, tags: Mapping[str, str] | None = None) -> Synced:
     params = config.load(root / "params.yaml")
     study = params.study
     uri = tracking_uri()
-    _within(3 * PROBE_SECONDS, uri, lambda: _probe(uri))
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL + 1)  # what it says of an error is in the error
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    synced = Synced(study.name, shown(uri))
-    colors = {strategy: COLORS[index % len(COLORS)] for index, strategy in enumerate(study.strategies)}
+    within(3 * PROBE_SECONDS, uri, lambda: probe(uri))
+    prepare_client()
+    place = place_of(params, tags or {})
+    synced = Synced(place.experiment, shown(uri))
     found = list(finished(root, params))
     names = [run.name for run in designs.design(study).runs]
     synced.missing = sorted(set(names) - {run.name for run in found}, key=names.index)
-    given = tags or {}
-    view = View(given.get("dvc_experiment", study.name), tuple(designs.design(study).factors))
-    _within(SECONDS + SECONDS_PER_RUN * len(found), uri, lambda: _fill(root, view, found, colors, given, synced))
+    within(SECONDS + SECONDS_PER_RUN * len(found), uri, lambda: _fill(root, place, found, study.baseline, synced))
     return synced
 
 
-def _fill(
-    root: Path, view: View, found: Sequence[Finished], colors: Mapping[str, str], tags: Mapping[str, str], synced: Synced
-) -> None:
-    """Add the runs `found` that are missing, and note in `synced` what was done."""
-    with _one_at_a_time():
+@dataclass(frozen=True)
+class Place:
+    """Where the runs of a study go: an experiment, a view of it, colours of strategies, and tags that all of the runs have."""
+
+    experiment: str
+    view: View
+    colours: Mapping[str, str]
+    tags: Mapping[str, str]
+
+    def name(self, planned: designs.Run) -> str:
+        """The name of a run: that of its stages, and for a quick trial also what is tried."""
+        trial = self.tags.get("trial")
+        return f"{planned.name} ({trial})" if trial else planned.name
+
+
+def place_of(params: Params, tags: Mapping[str, str]) -> Place:
+    """Where the runs of a study go. `tags` of a quick trial, which has an experiment of its own, name its `dvc_experiment`."""
+    study = params.study
+    trial = tags.get("dvc_experiment")
+    factors = designs.design(study).factors
+    numeric = {key for key, levels in factors.items() if all(type(level) in (int, float) for level in levels)}
+    return Place(
+        experiment=study.name + (TRIALS if trial else ""),
+        view=View(trial or study.name, tuple(factors), frozenset(numeric)),
+        colours=colours(study.baseline, study.strategies),
+        tags=tags,
+    )
+
+
+def _fill(root: Path, place: Place, found: Sequence[Finished], baseline: str, synced: Synced) -> None:
+    """Add the runs `found` that are missing, complete those that were seen in training, and note in `synced` what was done."""
+    with one_at_a_time():
         uri = tracking_uri()
         client = MlflowClient(uri)
-        experiment = _experiment(client, synced.experiment, uri)
-        known = _present(client, experiment)
+        experiment = experiment_of(client, synced.experiment, uri)
+        known, begun = _present(client, experiment)
         present = {run.name: there for run in found if (there := _same(known[run.key], run))}
         synced.present = list(present)
         for run in found:
@@ -118,46 +129,29 @@ def _fill(
         added = [run for run in found if run.name not in present]
         about = _provenance(root, added)
         for run in reversed(added):  # the UI lists the last first
-            color = {"mlflow.runColor": colors[run.strategy]}
-            own = {**tags, **about[run.name], **color, "added_by": _adder(), view.tag: "yes"}
-            present[run.name] = _log_run(client, experiment, run, own)
+            own = {**tags_of(place, run.planned, run.run), **about[run.name]}
+            present[run.name] = _log_run(client, experiment, run, own, place.name(run.planned), begun.get(run.run.run_key))
             synced.added.append(run.name)
+        by_name = {run.name: run for run in found}
+        for run in found:
+            against = by_name.get(designs.Run(baseline, run.planned.setting, run.seed).name)
+            if against is not None:
+                _add_difference(client, present[run.name], run, against)
+        _forget(client, begun, {run.run.run_key for run in added}, {place.name(run.planned) for run in found})
         if found:
-            _show_in(client, view, [present[run.name] for run in found], [run for runs in known.values() for run in runs])
-            synced.view = _save_view(client, experiment, view)
+            show_in(client, place.view, [present[run.name] for run in found], [run for runs in known.values() for run in runs])
+            metrics = {name for run in present.values() for name in client.get_run(run.info.run_id).data.metrics}
+            synced.view = save(client, experiment, place.view, metrics)
 
 
-def _within(seconds: float, uri: str, act: Callable[[], None]) -> None:
-    """Do something with the store at `uri`. Raises `UnreachableError` where it takes too long, or anything else goes wrong.
-
-    Timeouts of requests are for each piece of an answer, so that an answer in small pieces has no end; this is for all of them.
-    """
-    errors: SimpleQueue[Exception | None] = SimpleQueue()
-
-    def run() -> None:
-        try:
-            act()
-            errors.put(None)
-        except Exception as error:
-            errors.put(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        error = errors.get(timeout=seconds)
-    except Empty:
-        raise UnreachableError(_away(uri, f"did not finish in {seconds:.0f} s")) from None
-    if isinstance(error, UserError):
-        raise error
-    if error is not None:
-        said = redacted(str(error), uri).strip().splitlines() or [type(error).__name__]
-        raise UnreachableError(_away(uri, f"does not take runs: {said[0]}")) from None
+def _forget(client: MlflowClient, begun: Mapping[str, Run], completed: Collection[str], names: Collection[str]) -> None:
+    """Delete runs that were seen in training, never ended, and have been replaced by a run of the same name."""
+    for key, run in begun.items():
+        if key not in completed and run.info.run_name in names:
+            client.delete_run(run.info.run_id)
 
 
-def _away(uri: str, problem: str) -> str:
-    return f"MLflow at {shown(uri)} {problem}; nothing is lost, `make mlflow` catches up"
-
-
-def _experiment(client: MlflowClient, name: str, uri: str) -> Experiment:
+def experiment_of(client: MlflowClient, name: str, uri: str) -> Experiment:
     """The experiment called `name`, made where there is none. A server keeps pictures itself; a local file needs a folder."""
     found = client.get_experiment_by_name(name)
     if found is None:
@@ -169,75 +163,32 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> Experiment:
     return found
 
 
-@dataclass(frozen=True)
-class View:
-    """The runs of one study as the UI shows them: those with a tag, grouped by strategy and by the study's factors.
-
-    A tag, and not a list of ids, because the store limits the length of a view and a study may have hundreds of runs.
-    """
-
-    name: str
-    factors: tuple[str, ...]
-
-    @property
-    def key(self) -> str:
-        """The name as a part of addresses and tags."""
-        return re.sub(r"[^A-Za-z0-9_-]", "-", self.name)
-
-    @property
-    def tag(self) -> str:
-        """The tag of the runs in it."""
-        return f"view.{self.key}"
-
-
-def _show_in(client: MlflowClient, view: View, runs: Sequence[Run], others: Sequence[Run]) -> None:
-    """Put `runs` in a view, and take those of `others` out that the study no longer has."""
-    for run in runs:
-        if view.tag not in run.data.tags:
-            client.set_tag(run.info.run_id, view.tag, "yes")
-    shown = {run.info.run_id for run in runs}
-    for run in others:
-        if run.info.run_id not in shown and view.tag in run.data.tags:
-            client.delete_tag(run.info.run_id, view.tag)
-
-
-def _save_view(client: MlflowClient, experiment: Experiment, view: View) -> str:
-    """Put a view among the "Views" of the UI; its address.
-
-    A view is a tag of the experiment, as `mlflow/server/js` saves it: what it leaves out has the UI's defaults.
-    """
-    keys = [{"mode": "param", "groupByData": name} for name in ("strategy", *view.factors)]
-    state = {
-        "searchFilter": f"tags.`{view.tag}` = 'yes'",
-        "groupBy": {"aggregateFunction": "average", "groupByKeys": keys},
-        "runsHiddenMode": "SHOWALL",
-    }
-    saved = json.dumps({"name": view.name, "createdAt": experiment.creation_time, "state": json.dumps(state)})
-    tag = f"mlflow.sharedViewState.{view.key}"
-    if experiment.tags.get(tag) != saved:
-        client.set_experiment_tag(experiment.experiment_id, tag, saved)
-    return f"/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey={view.key}&compareRunsMode=CHART"
-
-
-def _adder() -> str:
+def adder() -> str:
     """Who adds runs: this folder of this machine. Nobody else's unfinished run is touched."""
     return f"{socket.gethostname()}:{Path.cwd()}"
 
 
-def _present(client: MlflowClient, experiment: Experiment) -> dict[str, list[Run]]:
-    """The complete runs by their key. One of ours that was cut short is not finished: it goes, to be made again."""
+def _present(client: MlflowClient, experiment: Experiment) -> tuple[dict[str, list[Run]], dict[str, Run]]:
+    """The complete runs by their key, and those of ours that were seen in training by the key of that.
+
+    One of ours that was cut short while it was completed goes, to be made again.
+    """
     found: dict[str, list[Run]] = defaultdict(list)
+    begun = {}
     token = None
     while True:
-        page = client.search_runs([experiment.experiment_id], "tags.run_key != ''", max_results=1000, page_token=token)
+        page = client.search_runs([experiment.experiment_id], "tags.train_run_key != ''", max_results=1000, page_token=token)
         for run in page:
             if run.info.status == "FINISHED":
                 found[run.data.tags["run_key"]].append(run)
-            elif run.data.tags.get("added_by") == _adder():
-                client.delete_run(run.info.run_id)
+            elif run.data.tags.get("added_by") == adder():
+                if "run_key" in run.data.tags:
+                    client.delete_run(run.info.run_id)
+                else:
+                    begun[run.data.tags["train_run_key"]] = run
         token = page.token
         if not token:
-            return found
+            return found, begun
 
 
 def _same(known: Sequence[Run], run: Finished) -> Run | None:
@@ -246,36 +197,75 @@ def _same(known: Sequence[Run], run: Finished) -> Run | None:
     return next((there for there in known if keys is None or there.data.tags.get("analyse_run_key") in keys), None)
 
 
-def _log_run(client: MlflowClient, experiment: Experiment, run: Finished, tags: Mapping[str, str]) -> Run:
-    """Make one run, and mark it as finished at the very end."""
-    took = timing(run)
-    end = time.time()
-    start = end - (took.seconds if took else 0.0)
-    about = {
-        "strategy": run.strategy,
-        "seed": str(run.seed),
-        "status": run.status,
-        **({"setting": run.planned.setting.name} if run.planned.setting.name else {}),
-        **{f"factor.{key}": str(level) for key, level in run.planned.setting.levels.items()},
-        "run_key": run.key,
-        "train_run_key": run.run.run_key,
-        **({"hostname": took.hostname} if took else {}),
-        **tags,
+def tags_of(place: Place, planned: designs.Run, made: TrainRecord | RunningRecord) -> dict[str, str]:
+    """The tags of a run from its first step on."""
+    return {
+        "strategy": planned.strategy,
+        "seed": str(planned.seed),
+        **({"setting": planned.setting.name} if planned.setting.name else {}),
+        **{f"factor.{key}": str(level) for key, level in planned.setting.levels.items()},
+        "train_run_key": made.run_key,
+        "mlflow.runColor": place.colours[planned.strategy],
+        "added_by": adder(),
+        place.view.tag: "yes",
+        **place.tags,
     }
-    made = client.create_run(experiment.experiment_id, int(start * 1000), about, run.name).info.run_id
-    settings = [Param(key, value) for key, value in settings_of(run).items()]
-    metrics = list(_metrics(run, took, int(start * 1000), int(end * 1000)))
-    for first in range(0, len(settings), PARAMS_PER_REQUEST):
-        client.log_batch(made, params=settings[first : first + PARAMS_PER_REQUEST])
-    for first in range(0, len(metrics), METRICS_PER_REQUEST):
-        client.log_batch(made, metrics=metrics[first : first + METRICS_PER_REQUEST])
+
+
+def _log_run(
+    client: MlflowClient, experiment: Experiment, run: Finished, tags: Mapping[str, str], name: str, begun: Run | None
+) -> Run:
+    """Make one run, or complete one that was `begun` while it trained, and mark it as finished at the very end."""
+    took = timing(run)
+    end = int(time.time() * 1000)
+    start = begun.info.start_time if begun else end - int(1000 * (took.seconds if took else 0.0))
+    about = {
+        **tags,
+        "status": run.status,
+        "outcome": run.outcome,
+        "run_key": run.key,
+        **({"hostname": took.hostname} if took else {}),
+    }
+    if begun is None:
+        made = client.create_run(experiment.experiment_id, start, about, name).info.run_id
+        logged: set[tuple[str, int]] = set()
+    else:
+        made = begun.info.run_id
+        client.log_batch(made, tags=[RunTag(key, value) for key, value in about.items()])
+        logged = points(client, begun)
+    settings = [Param(key, value) for key, value in settings_of(run.planned, run.run, run.evaluation).items()]
+    metrics = [metric for metric in _metrics(run, took, start, end) if (metric.key, metric.step) not in logged]
+    log(client, made, settings, metrics)
     if run.evaluate and (grid := run.evaluate / "grid.png").exists():
         with Image.open(grid, formats=["PNG"]) as picture:
             client.log_image(made, picture, key="samples", step=run.run.steps_done)
     if run.analysis:
         _add_start(client, client.get_run(made), run.analysis)
-    client.set_terminated(made, RunStatus.to_string(RunStatus.FINISHED), int(end * 1000))
+    client.set_terminated(made, RunStatus.to_string(RunStatus.FINISHED), end)
     return client.get_run(made)
+
+
+def log(client: MlflowClient, run_id: str, settings: Sequence[Param], metrics: Sequence[Metric]) -> None:
+    """Log settings and numbers in requests of a size that every server takes."""
+    for first in range(0, len(settings), PARAMS_PER_REQUEST):
+        client.log_batch(run_id, params=settings[first : first + PARAMS_PER_REQUEST])
+    for first in range(0, len(metrics), METRICS_PER_REQUEST):
+        client.log_batch(run_id, metrics=metrics[first : first + METRICS_PER_REQUEST])
+
+
+def points(client: MlflowClient, run: Run) -> set[tuple[str, int]]:
+    """The names and steps of the numbers that a run has."""
+    names = client.get_run(run.info.run_id).data.metrics
+    return {(name, point.step) for name in names for point in client.get_metric_history(run.info.run_id, name)}
+
+
+def _add_difference(client: MlflowClient, there: Run, run: Finished, baseline: Finished) -> None:
+    """Add how far a run ended from the baseline's at the same setting and seed, unless it has that already."""
+    difference = difference_to_baseline(run, baseline)
+    if difference is None or there.data.tags.get("baseline_run_key") == baseline.run.run_key:
+        return
+    client.log_metric(there.info.run_id, DIFFERENCE, difference, step=0)  # of several, MLflow shows the last
+    client.set_tag(there.info.run_id, "baseline_run_key", baseline.run.run_key)
 
 
 def _metrics(run: Finished, took: Timing | None, start: int, end: int) -> Iterator[Metric]:
@@ -290,9 +280,12 @@ def _add_start(client: MlflowClient, run: Run, directory: Path) -> None:
     start = StartRecord.read(directory)
     if run.data.tags.get("analyse_run_key") == start.run_key:
         return
-    metrics = [Metric(name, value, run.info.start_time, step) for name, step, value in start_values(directory)]
-    for first in range(0, len(metrics), METRICS_PER_REQUEST):
-        client.log_batch(run.info.run_id, metrics=metrics[first : first + METRICS_PER_REQUEST])
+    log(
+        client,
+        run.info.run_id,
+        [],
+        [Metric(name, value, run.info.start_time, step) for name, step, value in start_values(directory)],
+    )
     client.set_tag(run.info.run_id, "analyse_run_key", start.run_key)
 
 
@@ -323,44 +316,3 @@ def _commit(root: Path) -> dict[str, str]:
         "git_changes_at_sync": str(bool(git("status", "--porcelain"))),
         "mlflow.source.git.commit": commit,
     }
-
-
-def _probe(uri: str) -> None:
-    """Raise `UnreachableError` within seconds, where MLflow itself would try for minutes."""
-    try:
-        parts = urlsplit(uri)
-        port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
-    except ValueError:
-        raise UserError(f"MLFLOW_TRACKING_URI = {shown(uri)} is not an address; write it as in http://127.0.0.1:5000") from None
-    if parts.scheme == "sqlite":
-        _probe_file(uri)
-        return
-    try:
-        if parts.scheme in ("http", "https"):
-            with requests.get(f"{uri.rstrip('/')}/health", timeout=PROBE_SECONDS, stream=True) as answer:
-                if sum(map(len, islice(answer.iter_content(2**16), 2))) > 2**16:
-                    raise UnreachableError(_away(uri, "answers without end, so it is no MLflow"))
-        elif parts.hostname and port:
-            socket.create_connection((parts.hostname, port), timeout=PROBE_SECONDS).close()
-    except (requests.RequestException, OSError):
-        raise UnreachableError(_away(uri, "cannot be reached")) from None
-
-
-def _probe_file(uri: str) -> None:
-    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-    fault = databases.fault(path, PROBE_SECONDS)
-    if databases.is_damaged(fault):
-        problem = f"MLflow's store {path} is damaged ({fault})"
-        raise UnreachableError(f"{problem}; nothing is lost: move it away, and `make mlflow` fills a new one")
-    if fault:
-        raise UnreachableError(_away(uri, f"cannot be used: {fault}"))
-
-
-@contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Two processes that sync at once would both find a run missing."""
-    lock = Path(".scratch/mlflow.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

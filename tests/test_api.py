@@ -95,7 +95,7 @@ def test_a_saved_model_samples_the_same(run: dit.Run, tmp_path: Path) -> None:
 
 
 def test_an_audit_tells_that_a_trained_network_is_not_at_its_start(run: dit.Run) -> None:
-    assert not dit.audit_model(run.model).adaln_zero
+    assert dit.audit_model(run.model).failures("adaln-zero")
 
 
 def test_a_comparison_is_that_of_the_studies(latents: LatentStore, run: dit.Run) -> None:

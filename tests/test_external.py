@@ -257,7 +257,7 @@ def test_rows_of_a_dit_can_be_addressed_too_and_its_wake_up_stays_predicted(micr
         ("norm1.linaer", r"rules\[1\]: role 'norm1.linaer' names no weight.*did you mean linear"),
         ("transformer_blocks[5].norm1", r"where transformer_blocks\[i\] and .* address blocks 0 to 1"),
         (f"{MODULATION}[0:193]", r"rules\[1\]: role '.*\[0:193\]': the role has 192 rows; expected \[i:j\] with"),
-        (f"{MODULATION}[1/5:]", r"rules\[1\]: role '.*': 1/5 of 192 rows is no whole number of rows"),
+        (f"{MODULATION}[1/5:]", r"rules\[1\]: role '.*': 1/5 of 192 rows is not a whole number"),
     ],
 )
 def test_a_selector_that_names_nothing_is_refused(role: str, message: str) -> None:

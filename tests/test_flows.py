@@ -228,6 +228,29 @@ def test_one_study_at_a_time_and_interrupting_it_ends_everything(shell: Path) ->
     assert not psutil.pid_exists(int((shell / "pid").read_text()))
 
 
+def test_a_server_that_is_killed_ends_the_study_with_one_line(shell: Path) -> None:
+    with (shell / ".scratch.log").open("w") as log:
+        running = subprocess.Popen(
+            [sys.executable, "-m", "pipelines", "study", "endless"],
+            cwd=shell,
+            env=environment(shell),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    while not ((shell / "pid").exists() and (shell / "pid").read_text()):
+        assert running.poll() is None
+        time.sleep(0.1)
+    for process in psutil.Process(running.pid).children(recursive=True):
+        if any("pipelines.gate:prefect" in word for word in process.cmdline()):
+            process.kill()
+    assert running.wait(20) == 1
+    said = (shell / ".scratch.log").read_text()
+    assert said.endswith(
+        "error: Prefect's server ended while the study ran; run the same command again, it goes on from here\n"
+    )
+    assert "Traceback" not in said
+
+
 @pytest.fixture
 def services(study: Path) -> Iterator[dict[str, int]]:
     """`up` on free ports, and `down` at the end."""
@@ -258,9 +281,15 @@ def test_deployment_runs_through_the_worker_and_down_stops_exactly_the_services(
     assert set(states.values()) == {"Cached"}
     artifacts = {artifact["key"]: artifact["data"] for artifact in ask(f"{server}/artifacts/filter", {})}
     assert "| symmetric |" in artifacts["comparison"]
-    assert f"{study.as_uri()}/reports/index.html" in artifacts["report"]
+    page = re.search(r"http://mlflow-\w+\.localhost:\d+/reports/index\.html", artifacts["report"])
+    assert page
+    assert f"]({page[0]})" in artifacts["comparison"]
+    assert flow_runs[0]["name"] == "study adaln_zero vs symmetric"
+    wrong = command(study, "prefect", "deployment", "run", "study/local", "--param", 'overrides={"train.stepz": 1}')
+    assert wrong.returncode != 0
+    assert "a dotted key of params.yaml" in " ".join(wrong.stdout.split())
     schema = ask(f"{server}/deployments/filter", {})[0]["parameter_openapi_schema"]["properties"]
-    assert {"overrides", "workers", "targets", "profile"} == schema.keys()
+    assert {"overrides", "workers", "targets", "profile", "strategies"} == schema.keys()
     assert all(parameter["description"] for parameter in schema.values())
     with socket.create_server(("127.0.0.1", 0)) as bystander:
         assert "stopped prefect" in command(study, "pipelines", "down").stdout

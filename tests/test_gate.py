@@ -221,6 +221,26 @@ def test_foreign_hosts_and_origins_are_refused_even_with_the_password(up: Up, he
             assert "refused" in text or "Invalid host" in text
 
 
+def test_reports_and_no_other_file_are_served_to_who_has_the_password(up: Up) -> None:
+    (up.root / "reports").mkdir(exist_ok=True)
+    (up.root / "reports/index.html").write_text("the report")
+    (up.root / "reports/summary.json").write_text("secret")
+    kept = up.root / ".scratch/experiments/study-abc"
+    kept.mkdir(parents=True)
+    (kept / "index.html").write_text("of an experiment")
+    password = up.passwords["mlflow"]
+    for path, text in (("/reports/index.html", "the report"), ("/reports/study-abc/index.html", "of an experiment")):
+        assert ask(up.mlflow + path)[0] == 401
+        assert ask(up.mlflow + path, None, up.passwords["prefect"])[0] == 401
+        assert ask(up.mlflow + path, None, password, Origin="http://elsewhere.example")[0] == 403
+        assert ask(up.mlflow + path, None, password, Host="rebound.example")[0] == 400
+        assert ask(up.mlflow + path, None, password) == (200, text)
+    for path in ("/reports/", "/reports/summary.json", "/reports/../services/index.html", "/reports/%2e%2e/index.html"):
+        assert "secret" not in ask(up.mlflow + path, None, password)[1]
+        assert ask(up.mlflow + path, None, password)[0] in (200, 404)
+    assert ask(f"{up.mlflow}/reports/gone/index.html", None, password) == (404, "There is no such report.")
+
+
 def test_websockets_of_foreign_pages_are_refused(up: Up) -> None:
     upgrade = {
         "Connection": "Upgrade",

@@ -126,7 +126,10 @@ def test_any_class_of_torch_is_made_with_its_arguments_and_its_own_defaults(micr
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"name": "adma"}, r"name = 'adma' is no optimiser \(did you mean adamw\?\); expected one of adamw, sgd, muon, ASGD"),
+        (
+            {"name": "adma"},
+            r"name = 'adma' is not an optimiser \(did you mean adamw\?\); expected one of adamw, sgd, muon, ASGD",
+        ),
         ({"name": "LBFGS"}, r"name = 'LBFGS': it evaluates the loss several times a step; expected one of"),
         (
             {"name": "RAdam", "arguments": {"beta": 1}},

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -25,8 +26,10 @@ from dit.analysis.start import EarlyStep
 from dit.analysis.wakeup import RoleGradient
 from dit.errors import UserError
 from dit.training.records import Divergence, Final, Initial
-from pipelines import tracking
+from pipelines import live, tracking
 from pipelines.files import scratch
+from pipelines.mlflow_store import UnreachableError
+from pipelines.mlflow_view import DIFFERENCE, SHARED, TRAINING, View
 from pipelines.records.analysis import COORDINATES, GRADIENTS, StartRecord
 from pipelines.records.base import Status, Timing
 from pipelines.records.evaluation import EvaluateRecord, FeatureSpace
@@ -35,9 +38,11 @@ from pipelines.records.training import (
     GRADIENT_NOISE,
     METRICS,
     VALIDATION,
+    RunningRecord,
     TrainRecord,
     TrainSettings,
 )
+from pipelines.report.colours import colours
 
 ROOT = Path(__file__).parents[1]
 STRATEGIES, SEEDS = ["adaln_zero", "symmetric"], [0, 1]
@@ -236,7 +241,7 @@ def test_a_strategys_start_is_on_all_its_runs_whenever_it_was_analysed(study: Pa
     assert found["adaln_zero-0"].data.metrics["start/predicted_equals_measured"] == 1
     wake_up = {name: step for name, step in found["adaln_zero-0"].data.metrics.items() if name.startswith("wake_up_measured")}
     assert wake_up == {"wake_up_measured/final.projection": 0, "wake_up_measured/mlp_in": 2}
-    assert history(found["adaln_zero-0"], "coordinates/block_0/width_64") == [(1, 0.1)]
+    assert history(found["adaln_zero-0"], "coordinates/block_0_width_64") == [(1, 0.1)]
     assert history(found["adaln_zero-0"], "start_gradient_stable_rank/mlp") == [(0, 2.0), (1, 4.0)]
     assert {name: run.data.metrics.get("start/awake_step") for name, run in found.items()} == {
         "adaln_zero-0": 2,
@@ -261,7 +266,7 @@ def test_run_that_was_cut_short_is_made_again_unless_somebody_else_is_at_it(stud
     experiment = client.create_experiment("photos-32")
 
     def half_a_run(adder: str) -> str:
-        tags = {"run_key": "evaluate-adaln_zero-0", "added_by": adder}
+        tags = {"run_key": "evaluate-adaln_zero-0", "train_run_key": "train-adaln_zero-0", "added_by": adder}
         return client.create_run(experiment, tags=tags, run_name="half").info.run_id
 
     ours, others = half_a_run(f"{socket.gethostname()}:{Path.cwd()}"), half_a_run("elsewhere:/study")
@@ -285,7 +290,8 @@ def test_view_shows_the_runs_of_this_study_by_strategy(study: Path) -> None:
     shown = client.search_runs([experiment.experiment_id], state["searchFilter"])
     assert len(shown) == 4
     assert {run.data.tags["run_key"] for run in shown} >= {"evaluate-adaln_zero-0-edited"}
-    assert state["groupBy"]["groupByKeys"] == [{"mode": "param", "groupByData": "strategy"}]
+    assert state["groupBy"] is None
+    assert {run.data.tags["mlflow.runColor"] for run in shown} == set(colours("adaln_zero", STRATEGIES).values())
     assert "viewStateShareKey=photos-32" in synced.view
 
 
@@ -299,7 +305,7 @@ def test_view_of_a_study_with_factors_does_not_average_over_them(study: Path) ->
     client = MlflowClient(tracking.tracking_uri())
     experiment = client.get_experiment_by_name("photos-32")
     assert experiment
-    state = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.photos-32"])["state"])
+    state = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.photos-32-means"])["state"])
     grouped = [key["groupByData"] for key in state["groupBy"]["groupByKeys"]]
     assert grouped == ["strategy", "train.learning_rate"]
     found = runs()["adaln_zero-fast-0"].data
@@ -312,7 +318,7 @@ def test_server_that_is_away_costs_seconds_and_loses_nothing(study: Path, monkey
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(port=unused.getsockname()[1]))
         started = time.monotonic()
-        with pytest.raises(tracking.UnreachableError, match="cannot be reached; nothing is lost") as error:
+        with pytest.raises(UnreachableError, match="cannot be reached; nothing is lost") as error:
             tracking.sync(study)
         assert time.monotonic() - started < 8
     assert "secret" not in str(error.value)
@@ -324,7 +330,7 @@ def test_server_that_does_not_answer_costs_seconds(study: Path, monkeypatch: pyt
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
-        with pytest.raises(tracking.UnreachableError):
+        with pytest.raises(UnreachableError):
             tracking.sync(study)
         assert time.monotonic() - started < 8
 
@@ -344,9 +350,7 @@ def damage_by_cutting_off(store: Path) -> None:
 @pytest.mark.parametrize("damage", [damage_by_garbage, damage_by_cutting_off, Path.mkdir])
 def test_a_damaged_store_is_one_message_that_says_what_to_do(study: Path, damage: Callable[[Path], None]) -> None:
     damage(study / "mlflow.db")
-    with pytest.raises(
-        tracking.UnreachableError, match=r"mlflow\.db is damaged .*: move it away, and `make mlflow` fills"
-    ) as error:
+    with pytest.raises(UnreachableError, match=r"mlflow\.db is damaged .*: move it away, and `make mlflow` fills") as error:
         tracking.sync(study)
     assert len(str(error.value).splitlines()) == 1
     shutil.move(study / "mlflow.db", study / "moved")
@@ -356,7 +360,7 @@ def test_a_damaged_store_is_one_message_that_says_what_to_do(study: Path, damage
 def test_a_store_that_another_program_has_locked_costs_seconds(study: Path) -> None:
     with sqlite3.connect(study / "mlflow.db") as busy:
         busy.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(tracking.UnreachableError, match="cannot be used: database is locked; nothing is lost"):
+        with pytest.raises(UnreachableError, match="cannot be used: database is locked; nothing is lost"):
             tracking.sync(study)
 
 
@@ -421,7 +425,7 @@ def test_a_server_that_answers_nonsense_or_never_ends_is_one_message(
     with server(answer) as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         begun = time.monotonic()
-        with pytest.raises(tracking.UnreachableError, match=message) as error:
+        with pytest.raises(UnreachableError, match=message) as error:
             tracking.sync(study)
         assert time.monotonic() - begun < 15
         assert len(str(error.value).splitlines()) == 1
@@ -432,3 +436,104 @@ def test_experiment_deleted_in_mlflow_is_a_clear_error(study: Path) -> None:
     client.delete_experiment(client.create_experiment("photos-32"))
     with pytest.raises(UserError, match=r"was deleted there; restore it, or change study\.name"):
         tracking.sync(study)
+
+
+def test_what_the_view_relies_on_is_in_the_installed_mlflow() -> None:
+    scripts = Path(mlflow.__file__).parent / "server/js/build/static/js"
+    pages = "\n".join(file.read_text(errors="replace") for file in scripts.glob("*.js"))
+    view = View("study", ("train.learning_rate",), frozenset({"train.learning_rate"}))
+    used = [SHARED, "mlflow.runColor", *TRAINING.split("="), "viewStateShareKey", "compareRunsMode", "custom_model_development"]
+    used += [
+        "compareRunCharts",
+        "compareRunSections",
+        "isAccordionReordered",
+        "selectedColumns",
+        "runsHiddenMode",
+        "searchFilter",
+    ]
+    used += ["orderByKey", "orderByAsc", "groupByKeys", "metricSectionId", "selectedParams", "selectedMetrics", "showAllRuns"]
+    used += [
+        '"SHOW_ALL"',
+        '"LINE"',
+        '"BAR"',
+        '"SCATTER"',
+        '"PARALLEL"',
+        '"CONTOUR"',
+        'scaleType="linear"',
+        "runsCountToCompare",
+    ]
+    assert view.address("1").startswith("/#/experiments/1/runs?")
+    missing = [name for name in used if name not in pages]
+    assert not missing, f"MLflow {mlflow.__version__} has no {missing} in its pages: look at pipelines/mlflow_view.py"
+
+
+def train_a_little(folder: Path, *, rows: int) -> None:
+    """What a run leaves in its scratch folder after some logged steps, the last line not yet complete."""
+    header, lines = (
+        "step,loss,mse,gradient_norm,learning_rate",
+        [f"{10 * row},2.0,{1 / (row + 1)},1.0,0.001" for row in range(rows)],
+    )
+    (folder / "metrics.csv").write_text("\n".join([header, *lines, "9999,2.0,0.0"]))
+    (folder / "validation.csv").write_text("step,weights,mse,mse_t0\n0,model,1.0,1.1\n0,ema,1.0,1.2\n")
+
+
+def test_a_run_appears_while_it_trains_and_is_completed_not_doubled(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "EVERY_SECONDS", 0.05)
+    record = TrainRecord.read(study / "runs/train/adaln_zero-0")
+    folder = scratch("resumable")
+    shared = {"parameters": record.parameters, "device": record.device, "settings": record.settings}
+    RunningRecord(run="adaln_zero-0", run_key=record.run_key, folder=str(study), **shared).write(folder)
+    pages: list[str] = []
+    with live.Live(study, {}, pages.append):
+        for rows in (1, 2):
+            train_a_little(folder, rows=rows)
+            wait_for(lambda rows=rows: len(history(runs()["adaln_zero-0"], "train/mse")) == rows)
+            assert runs()["adaln_zero-0"].info.status == "RUNNING"
+    assert len(pages) == 1
+    seen = runs()["adaln_zero-0"]
+    assert (seen.info.status, seen.data.tags["outcome"]) == ("KILLED", "training")
+    assert len(tracking.sync(study).added) == 4
+    run = runs()["adaln_zero-0"]
+    assert (run.info.run_id, run.info.status, run.data.tags["outcome"]) == (seen.info.run_id, "FINISHED", "finished")
+    assert history(run, "train/mse") == [(0, 1.0), (10, 0.5)]
+    assert history(run, "validation/mse") == [(0, 1.0), (20, 0.25)]
+    assert tracking.sync(study).added == []
+
+
+def wait_for(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with suppress(KeyError):
+            if reached():
+                return
+        time.sleep(0.1)
+    raise AssertionError("not reached in 60 s")
+
+
+def test_a_store_that_is_away_costs_a_running_study_nothing(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "EVERY_SECONDS", 0.05)
+    with server(drip) as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        begun = time.monotonic()
+        with live.Live(study, {}, pytest.fail):
+            time.sleep(0.2)
+        assert time.monotonic() - begun < live.END_SECONDS + 1
+
+
+def test_runs_have_their_difference_to_the_baseline_at_the_same_seed(study: Path) -> None:
+    directory = study / "runs" / "train" / "symmetric-0"
+    TrainRecord.read(directory).model_copy(update={"final": Final(0.5, 0.3, 0.3)}).write(directory)
+    tracking.sync(study)
+    found = runs()
+    assert found["symmetric-0"].data.metrics[DIFFERENCE] == pytest.approx(20)
+    assert found["adaln_zero-0"].data.metrics[DIFFERENCE] == 0
+    assert DIFFERENCE not in found["symmetric-1"].data.metrics
+
+
+def test_quick_trials_have_an_experiment_and_names_of_their_own(study: Path) -> None:
+    tracking.sync(study)
+    synced = tracking.sync(study, {"dvc_experiment": "study-abc", "trial": "train.steps=20"})
+    assert (synced.experiment, len(synced.added)) == ("photos-32-trials", 4)
+    assert {name for name in runs() if "(" in name} == {
+        f"{run}-{seed} (train.steps=20)" for run in STRATEGIES for seed in SEEDS
+    }

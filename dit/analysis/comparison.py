@@ -128,7 +128,7 @@ def step_reached(steps: Sequence[float], errors: Sequence[float], threshold: flo
 
 
 def compared_steps(validated: Sequence[int]) -> list[int]:
-    """Of the `validated` steps those nearest to the fractions `COMPARED` of training, the last one being its end."""
+    """The `validated` steps nearest to the fractions `COMPARED` of training; the last one is its end."""
     if not len(validated):
         return []
     last = validated[-1]

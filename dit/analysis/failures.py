@@ -14,7 +14,7 @@ from functools import cached_property
 import pandas as pd
 
 QUANTITIES = {"gradient_norm": 2.0, "loss": 1.5, "mse": 1.5}
-"""What is kept before a spike, and the multiple of its past beyond which it has moved, as in `dit.training.stability`."""
+"""Quantities kept before a spike, and the multiple of its past above which each moved, as in `dit.training.stability`."""
 
 KEPT = 64
 """Steps before a spike that are looked at, as many as the loop keeps."""
@@ -23,7 +23,7 @@ INDICATORS = ("max_attention_logit", "attention_entropy", "residual_rms", "secon
 """What is diagnosed in every block and may announce a spike."""
 
 FEWEST_DIAGNOSES = 3
-"""Diagnoses that make a past with which the last one can be compared."""
+"""Earlier diagnoses that are needed before the last one can be compared with them."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ DIAGNOSED = {
     "distinct_units/attention_heads": ("distinct_units", ".attn_out.weight"),
     "distinct_units/final_projection": ("distinct_units", "final.projection.weight"),
 }
-"""Series of the diagnostics by name: a column, and how the paths of the roles end over which it is averaged."""
+"""Series of the diagnostics by name: a column, and the path ends of the roles over which it is averaged."""
 
 
 def group(role: str) -> str:

@@ -135,7 +135,7 @@ def _coordinates(
 def width_exponent(found: Iterable[Coordinates]) -> float | None:
     """The power of the width with which the prediction moved: the slope of log(change) on log(width) at the last step.
 
-    0 is what a parametrisation that suits every width has; None where nothing moved, or not at two widths.
+    It is 0 for a parametrisation that suits every width; None if activations moved at fewer than two widths.
     """
     rows = [row for row in found if row.activation == "prediction" and row.change_rms > 0 and math.isfinite(row.change_rms)]
     last = [row for row in rows if row.step == max(row.step for row in rows)]

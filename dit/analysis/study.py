@@ -204,7 +204,7 @@ class _Table:
 
     @property
     def pairs(self) -> list[tuple[str, Place, float]]:
-        """Strategy, place and rate of the strategy, wherever the baseline ran at the same rate or both have one rate alone."""
+        """Strategy, place and rate of the strategy, wherever the baseline ran at the same rate or both ran at only one."""
         return [
             (name, place, rate)
             for name in self.others

@@ -79,7 +79,7 @@ def describe(rule: BaseRule) -> str:
 
 
 def _grouped(found: Iterable[Role], key: Callable[[Role], Hashable]) -> Iterator[list[Role]]:
-    """Each role apart, and of the same role in several blocks those together that follow each other with equal keys."""
+    """Groups of one role each; consecutive blocks whose roles have equal keys share a group."""
     kin: dict[str, list[Role]] = {}
     for role in found:
         kin.setdefault(role.beyond_blocks, []).append(role)

@@ -123,8 +123,8 @@ class Judgement:
 def judge(comparisons: Sequence[Comparison]) -> list[Judgement]:
     """Answer the comparisons of one study, in their order.
 
-    A declared comparison is better or worse where its corrected p-value is below 5 %, so that the chance of any false
-    declared verdict in a study is at most that. One without a verdict counts in the correction as p = 1: it was asked. An
+    A declared comparison is better or worse where its corrected p-value is below 5 %, so that the chance of any false declared
+    verdict in a study is at most that. A declared comparison without a verdict counts in the correction as p = 1. An
     exploratory comparison goes by its own p-value, and its sentence says so.
     """
     reasons = [_no_verdict(comparison) for comparison in comparisons]

@@ -23,13 +23,13 @@ from dit.optim.optimizer import hidden_weights
 from dit.sections.optim import MuonParams, OptimizerParams
 
 SCALING = 1e-3
-"""The gradient of three times the loss is three times the gradient, to this relative difference, unless it is mere rounding."""
+"""Three times the loss has three times the gradient, up to this relative difference, unless the gradient is mere rounding."""
 
 FLOOR = 1e-14
-"""Below this fraction of the network's largest gradient, one is rounding of the forward pass, in float64."""
+"""In float64, a gradient below this fraction of the network's largest is rounding of the forward pass."""
 
 KEY_BIASES = (".qkv.key.bias", ".to_k.bias")
-"""How roles of biases of keys end, here and in diffusers: they shift all logits of a query, which softmax does not see."""
+"""Path ends of the biases of keys, here and in diffusers: they shift all logits of a query, which softmax ignores."""
 
 Schedule = dict[str, int | None]
 """By role, the first optimiser step with a gradient, counted from 0; None where there is none within the steps looked at."""
@@ -87,7 +87,7 @@ def _orthogonalised(momenta: Mapping[str, Pattern], every_role: Sequence[Role], 
 def patterns(strategy: Strategy, model: nn.Module) -> dict[str, Pattern]:
     """What `strategy` makes of each role of `model`, by role path, read off weights that are drawn for it.
 
-    Blocks differ by their random numbers alone, in which no pattern lies, so that weights of one rule and shape are drawn once.
+    Blocks differ only in their random numbers, which have no pattern, so weights of one rule and shape are drawn once.
     """
     claimed = claims(strategy, roles(model))
     draws = Draws(model, seed=0)

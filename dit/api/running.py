@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +19,7 @@ from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.devices import make_deterministic, resolve_device
 from dit.diffusion import Diffusion
-from dit.errors import ConfigError, DataError
+from dit.errors import ConfigError, DataError, did_you_mean
 from dit.init.strategy import Strategy
 from dit.sections import SCHEDULERS
 from dit.training.loop import Trainer
@@ -155,9 +154,8 @@ def _named(strategy: str | Mapping[str, Any] | Strategy, defaults: Params) -> tu
     if isinstance(strategy, Mapping):
         return OWN, {OWN: dict(strategy)}
     if strategy not in defaults.strategies:
-        near = get_close_matches(str(strategy), defaults.strategies, n=2)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(defaults.strategies)}"
-        raise ConfigError(f"unknown strategy '{strategy}'; {hint}")
+        hint = did_you_mean(str(strategy), defaults.strategies) or f"; expected one of {', '.join(defaults.strategies)}"
+        raise ConfigError(f"unknown strategy '{strategy}'{hint}")
     return strategy, {}
 
 

@@ -38,10 +38,10 @@ MAX_MODULES = 30_000
 SIDES = ("sample_size", "sample_width", "sample_height", "pos_embed_max_size", "sample_frames", "image_size", "input_size")
 
 LAYERS = re.compile(r"(n|num)_?(\w+_)?(layers|blocks)|(\w+_)?depth")
-"""What numbers of blocks are called."""
+"""Names of arguments that are numbers of blocks."""
 
 WEIGHT_COPIES = 3
-"""How often an audit holds the weights, in their own precision: the network, its copy, and how that started."""
+"""Copies of the weights in an audit, in their own precision: the network, its copy, and the copy's start."""
 
 
 def check_config(name: str, config: Mapping[str, Any]) -> None:
@@ -70,9 +70,9 @@ def _values(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, A
 
 
 def made(constructor: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
-    """What `constructor` makes of `arguments`; without memory first, so that what is too large is refused.
+    """Call `constructor` with `arguments`; on the meta device first, so that a network that is too large is refused.
 
-    Raises `ConfigError` for a network that cannot be built, has more modules than any, or does not fit in memory.
+    Raises `ConfigError` for a network that cannot be built, has too many modules, or does not fit in memory.
     """
     with _limited(constructor.__name__), torch.device("meta"), warnings.catch_warnings(action="ignore"):
         try:

@@ -19,7 +19,7 @@ from dit.init.weights import StateDict, state_dict
 from dit.models.external.sources import diffusers_class
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-"""Of a network's files: diffusers', and those that accelerate and transformers write."""
+"""How names of weight files begin: in diffusers, and in what accelerate and transformers write."""
 
 SUFFIXES = (".safetensors", ".bin")
 """In the order in which they are looked for; a `.bin` is read with tensors and plain values alone."""

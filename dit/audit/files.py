@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from dit.audit.report import Source
 from dit.audit.words import brief
 from dit.errors import ConfigError, DataError
-from dit.init.weights import StateDict, state_dict
+from dit.init.weights import WRAPPERS, StateDict, state_dict
 
 FACTORY = "write a function that returns (model, batch) and audit it as package.module:function"
-
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
-"""What torch.compile, activation checkpointing and data parallelism put into the names of weights."""
 
 
 @dataclass(frozen=True)

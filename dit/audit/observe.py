@@ -20,7 +20,7 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers whose rows are units."""
 
 ALIKE = 0.5
-"""Cosine above which a stream is the one that went in: 1 where nothing was added, less where it was normalised after that."""
+"""Above this cosine, an output continues an input stream: 1 if nothing was added, less if it was then normalised."""
 
 
 @dataclass
@@ -270,7 +270,7 @@ class _Layer(_Watcher):
 
 
 def _change(before: Tensor, after: Tensor) -> float:
-    """The relative change, or that beyond rounding to float32, in which some blocks keep their stream."""
+    """The relative change, without rounding to float32, because some blocks keep their stream in float32."""
     return min(relative_change(before, after), relative_change(before.float(), after))
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from dit.models.dit.network import DiT
 from dit.models.lightning_dit import LIGHTNING_SIZES
 from dit.models.lightning_dit.layers import Variant
 from dit.models.lightning_dit.network import LightningDiT
+from dit.models.sit.network import SiT
 from dit.models.sizes import SIZES, Size
 
 ANCHORS = ("x_embedder.proj.weight",)
@@ -36,13 +37,21 @@ class Shapes:
     out_channels: int
 
 
-def load(path: Path, config: Mapping[str, Any], reading: Reading) -> tuple[Denoiser, Weights]:
-    """The network that a checkpoint is of, before it is filled, and its weights. Raises `DataError` or `ConfigError`."""
+def load(
+    path: Path, config: Mapping[str, Any], reading: Reading, family: Literal["DiT", "SiT", "LightningDiT"] | None = None
+) -> tuple[Denoiser, Weights]:
+    """The network that a checkpoint is of, before it is filled, and its weights. Raises `DataError` or `ConfigError`.
+
+    A SiT has the names and shapes of a DiT, and is one only where `family` says so.
+    """
     weights = read_file(path, ANCHORS, reading)
     shapes = _shapes(weights)
     lightning = any(name.startswith("blocks.0.mlp.w12") for name in weights.tensors) or "feat_rope.freqs_cos" in weights.tensors
+    lightning = lightning or family == "LightningDiT"
+    if lightning and family in ("DiT", "SiT"):
+        raise DataError(f"{path} has the layers of a LightningDiT, and is no {family}")
     heads = _heads(path, shapes, config, LIGHTNING_SIZES if lightning else SIZES)
-    make = _lightning if lightning else _dit
+    make = _lightning if lightning else _sit if family == "SiT" else _dit
     try:
         network = make(weights.tensors, shapes, heads)
     except (ConfigError, ZeroDivisionError, ValueError) as error:  # sizes that do not go together
@@ -107,8 +116,12 @@ def _common(shapes: Shapes, heads: int) -> dict[str, int]:
 
 
 def _dit(tensors: Mapping[str, Tensor], shapes: Shapes, heads: int) -> Denoiser:
-    """A DiT, or a SiT, which has the same weights and differs in the scale of its time and in the sign of its output."""
+    """A DiT. A SiT has the same weights, and differs in the scale of its time and in the sign of its output."""
     return DiT(**_common(shapes, heads), learn_sigma=shapes.out_channels == 2 * shapes.channels)
+
+
+def _sit(tensors: Mapping[str, Tensor], shapes: Shapes, heads: int) -> Denoiser:
+    return SiT(**_common(shapes, heads), sigma_head=shapes.out_channels == 2 * shapes.channels)
 
 
 def _lightning(tensors: Mapping[str, Tensor], shapes: Shapes, heads: int) -> Denoiser:

@@ -21,7 +21,7 @@ Gates = Literal["modulation", "other layers", "both", "unknown"]
 Topic = Literal["output", "blocks", "modulation", "gradients"]
 State = Literal["zero", "zero weight", "partly zero", "constant", "random"]
 STATES: dict[State, str] = {"zero weight": "the same for every input (zero weight, but not bias)"}
-"""In words, where the state itself is none."""
+"""In words, for states whose name does not say enough."""
 
 
 class AuditFinding(BaseModel):
@@ -33,7 +33,7 @@ class AuditFinding(BaseModel):
 class Output(AuditFinding):
     """The first output: root mean square, loss, and the loss of an output that is zero (None where it cannot be known).
 
-    `path` is where it is in what the network returns, empty for all of that.
+    `path` locates it in what the network returns; empty if it is the whole of it.
     """
 
     path: str
@@ -190,7 +190,7 @@ class AuditReport(AuditFinding):
         return self.trained is not None and self.trained.likely
 
     def failures(self, expectation: Expectation | str) -> list[str]:
-        """Why it is not certain that the network is what is expected: reasons against it, and then doubts; empty where it is.
+        """Reasons against an expectation, then doubts about it; empty if the network certainly meets it.
 
         Raises `ConfigError` for an unknown name.
         """
@@ -209,7 +209,7 @@ class AuditReport(AuditFinding):
         return found
 
     def expect(self, expectation: Expectation | str) -> None:
-        """For a test: raise `AssertionError` with the reasons and the verdict where the network is something else."""
+        """For a test: raise `AssertionError` with the reasons and the verdict unless the network meets the expectation."""
         reasons = self.failures(expectation)
         if reasons:
             raise AssertionError(f"expected {expectation}, but {'; '.join(reasons)}\n{self.verdict}")

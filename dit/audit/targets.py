@@ -115,7 +115,7 @@ def _diffusers(name: str, config: Mapping[str, Any]) -> AuditTarget:
 def _strategy(name: str, model_name: str | None, seed: int, params: Path) -> AuditTarget:
     """The network of a parameter file, or the one called `model_name`, with one of that file's strategies.
 
-    It is asked and charged as in training, by the file's objective: `dit.diffusion.Diffusion.training_loss`.
+    Its inputs and loss are those of training, by the file's objective: `dit.diffusion.Diffusion.training_loss`.
     """
     loaded = config.load(params)
     if name not in loaded.strategies:

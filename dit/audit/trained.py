@@ -18,13 +18,13 @@ SMALLEST = 16
 """Rows and columns that a matrix needs to be judged."""
 
 EXCESS = 1.5
-"""Times the variance of independent entries beyond which rows and columns are no draw."""
+"""Rows and columns that vary more than this multiple of the variance of independent entries were not drawn so."""
 
 DEVIATIONS = 6.0
-"""Standard deviations of that variance that the excess must be, so that no draw of a small matrix counts as trained."""
+"""The excess must also be this many standard deviations of that variance, so that no small drawn matrix counts as trained."""
 
 ENOUGH = 0.25
-"""Of the matrices judged, the share that must look trained: those of a small network after some 300 steps do."""
+"""More than this share of the judged matrices must look trained; in a small network they do after some 300 steps."""
 
 
 def trained(weights: Mapping[str, Tensor]) -> Trained | None:

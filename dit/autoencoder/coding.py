@@ -17,7 +17,7 @@ from dit.devices import autocast, send
 from dit.fused.encoder import FusedEncoder
 
 BATCH_SIZE = 16
-"""Of reconstructions; it bounds memory, and results do not depend on it beyond rounding."""
+"""Images reconstructed together. It bounds memory; results depend on it only by rounding."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Point:
 
     @property
     def logvar(self) -> Tensor:
-        """Of a variance of 0."""
+        """The logarithm of a variance of 0."""
         return torch.full_like(self.mean, -torch.inf)
 
 

@@ -95,7 +95,7 @@ def _check_shape(params: PretrainedAutoencoder, found: dict[str, Any], image_cha
 
 
 def _unreachable(error: BaseException | None) -> bool:
-    """Whether no answer of the hub lies behind an error: diffusers' own words do not say."""
+    """Whether an error has its cause in a hub that did not answer: diffusers' message does not say."""
     while error is not None:
         if isinstance(error, LocalEntryNotFoundError):
             return True

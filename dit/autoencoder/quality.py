@@ -16,7 +16,7 @@ MEASURED_IMAGES = 1024
 """Reconstructions are measured on this many validation images at most, evenly spaced."""
 
 MAX_PSNR = 10 * math.log10(12 * 255**2)
-"""58.9 dB, that of an error of rounding to whole grey values (variance 1/12): what an exact reconstruction counts as."""
+"""An exact reconstruction counts as 58.9 dB, the value for rounding to whole grey values (variance 1/12)."""
 SHOWN, SHOWN_PER_ROW, SHOWN_SIZE = 32, 4, 96
 """The picture: pairs, pairs in a row, and the pixels that small images are enlarged to at most."""
 

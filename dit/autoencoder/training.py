@@ -21,7 +21,7 @@ from dit.seeding import derive_seed, generator
 
 LAYERS_PER_BLOCK = 1
 MAX_NORM_GROUPS = 8
-"""Of group normalisation: the largest number up to this one that divides all widths."""
+"""Group normalisation has the largest number of groups, up to this one, that divides all widths."""
 CHECKPOINT_EVERY = 250
 """Steps between checkpoints; the result does not depend on it."""
 
@@ -29,7 +29,7 @@ CHECKPOINT_EVERY = 250
 def build(params: TrainedAutoencoder, size: int, image_channels: int = 3) -> AutoencoderKL:
     """A small `AutoencoderKL` for images of `size` pixels, with diffusers' weights drawn from `params.seed`.
 
-    Its config states no factor of its latents: that of diffusers, 0.18215, is measured of another autoencoder.
+    Its config states no factor of its latents, because diffusers' 0.18215 was measured on another autoencoder.
     """
     groups = max(g for g in range(1, MAX_NORM_GROUPS + 1) if math.gcd(*params.channels) % g == 0)
     levels = len(params.channels)

@@ -30,7 +30,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 """What is opened, whatever a file is called. Pillow knows more: it would start Ghostscript for one that is PostScript."""
 
 MOST_BYTES = 512 * 1024**2
-"""More than any picture of as many pixels as Pillow decodes (2 * 2^30 / 12) needs at 3 bytes a pixel."""
+"""More than the largest picture that Pillow decodes (2 * 2^30 / 12 pixels) needs at 3 bytes a pixel."""
 
 ORIENTATION = 0x0112
 """The EXIF tag that says how a picture is to be turned; CIPA DC-008 (Exif 2.32), section 4.6.4."""
@@ -53,7 +53,7 @@ MODES = {1: "L", 3: "RGB"}
 """Channels of an image -> Pillow's mode. `L` is the luma of ITU-R BT.601: 0.299 R + 0.587 G + 0.114 B."""
 
 FAULTS_OF_THE_MACHINE = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-"""Errors of reading that are no verdict on the file: the stage fails, and a retry may help."""
+"""Read errors that do not show that the file is bad: the stage fails, and a retry may help."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class ImageStore:
 def write_images(images: ImagesParams, directory: Path) -> dict[str, int]:
     """Read a source into a store of images at `directory`, and return the counts; see `dit.data.ingest`.
 
-    Who only reads images imports none of the sources.
+    Code that only reads images imports none of the sources.
     """
     from dit.data import ingest
 

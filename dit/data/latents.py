@@ -204,7 +204,7 @@ def _by_number(normalize: float, channels: int, published: dict[str, Any] | None
 
 
 def one_ahead(values: Iterable[T]) -> Iterator[T]:
-    """The same values, each asked for before the one before it is used: a GPU goes on computing while the host stores."""
+    """The same values, but each is requested before the previous one is used: a GPU computes while the host stores."""
     waiting: list[T] = []
     for value in values:
         waiting.append(value)

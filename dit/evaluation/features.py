@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -14,17 +13,24 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.hub import load_state_dict_from_url
 
 from dit import checksums
-from dit.errors import ConfigError, DataError, InputError
+from dit.errors import DataError, InputError
+from dit.evaluation.inception import Inception, inception
 from dit.progress import progress
 from dit.sections import FeaturesParams
 
 PIXEL_MEAN, PIXEL_SCALE = 127.0, 128.0
 """What EfficientNet-Lite was trained with: MEAN_RGB and STDDEV_RGB of tensorflow/tpu `efficientnet_lite_builder.py`."""
 
-INSTALL_INCEPTION = "features.extractor = 'inception' needs torch-fidelity: pip install -e '.[inception]'"
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a network sees in images: features (B, D), and of Inception also spatial features (B, 2023) and logits (B, 1008)."""
+
+    features: Tensor
+    spatial: Tensor | None = None
+    logits: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,10 +49,20 @@ class FeatureExtractor:
 
         Grey images are seen as RGB images of three equal channels. Raises `DataError` for another dtype or shape.
         """
+        return self.network(self._pixels(images)).float().cpu()
+
+    @torch.inference_mode()
+    def outputs(self, images: np.ndarray) -> Outputs:
+        """All that the network sees in pixels (B, H, W, C) uint8, float32, on the CPU."""
+        if not isinstance(self.network, Inception):
+            return Outputs(self(images))
+        return Outputs(*(part.float().cpu() for part in self.network.outputs(self._pixels(images))))
+
+    def _pixels(self, images: np.ndarray) -> Tensor:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
             raise DataError(f"images of {images.dtype} {images.shape} have no features: expected uint8 (N, H, W, 3 or 1)")
         pixels = torch.from_numpy(np.array(images, order="C")).permute(0, 3, 1, 2).to(self.device)
-        return self.network(pixels.expand(-1, 3, -1, -1)).float().cpu()
+        return pixels.expand(-1, 3, -1, -1)
 
     def extract(self, images: np.ndarray, batch_size: int, description: str) -> Tensor:
         """Pixels (N, H, W, C) uint8, in memory or mapped, a batch at a time -> features (N, D), float32, on the CPU."""
@@ -94,38 +110,9 @@ def _efficientnet_lite0(params: FeaturesParams) -> tuple[nn.Module, int]:
     return EfficientNetLite0(params.size), EfficientNetLite0.dimension
 
 
-def _inception(params: FeaturesParams) -> tuple[nn.Module, int]:
-    """Inception-v3 with the weights and the resizing of Heusel et al. (2017), by torch-fidelity; pool3 features.
-
-    Its images are resized as TensorFlow 1 did, without antialiasing, so that distances compare with the literature. As
-    torch-fidelity unpickles whatever its file holds, the file is first read here, where nothing can execute from it.
-    """
-    path = None if params.weights is None else str(params.weights)
-    try:
-        if path:
-            torch.load(path, weights_only=True)
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-        from torchmetrics.image.fid import NoTrainInceptionV3
-
-        if not path:
-            load_state_dict_from_url(URL_INCEPTION_V3, check_hash=True, weights_only=True)
-        return NoTrainInceptionV3("inception-v3-compat", ["2048"], path, antialias=False), 2048
-    except ModuleNotFoundError:
-        raise ConfigError(INSTALL_INCEPTION) from None
-    except UnpicklingError:
-        raise ConfigError(
-            f"features.weights = '{path}' holds more than weights; expected a file of torch-fidelity's weights, or null"
-        ) from None
-    except (FileNotFoundError, RuntimeError) as error:
-        found = str(error).splitlines()[0]
-        raise ConfigError(
-            f"features.weights = '{path}': {found}; expected a file of torch-fidelity's weights, or null"
-        ) from None
-
-
 NETWORKS: dict[str, Callable[[FeaturesParams], tuple[nn.Module, int]]] = {
     "efficientnet_lite0": _efficientnet_lite0,
-    "inception": _inception,
+    "inception": inception,
 }
 
 

@@ -18,8 +18,9 @@ from dit.data.latents import LatentStore
 from dit.devices import resolve_precision
 from dit.distributed import Ranks
 from dit.errors import InputError
-from dit.evaluation.features import FeatureExtractor
+from dit.evaluation.features import FeatureExtractor, Outputs
 from dit.evaluation.grids import grid_shape, image_grid
+from dit.evaluation.statistics import Gathered, Statistics
 from dit.models import Denoiser, backend_for
 from dit.progress import progress
 from dit.sampling import Network, balanced_labels, sample
@@ -63,6 +64,8 @@ class Seen:
 
     features: Tensor
     grid: Image.Image
+    statistics: Statistics | None = None
+    """What `look` measured where it was asked to measure all."""
 
 
 def look(
@@ -72,24 +75,31 @@ def look(
     params: EvaluateParams,
     num_classes: int,
     ranks: Ranks,
+    measure: bool = False,
 ) -> Seen | None:
     """Decode raw latents (N, C, h, w) with balanced labels, a batch at a time; None where one is not finite, as in a run that
-    diverged.
+    diverged. With `measure`, also take the statistics that a published table needs.
     """
     if not latents.isfinite().all():
         return None
     rows, columns = grid_shape(len(latents), num_classes, params.grid_rows)
     keep, size = rows * num_classes, params.batch_size * ranks.size
     features, shown = [], []
+    gathered = Gathered()
 
-    def decoded(batch: Tensor) -> tuple[Tensor, Tensor]:
+    def decoded(batch: Tensor) -> tuple[Tensor, ...]:
         images = decode(autoencoder, batch)
-        return extractor(images), torch.from_numpy(images)
+        seen = extractor.outputs(images) if measure else Outputs(extractor(images))
+        others = (seen.spatial, seen.logits) if seen.spatial is not None and seen.logits is not None else ()
+        return torch.from_numpy(images), seen.features, *others
 
     with progress(len(latents), "decode", "image", shown=ranks.is_main) as bar:
         for start, batch in zip(range(0, len(latents), size), latents.split(size), strict=True):
-            found, images = ranks.split(lambda own, batch=batch: decoded(batch[own]), len(batch))  # type: ignore[misc]
+            images, found, *others = ranks.split(lambda own, batch=batch: decoded(batch[own]), len(batch))  # type: ignore[misc]
             features.append(found.cpu())
+            if measure:
+                gathered.add(Outputs(found.cpu(), *(each.cpu() for each in others)))
             shown.append(images[: max(0, keep - start)].cpu().numpy())
             bar.update(len(batch))
-    return Seen(torch.cat(features), image_grid(np.concatenate(shown), rows, columns, num_classes))
+    grid = image_grid(np.concatenate(shown), rows, columns, num_classes)
+    return Seen(torch.cat(features), grid, gathered.statistics("samples", extractor) if measure else None)

@@ -95,7 +95,7 @@ def _downsample(conv: nn.Conv2d, h: Sum) -> Sum:
 
 
 def _norm(norm: nn.GroupNorm, h: Sum, silu: bool = True) -> tuple[Sum, Tensor]:
-    """The group norm of `h`; and `h` as it is known then: with nothing to be added, but for a bias that was alone."""
+    """`h` after its sum was computed, and its group norm. A bias without another summand stays to be added."""
     settings = norm.weight, norm.bias, norm.num_groups, norm.eps, silu
     x, normed = _kernels(h.x).group_norm(h.x, h.added, h.bias, *settings)
     return Sum(x, None, h.bias if h.added is None else None), normed

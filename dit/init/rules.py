@@ -1,8 +1,8 @@
 """Rules: which weights (`role`), and how they are drawn (`init` and its arguments). A strategy is a list of them.
 
 Every initialiser sees a tensor as a matrix (out, in); a convolution is flattened to (out, in * height * width), as the
-published DiT does with its patch embedding. A fused matrix is drawn whole, so the fan of its parts is that of the whole; what a
-rule then does to the rows of its role (`equal`, `scaled_by`) stays within them.
+published DiT does with its patch embedding. A fused matrix is drawn whole, with the fans of the whole matrix. The modifiers
+`equal` and `scaled_by` then act only on the rows of the rule's role.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Draws:
     def constructed(self) -> dict[str, Tensor]:
         """The weights that the constructor draws, by the names of the tensors."""
         if not isinstance(self.model, Denoiser):
-            raise ConfigError(f"{type(self.model).__name__} cannot be made anew, as init: constructor needs")
+            raise ConfigError(
+                f"{type(self.model).__name__} cannot be built again, so it has no init: constructor; expected another init"
+            )
         return {name: weight.detach() for name, weight in self.model.constructed(self.seed).named_parameters()}
 
 
@@ -71,7 +73,7 @@ class BaseRule(BaseModel, ABC):
         """Raise `ConfigError` where this rule cannot draw `role`."""
 
     def verify(self) -> None:
-        """Raise `ConfigError` where a file that this rule reads is missing, or is not the one it names."""
+        """Raise `ConfigError` if a file that this rule reads is missing or has another digest."""
 
     @abstractmethod
     def draw(self, role: Role, draws: Draws) -> Tensor:
@@ -278,7 +280,7 @@ class FanInUniform(ModifiableRule):
 
 
 class FanInNormal(ModifiableRule):
-    """Normal with standard deviation gain / sqrt(fan_in), that of its weight for a bias; LeCun et al. (1998), section 4.6."""
+    """Normal with standard deviation gain / sqrt(fan_in), also for its bias; LeCun et al. (1998), section 4.6."""
 
     init: Literal["fan_in_normal"]
     gain: NonNegative = 1.0
@@ -325,7 +327,7 @@ class FromCheckpoint(FilledRule):
 
 
 class Constructor(BaseRule):
-    """What the network's own constructor draws, in all its tensors at once, from a seed derived from that of the run.
+    """What the network's own constructor draws, in all its tensors at once, from a seed derived from the run's seed.
 
     Tensors that are not trained, and buffers, have no role: they keep what they had.
     """

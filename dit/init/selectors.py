@@ -31,7 +31,7 @@ SLICE = re.compile(r"\[(?P<start>\d+(?:/\d+)?|):(?P<stop>\d+(?:/\d+)?|)\]$")
 def select(selector: str, candidates: Sequence[Role]) -> list[Role]:
     """The roles that `selector` names. Raises `ConfigError` where it names none, or rows that are not there.
 
-    Where it names rows of a role, `candidates` hold the parts of that role, cut where `cuts` says.
+    If it names rows of a role, `candidates` must hold that role in parts, split at the rows that `cuts` returns.
     """
     found = [role for role in candidates if _names(selector, role.whole)]
     if found:
@@ -46,13 +46,13 @@ def select(selector: str, candidates: Sequence[Role]) -> list[Role]:
             role for role, first in inside if wanted[role.whole][0] <= first and first + role.count <= wanted[role.whole][1]
         ]
         if not within:
-            raise ConfigError(f"role '{selector}' names some rows of {inside[0][0].path}, which is taken whole here")
+            raise ConfigError(f"role '{selector}' names some rows of {inside[0][0].path}; expected the whole role")
         return within
     raise ConfigError(_unknown(selector, candidates))
 
 
 def cuts(selectors: Iterable[str], every_role: Sequence[Role]) -> dict[str, set[int]]:
-    """Where slices of rows start and end that `selectors` name, by the path of the role and counted from its first row.
+    """By path of a role, the rows at which the slices in `selectors` start and end, counted from the role's first row.
 
     Raises `ConfigError` for rows that are not there.
     """
@@ -66,7 +66,7 @@ def cuts(selectors: Iterable[str], every_role: Sequence[Role]) -> dict[str, set[
 
 
 def _parents(selector: str, candidates: Sequence[Role]) -> dict[str, tuple[int, int]]:
-    """First row and number of rows of every whole role of which `selector` names rows, by its path."""
+    """By path, the first row and the number of rows of every whole role of which `selector` names rows."""
     stem = SLICE.sub("", selector)
     found: dict[str, tuple[int, int]] = {}
     for role in candidates:
@@ -78,12 +78,12 @@ def _parents(selector: str, candidates: Sequence[Role]) -> dict[str, tuple[int, 
 
 
 def _rows(selector: str, rows: re.Match[str], count: int) -> tuple[int, int]:
-    """The first row and that after the last, of a role of `count` rows."""
+    """The first row of a slice and the row after its last, in a role of `count` rows."""
     ends = []
     for text, default in ((rows["start"], "0"), (rows["stop"], str(count))):
         end = Fraction(text or default) * (count if "/" in text else 1)
         if end.denominator != 1:
-            raise ConfigError(f"role '{selector}': {text} of {count} rows is no whole number of rows")
+            raise ConfigError(f"role '{selector}': {text} of {count} rows is not a whole number")
         ends.append(int(end))
     start, stop = ends
     if not 0 <= start < stop <= count:

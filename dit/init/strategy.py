@@ -29,9 +29,9 @@ LIBRARY = Path(__file__).parents[1] / "library.yaml"
 class Strategy(BaseModel):
     """A named initialisation of the whole network. Later rules override earlier ones.
 
-    `rules` may hold lists of rules, such as those of another strategy by a YAML alias, and names of strategies of the library,
-    which stand for their rules; all are joined into one list, and messages count the rules of that one. `description` and
-    `source` are for readers; only `rules` decide a weight.
+    `rules` may contain lists of rules, such as a YAML alias of another strategy's rules, and names of strategies of the
+    library, which stand for their rules. All are joined into one list, and messages number the rules of this list.
+    `description` and `source` are for readers; only `rules` decide a weight.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,12 +48,12 @@ class Strategy(BaseModel):
 
     @property
     def resolved(self) -> list[dict[str, Any]]:
-        """The rules as JSON-able data, without what is left at its default, and without what is for readers."""
+        """The rules as JSON-able data, without defaults, description and source."""
         rules: list[dict[str, Any]] = self.model_dump(mode="json", exclude_defaults=True)["rules"]
         return rules
 
     def verify(self) -> None:
-        """Raise `ConfigError` where a file that a rule reads is missing, or is not the one it names. It reads whole files."""
+        """Raise `ConfigError` if a file that a rule reads is missing or has another digest. It reads whole files."""
         for index, rule in enumerate(self.rules):
             try:
                 rule.verify()
@@ -76,8 +76,9 @@ def _flattened(rules: list | tuple, library: Mapping[str, Strategy]) -> Iterator
 def claims(strategy: Strategy, every_role: Sequence[Role]) -> dict[Role, BaseRule]:
     """Which rule sets each of a network's roles.
 
-    A role of which a rule takes some rows comes in parts, each a role. Raises `ConfigError`, naming the rule, where a selector
-    names nothing and its rule is not optional, where no rule claims a role, or where one claims a role that it cannot draw.
+    If a rule takes only some rows of a role, the role is split into parts, and each part is a role. Raises `ConfigError` that
+    names the rule if its selector matches nothing and it is not optional, or if it claims a role that it cannot draw; also if
+    no rule claims a role.
     """
     every_role = parts([strategy], every_role)
     claimed: dict[Role, BaseRule] = {}
@@ -101,7 +102,7 @@ def claims(strategy: Strategy, every_role: Sequence[Role]) -> dict[Role, BaseRul
 
 
 def parts(strategies: Iterable[Strategy], every_role: Sequence[Role]) -> list[Role]:
-    """A network's roles, cut where a rule of any of `strategies` takes some rows of one."""
+    """A network's roles. A role is split if any rule of `strategies` takes only some of its rows."""
     ends: dict[str, set[int]] = defaultdict(set)
     for strategy in strategies:
         for index, rule in enumerate(strategy.rules):

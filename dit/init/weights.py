@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -40,6 +40,9 @@ HOLDERS = (
 facebookresearch/DiT train.py and download.py; timm, Lightning, DeepSpeed, BasicSR and mmengine have the others. Averaged
 weights come first, as the published samplers use them.
 """
+
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
+"""What torch.compile, activation checkpointing and data parallelism put into the names of weights."""
 
 MAX_NESTING = 16
 """Mappings inside mappings that are looked into."""
@@ -80,6 +83,8 @@ def tensor(path: Path, sha256: str, name: str, shape: tuple[int, ...]) -> Tensor
     """The tensor called `name`, as float32 on the CPU. Raises `ConfigError` where it is missing or has another shape."""
     weights = _read(path, sha256)
     if name not in weights:
+        name = _wrapping(weights) + name
+    if name not in weights:
         ending = name.partition(".")[2] or name
         near = [key for key in weights if key.endswith(ending)][:3] or list(weights)[:3]
         raise ConfigError(f"{path}: no tensor is called '{name}'; it has {', '.join(near)}, ...; `prefix` stands before a name")
@@ -91,6 +96,14 @@ def tensor(path: Path, sha256: str, name: str, shape: tuple[int, ...]) -> Tensor
 def forget() -> None:
     """Release the file that was read last."""
     _read.cache_clear()
+
+
+def _wrapping(weights: Collection[str]) -> str:
+    """The wrappers before every name, as data parallelism and torch.compile leave them; empty where some name has none."""
+    first = next(iter(weights), "").split(".")
+    count = next((index for index, part in enumerate(first) if part not in WRAPPERS), 0)
+    wrapping = "".join(f"{part}." for part in first[:count])
+    return wrapping if all(name.startswith(wrapping) for name in weights) else ""
 
 
 @lru_cache(maxsize=1)

@@ -107,10 +107,10 @@ def backend_for(
     sharded: bool = False,
     unserved: str = "",
 ) -> str:
-    """How `model` runs where `section` of params.yaml asks for the backend `name`: eager, compiled or fused.
+    """How `model` runs if `section` of params.yaml asks for the backend `name`: eager, compiled or fused.
 
-    The fused path holds whole weights, so a network that is `sharded` over processes has none; nor is there one for what is
-    `unserved`, in words, where that is not empty. Raises `ConfigError` for `fused` where it cannot run.
+    The fused path holds whole weights, so it does not run a network that is `sharded` over processes. Nor does it run if
+    `unserved` says, in words, what it cannot do. Raises `ConfigError` if `name` is `fused` and the fused path cannot run.
     """
     path = backbone_of(model).fast_path
     supported = path is not None and path.supports(model) and not sharded and not unserved

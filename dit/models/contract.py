@@ -124,7 +124,7 @@ class Backbone:
     resizable: bool = False
     """Whether its networks take `hidden_size`, `depth` and `num_heads`, as the coordinate check needs."""
     gradient_flow: Callable[[Any, Mapping[str, Pattern]], dict[str, Pattern]] | None = None
-    """From the pattern of every role's weights, that of its gradient; see `dit.models.gradient_flow`."""
+    """Maps the pattern of every role's weights to the pattern of its gradient; see `dit.models.gradient_flow`."""
     fast_path: FastPath | None = None
     called_when_built: bool = False
     """Whether building calls the network. To check parameters it is then built on the meta device, where a call is cheap."""

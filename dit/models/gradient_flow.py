@@ -1,11 +1,11 @@
 """Which weights receive a gradient: the chain rule read on what is known of each weight matrix, not on numbers.
 
-A product with a zero factor passes nothing. Some others vanish too, whatever the numbers, as the entries of a vector are all
-equal (it is uniform) or sum to zero (it is centred): a matrix with equal columns times a centred vector; a matrix whose rows
-each sum to zero times a uniform one; and 1 + scale where the scale is -1. Centred vectors come from layer norm: forwards, as it
-subtracts the mean; backwards, as it does not see one. Where the rows, or columns, of a matrix have equal sums, as those of an
-identity have, a uniform, or centred, vector stays one. And softmax does not see what all its logits share. All other sums are
-taken not to cancel.
+A product with a zero factor is zero. Other products vanish for any numbers if the entries of a vector are all equal (the vector
+is *uniform*) or sum to zero (it is *centred*): a matrix with equal columns times a centred vector; a matrix whose rows each sum
+to zero times a uniform vector; and 1 + scale where the scale is -1. Layer norm makes vectors centred: forwards because it
+subtracts the mean, backwards because it ignores the mean. A matrix whose rows have equal sums keeps a uniform vector uniform,
+and one whose columns have equal sums keeps a centred vector centred; an identity does both. Softmax ignores what all its logits
+share. All other sums are assumed not to cancel.
 """
 
 from __future__ import annotations

@@ -71,16 +71,16 @@ class MLP(nn.Module):
 
 
 def own_time(t: Tensor) -> Tensor:
-    """Timesteps (B,) in [0, 1000), noise at the end -> the time (B,) in (0, 1] of SiT and LightningDiT, data at the end.
+    """Timesteps (B,) in [0, 1000), with noise at 1000 -> the time (B,) in (0, 1] of SiT and LightningDiT, with data at 1.
 
-    Their velocity is that of their time, data - noise; willisma/SiT `transport/path.py`, `ICPlan`. So a network with their
-    arithmetic returns minus what it computes: noise - data, the velocity of `dit.diffusion`.
+    In their time the velocity is data - noise (willisma/SiT `transport/path.py`, `ICPlan`). So these networks return minus what
+    they compute: noise - data, the velocity of `dit.diffusion`.
     """
     return 1 - t / FLOW_TIMESTEPS
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
-    """Adaptive layer norm: tokens `x` (B, T, D) scaled and, but for None, shifted per sample by (B, D)."""
+    """Adaptive layer norm: tokens `x` (B, T, D), scaled and shifted per sample by (B, D); not shifted if `shift` is None."""
     scaled = x * (1 + scale.unsqueeze(1))
     return scaled if shift is None else scaled + shift.unsqueeze(1)
 

@@ -15,7 +15,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 ROWS = r"\[\d+:\d+\]$"
-"""How the path of a role ends that is some rows of another."""
+"""The end of the path of a role that is some rows of another role."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,16 @@ class Role:
 
     @property
     def whole(self) -> str:
-        """The path of the role of which a rule took some rows; its own path where it is no such part."""
+        """The path of the role that this one is a part of; its own path if it is not a part."""
         return re.sub(ROWS, "", self.path)
 
     @property
     def beyond_blocks(self) -> str:
-        """Its path without the index of its block: roles that differ in nothing else have the same."""
+        """Its path without the index of its block: equal for the same role in all blocks."""
         return self.in_blocks("")
 
     def in_blocks(self, index: str) -> str:
-        """Its path with `index` in place of that of its block; its own path outside the blocks."""
+        """Its path with `index` as the index of its block; its own path outside the blocks."""
         own = rf"(\[{self.block}\]|\.{self.block})(?=\.)"
         return self.path if self.block is None else re.sub(own, index, self.path, count=1)
 

@@ -28,12 +28,12 @@ NOT_SERVED = {
     "Optimizer": "it is the base class of all optimisers",
     "LBFGS": "it evaluates the loss several times a step",
     "SparseAdam": "it needs sparse gradients",
-    "Muon": "it takes matrices alone; `name: muon` gives the other weights to AdamW",
+    "Muon": "it takes only matrices; `name: muon` gives the other weights to AdamW",
 }
 """Classes of `torch.optim` that cannot train a network here, and why."""
 
 ELEMENTWISE = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
-"""Classes that move each entry of a weight along its own gradients alone, but for weight decay."""
+"""Classes that, apart from weight decay, change each entry of a weight from its own gradients only."""
 
 
 def is_elementwise(params: OptimizerParams) -> bool:
@@ -47,14 +47,14 @@ def shards(params: OptimizerParams) -> bool:
 
 
 def maker(params: NamedOptimizerParams) -> Make:
-    """What makes the optimiser. Raises `ConfigError` where there is none of that name, or for arguments it does not take."""
+    """The function that makes the optimiser. Raises `ConfigError` for an unknown name, or arguments that it does not take."""
     known = [*OWN, *OUTSIDE, *torch_names()]
     if params.name in NOT_SERVED:
         raise ConfigError(f"name = '{params.name}': {NOT_SERVED[params.name]}; expected one of {', '.join(known)}")
     if params.name not in known:
         near = get_close_matches(params.name, known, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"name = '{params.name}' is no optimiser{hint}; expected one of {', '.join(known)}")
+        raise ConfigError(f"name = '{params.name}' is not an optimiser{hint}; expected one of {', '.join(known)}")
     make: Make = OUTSIDE.get(params.name) or getattr(torch.optim, params.name)
     _check_arguments(params.name, make, params.arguments)
     return make
@@ -67,7 +67,7 @@ def torch_names() -> list[str]:
 
 
 def weight_decay_of(make: Make, params: NamedOptimizerParams) -> float | None:
-    """The weight decay of an optimiser, that of its signature unless `arguments` have another; None where it has none."""
+    """The weight decay of an optimiser: from `arguments`, else its default; None if it has no weight decay."""
     argument = inspect.signature(make).parameters.get("weight_decay")
     return None if argument is None else params.arguments.get("weight_decay", argument.default)
 

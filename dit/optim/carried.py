@@ -1,4 +1,4 @@
-"""Which of an optimiser's state another one can go on from, weight by weight."""
+"""The weights whose optimiser state another optimiser can take over."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Rule = tuple[str, ...]
 
 
 def carried(before: OptimizerParams, after: OptimizerParams, every_role: Sequence[Role]) -> set[str]:
-    """The weights, by name, that both update by the same rule, so that the state of the one is what the other expects.
+    """The names of the weights that both optimisers update by the same rule, so that `after` can take over their state.
 
     Betas, decays and learning rates may differ: they say how the state changes from now on, not what it is.
     """
@@ -31,7 +31,7 @@ def _rules(params: OptimizerParams, every_role: Sequence[Role]) -> dict[str, Rul
 
 
 def _rule(params: OptimizerParams) -> Rule:
-    """The rule of all weights, or in Muon of those that are not hidden."""
+    """The rule for all weights; in Muon, for all weights that are not hidden."""
     arguments: dict[str, Any] = {}
     match params:
         case AdamWParams() | MuonParams():

@@ -21,7 +21,7 @@ EPS = 1e-8
 
 
 def unserved(params: OptimizerParams) -> str:
-    """What of an optimiser the fused path cannot do, in words; empty where it can do all of it."""
+    """In words, what an optimiser needs and the fused path cannot do; empty if it can do everything."""
     return "" if isinstance(params, AdamWParams) else f"train.optimizer.name = '{params.name}'"
 
 

@@ -14,7 +14,7 @@ from dit.sections.optim import ParameterGroup, Selectors
 
 @dataclass(frozen=True)
 class Multipliers:
-    """Of one weight: its learning rate and weight decay over those of the optimiser."""
+    """For one weight: the factors that multiply the optimiser's learning rate and weight decay."""
 
     learning_rate: float = 1.0
     weight_decay: float = 1.0
@@ -44,7 +44,8 @@ def _multipliers(group: ParameterGroup, role: Role) -> Multipliers:
 def whole_weights(selectors: Selectors, every_role: Sequence[Role], where: str) -> dict[str, Role]:
     """The weights that `selectors` name together, by name, each with one of its roles.
 
-    Raises `ConfigError` that begins with `where`, as an optimiser updates a fused weight as one tensor.
+    Raises `ConfigError` that begins with `where` for a selector that names nothing, or only some rows of a weight: an optimiser
+    updates a fused weight as one tensor.
     """
     parts: dict[str, set[Role]] = defaultdict(set)
     for selector in (selectors,) if isinstance(selectors, str) else selectors:

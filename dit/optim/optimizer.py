@@ -107,7 +107,7 @@ def make_optimizer(
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimisers, each of weights of its own, as one; they share its parameter groups and its state."""
+    """Several optimisers, each for its own weights, combined into one with common parameter groups and state."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
@@ -132,7 +132,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 class SecondMoment:
     """Adam's running mean of the squared gradients of one weight, without the correction of its bias; Kingma & Ba (2015).
 
-    A step multiplies it by `decay` and adds `1 - decay` times the squared gradient; there have been `updates` of them.
+    A step multiplies it by `decay` and adds `1 - decay` times the squared gradient; `updates` counts the steps so far.
     """
 
     value: Tensor

@@ -19,7 +19,7 @@ def _warmed_up(params: TrainParams, step: int) -> float:
 
 
 def _decayed(params: TrainParams, step: int) -> float:
-    """1 until the decay, then a line or half a cosine, which would be at `final_fraction` at the step after the last.
+    """1 until the decay, then a line or half a cosine, which would reach `final_fraction` one step after the last.
 
     Cosine: Loshchilov & Hutter (2017), "SGDR", eq. 5, without restarts. Warm-up, stable, decay: Hu et al. (2024), "MiniCPM",
     section 4; that a line serves as its decay: Hägele et al. (2024), "Scaling laws and compute-optimal training beyond fixed

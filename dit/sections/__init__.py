@@ -278,12 +278,22 @@ class EvaluateParams(Section):
     kernel_subset_size: Annotated[int, Field(ge=2)]
     kernel_subsets: PositiveInt
     nearest_k: PositiveInt
+    reference: FilePath | None = None
+    """Statistics of other images, such as those of a published table, to which samples are compared too; may be left out."""
     grid_rows: PositiveInt
     precision: Precision
     backend: Backend
     processes: PositiveInt
     threads: Threads
     device: Device
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As that of `TrainParams`."""
+        written: dict[str, Any] = serialize(self)
+        if self.reference is None:
+            written.pop("reference", None)
+        return written
 
 
 class FeaturesParams(Section):

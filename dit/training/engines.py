@@ -23,7 +23,7 @@ class Engine(Protocol):
     """One way to compute. All ways take the same steps, up to rounding, and go on from each other's checkpoints."""
 
     def gradients(self, batch: Batch) -> Tensor:
-        """Set the gradients of the training loss, averaged over ranks; this rank's loss and squared error, (2,)."""
+        """Set the gradients of the training loss, averaged over ranks. Returns this rank's loss and squared error, (2,)."""
 
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of all gradients, as a scalar tensor on the device; sharded as they are."""
@@ -32,10 +32,10 @@ class Engine(Protocol):
         """The norm of the gradient of `loss`, averaged over ranks, without a change of any gradient."""
 
     def publish_gradients(self) -> None:
-        """Have the model's own weights hold the gradients, until the next `step`."""
+        """Put the gradients into the model's own weights, until the next `step`."""
 
     def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
-        """Clip the gradients, whose norm this is, update the weights, and take them into their moving average."""
+        """Clip the gradients, which have this norm, update the weights, and update their moving average."""
 
     def second_moments(self) -> dict[str, SecondMoment]:
         """Adam's second moments before the next step, by the names of the weights that have one."""
@@ -48,7 +48,7 @@ class Engine(Protocol):
 
 
 def clip_factor(gradient_norm: Tensor, limit: float | None) -> Tensor:
-    """What clipping multiplies gradients of this norm by; as `torch.nn.utils.clip_grad_norm_`."""
+    """The factor by which clipping multiplies gradients of this norm, as in `torch.nn.utils.clip_grad_norm_`."""
     return torch.ones_like(gradient_norm) if limit is None else (limit / (gradient_norm + 1e-6)).clamp(max=1)
 
 
@@ -151,7 +151,7 @@ class Fused:
         self._captured = Captured(self._own_gradients)
 
     def _own_gradients(self, *parts: Tensor) -> Tensor:
-        """Set the gradients of this rank's rows of the batch; their loss, squared error and gradient norm, (3,)."""
+        """Set the gradients of this rank's rows of the batch. Returns their loss, squared error and gradient norm, (3,)."""
         loss = self.diffusion.training_loss(self.network, Batch(*parts), self._loss)
         total = loss.total.mean()
         total.backward()

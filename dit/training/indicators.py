@@ -18,7 +18,7 @@ from dit.optim.optimizer import SecondMoment
 from dit.training.attention import Attention
 
 SAMPLES = 16
-"""Samples of the batch that the network is called on, as their attention weights are held all at once."""
+"""The network is called on this many samples of the batch, because all their attention weights are held at once."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ def block_states(
     clip_factor: Tensor,
     clipped_share: float | None,
 ) -> list[BlockState]:
-    """Describe every block, and then the rest of the network, before a step that the gradients of `model` are ready for.
+    """Describe every block, and then the rest of the network, when the gradients of `model` are set but the step is not taken.
 
-    `inputs` are noisy latents, timesteps and labels, `moments` those of the optimiser, and `clip_factor` is what clipping will
-    multiply the gradients by. The host waits for the device once.
+    `inputs` are noisy latents, timesteps and labels, `moments` are the optimiser's second moments, and clipping will multiply
+    the gradients by `clip_factor`. The host waits for the device once.
     """
     activations, training = _Activations(model), model.training
     model.eval()  # nothing is dropped, so that nothing is drawn
@@ -125,7 +125,7 @@ def _second_moment_ratios(model: nn.Module, moments: Mapping[str, SecondMoment],
 
 
 def _squared_ratios(gradient: Tensor, moment: SecondMoment, clip_factor: Tensor) -> Tensor:
-    """g^2 / max(v, eps^2), with the v that the step is about to make of g^2 and correct for its bias."""
+    """g^2 / max(v, eps^2), with the v that the coming step will use: updated with g^2 and corrected for bias."""
     square = (gradient.float() * clip_factor).square()
     second_moment = torch.lerp(moment.value.float(), square, 1 - moment.decay) / (1 - moment.decay ** (moment.updates + 1))
     return square / second_moment.clamp(min=moment.eps**2)

@@ -26,8 +26,8 @@ from dit.training.records import Event
 from dit.training.stability import COLLAPSE_STEPS
 
 BEFORE = 32
-"""A checkpoint is good if it is so many steps before the first step of a spike or a collapse: gradient norms double 10 to 30
-steps ahead of one, in the collapse that `dit.training.stability` describes."""
+"""A checkpoint is good if it is at least this many steps before the first step of a spike or a collapse: gradient norms doubled
+10 to 30 steps ahead in the collapse that `dit.training.stability` describes."""
 
 RUN = "run.json"
 RECENT, SUSPECT, KEPT, ENDED = "recent", "suspect", "kept", "ended"
@@ -135,7 +135,8 @@ class Keeper:
             self._keep(step, self._scratch)
 
     def judged(self, event: Event, collapses: int) -> str:
-        """Keep what an event asks for, the last of so many `collapses`; says what was kept, or is empty."""
+        """Keep the checkpoint that an event calls for, after `collapses` collapses. Returns what was kept, in words, or
+        nothing."""
         if event.kind == "recovery":
             self.suspect.only(None)
         elif event.kind == "collapse" and collapses == 1:

@@ -26,6 +26,7 @@ from dit.optim.schedule import learning_rate
 from dit.progress import progress
 from dit.sections import TrainParams
 from dit.training.engines import ENGINES, clip_factor, plain_forward
+from dit.training.growing import GrowingTables
 from dit.training.indicators import SAMPLES, block_states
 from dit.training.kept import ENDED, Keeper, KeptRun, RunSettings, Shelf, describe, digest
 from dit.training.records import Divergence, Outcome, Records, outcome
@@ -42,10 +43,10 @@ NOISE_PART = 4
 class Trainer:
     """One run: a network with its weights set, its data, and all state that a checkpoint holds.
 
-    `scratch` holds the checkpoint and belongs to this run alone. Afterwards `ema` holds the averaged weights,
-    `records` what was measured and how stable the run was, and `divergence` is None unless a value that is not
-    finite stopped the run. `settings` describe the run for whoever continues one of its kept checkpoints. Runs that differ in
-    their length alone share the folder `ended`, where a run that keeps its last checkpoint leaves it to a longer one.
+    `scratch` holds the checkpoint and belongs to this run alone. Afterwards `ema` holds the averaged weights, `records` what
+    was measured and how stable the run was, and `divergence` is None unless a value that is not finite stopped the run.
+    `settings` describe the run for whoever continues one of its kept checkpoints. Runs that differ only in length share the
+    folder `ended`: a run that keeps its last checkpoint leaves it there for a longer run.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Trainer:
         engine = ENGINES[self.backend]
         self.engine = engine(self.model, diffusion, params, self.ema, self.ranks, self.precision)
         self.records = Records()
+        self.growing = GrowingTables(scratch)
         self.stability = Stability(self.validation.target_second_moment)
         self.divergence: Divergence | None = None
         self.steps_done = 0
@@ -121,16 +123,16 @@ class Trainer:
         )
 
     def averaged_weights(self) -> dict[str, Tensor]:
-        """The averaged weights on the host, by their names in the model: all ranks must ask, and the main one gets them."""
+        """The averaged weights on the host, by their names in the model. All ranks must call this; the main rank gets them."""
         return cast("dict[str, Tensor]", self.ranks.gather_state(self.ema.tensors))
 
     def run(self, description: str) -> None:
-        """Train from the last checkpoint, or from the start, to the end, to divergence, or to a collapse that shall end it."""
+        """Train from the last checkpoint, or from the start, to the end, to divergence, or to a collapse that ends the run."""
         self._resume(description)
         self.go_on(description)
 
     def go_on(self, description: str) -> None:
-        """Train from the present state to `last_step`, to divergence, or to a collapse that shall end the run."""
+        """Train from the present state to `last_step`, to divergence, or to a collapse that ends the run."""
         self.description = description
         first, started = self.steps_done, time.monotonic()
         with progress(self.last_step, description, "step", done=first, shown=self.ranks.is_main) as bar:
@@ -158,9 +160,10 @@ class Trainer:
         return self.divergence is not None or (self.params.stop_on_collapse and self.stability.phase == "collapse")
 
     def forget(self) -> None:
-        """Remove what a run that has ended no longer needs, once all that is wanted of it is on disk; what is kept stays."""
+        """Remove what an ended run no longer needs; call this once its results are on disk. Kept checkpoints stay."""
         if self.ranks.is_main:
             checkpoint.remove(self.scratch)
+            self.growing.remove()
             self.keeper.forget()
 
     def _train(self, step: int) -> None:
@@ -180,7 +183,7 @@ class Trainer:
         return not self.sharded and (step < EARLY_DIAGNOSES or step % self.params.diagnose_every == 0)
 
     def _diagnosed_update(self, step: int, batch: Batch, gradient_norm: Tensor) -> None:
-        """Take the step, and record what it does. Changes nothing that the run depends on."""
+        """Take the step, and record what it does. Recording changes nothing that the run depends on."""
         whole_size = self.params.batch_size
         part = len(range(0, whole_size, NOISE_PART))
         of_part = self._gradient_norm_of_part(batch, part) if part < whole_size else None
@@ -210,7 +213,7 @@ class Trainer:
     def _gradient_norm_of_part(self, batch: Batch, part: int) -> Tensor:
         """The norm of the gradient of `part` samples of the batch, whatever ranks they are on.
 
-        This is the work of the plain network: a compiled or captured one would be made again for this size.
+        The plain network computes it: a compiled or captured one would have to be made again for this size.
         """
         own = batch.rows(slice(-self.ranks.local_slice(self.params.batch_size).start % NOISE_PART, None, NOISE_PART))
         share = len(own.labels) * self.ranks.size / part  # 0 where all of the part is on other ranks
@@ -246,6 +249,7 @@ class Trainer:
                 self.records.metrics.append(asdict(seen))
             self._judge(seen)
         self._pending = []
+        self._show_progress()
         return mse
 
     def _judge(self, seen: Observation) -> None:
@@ -271,7 +275,7 @@ class Trainer:
             print(f"{self.description}: {line}", flush=True)
 
     def _validation_due(self, step: int) -> bool:
-        """At the powers of two, where strategies differ most, and then at equal intervals."""
+        """Validation is due at the powers of two, where strategies differ most, and then at equal intervals."""
         every = self.params.validate_every
         return step % every == 0 or (step < every and step.bit_count() == 1)
 
@@ -286,16 +290,21 @@ class Trainer:
             self.records.validation.append({"step": step, "weights": weights, "mse": measured.mse, **buckets})
             if not math.isfinite(measured.mse) and not self.divergence:
                 self._diverged(Divergence(step, f"validation_mse of the {weights} weights", repr(measured.mse)))
+        self._show_progress()
+
+    def _show_progress(self) -> None:
+        if self.ranks.is_main:
+            self.growing.update(self.records)
 
     def _save(self) -> None:
-        """All ranks give their part; one checkpoint is right for any number of them, and however they share the network."""
+        """Write a checkpoint; all ranks call this. It can be read by any number of ranks, with DDP or FSDP."""
         state = self._state()
         if self.ranks.is_main:
             checkpoint.save(self.scratch, state)
             self.keeper.saved(self.steps_done, self.steps_done in self.params.keep_checkpoints)
 
     def _save_last(self, shelf: Shelf) -> None:
-        """Leave the state of a finished run, before its last validation, which a longer run may not make here."""
+        """Keep the state of a finished run from before its last validation: a longer run may not validate at this step."""
         state = self._state()
         if self.ranks.is_main:
             checkpoint.save(self.scratch, state)

@@ -137,7 +137,7 @@ class Final:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `final` is None unless it finished, `diverged` and `collapsed` are None where it did not do so.
+    """How a run ended. `final` is None unless it finished; `diverged` and `collapsed` are None unless it did so.
 
     A run that collapsed first and diverged later has the status "collapsed", and both of the others.
     """
@@ -152,7 +152,7 @@ class Outcome:
 
     @property
     def sentence(self) -> str:
-        """What a person wants to know of a run that is over."""
+        """How the run ended, in words."""
         if self.collapsed:
             return f"collapsed at step {self.collapsed.step:,}: error {self.collapsed.mse:.4f}"
         if self.diverged:

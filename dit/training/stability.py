@@ -1,7 +1,7 @@
 """Spikes, recoveries and collapses of a run, found from its loss, error and gradient norm as they are read, step by step.
 
-A spike is a loss or a gradient norm far beyond its recent past. A collapse is an error that has lost at least half of what
-training had gained over an output of zero, and stays there. A loss that is not finite is a divergence, which the loop records.
+A spike is a loss or a gradient norm far beyond its recent past. A run collapses when it loses at least half of its improvement
+in error over an output of zero, and stays there. A loss that is not finite is a divergence, which the loop records.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any, Literal
 from dit.training.records import Event, Row
 
 WINDOW = 128
-"""Steps that "recent past" means: enough for a steady median deviation, and short beside any run whose collapse matters."""
+"""The recent past is this many steps: enough for a steady median deviation, few beside a run whose collapse matters."""
 
 MIN_HISTORY = 32
-"""Fewer steps than this are not judged: the first ones move fast at any start, and a deviation of so few is rough."""
+"""A shorter past judges nothing: values change fast in the first steps, and a deviation of so few values is rough."""
 
 DEVIATIONS = 8.0
 """A value beyond so many standard deviations of its recent past, in logarithms, is a spike. Losses and gradient norms of small
-batches have heavy tails, so that the 3 of normal numbers would be met every few hundred steps."""
+batches have heavy tails, so a limit of 3, as for normal numbers, would be crossed every few hundred steps."""
 
 LEAST_LOSS_RATIO, LEAST_NORM_RATIO = 1.5, 2.0
 """No loss or gradient norm below this multiple of the median is a spike, however quiet the past was. In the collapse of a
@@ -32,17 +32,17 @@ NORMAL = 1.4826
 """A standard deviation over the median absolute deviation, for normal numbers: 1 / Phi^-1(3/4); Rousseeuw & Croux (1993)."""
 
 RECOVERY_STEPS = 8
-"""A spike is over when loss and gradient norm have been below its limits for so many steps."""
+"""A spike is over when loss and gradient norm have been below its limits for this many steps."""
 
 COLLAPSE_STEPS = 16
-"""A collapse is one when the error stayed beyond its limit for so many steps: longer than a spike of a few bad steps, and short
-enough to be told within 20 steps of the onset."""
+"""A run has collapsed when its error stayed above the limit for this many steps: longer than a spike of a few bad steps, and
+few enough to detect it within 20 steps of the onset."""
 
 LOST = 0.5
 """A run has collapsed where it lost this fraction of what it had gained over an output of zero."""
 
 GAINED = 0.9
-"""A run that never came below this fraction of the error of a zero output has gained nothing that it could lose."""
+"""A run whose error never fell below this fraction of a zero output's error has gained nothing, so it cannot collapse."""
 
 KEPT = 64
 """Steps before a spike that are kept at full rate."""
@@ -56,7 +56,7 @@ Watched = Literal["loss", "gradient_norm"]
 
 @dataclass(frozen=True)
 class Observation:
-    """What is known of one step. `gradient_norm` may be infinite or NaN, as loss scaling meets such and skips the step."""
+    """What is known of one step. `gradient_norm` may be infinite or NaN: loss scaling skips such a step."""
 
     step: int
     loss: float
@@ -109,7 +109,7 @@ class Stability:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Stability:
-        """What `state_dict` was called on."""
+        """The state that `state_dict` describes."""
         return cls(**{**state, "recent": tuple(Observation(**row) for row in state["recent"])})
 
 
@@ -141,7 +141,7 @@ def observe(state: Stability, seen: Observation) -> tuple[Stability, Event | Non
 
 
 def _calm(state: Stability, seen: Observation) -> tuple[Stability, Event | None]:
-    """Look for the first step of a spike; any other belongs to the past that the next is judged by."""
+    """Look for the first step of a spike; add any other step to the recent past."""
     if _unusual(seen.loss, state.losses, LEAST_LOSS_RATIO) or _unusual(seen.gradient_norm, state.norms, LEAST_NORM_RATIO):
         limits = _limit(state.losses, LEAST_LOSS_RATIO), _limit(state.norms, LEAST_NORM_RATIO)
         beyond = _beyond(seen, limits)
@@ -154,7 +154,7 @@ def _calm(state: Stability, seen: Observation) -> tuple[Stability, Event | None]
 
 
 def _spiking(state: Stability, seen: Observation) -> tuple[Stability, Event | None]:
-    """Wait until values have been below the limits for long enough; where they stay beyond, their new level is learnt."""
+    """Wait until values have been below the limits for long enough. If they stay above, begin a new recent past."""
     quiet = 0 if _beyond(seen, state.limits) else state.quiet + 1
     if quiet == RECOVERY_STEPS:
         first = state.recent[-RECOVERY_STEPS]
@@ -166,7 +166,7 @@ def _spiking(state: Stability, seen: Observation) -> tuple[Stability, Event | No
 
 
 def _collapsed(state: Stability, seen: Observation) -> tuple[Stability, Event | None]:
-    """Wait until the error has been below its limit for as long as a collapse takes, and learn loss and norm anew."""
+    """Wait until the error has been below its limit for as long as a collapse takes, then begin a new recent past."""
     if max(state.errors) > state.collapse_limit:
         return state, None
     began = seen.step - COLLAPSE_STEPS + 1
@@ -181,7 +181,7 @@ def _beyond(seen: Observation, limits: tuple[float, float]) -> Watched | None:
 
 
 def _unusual(value: float, past: Sequence[float], least_ratio: float) -> bool:
-    """Whether a value may be a spike, before the work of finding the limit."""
+    """A quick check whether a value may be a spike, before the limit is computed."""
     if len(past) < MIN_HISTORY or not math.isfinite(value):
         return False
     least = _log(value) - math.log(least_ratio)
@@ -189,7 +189,7 @@ def _unusual(value: float, past: Sequence[float], least_ratio: float) -> bool:
 
 
 def _limit(past: Sequence[float], least_ratio: float) -> float:
-    """The logarithm from which on a value is a spike, from the logarithms of the recent past."""
+    """The limit above which a value is a spike, from the recent past; both are logarithms."""
     if len(past) < MIN_HISTORY:
         return math.inf
     middle = median(past)

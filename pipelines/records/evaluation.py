@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from pipelines.records.base import Entry, Record, Settings, Status
 
@@ -14,6 +17,19 @@ class FeatureSpace(Entry):
 
     extractor: str
     size: int
+
+
+class ReferenceUsed(Entry):
+    """Statistics of other images, to which samples were compared: the name of their file, its digest, and numbers of images.
+
+    `count` is that of all images behind them, `features` that of those for precision and recall; None where it is not known, or
+    there are none.
+    """
+
+    file: str
+    sha256: str
+    count: int | None
+    features: int | None
 
 
 class EvaluateRecord(Record):
@@ -33,6 +49,16 @@ class EvaluateRecord(Record):
     features: FeatureSpace
     settings: dict[str, Settings]
     metrics: dict[str, float | None]
+    reference: ReferenceUsed | None = None
+    """None where samples are compared with the study's own validation images alone."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A record without a reference does not speak of one."""
+        written: dict[str, Any] = serialize(self)
+        if self.reference is None:
+            written.pop("reference", None)
+        return written
 
 
 class ReferencesRecord(Record):

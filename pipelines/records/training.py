@@ -40,6 +40,19 @@ class TrainSettings(Entry):
     rules: list[Settings]
 
 
+class RunningRecord(Record):
+    """A run that trains in `folder`: this is in its scratch folder, beside its growing tables, never in an output."""
+
+    FILE = "running.json"
+
+    run: str
+    run_key: str
+    folder: str
+    parameters: int
+    device: str
+    settings: TrainSettings
+
+
 class TrainRecord(Record):
     """What stage `train` made, and how it ended: `dit.training.records.Outcome`."""
 

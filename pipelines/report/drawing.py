@@ -9,14 +9,36 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from pipelines.report.colours import colours
 from pipelines.report.runs import Run, Study
 from pipelines.report.words import counted
 
-PALETTE = ("#3b7dd8", "#e0802b", "#2f9e6e", "#a36bd0", "#d9534f", "#1aa3b0", "#a1783a", "#d6649f", "#868e96")
-DASHES = ("solid", "dash", "dot", "dashdot")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 TICKS = [mantissa * 10.0**power for power in range(-5, 5) for mantissa in (1, 1.5, 2, 3, 5, 7)]
 LOG_AXIS = {"type": "log", "tickvals": TICKS, "ticktext": [f"{tick:g}" for tick in TICKS]}
+TITLED = 34
+"""The margin above panels that have titles, in pixels."""
+
 ERROR_AXIS = {**LOG_AXIS, "title": "mean squared error"}
+
+
+DASH_ARRAYS = {"dash": "7 4", "dot": "2 3", "dashdot": "7 3 2 3", "longdash": "11 4", "longdashdot": "11 3 2 3"}
+"""How the legend draws what Plotly calls a dash."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One entry of a legend: the traces that it shows and hides, its words, and its line."""
+
+    group: str
+    label: str
+    colour: str
+    dash: str | None
+
+    @property
+    def dashes(self) -> str:
+        """The dashes of its line, as SVG writes them."""
+        return DASH_ARRAYS.get(self.dash or "solid", "none")
 
 
 @dataclass(frozen=True)
@@ -32,6 +54,19 @@ class Figure:
     def json(self) -> str:
         """The description as JSON, the same for the same numbers, and safe inside a script element."""
         return self.plot.to_json(engine="json").replace("</", "<\\/")
+
+    @property
+    def keys(self) -> list[Key]:
+        """What its lines mean, in their order; nothing where the axes say it."""
+        if self.plot.layout.showlegend is False:
+            return []
+        named = [one for one in self.plot.data if one.type == "scatter" and one.name and one.showlegend is not False]
+        return [Key(one.legendgroup or one.name, one.name, one.line.color or one.marker.color, one.line.dash) for one in named]
+
+    @property
+    def scrolls(self) -> bool:
+        """Whether a narrow screen moves it sideways, because its cells would be too small."""
+        return any(one.type == "heatmap" for one in self.plot.data)
 
 
 @dataclass(frozen=True)
@@ -50,10 +85,10 @@ class Look:
 
 
 def looks(study: Study) -> dict[str, Look]:
-    """A look for each strategy; the baseline has the first colour and the strongest line."""
+    """A look for each strategy. The baseline is a broad solid line that others, dashed and drawn over it, leave visible."""
     return {
-        name: Look(PALETTE[index % len(PALETTE)], DASHES[index // len(PALETTE) % len(DASHES)], 2 if index else 3)
-        for index, name in enumerate([study.baseline, *study.others])
+        name: Look(colour, DASHES[index % len(DASHES)], 2 if index else 4)
+        for index, (name, colour) in enumerate(colours(study.baseline, study.others).items())
     }
 
 
@@ -112,11 +147,10 @@ def band(study: Study) -> str:
 
 
 def finish(plot: go.Figure, **layout: Any) -> None:
-    """What all figures share."""
-    legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", **layout.pop("legend", {})}
-    margin = {"l": 64, "r": 16, "t": 40, "b": 48, **layout.pop("margin", {})}
+    """What all figures share. The page draws their legends above them."""
+    margin = {"l": 64, "r": 16, "t": 12, "b": 48, **layout.pop("margin", {})}
     shared = {"template": go.layout.Template(), "font": {"size": 12}, "hovermode": "x unified"}
-    plot.update_layout({**shared, "legend": legend, "margin": margin, **layout})
+    plot.update_layout({**shared, "margin": margin, **layout})
     plot.update_annotations(font={"size": 13})
     for update in (plot.update_xaxes, plot.update_yaxes):
         update(automargin=True, title={"font": {"size": 12}, "standoff": 8})

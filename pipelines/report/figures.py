@@ -12,11 +12,11 @@ from plotly.subplots import make_subplots
 
 from dit.analysis.comparison import METRICS, interval, relative_differences
 from dit.analysis.series import SMOOTHING, bucket_ranges, final_buckets, smoothed
-from pipelines.report.drawing import ERROR_AXIS, LOG_AXIS, Figure, Look, band, curves, finish, line_of, looks, ribbon
+from pipelines.report.drawing import ERROR_AXIS, LOG_AXIS, TITLED, Figure, Look, band, curves, finish, line_of, looks, ribbon
 from pipelines.report.mechanism import MECHANISM
 from pipelines.report.runs import Run, Study
 from pipelines.report.tuning import ANSWERS, EXPLAINED
-from pipelines.report.words import samples
+from pipelines.report.words import MINUS, samples
 
 
 def figures(study: Study, summary: dict[str, Any]) -> dict[str, Figure]:
@@ -62,7 +62,7 @@ def _forest(summary: dict[str, Any], name: str, metric: str, row: int, colour: s
         return []
     values = {seed: (run[metric], base[seed][metric]) for seed, run in entry["runs"].items()}
     single = {seed: value - other for seed, (value, other) in values.items() if value is not None and other is not None}
-    bounds = f" [{found['low']:+.4g}, {found['high']:+.4g}]" if found["low"] is not None else ""
+    bounds = f" [{found['low']:+.4g}, {found['high']:+.4g}]".replace("-", MINUS) if found["low"] is not None else ""
     seeds = go.Scatter(
         x=list(single.values()),
         y=[row - 0.24] * len(single),
@@ -92,7 +92,7 @@ def validation(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -
     plot.update_xaxes(title="optimiser step")
     plot.update_yaxes(ERROR_AXIS, row=1, col=1)
     plot.update_yaxes(LOG_AXIS, row=1, col=2)
-    finish(plot, height=420, margin={"t": 74}, legend={"y": 1.1})
+    finish(plot, height=390, margin={"t": TITLED})
     caption = f"Held-out latents, fixed noise and timesteps. {band(study)}"
     return Figure("validation", "Validation error by step", caption, plot)
 
@@ -109,9 +109,9 @@ def early(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Fig
     moment = summary["study"]["target_second_moment"]
     label = {"text": f"zero output: {moment:.2f}", "font": {"size": 11}, "textposition": "end"}
     plot.add_hline(y=moment, line={"dash": "dot", "width": 1, "color": "#868e96"}, label=label)
-    finish(plot, height=400, margin={"t": 50})
+    finish(plot, height=360)
     caption = f"Trained weights. Step 0 is before the first update. {band(study)}"
-    return Figure("early", "Getting going", caption, plot)
+    return Figure("early", "Early training", caption, plot)
 
 
 def relative(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
@@ -131,7 +131,7 @@ def relative(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> 
     plot.update_xaxes(title="optimiser step")
     means = [trace for trace in plot.data if trace.name]
     plot.update_yaxes(_around_zero(means, "y", room=0.3), title=f"validation error against {study.baseline}", tickformat="+.0%")
-    finish(plot, height=400, margin={"t": 50})
+    finish(plot, height=360)
     bands = "Bands: 95 % interval at each step, cut off by the axis where wide. " if len(study.seeds) > 1 else ""
     caption = f"Trained weights, paired by seed. {bands}Above zero is worse than {study.baseline}."
     return Figure("relative", "How the difference evolves", caption, plot)
@@ -142,7 +142,7 @@ def training(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> 
     plot = go.Figure(list(curves(study, styles, lambda run: smoothed(run.training["mse"]))))
     plot.update_xaxes(title="optimiser step")
     plot.update_yaxes(ERROR_AXIS)
-    finish(plot, height=400, margin={"t": 50})
+    finish(plot, height=360)
     caption = f"Smoothed: running mean of {SMOOTHING} logged steps. Batches are the same for every strategy. {band(study)}"
     return Figure("training", "Training error by step", caption, plot)
 
@@ -170,7 +170,7 @@ def buckets(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> F
     plot.update_xaxes(ranges, title="timestep, from clean to noise", showgrid=False, zeroline=False)
     plot.update_yaxes(ERROR_AXIS, row=1, col=1)
     plot.update_yaxes(_around_zero(list(plot.select_traces(row=1, col=2)), "y"), tickformat="+.0%", row=1, col=2)
-    finish(plot, height=420, hovermode="closest", margin={"t": 74}, legend={"y": 1.1})
+    finish(plot, height=390, hovermode="closest", margin={"t": TITLED})
     intervals = ", right 95 % intervals, paired by seed" if len(study.seeds) > 1 else ""
     caption = f"EMA weights at the end of training. Bars: left the range over seeds{intervals}."
     return Figure("buckets", "Final validation error by timestep", caption, plot)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,17 @@ class Headline:
     findings: list[Finding]
 
     @property
+    def lead(self) -> str:
+        """The answer without what follows its first sentence, where `Yes.` is not a sentence."""
+        pieces = re.split(r"(?<=\.) (?=[A-Z])", self.answer)
+        return " ".join(pieces[: 1 if len(pieces[0]) > len("It depends on the averaging.") else 2])
+
+    @property
+    def rest(self) -> str:
+        """What follows."""
+        return self.answer[len(self.lead) :].strip()
+
+    @property
     def sentences(self) -> list[str]:
         """All of it as plain text."""
         texts = (self.answer, self.conditions, self.detail, *(finding.text for finding in self.findings))
@@ -56,6 +68,7 @@ def headline(study: Study, summary: dict[str, Any]) -> Headline:
         notes.lost(study, summary),
         notes.not_tuned(study),
         notes.unsampled(summary),
+        notes.samples_rank_nothing(summary),
         notes.few_seeds(summary),
         notes.averaging(summary),
         notes.devices(summary),
@@ -63,7 +76,7 @@ def headline(study: Study, summary: dict[str, Any]) -> Headline:
     found = [
         *_reversals(study),
         _interactions(study),
-        _control(study),
+        _control(study, summary),
         _others(study, about_heads),
         *_delays(study, about_heads),
         notes.start(summary),
@@ -71,10 +84,12 @@ def headline(study: Study, summary: dict[str, Any]) -> Headline:
         notes.awake(summary),
         notes.samples(summary),
     ]
-    return Headline(question, answer, _conditions(study), detail, [finding for finding in (*warnings, *found) if finding])
+    return Headline(
+        question, answer, _conditions(study, summary), detail, [finding for finding in (*warnings, *found) if finding]
+    )
 
 
-def _conditions(study: Study) -> str:
+def _conditions(study: Study, summary: dict[str, Any]) -> str:
     """What all of it holds for, in one sentence."""
     runs = study.trained.values()
     networks, data, lengths, rates = (
@@ -91,8 +106,9 @@ def _conditions(study: Study) -> str:
     few = networks if len(networks) <= 3 else [f"{len(networks)} networks"]
     plural = "" if len(rates) == 1 else "s"
     return (
-        f"Measured as validation error of the EMA weights, with {listed(few)} on {listed(data)}, after {listed(lengths)} "
-        f"steps, at learning rate{plural} {listed(rates)}{across}, over {counted(len(study.seeds), 'seed')}."
+        f"Measured as validation error of the EMA weights, with {listed(few)} on {listed(data)}{notes.pictures(summary)}, "
+        f"after {listed(lengths)} steps, at learning rate{plural} {listed(rates)}{across}, over "
+        f"{counted(len(study.seeds), 'seed')}."
     )
 
 
@@ -231,14 +247,14 @@ def _interactions(study: Study) -> Finding | None:
     return Finding("note", text) if text else None
 
 
-def _control(study: Study) -> Finding | None:
+def _control(study: Study, summary: dict[str, Any]) -> Finding | None:
     """Is the known failure seen? If not, no other silence of the study means much."""
     pairs = study.findings.of(CONTROL)
     if CONTROL not in study.runs or study.baseline == CONTROL or not pairs:
         return None
     told = answers.against(study.findings, CONTROL)
     tuned = answers.at_best([one for one in study.findings.at_best if one.strategy == CONTROL])
-    tuned = f" {tuned}" if tuned else ""
+    tuned = " ".join(["", *filter(None, (tuned, notes.missed_by_samples(summary, CONTROL)))])
     worse = [pair for pair in pairs if pair.judgement.answer == "worse"]
     judged = [pair for pair in pairs if pair.judgement.answer != "no verdict"]
     if worse and len(worse) == len(judged):

@@ -15,7 +15,7 @@ from dit.analysis.study import AtBest, Pair, Place, Tuning
 from dit.analysis.verdicts import Judgement
 from pipelines.report.runs import Study
 from pipelines.report.tuning import place_label
-from pipelines.report.words import counted, fixed, percent
+from pipelines.report.words import MINUS, counted, fixed, percent
 
 MISSING = "\u2013"
 QUANTITY_WORDS = {"gradient_norm": "gradient norm", "loss": "loss", "mse": "error"}
@@ -43,6 +43,7 @@ def listings(study: Study, summary: dict[str, Any]) -> dict[str, Listing]:
         "failures": failures(study),
         "steps": steps_to(study, summary),
         "floors": floors(summary),
+        "published": published(study),
     }
     return {name: table for name, table in made.items() if table.rows}
 
@@ -139,7 +140,7 @@ def _response(one: Tuning) -> list[str]:
 
 def _estimate(found: Estimate, form: str) -> str:
     bounds = "" if found.low is None or found.high is None else f" [{found.low:{form}}, {found.high:{form}}]"
-    return f"{found.mean:{form}}{bounds}"
+    return f"{found.mean:{form}}{bounds}".replace("-", MINUS)
 
 
 def delays(study: Study) -> Listing:
@@ -307,3 +308,30 @@ def floors(summary: dict[str, Any]) -> Listing:
         ["Metric", "Real training images", "Their reconstructions", "Grey images", "Strategies", "Can it rank them?"],
         rows,
     )
+
+
+PUBLISHED = {
+    "reference_fid": "FID",
+    "reference_sfid": "sFID",
+    "reference_inception_score": "Inception score",
+    "reference_precision": "Precision",
+    "reference_recall": "Recall",
+}
+
+
+def published(study: Study) -> Listing:
+    """The figures of published tables of every run that was compared with an external reference."""
+    rows, caption = [], ""
+    for run in study.everything:
+        record = run.evaluation
+        if record is None or record.reference is None:
+            continue
+        values = [record.metrics.get(name) for name in PUBLISHED]
+        rows.append([run.name, *(MISSING if value is None else f"{value:.4g}" for value in values)])
+        count = "an unknown number of images" if record.reference.count is None else counted(record.reference.count, "image")
+        single = "" if record.reference.features is None else f", {record.reference.features} of them for precision and recall"
+        caption = (
+            f"{record.num_generated} samples of each run against {record.reference.file} ({count}{single}), in the features of "
+            f"{record.features.extractor} at {record.features.size} px. Figures of other numbers of images do not compare."
+        )
+    return Listing(caption, ["Run", *PUBLISHED.values()], rows)

@@ -21,14 +21,15 @@ from dit.analysis.series import (
     noise_by_step,
 )
 from dit.analysis.wakeup import by_kind, kind
-from pipelines.report.drawing import Figure, Look, band, curves, finish, line_of
+from pipelines.report.drawing import TITLED, Figure, Look, band, curves, finish, line_of
 from pipelines.report.runs import Analysis, Run, Study
+from pipelines.report.words import fixed
 
 PANELS = 5
 """Heat maps side by side."""
 
 ASLEEP = "rgba(128, 128, 128, 0.22)"
-FIGURE_HEIGHT = 380
+FIGURE_HEIGHT = 340
 
 Panel = tuple[str, Callable[[Run], pd.Series]]
 StartPanel = tuple[str, Callable[[Analysis], pd.Series]]
@@ -226,7 +227,7 @@ def widths(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Fi
     )
     plot.update_yaxes(type="log", rangemode="normal", exponentformat="power", dtick=1)
     exponents = [
-        f"{name} {entry['start']['width_exponent']:+.2f}"
+        f"{name} {fixed(entry['start']['width_exponent'], 2, signed=True)}"
         for name, entry in summary["strategies"].items()
         if entry["start"]["width_exponent"] is not None
     ]
@@ -258,8 +259,8 @@ def gates(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Fig
         ("gates of the MLPs", lambda run: diagnosed(run.diagnostics, "gates/mlp")),
     ]
     by_depth = [
-        ("attention, by block at the last step", lambda run: by_block(run.diagnostics, "gates/attention")),
-        ("MLPs, by block at the last step", lambda run: by_block(run.diagnostics, "gates/mlp")),
+        ("attention, by block at the end", lambda run: by_block(run.diagnostics, "gates/attention")),
+        ("MLPs, by block at the end", lambda run: by_block(run.diagnostics, "gates/mlp")),
     ]
     plot = _panels(study, styles, [*panels, *by_depth])
     for column in (3, 4):
@@ -309,7 +310,7 @@ def _panels(study: Study, styles: dict[str, Look], panels: list[Panel]) -> go.Fi
         for trace in curves(study, styles, curve, legend=column == 1):
             plot.add_trace(trace, row=1, col=column)
     plot.update_xaxes(title="optimiser step")
-    finish(plot, height=FIGURE_HEIGHT, margin={"t": 74}, legend={"y": 1.12})
+    finish(plot, height=FIGURE_HEIGHT, margin={"t": TITLED})
     return plot
 
 
@@ -324,5 +325,5 @@ def _start_panels(study: Study, styles: dict[str, Look], panels: list[StartPanel
                 plot.add_trace(line.update(mode="lines+markers", showlegend=column == 1), row=1, col=column)
     plot.update_xaxes(title=axis)
     plot.update_yaxes(rangemode="tozero")
-    finish(plot, height=FIGURE_HEIGHT, margin={"t": 74}, legend={"y": 1.12})
+    finish(plot, height=FIGURE_HEIGHT, margin={"t": TITLED})
     return plot

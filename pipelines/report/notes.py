@@ -72,13 +72,44 @@ def awake(summary: dict[str, Any]) -> Finding:
     return Finding("note", " ".join([*sentences, "The architecture alone predicts the same."]))
 
 
+def samples_rank_nothing(summary: dict[str, Any]) -> Finding | None:
+    """That the generated samples cannot rank anything, where that is so."""
+    rankings = summary["rankings"]
+    if not rankings or any(entry["possible"] for entry in rankings.values()):
+        return None
+    return Finding(
+        "warning",
+        "The generated samples cannot rank anything: none of their metrics tells these strategies apart, so none has a verdict "
+        "(section Samples says why). This study says nothing about how good the pictures are.",
+    )
+
+
+def missed_by_samples(summary: dict[str, Any], name: str) -> str | None:
+    """Which sample metrics do not tell a strategy from the baseline; None where all do, or nothing was sampled."""
+    found = {metric: summary["strategies"][name]["difference"][metric]["verdict"] for metric in summary["rankings"]}
+    missed = [summary["metrics"][metric]["label"] for metric, verdict in found.items() if verdict not in ("better", "worse")]
+    if not missed:
+        return None
+    if len(missed) < len(found):
+        return f"In the generated samples, {listed(missed)} {'does' if len(missed) == 1 else 'do'} not show it."
+    metrics = counted(len(found), "sample metric")
+    return f"The generated samples do not show it: none of the {metrics} tells {name} from the baseline."
+
+
+def pictures(summary: dict[str, Any]) -> str:
+    """`(960 training images of 16 classes)`, where it is known."""
+    images = summary.get("images")
+    if not images:
+        return ""
+    return f" ({images['counts']['train']:,} training images of {counted(images['classes'], 'class')})"
+
+
 def samples(summary: dict[str, Any]) -> Finding | None:
     """What the sample metrics can tell apart."""
     able = [name for name, entry in summary["rankings"].items() if entry["possible"]]
     unable = [summary["metrics"][name]["label"] for name, entry in summary["rankings"].items() if not entry["possible"]]
     if not able:
-        text = "No metric of the generated samples can rank these strategies, so none has a verdict; section Samples says why."
-        return Finding("warning", text) if unable else None
+        return None
     clear = [
         f"{name} {found['verdict']} in {summary['metrics'][metric]['label']} (n = {found['n']}; exploratory)"
         for name, entry in summary["strategies"].items()

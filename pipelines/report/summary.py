@@ -63,11 +63,17 @@ def summarise(study: Study) -> dict[str, Any]:
     return summary
 
 
-def metric_means(summary: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """`metrics.json`: the mean of each metric over the finished runs of each strategy; then of each other setting."""
-    names = [INITIAL.name, *(metric.name for metric in METRICS)]
-    means = {name: {metric: entry["mean"][metric] for metric in names} for name, entry in summary["strategies"].items()}
-    return means | {name: entry["mean"] for name, entry in summary["groups"].items() if name not in means}
+def headline_metrics(summary: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """`metrics.json`, short enough for `dvc exp show`: the final error of each strategy at the setting that is shown.
+
+    `against_baseline` is the mean difference to the baseline, paired by seed, as a fraction. All else is in `summary.json`.
+    """
+    found: dict[str, dict[str, float | None]] = {}
+    for name, entry in summary["strategies"].items():
+        found[name] = {ERROR.name: entry["mean"][ERROR.name]}
+        if difference := entry.get("difference", {}).get(ERROR.name):
+            found[name]["against_baseline"] = difference["relative"][0] if difference["relative"] else None
+    return found
 
 
 def mean_curves(runs_of: Mapping[str, Sequence[Run]], curve: Callable[[Run], pd.Series]) -> pd.DataFrame:

@@ -14,15 +14,19 @@ from dit.analysis.effects import cell_means
 from dit.analysis.failures import QUANTITIES, average, before
 from dit.analysis.study import STRATEGY, Pair, Place, Tuning
 from dit.analysis.verdicts import Judgement
-from pipelines.report.drawing import PALETTE, Figure, Look, finish, ribbon
+from pipelines.report.colours import PALETTE
+from pipelines.report.drawing import DASHES, TITLED, Figure, Look, finish, ribbon
 from pipelines.report.runs import Study
-from pipelines.report.words import listed
+from pipelines.report.words import fixed, listed
 
 PANELS = 9
 """Places, strategies or factors side by side in one figure; the tables hold all of them."""
 
 POINTS = 60
 """Steps at which a curve over training is drawn, at most."""
+
+RATE_COLOURS = ("#e3a11f", "#e0652b", "#c2365e", "#8a4fc0", "#3b7dd8", "#1aa3b0")
+"""Learning rates from low to high: not the colours of strategies."""
 
 BLACK = "#868e96"
 FIGURE_HEIGHT = 330
@@ -203,24 +207,29 @@ def delays(study: Study, _summary: dict[str, Any], _styles: dict[str, Look]) -> 
     rates = sorted({pair.rate for pair in pairs})
     plot = _panels(names)
     shown: set[float] = set()
+    reach: dict[str, list[float]] = {}
     for pair in pairs:
         if pair.strategy not in names or pair.curves is None or pair.curves.delay is None:
             continue
-        trend, label = pair.curves.delay, f"learning rate {pair.rate:g}"
-        look = Look(PALETTE[rates.index(pair.rate) % len(PALETTE)], "solid", 2)
+        trend, label, number = pair.curves.delay, f"learning rate {pair.rate:g}", rates.index(pair.rate)
+        look = Look(RATE_COLOURS[number % len(RATE_COLOURS)], DASHES[number % len(DASHES)], 2)
         chosen = _thinned(len(trend.steps))
         x = [trend.steps[index] for index in chosen]
         values = [trend.values[index] for index in chosen]
         cell = _cell(names.index(pair.strategy))
         if all(value.low is not None for value in values):
             plot.add_trace(ribbon(x, _bounds(values, "low"), _bounds(values, "high"), label, look), **cell)
-        line = {"color": look.colour, "width": 2}
+        line = {"color": look.colour, "width": look.width, "dash": look.dash}
         means = [value.mean for value in values]
+        reach[pair.strategy] = [*reach.get(pair.strategy, [0.0]), *means]
         trace = go.Scatter(
             x=x, y=means, name=label, legendgroup=label, mode="lines", line=line, hovertemplate="%{y:+.0f} steps"
         )
         plot.add_trace(trace.update(showlegend=pair.rate not in shown), **cell)
         shown.add(pair.rate)
+    for name, means in reach.items():
+        room = 0.25 * (max(means) - min(means)) or 1.0
+        plot.update_yaxes(range=[min(means) - room, max(means) + room], **_cell(names.index(name)))
     plot.update_xaxes(title=f"step of {study.baseline}")
     plot.update_yaxes(zeroline=True, zerolinewidth=2)
     plot.update_yaxes(title="steps behind", col=1)
@@ -228,8 +237,8 @@ def delays(study: Study, _summary: dict[str, Any], _styles: dict[str, Look]) -> 
     at = f" At {place_label(place)}." if place else ""
     caption = (
         f"How many steps later a strategy reaches the error that {study.baseline} has at a step; bands: 95 % interval over "
-        "seeds. A level line is a delay that stays; a line that rises is a difference that more training does not make "
-        f"up.{at}{_cut(len(names), len({pair.strategy for pair in pairs}), 'strategies')}"
+        "seeds, cut off by the axis where wide. A level line is a delay that stays; a line that rises is a difference that "
+        f"more training does not make up.{at}{_cut(len(names), len({pair.strategy for pair in pairs}), 'strategies')}"
     )
     return Figure("delays", f"Steps behind {study.baseline} at equal error", caption, plot)
 
@@ -283,7 +292,7 @@ def map_of_differences(study: Study, _summary: dict[str, Any], _styles: dict[str
     cells = [[found.get((name, *column)) for column in columns] for name in study.others] if columns else []
     values = [[None if one is None or one.mean is None else 100 * one.mean for one in row] for row in cells]
     reach = max((abs(value) for row in values for value in row if value is not None), default=1)
-    text = [["" if value is None else f"{value:+.1f}" for value in row] for row in values]
+    text = [["" if value is None else fixed(value, 1, signed=True) for value in row] for row in values]
     verdicts = [["not run" if one is None else f"{one.answer}, n = {one.n}" for one in row] for row in cells]
     plot = go.Figure(
         go.Heatmap(
@@ -326,7 +335,7 @@ def warnings(study: Study, _summary: dict[str, Any], _styles: dict[str, Look]) -
     for index, name in enumerate(names):
         table = average(tables[name])
         for number, quantity in enumerate(QUANTITIES):
-            line = {"color": PALETTE[number], "width": 2}
+            line = {"color": PALETTE[number], "width": 4 - number, "dash": DASHES[number]}
             x, y = [int(step) for step in table.index], [None if math.isnan(one) else float(one) for one in table[quantity]]
             trace = go.Scatter(
                 x=x, y=y, name=words[quantity], legendgroup=quantity, mode="lines", line=line, hovertemplate="%{y:.2f}"
@@ -368,8 +377,7 @@ def _cell(index: int) -> dict[str, Any]:
 
 def _finish(plot: go.Figure, panels: int) -> None:
     rows = math.ceil(max(1, panels) / 3)
-    height = 90 + FIGURE_HEIGHT * rows
-    finish(plot, height=height, margin={"t": 84}, legend={"y": 1 + 44 / (height - 132)}, hovermode="closest")
+    finish(plot, height=46 + FIGURE_HEIGHT * rows, margin={"t": TITLED}, hovermode="closest")
 
 
 def _rate_axis(rates: Sequence[float]) -> dict[str, Any]:

@@ -12,10 +12,11 @@ NARROW = "\u202f"
 
 
 def fixed(value: float | None, decimals: int, *, signed: bool = False) -> str:
-    """A number with a true minus sign; a dash where there is none."""
+    """A number with a true minus sign, and without a sign where all its digits are zero; a dash where there is none."""
     if value is None:
         return "\u2013"
-    return f"{value:{'+' if signed else ''}.{decimals}f}".replace("-", MINUS)
+    text = f"{value:{'+' if signed else ''}.{decimals}f}"
+    return text.lstrip("+-") if not float(text) else text.replace("-", MINUS)
 
 
 def percent(value: float, decimals: int = 1, *, signed: bool = True) -> str:
@@ -35,8 +36,10 @@ def listed(items: Sequence[str]) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """`1 seed`, `3 seeds`."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    """`1 seed`, `3 seeds`, `4 strategies`, `16 classes`."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun[:-1]}ies" if noun.endswith("y") else f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def millions(count: int) -> str:

@@ -19,7 +19,7 @@ from pipelines.report.headline import headline
 from pipelines.report.page import Autoencoder, render
 from pipelines.report.reading import departed, read_study
 from pipelines.report.runs import Run, Study
-from pipelines.report.summary import mean_curves, metric_means, summarise
+from pipelines.report.summary import headline_metrics, mean_curves, summarise
 from pipelines.stages.entry import run_dvc_stage
 
 CURVES: dict[str, Callable[[Run], pd.Series]] = {
@@ -37,20 +37,23 @@ def compare(params: Params, item: Item) -> None:
     images = load_images(data_folder(params, shown, "images"))
     autoencoder = read_autoencoder(Path(data_folder(params, shown, "autoencoder")))
     summary = summarise(study)
+    counts, rejected = images.manifest["counts"], images.manifest["rejected"]
+    described = {"counts": counts, "rejected": rejected, "classes": len(images.class_names)}
+    summary |= {"autoencoder": autoencoder.metrics, "images": described}
     words = headline(study, summary)
-    described = {"counts": images.manifest["counts"], "rejected": images.manifest["rejected"]}
-    summary |= {"headline": words.sentences, "autoencoder": autoencoder.metrics, "images": described}
+    summary["headline"] = words.sentences
     drawn = figures(study, summary)
     page = render(study, summary, headline=words, figures=drawn, images=images, autoencoder=autoencoder)
     with complete_directory("reports", sealed=False) as out:
         write_json(out / "summary.json", summary)
-        write_json(out / "metrics.json", metric_means(summary))
+        write_json(out / "metrics.json", headline_metrics(summary))
         (out / "plots").mkdir()
         for name, curve in CURVES.items():
             mean_curves(study.groups, curve).to_csv(out / "plots" / f"{name}.csv", lineterminator="\n")
         (out / "index.html").write_text(page, encoding="utf-8")
     print(f"compare: {words.answer}".replace("\u202f", " "))  # a terminal has no narrow spaces
-    print("compare: reports/index.html")
+    if not Path(".git").is_file():  # the worktree of an experiment goes: the flow names the copy that stays
+        print(f"compare: wrote {Path('reports/index.html').resolve().as_uri()}")
 
 
 def drop_departed(study: Study) -> None:

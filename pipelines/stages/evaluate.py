@@ -12,20 +12,24 @@ from torch import Tensor
 
 from dit import design as designs
 from dit.autoencoder import load_autoencoder
+from dit.checksums import sha256
 from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.design import Run
 from dit.devices import make_deterministic, resolve_device
 from dit.distributed import Ranks, joined
 from dit.errors import InputError
+from dit.evaluation import statistics
 from dit.evaluation.distances import Distances, check_counts, sample_distances
 from dit.evaluation.features import load_extractor, load_features
+from dit.evaluation.literature import Figures, compare
 from dit.evaluation.samples import Seen, draw, load_network, look
+from dit.evaluation.statistics import Statistics
 from pipelines import design
 from pipelines.design import Item
 from pipelines.files import complete_directory, scratch
 from pipelines.records.base import Timing
-from pipelines.records.evaluation import EvaluateRecord, FeatureSpace
+from pipelines.records.evaluation import EvaluateRecord, FeatureSpace, ReferenceUsed
 from pipelines.records.training import TRAIN, TrainRecord
 from pipelines.stages.entry import run_dvc_stage, run_key
 
@@ -49,14 +53,17 @@ def evaluate(params: Params, item: Item) -> None:
         extractor = load_extractor(params.features, ranks.device)
         real = load_features(inputs["features"], extractor)
         check_counts(len(real), params.evaluate)
+        reference = statistics.of_params(params.evaluate, extractor, params.features.batch_size)
         if trained.status == "finished":
             latents = store.denormalize(drawn(params, store, run.name, ranks, key))
             autoencoder = load_autoencoder(inputs["autoencoder"], ranks.device)
-            seen = look(latents, autoencoder, extractor, params.evaluate, store.num_classes, ranks)
+            seen = look(latents, autoencoder, extractor, params.evaluate, store.num_classes, ranks, reference is not None)
     if not ranks.is_main:
         return
     distances = sample_distances(real, seen.features, params.evaluate) if seen else None
     measured = vars(distances) if distances else dict.fromkeys(field.name for field in fields(Distances))
+    if reference:
+        measured = {**measured, **against_reference(seen, reference, params)}
     record = EvaluateRecord(
         strategy=run.strategy,
         seed=run.seed,
@@ -69,6 +76,7 @@ def evaluate(params: Params, item: Item) -> None:
         features=FeatureSpace(extractor=extractor.name, size=extractor.size),
         settings=settings,
         metrics={**measured, "validation_mse": trained.final.ema_validation_mse if trained.final else None},
+        reference=reference_used(params, reference),
     )
     with complete_directory(item.out) as out:
         record.write(out)
@@ -76,6 +84,23 @@ def evaluate(params: Params, item: Item) -> None:
             seen.grid.save(out / "grid.png")
     counts = f"{params.evaluate.num_samples} generated and {len(real)} real images, {extractor.name}"
     print(f"evaluate {item.key}: {ending(trained, distances)} ({counts})")
+
+
+def against_reference(seen: Seen | None, reference: Statistics, params: Params) -> dict[str, float | None]:
+    """The figures of published tables, by name; None for what the reference or the feature network has not."""
+    if seen is None or seen.statistics is None:
+        return {f"reference_{field.name}": None for field in fields(Figures)}
+    figures = compare(seen.statistics, reference, params.evaluate.nearest_k)
+    return {f"reference_{name}": value for name, value in vars(figures).items()}
+
+
+def reference_used(params: Params, reference: Statistics | None) -> ReferenceUsed | None:
+    """What the record says of the reference."""
+    path = params.evaluate.reference
+    if path is None or reference is None:
+        return None
+    features = None if reference.features is None else len(reference.features)
+    return ReferenceUsed(file=path.name, sha256=sha256(path), count=reference.count, features=features)
 
 
 def evaluated_run(params: Params, item: Item) -> Run:

@@ -48,7 +48,7 @@ def join_group(section: str, settings: TrainParams | EvaluateParams | LatentsPar
     if settings is None:
         raise ConfigError(f"WORLD_SIZE = {size}: this stage is one process; start it without torchrun")
     if settings.processes != size:
-        raise ConfigError(f"{section}.processes = {settings.processes}; but torchrun started {size} processes")
+        raise ConfigError(f"{section}.processes = {settings.processes}, but torchrun started {size} processes")
     if LAUNCHER in os.environ:
         end_with(int(os.environ[LAUNCHER]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
@@ -20,7 +21,7 @@ from dit.training.loop import Trainer
 from pipelines.design import Item
 from pipelines.files import complete_directory, scratch
 from pipelines.records.base import Timing
-from pipelines.records.training import TrainRecord, TrainSettings
+from pipelines.records.training import RunningRecord, TrainRecord, TrainSettings
 from pipelines.stages.entry import run_dvc_stage, run_key
 
 
@@ -59,6 +60,15 @@ def train_on(ranks: Ranks, params: Params, item: Item) -> None:
         settings=RunSettings(name=item.key, seed=seed, model=params.model, diffusion=params.diffusion, train=params.train),
         ranks=ranks,
     )
+    if ranks.is_main:
+        RunningRecord(
+            run=item.key,
+            run_key=key,
+            folder=str(Path.cwd()),
+            parameters=sum(weight.numel() for weight in network.parameters()),
+            device=device.type,
+            settings=TrainSettings(**settings),
+        ).write(resumable)
     started = time.monotonic()
     trainer.run(f"train {item.key}")
     seconds = time.monotonic() - started
@@ -74,6 +84,7 @@ def train_on(ranks: Ranks, params: Params, item: Item) -> None:
         trainer.records.write(out)
         record.write(out)
     trainer.forget()
+    (resumable / RunningRecord.FILE).unlink()
     Timing(seconds=seconds, images_per_second=trainer.images_per_second, hostname=socket.gethostname()).write(scratch(key))
     print(f"train {item.key}: {end.sentence}, {trainer.images_per_second:.0f} images/s")
 

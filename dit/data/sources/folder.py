@@ -17,7 +17,7 @@ Listing = dict[str, list[str]]
 """Class name -> paths of its image files below the root, both sorted."""
 
 ListFiles = Callable[[Path, str], tuple[Listing, list[Rejected]]]
-"""A root and the key that names it -> its image files, and what is none."""
+"""A root and the key that names it -> its image files, and its other files."""
 
 
 def open_source(images: ImagesParams, source: FolderSource) -> Source:

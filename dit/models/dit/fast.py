@@ -60,7 +60,7 @@ class FusedDiT:
 
     @cached_property
     def _parts(self) -> list[Tensor]:
-        """The part of `flat` of each owner, in its shape. Once they are there, gradients of matrices are computed in them."""
+        """The part of `flat` for each owner, in its shape. From then on, gradients of matrices are computed in these parts."""
         pieces = zip(self._owners, self.flat.split(self._lengths), strict=True)
         parts = [piece[: owner.numel()].view_as(owner) for owner, piece in pieces]
         for owner, part in zip(self._owners, parts, strict=True):
@@ -68,7 +68,7 @@ class FusedDiT:
         return parts
 
     def collect_gradients(self) -> None:
-        """Move the gradients of a backward pass into `flat`, but for those of the matrices that were computed there."""
+        """Move the gradients of a backward pass into `flat`, except gradients of matrices, which were computed there."""
         pairs = [(part, cast("Tensor", owner.grad)) for part, owner in zip(self._parts, self._owners, strict=True)]
         moved = [(part, gradient) for part, gradient in pairs if part.data_ptr() != gradient.data_ptr()]
         parts, gradients = zip(*moved, strict=True)

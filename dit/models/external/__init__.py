@@ -50,9 +50,9 @@ def _build(
 
 
 def _constructed(make: sources.Maker, sizes: dict[str, Any]) -> External:
-    """The network with one and the same start in all runs, for what no rule sets: buffers, and tensors that are not trained.
+    """Build the network. What no rule sets (buffers, and tensors that are not trained) starts the same in all runs.
 
-    On the meta device it is made there, where its constructor can be run so, and otherwise moved there.
+    For the meta device, it is built there if its constructor runs there, and otherwise built on the CPU and moved.
     """
     construct = partial(External, make, **sizes)
     with seeded("external"):

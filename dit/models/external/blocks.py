@@ -29,7 +29,7 @@ def outermost(model: nn.Module) -> dict[str, int]:
 def stream_blocks(model: nn.Module, call: Callable[[], object]) -> tuple[str, ...]:
     """The outermost blocks whose first argument and output have one shape when `call` runs the network, in the order called.
 
-    Blocks of a list of which one is none, as where a U-Net changes its resolution, are left out.
+    A list is left out if any of its modules is not a block, as where a U-Net changes its resolution.
     """
     seen: list[str] = []
     modules = dict(model.named_modules())

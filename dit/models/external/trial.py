@@ -17,9 +17,8 @@ SAMPLES = 2
 
 
 def check(network: External, name: str) -> None:
-    """Call `network` once, on the null class too, and note its blocks. Raises `ConfigError` where it does not do its part.
-
-    On the meta device, where some operations do not exist, only wrong shapes and precisions are told.
+    """Call `network` once, on the null class too, and note its blocks. Raises `ConfigError` if the call fails. Some operations
+    do not exist on the meta device, so there it reports only wrong shapes and precisions.
     """
     weights = [weight for weight in network.parameters() if weight.requires_grad]
     if not weights:

@@ -69,7 +69,7 @@ class LightningFlow(Flow):
         return linear(ONE, self.weights[f"{norm}.weight"])
 
     def _sum_vanishes(self, key: Vector) -> bool:
-        """Not with positions, which turn each token's in its own way; nor with a norm, unless it is the same for all tokens."""
+        """As in DiT, but not with positions, which turn each token differently, nor with a norm that differs between tokens."""
         same = key.own == "zero" or (key.own == "uniform" and not self.variant.use_rmsnorm)
         return not self.rotary and (same or not self.variant.use_qknorm)
 
@@ -95,7 +95,7 @@ class LightningFlow(Flow):
         return Vector(own="centred") if {inner.own, inner.shared} - {"zero", "uniform"} else NOTHING
 
     def _head_normed(self, x: Vector) -> Vector:
-        """Queries or keys, normalised in each head. A norm is no sum: what tokens share becomes part of what each has."""
+        """Queries or keys, normalised in each head. A norm is not linear: what tokens share mixes with their own."""
         if self.variant.use_rmsnorm:
             kind: Kind = x.kind if x.kind in ("zero", "uniform") else "generic"
             return Vector(own=kind) if x.own != "zero" else Vector(shared=kind)

@@ -1,0 +1,109 @@
+"""The options that the commands of exchange share, in the words of this project and in those of facebookresearch/DiT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dit.errors import ConfigError
+
+Target = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RUN]", help="A run such as adaln_zero-0 or its folder, a checkpoint file, or an exported directory."
+    ),
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option("--checkpoint", "--ckpt", help="A file with weights of a DiT, SiT or LightningDiT, in place of RUN."),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Of a file: its network, such as SiT-XL/2. [default: found; a SiT is not told from a DiT]"
+    ),
+]
+Vae = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIRECTORY",
+        help="The autoencoder: a directory in diffusers format, ema, mse, or a name on the hub. [default: the run's]",
+    ),
+]
+Key = Annotated[
+    str, typer.Option(help="Of a file: where in it the weights are, such as ema or model. [default: found, ema first]")
+]
+Step = Annotated[int | None, typer.Option(min=0, help="Of a run: the kept checkpoint of this step. [default: the end]")]
+Latents = Annotated[Path | None, typer.Option(help="Where the run's latents are, if they have moved.")]
+Autoencoder = Annotated[Path | None, typer.Option(help="Where the run's autoencoder is, if it has moved.")]
+Scratch = Annotated[Path, typer.Option(help="The folder in which runs keep their checkpoints.")]
+ParamsFile = Annotated[Path, typer.Option("--params", help="Whose section `evaluate` says how samples are drawn, for a run.")]
+Scheduler = Annotated[
+    str | None, typer.Option(help="ddpm, ddim, dpmsolver++; flow_euler, flow_heun. [default: the study's, or ddpm]")
+]
+Steps = Annotated[
+    int | None, typer.Option("--steps", "--num-sampling-steps", min=1, help="Sampling steps. [default: the study's, or 250]")
+]
+Spacing = Annotated[
+    str | None, typer.Option("--timestep-spacing", help="See docs/sampling.md. [default: the study's, or auto]")
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option("--guidance-scale", "--cfg-scale", min=1, help="1 is no guidance. [default: the study's, or 1.5]"),
+]
+GuidanceChannels = Annotated[
+    str | None, typer.Option(help="Latent channels that guidance acts on: a number, or all. [default: the study's, or 3]")
+]
+Seed = Annotated[int | None, typer.Option("--seed", "--global-seed", min=0, help="Of the noise. [default: the study's, or 0]")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", "--per-proc-batch-size", min=1, help="Images at a time. [default: the study's, or 32]"),
+]
+Precision = Annotated[str | None, typer.Option(help="Of the network: fp32, bf16, fp16, auto. [default: the study's, or auto]")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, auto. [default: the study's, or auto]")]
+
+
+def one(target: str | None, checkpoint: Path | None) -> str:
+    """What to take the weights from. Raises `ConfigError` unless exactly one of both is given."""
+    if target is not None and checkpoint is None:
+        return target
+    if checkpoint is not None and target is None:
+        return str(checkpoint)
+    raise ConfigError("expected one of RUN and --checkpoint FILE: what to take the weights from")
+
+
+def study(about: Mapping[str, Any], params: Path) -> dict[str, Any] | None:
+    """How the study draws samples, for a network that it trained; None for others, or where there is no parameter file."""
+    from dit import config
+
+    if not about.keys() & {"strategy", "checkpoint"} or not params.is_file():
+        return None
+    return config.load(params).evaluate.model_dump()
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    channels = options.get("guidance_channels")
+    if channels is not None and channels != "all":
+        if not channels.isdecimal():
+            raise ConfigError(f"--guidance-channels {channels}; expected a number, or all")
+        options["guidance_channels"] = int(channels)
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def numbers(text: str | None) -> list[int] | None:
+    """`"207,360"` -> [207, 360]. Raises `ConfigError` for anything else."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--class-labels {text}; expected numbers with commas between, such as 207,360,387")
+    return [int(part) for part in parts]
+
+
+def words(settings: Any) -> str:
+    """How samples were drawn."""
+    return f"{settings.steps} steps of {settings.scheduler}, guidance scale {settings.guidance_scale:g}, seed {settings.seed}"

@@ -1,0 +1,113 @@
+"""MLflow's store, as everything here reaches it: which it is, whether it answers in time, and one writer at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from urllib.parse import urlsplit
+
+import requests
+
+from dit.errors import UserError
+from pipelines import databases
+from pipelines.redaction import redacted, shown
+
+PROBE_SECONDS = 3.0
+"""How long a tracking server has to answer before the study goes on without it."""
+PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+
+
+class UnreachableError(UserError):
+    """The tracking server is away. Nothing is lost: the next `sync` brings in what is missing."""
+
+
+def tracking_uri() -> str:
+    """`MLFLOW_TRACKING_URI`, by default the file `mlflow.db` of this folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+
+
+def prepare_client() -> None:
+    """Have MLflow's client give up soon, and keep to itself what its errors say as well."""
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL + 1)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+
+
+def within(seconds: float, uri: str, act: Callable[[], None]) -> None:
+    """Do something with the store at `uri`. Raises `UnreachableError` where it takes too long, or anything else goes wrong.
+
+    Timeouts of requests are for each piece of an answer, so that an answer in small pieces has no end; this is for all of them.
+    """
+    errors: SimpleQueue[Exception | None] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            act()
+            errors.put(None)
+        except Exception as error:
+            errors.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        error = errors.get(timeout=seconds)
+    except Empty:
+        raise UnreachableError(_away(uri, f"did not finish in {seconds:.0f} s")) from None
+    if isinstance(error, UserError):
+        raise error
+    if error is not None:
+        said = redacted(str(error), uri).strip().splitlines() or [type(error).__name__]
+        raise UnreachableError(_away(uri, f"does not take runs: {said[0]}")) from None
+
+
+def _away(uri: str, problem: str) -> str:
+    return f"MLflow at {shown(uri)} {problem}; nothing is lost, `make mlflow` catches up"
+
+
+def probe(uri: str) -> None:
+    """Raise `UnreachableError` within seconds, where MLflow itself would try for minutes."""
+    try:
+        parts = urlsplit(uri)
+        port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
+    except ValueError:
+        raise UserError(f"MLFLOW_TRACKING_URI = {shown(uri)} is not an address; write it as in http://127.0.0.1:5000") from None
+    if parts.scheme == "sqlite":
+        _probe_file(uri)
+        return
+    try:
+        if parts.scheme in ("http", "https"):
+            with requests.get(f"{uri.rstrip('/')}/health", timeout=PROBE_SECONDS, stream=True) as answer:
+                if sum(map(len, islice(answer.iter_content(2**16), 2))) > 2**16:
+                    raise UnreachableError(_away(uri, "answers without end, so it is no MLflow"))
+        elif parts.hostname and port:
+            socket.create_connection((parts.hostname, port), timeout=PROBE_SECONDS).close()
+    except (requests.RequestException, OSError):
+        raise UnreachableError(_away(uri, "cannot be reached")) from None
+
+
+def _probe_file(uri: str) -> None:
+    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    fault = databases.fault(path, PROBE_SECONDS)
+    if databases.is_damaged(fault):
+        problem = f"MLflow's store {path} is damaged ({fault})"
+        raise UnreachableError(f"{problem}; nothing is lost: move it away, and `make mlflow` fills a new one")
+    if fault:
+        raise UnreachableError(_away(uri, f"cannot be used: {fault}"))
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Two processes that sync at once would both find a run missing."""
+    lock = Path(".scratch/mlflow.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
