@@ -5,7 +5,7 @@ A value that is missing, unknown or out of range is one error that names the fil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator, model
 from torch.overrides import TorchFunctionMode
 
 from dit import models, yamlfile
-from dit.errors import ConfigError, explain
+from dit.errors import ConfigError, did_you_mean, explain
 from dit.init.strategy import Strategy, claims, named_strategies
 from dit.models import Denoiser
 from dit.optim.optimizer import check as check_optimizer
@@ -99,7 +99,8 @@ class Params(Section):
             for name in sections:
                 section = section.get(name) if isinstance(section, dict) else None
             if not isinstance(section, dict):
-                raise ConfigError(f"{where}: {key} is not a known key; expected a key of params.yaml, such as train.steps")
+                hint = did_you_mean(key, _dotted(self._written)) or "; expected a key of params.yaml, such as train.steps"
+                raise ConfigError(f"{where}: {key} is not a known key{hint}")
             section[last] = value
         return parse(data, where)
 
@@ -181,7 +182,8 @@ class Params(Section):
         for key in ("strategies", "declared", "only"):
             for name in getattr(self.study, key):
                 if name not in self.strategies:
-                    raise ValueError(f"study.{key}: unknown strategy '{name}'; expected one of {', '.join(self.strategies)}")
+                    hint = did_you_mean(name, self.strategies) or f"; expected one of {', '.join(self.strategies)}"
+                    raise ValueError(f"study.{key}: unknown strategy '{name}'{hint}")
         every_role = models.roles(self.skeleton())
         for name in self.study.strategies:
             try:
@@ -245,6 +247,20 @@ class Params(Section):
             )
 
 
+def _dotted(data: Mapping[str, Any]) -> Iterator[str]:
+    """The dotted keys of values inside values."""
+    for key, value in data.items():
+        yield key
+        if isinstance(value, dict):
+            yield from (f"{key}.{inner}" for inner in _dotted(value))
+
+
+def shipped() -> Path:
+    """The file of all defaults: beside this module in an installed package, at the root of a source tree."""
+    installed = Path(__file__).with_name("params.yaml")
+    return installed if installed.is_file() else Path(__file__).parents[1] / "params.yaml"
+
+
 def load(path: str | Path = "params.yaml") -> Params:
     """Read and check a parameter file. Raises `ConfigError` that names every wrong key, its value and what is expected."""
     try:
@@ -263,4 +279,4 @@ def parse(data: Any, where: str | Path = "params.yaml") -> Params:
         params._written = data
         return params
     except ValidationError as error:
-        raise ConfigError(explain(error, str(where), data)) from None
+        raise ConfigError(explain(error, str(where), data, Params)) from None

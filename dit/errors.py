@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from dit.terminal import plain
 
@@ -56,16 +58,25 @@ class InputError(DataError):
         self.path = Path(path)
 
 
-def explain(error: ValidationError, where: str, data: Any) -> str:
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: "; did you mean train.steps?", or nothing where no known one is near."""
+    near = get_close_matches(given, sorted(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def explain(error: ValidationError, where: str, data: Any, model: type[BaseModel] | None = None) -> str:
     """A pydantic error about `data` as one line for each wrong key: where, the key, its value, and what it should be.
 
-    What several entries of one mapping have in common, as strategies that share rules do, is told once.
+    What several entries of one mapping have in common, as strategies that share rules do, is told once. An unknown key names
+    the nearest one of `model`.
     """
     choices: dict[str, list[str]] = {}
     locations: dict[str, Location] = {}
     for problem in error.errors(include_url=False):
         location = _written(problem, data)
         head, expected = _sentence(problem, _key(location))
+        if model is not None and problem["type"] == "extra_forbidden":
+            head += did_you_mean(_key(location), (_key((*location[:-1], name)) for name in _fields(model, location)))
         choices.setdefault(head, []).append(expected)
         locations[head] = location
     alike: dict[tuple[Location, str], list[str]] = {}
@@ -82,6 +93,23 @@ def _also(others: list[str]) -> str:
     named = ", ".join(other.rpartition(".")[2] for other in others[:NAMED])
     more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
     return f" (the same in {named}{more})" if others else ""
+
+
+def _fields(model: type[BaseModel], location: Location) -> set[str]:
+    """The keys that may stand beside the last one of `location` in data of `model`."""
+    found = {model}
+    for part in location[:-1]:
+        below = {inner for outer in found if part in outer.model_fields for inner in _models(outer.model_fields[str(part)].annotation)}
+        found = below or found  # a number, or a name that the user chose
+    return {name for each in found for name in each.model_fields}
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that stand in a type, such as the members of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)
 
 
 def _written(problem: Any, data: Any) -> Location:

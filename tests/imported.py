@@ -12,6 +12,7 @@ from pipelines import design
 
 STAGES = "pipelines.stages."
 WITHOUT_VALUES = {
+    "dit",
     *("dit.config", "dit.design", "dit.sections", "dit.sections.data", "dit.sections.optim", "dit.sections.types"),
     "dit.yamlfile",
     *("dit.errors", "dit.terminal", "dit.progress", "dit.checksums"),

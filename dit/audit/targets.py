@@ -121,7 +121,7 @@ def _strategy(name: str, model_name: str | None, seed: int, params: Path) -> Aud
     if name not in loaded.strategies:
         raise ConfigError(f"{params}: unknown strategy '{name}'; expected one of {', '.join(loaded.strategies)}")
     network = init.apply(loaded.network({"num_classes": CLASSES}, model_name), loaded.strategies[name], seed)
-    x0, timesteps, labels = _latent_batch(network)
+    x0, timesteps, labels = of_latents(network)
     objective = loaded.diffusion.objective if loaded.diffusion.objective in backbone_of(network).objectives else "flow"
     settings = {"objective": objective, "learn_sigma": network.learn_sigma}
     diffusion = Diffusion(loaded.diffusion.model_copy(update=settings))
@@ -134,8 +134,8 @@ def _strategy(name: str, model_name: str | None, seed: int, params: Path) -> Aud
     return AuditTarget(network, (diffusion.add_noise(x0, eps, timesteps), timesteps, labels), loss)
 
 
-def _latent_batch(network: Denoiser) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents (4, C, H, W), timesteps (4,) and labels (4,)."""
+def of_latents(network: Denoiser) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch for a network of `dit.models`: latents (4, C, H, W) of noise, timesteps (4,) and labels (4,)."""
     draws = generator("audit", "batch")
     x = torch.randn(BATCH, network.latent_channels, network.latent_size, network.latent_size, generator=draws)
     labels = torch.randint(network.num_classes, (BATCH,), generator=draws)
@@ -148,7 +148,7 @@ def _checkpoint(path: Path, config: Mapping[str, Any], reading: Reading) -> Audi
     """A file with the layout of a published DiT, SiT, REPA or LightningDiT."""
     network, weights = published.load(path, config, reading)
     source = fill(network, weights)
-    return AuditTarget(network, _latent_batch(network), source=source)
+    return AuditTarget(network, of_latents(network), source=source)
 
 
 def _directory(path: Path, config: Mapping[str, Any], reading: Reading) -> AuditTarget:
