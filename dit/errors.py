@@ -99,7 +99,12 @@ def _fields(model: type[BaseModel], location: Location) -> set[str]:
     """The keys that may stand beside the last one of `location` in data of `model`."""
     found = {model}
     for part in location[:-1]:
-        below = {inner for outer in found if part in outer.model_fields for inner in _models(outer.model_fields[str(part)].annotation)}
+        below = {
+            inner
+            for outer in found
+            if part in outer.model_fields
+            for inner in _models(outer.model_fields[str(part)].annotation)
+        }
         found = below or found  # a number, or a name that the user chose
     return {name for each in found for name in each.model_fields}
 

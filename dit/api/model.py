@@ -65,9 +65,7 @@ class Model:
             found = ModelConfig.model_validate_json(text)
         except ValidationError as error:
             raise ConfigError(explain(error, str(folder / CONFIG), {})) from None
-        network = models.build(
-            found.model.name, learn_sigma=found.diffusion.learn_sigma, **found.sizes, **found.model.options
-        )
+        network = models.build(found.model.name, learn_sigma=found.diffusion.learn_sigma, **found.sizes, **found.model.options)
         try:
             network.load_state_dict(load_file(folder / WEIGHTS))
         except Exception as error:  # safetensors and torch name no class of their own for a damaged file
@@ -143,5 +141,7 @@ def audit_model(model: Model | nn.Module, *, steps: int = 4) -> AuditReport:
     """
     network = model.network if isinstance(model, Model) else model
     if not isinstance(network, Denoiser):
-        raise ConfigError(f"{type(network).__name__} is not a network of dit.models; call dit.audit.audit(model, batch) instead")
+        raise ConfigError(
+            f"{type(network).__name__} is not a network of dit.models; call dit.audit.audit(model, batch) instead"
+        )
     return audit(network, of_latents(network), steps=steps)
