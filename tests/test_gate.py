@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
+from browser import CHROMIUM, MISSING
 from studies import ROOT, command, environment, free_port, git
-from test_report import CHROMIUM
 
 from dit.errors import UserError
 from pipelines import guard, services
@@ -120,7 +120,7 @@ def ask(url: str, body: Any = None, password: str = "", **headers: str) -> tuple
 
 def browse(url: str, profile: Path) -> str:
     """The document after a headless browser opened `url` and its scripts ran."""
-    assert CHROMIUM, "no browser found: `make test` installs one where it can; CHROMIUM=/path/to/chrome names another"
+    assert CHROMIUM, MISSING
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
     options += [f"--user-data-dir={profile}", "--virtual-time-budget=10000", "--dump-dom"]
     return subprocess.run([CHROMIUM, *options, url], capture_output=True, text=True, check=True, timeout=120).stdout
