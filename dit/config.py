@@ -99,7 +99,8 @@ class Params(Section):
             for name in sections:
                 section = section.get(name) if isinstance(section, dict) else None
             if not isinstance(section, dict):
-                hint = did_you_mean(key, _dotted(self._written)) or "; expected a key of params.yaml, such as train.steps"
+                known = [name for name in _dotted(self._written) if not name.startswith("study.")]  # no factor replaces those
+                hint = did_you_mean(key, known) or "; expected a key of params.yaml, such as train.steps"
                 raise ConfigError(f"{where}: {key} is not a known key{hint}")
             section[last] = value
         return parse(data, where)

@@ -274,12 +274,13 @@ def test_deployment_runs_through_the_worker_and_down_stops_exactly_the_services(
     flow_runs = ask(f"{server}/flow_runs/filter", {"sort": "START_TIME_DESC"})
     assert flow_runs[0]["state_type"] == "COMPLETED"
     assert flow_runs[0]["deployment_id"]
-    task_runs = ask(f"{server}/task_runs/filter", {"flow_runs": {"id": {"any_": [flow_runs[0]["id"]]}}})
+    of_run = {"flow_runs": {"id": {"any_": [flow_runs[0]["id"]]}}}
+    task_runs = ask(f"{server}/task_runs/filter", of_run)
     states = {run["name"]: run["state"]["name"] for run in task_runs}
     assert states.pop("mlflow") == "Completed"
     assert len(states) == STAGES
     assert set(states.values()) == {"Cached"}
-    artifacts = {artifact["key"]: artifact["data"] for artifact in ask(f"{server}/artifacts/filter", {})}
+    artifacts = {artifact["key"]: artifact["data"] for artifact in ask(f"{server}/artifacts/filter", of_run)}
     assert "| symmetric |" in artifacts["comparison"]
     page = re.search(r"http://mlflow-\w+\.localhost:\d+/reports/index\.html", artifacts["report"])
     assert page
