@@ -178,6 +178,18 @@ def ancestral_step(solver: DDPMScheduler, output: Tensor, t: Tensor, x: Tensor, 
     return mean + (0.5 * log_variance).exp() * noise
 
 
+def noise_schedule(diffusion: DiffusionParams) -> dict[str, Any]:
+    """The noise of `diffusion` and what the network predicts, as arguments of a diffusers scheduler; not for flow matching."""
+    beta_start, beta_end = scale_betas(diffusion.beta_start, diffusion.beta_end, diffusion.num_timesteps)
+    return {
+        "num_train_timesteps": diffusion.num_timesteps,
+        "beta_schedule": "linear",
+        "beta_start": beta_start,
+        "beta_end": beta_end,
+        "prediction_type": PREDICTION_TYPES[diffusion.objective],
+    }
+
+
 def build_scheduler(diffusion: DiffusionParams, settings: EvaluateParams) -> Any:
     """The diffusers scheduler that `settings` name, for the noise of `diffusion`, with its timesteps set.
 
@@ -187,14 +199,7 @@ def build_scheduler(diffusion: DiffusionParams, settings: EvaluateParams) -> Any
     """
     if diffusion.objective == "flow":
         return _flow_scheduler(settings.scheduler, diffusion.num_timesteps, settings.steps)
-    beta_start, beta_end = scale_betas(diffusion.beta_start, diffusion.beta_end, diffusion.num_timesteps)
-    noise: dict[str, Any] = {
-        "num_train_timesteps": diffusion.num_timesteps,
-        "beta_schedule": "linear",
-        "beta_start": beta_start,
-        "beta_end": beta_end,
-        "prediction_type": PREDICTION_TYPES[diffusion.objective],
-    }
+    noise = noise_schedule(diffusion)
     if settings.scheduler == "ddpm":
         variance = "learned_range" if diffusion.learn_sigma else settings.ddpm_variance
         solver = DDPMScheduler(**noise, clip_sample=False, variance_type=variance)

@@ -29,7 +29,7 @@ def of_study(directory: Path, vae: str | None) -> Autoencoder | None:
 
 
 def exported(path: Path, about: Mapping[str, Any], vae: str | None) -> Autoencoder | None:
-    """That of a directory that `dit export` wrote, of which `about` is its `dit.json`."""
+    """The autoencoder in a directory that `dit export` wrote; `about` is the directory's `dit.json`."""
     if about.get("pixels"):
         return Pixels(about["sizes"]["latent_channels"])
     if vae is None and not (path / "vae").is_dir():

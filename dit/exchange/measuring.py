@@ -224,7 +224,7 @@ def _print(
     for name, value in vars(figures).items():
         table.add_row(LABELS[name], "-" if value is None else f"{value:.4f}")
     of = "an unknown number of" if against.count is None else f"{against.count:,}"
-    single = "" if against.features is None else f", of which {len(against.features):,} for precision and recall"
+    single = "" if against.features is None else f"; precision and recall use {len(against.features):,} of them"
     Console(markup=False, emoji=False).print(table)
     print(
         f"{found.count:,} images ({drawn}) against {of} images{single}; {network.name} at {network.size} pixels; "

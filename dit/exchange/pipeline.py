@@ -22,9 +22,9 @@ from dit.exchange.names import to_diffusers
 from dit.exchange.times import LARGEST_ERROR, fit
 from dit.exchange.trained import OWN, TIMESTEP_LAYER, WEIGHTS, Trained
 from dit.models.dit.network import DiT
-from dit.sampling import PREDICTION_TYPES
+from dit.sampling import noise_schedule
 from dit.sections import EvaluateParams
-from dit.timesteps import sampled_timesteps, scale_betas
+from dit.timesteps import sampled_timesteps
 
 NULL_CLASS = 1000
 """The label without a class, which `DiTPipeline.__call__` has in its code."""
@@ -166,14 +166,7 @@ def _scheduler(trained: Trained, settings: EvaluateParams) -> Any:
             "--scheduler ddpm: DiTPipeline leaves a learned variance out and draws other noise; expected ddim or dpmsolver++"
         )
     wanted = sampled_timesteps(settings.scheduler, settings.timestep_spacing, diffusion.num_timesteps, settings.steps)
-    beta_start, beta_end = scale_betas(diffusion.beta_start, diffusion.beta_end, diffusion.num_timesteps)
-    noise: dict[str, Any] = {
-        "num_train_timesteps": diffusion.num_timesteps,
-        "beta_schedule": "linear",
-        "beta_start": beta_start,
-        "beta_end": beta_end,
-        "prediction_type": PREDICTION_TYPES[diffusion.objective],
-    }
+    noise = noise_schedule(diffusion)
     for spacing in ("leading", "trailing", "linspace"):
         if settings.scheduler == "dpmsolver++":
             made = DPMSolverMultistepScheduler(**noise, algorithm_type="dpmsolver++", timestep_spacing=spacing)
