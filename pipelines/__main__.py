@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,14 @@ from dit.terminal import plain
 from pipelines import disk, mlflow_store, plan, services
 from pipelines.overrides import assignments
 from pipelines.redaction import redacted, shown
+
+
+class Engine(StrEnum):
+    """What runs the stages of a study."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -32,6 +41,10 @@ PROFILE = typer.Option(
     metavar="NAME", envvar="DIT_PROFILE", help="The values of profiles/NAME.yaml, in an isolated experiment, such as gpu."
 )
 WORKERS = typer.Option(min=1, envvar="DIT_WORKERS", help="Stages at the same time; default: what the machine has room for.")
+ENGINE = typer.Option(
+    envvar="DIT_ENGINE",
+    help="Where stages run: local, or ray: the cluster at RAY_ADDRESS, by default one of this machine (docs/cluster.md).",
+)
 
 
 app.command("plan")(plan.command)
@@ -43,6 +56,7 @@ def study(
     targets: Annotated[list[str] | None, TARGETS] = None,
     workers: Annotated[int | None, WORKERS] = None,
     profile: Annotated[str | None, PROFILE] = None,
+    engine: Annotated[Engine, ENGINE] = Engine.LOCAL,
 ) -> None:
     """Run the study: whatever is not up to date, side by side, as a Prefect flow, and fill MLflow."""
     overrides = assignments(set_ or [])
@@ -52,12 +66,12 @@ def study(
     from pipelines import experiments, flows
 
     given = experiments.profile(Path.cwd(), profile) if profile else {}
-    experiments.parameters(Path.cwd(), {**given, **overrides})
+    experiments.parameters(Path.cwd(), {**given, **overrides}, here=engine is Engine.LOCAL)
     server.wait()
     server.end_with_it()
     _log_for_people(flows.LOGGER, server)
     try:
-        state = flows.study(overrides or None, workers, targets or None, profile, return_state=True)
+        state = flows.study(overrides or None, workers, targets or None, profile, engine=engine.value, return_state=True)
     except KeyboardInterrupt:
         print("interrupted; the next run goes on from here", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGINT) from None

@@ -12,11 +12,12 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from graphlib import TopologicalSorter
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
@@ -35,7 +36,12 @@ from pipelines import dag, design, experiments, form, live, naming, recovery, se
 from pipelines.device_pool import DevicePool, device_pool, environment
 from pipelines.mlflow_store import UnreachableError, tracking_uri
 from pipelines.plan import note_duration
+from pipelines.redaction import shown
 from pipelines.report.words import samples
+
+if TYPE_CHECKING:
+    from pipelines.cluster.engine import Cluster, Places
+    from pipelines.cluster.node import Node
 
 LOGGER = "study"
 """The child of Prefect's run loggers that holds what a person wants to read, less what Prefect says about itself."""
@@ -58,7 +64,7 @@ def _is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bo
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def run_stage(stage: str, up_to_date: bool, processes: dag.Processes, environment: Mapping[str, str]) -> State[Any]:
+def run_stage(stage: str, up_to_date: bool, processes: dag.Processes | Node, environment: Mapping[str, str]) -> State[Any]:
     """One DVC stage. It ends as Cached where DVC had nothing to compute, and as Failed where its command failed."""
     if up_to_date:
         return Completed(name="Cached", message="up to date")
@@ -71,7 +77,8 @@ def run_stage(stage: str, up_to_date: bool, processes: dag.Processes, environmen
     begin = time.monotonic()
     try:
         outcome = processes.run(stage, say, environment)
-        recovery.keep_lock(processes.root)
+        if isinstance(processes, dag.Processes):
+            recovery.keep_lock(processes.root)
     except (dag.StageError, dag.StoppedError) as error:
         again = isinstance(error, dag.StageError) and error.transient and runtime.task_run.run_count <= RETRIES
         log.error("%s%s", error, f"; it runs again in {RETRY_DELAY_SECONDS} s" if again else "")
@@ -80,7 +87,7 @@ def run_stage(stage: str, up_to_date: bool, processes: dag.Processes, environmen
         say("cached")
         return Completed(name="Cached", message="restored from DVC's cache")
     seconds = time.monotonic() - begin
-    note_duration(stage, seconds)
+    note_duration(stage, seconds) if isinstance(processes, dag.Processes) else processes.ran(stage, seconds)
     say(f"done in {seconds:.1f} s")
     return Completed(message=f"{seconds:.1f} s")
 
@@ -112,6 +119,7 @@ def study(
     targets: list[str] | None = None,
     profile: Annotated[str, WithJsonSchema(form.profiles())] | None = None,
     strategies: Annotated[list[str], WithJsonSchema(form.strategies())] | None = None,
+    engine: Literal["local", "ray"] = "local",
 ) -> State[Any]:
     """Images, autoencoder, latents, a DiT per initialisation strategy and seed, their evaluation, and the comparison.
 
@@ -124,17 +132,18 @@ def study(
         targets: Only these stages and what they need, such as ["train@adaln_zero-0"] or ["evaluate"]; by default all.
         profile: A file of overrides, such as "gpu" for profiles/gpu.yaml; `overrides` come on top.
         strategies: Only these strategies, beside the baseline.
+        engine: Where stages run: on this machine, or on the Ray cluster that RAY_ADDRESS names, by default one of this machine.
     """
     root = Path.cwd()
     try:
         if strategies:
             overrides = {**experiments.only(root, strategies), **(overrides or {})}
         overrides = {**(experiments.profile(root, profile) if profile else {}), **(overrides or {})}
-        params = experiments.parameters(root, overrides)
+        params = experiments.parameters(root, overrides, here=engine == "local")
         with _workspace(root, overrides) as (workspace, experiment):
             design.write(workspace, config.load(workspace / "params.yaml"))
             trial = naming.trial(overrides)
-            return _run(workspace, targets, device_pool(params, workers), experiment, trial)
+            return _run(workspace, targets, partial(_places, engine, params, workers), experiment, trial)
     except UserError as error:
         return _failed(str(error))
 
@@ -157,13 +166,39 @@ def _failed(message: str) -> State[Any]:
     return Failed(name=naming.short(f"Failed: {message}"), message=message)
 
 
-def _run(workspace: Path, targets: list[str] | None, pool: DevicePool, experiment: str | None, trial: str) -> State[Any]:
+@contextmanager
+def _places(
+    engine: str, params: config.Params, workers: int | None, workspace: Path, stages: Mapping[str, dag.Stage]
+) -> Iterator[tuple[DevicePool | Places, Callable[[str], bool], Cluster | None]]:
+    """What decides how many stages run at once, what says that one has nothing to run, and the cluster, if there is one."""
+    scratch = os.environ.get("DIT_SCRATCH", "")
+    if engine == "local":
+        if "://" in scratch:
+            raise UserError(f"DIT_SCRATCH = {shown(scratch)}: a URL is for studies on a cluster; expected a folder")
+        with dag.checking(workspace) as unchanged:
+            yield device_pool(params, workers), unchanged, None
+        return
+    try:
+        from pipelines.cluster.engine import connected
+    except ModuleNotFoundError as error:
+        raise UserError(f"engine ray needs {error.name}: pip install 'dit-init-lab[cluster]'") from None
+    with connected(workspace, params, stages, workers, _log()) as cluster:
+        yield cluster.places, cluster.unchanged, cluster
+
+
+def _run(
+    workspace: Path,
+    targets: list[str] | None,
+    places: Callable[[Path, Mapping[str, dag.Stage]], AbstractContextManager[Any]],
+    experiment: str | None,
+    trial: str,
+) -> State[Any]:
     """Run the stages that `targets` need, then show what came out: in MLflow, as artifacts, and as a DVC experiment."""
     every = dag.read(workspace)
     stages = dag.select(every, targets)
     fresh = sum(stage.up_to_date for stage in stages.values())
-    _log().info("%d of %d stages are up to date; %d at a time", fresh, len(stages), pool.max_parallel)
-    scratch = Path(os.environ.get("DIT_SCRATCH", ".scratch")).resolve()
+    scratch = os.environ.get("DIT_SCRATCH", ".scratch")
+    scratch = str(Path(".scratch" if "://" in scratch else scratch).resolve())
     tags = {"dvc_experiment": experiment, "trial": trial} if experiment else {}
 
     log = _log()  # the thread that tells has no run of Prefect's
@@ -172,11 +207,12 @@ def _run(workspace: Path, targets: list[str] | None, pool: DevicePool, experimen
         log.info("curves while they grow: %s", services.mlflow_page(tracking_uri(), page))
 
     with (
-        dag.Processes(workspace, {"DIT_SCRATCH": str(scratch)}) as processes,
-        dag.checking(workspace) as unchanged,
+        dag.Processes(workspace, {"DIT_SCRATCH": scratch}) as processes,
+        places(workspace, stages) as (pool, unchanged, cluster),
         live.Live(workspace, tags, tell),
     ):
-        states = run_all(stages, processes, pool, unchanged)
+        log.info("%d of %d stages are up to date; %d at a time", fresh, len(stages), pool.max_parallel)
+        states = run_all(stages, processes, pool, unchanged, cluster)
     if experiment:
         experiments.forget_stale(workspace)
     dag.order_lock(workspace, every.values())
@@ -200,12 +236,16 @@ def _run(workspace: Path, targets: list[str] | None, pool: DevicePool, experimen
 
 
 def run_all(
-    stages: Mapping[str, dag.Stage], processes: dag.Processes, pool: DevicePool, unchanged: Callable[[str], bool]
+    stages: Mapping[str, dag.Stage],
+    processes: dag.Processes,
+    pool: DevicePool | Places,
+    unchanged: Callable[[str], bool],
+    cluster: Cluster | None = None,
 ) -> dict[str, State[Any]]:
     """Run every stage as a task once those above it are done and a device is free; the state in which each ended.
 
     A stage that is `unchanged` when those above it are done needs no device and no process. Stages acquire devices in order.
-    One below a stage that failed ends as NotReady; the others go on.
+    One below a stage that failed ends as NotReady; the others go on. A `cluster` runs the stages that it takes.
     """
     graph = TopologicalSorter({name: stage.upstream for name, stage in stages.items()})
     graph.prepare()
@@ -219,6 +259,12 @@ def run_all(
     def submit(name: str, up_to_date: bool) -> None:
         above = [futures[upstream] for upstream in stages[name].upstream if upstream in futures]
         named = run_stage.with_options(name=name.partition("@")[0])
+        if cluster and not up_to_date and cluster.takes(name):
+            futures[name] = cluster.submit(named, name, [states[upstream] for upstream in stages[name].upstream])
+            futures[name].add_done_callback(lambda _future: finished.put(name))
+            return
+        if cluster and not up_to_date:
+            cluster.begins_here()
         where = environment(taken.get(name, []))
         futures[name] = named.submit(name, up_to_date, processes, where, wait_for=above)  # type: ignore[call-overload]
         futures[name].add_done_callback(lambda _future: finished.put(name))
@@ -245,9 +291,11 @@ def run_all(
             continue
         name = finished.get()
         states[name] = _final_state(futures[name])
-        graph.done(name)
         if name in taken:
             pool.release(taken.pop(name))
+            if cluster:
+                states[name] = cluster.ended(name, states[name])
+        graph.done(name)
     return {name: states[name] for name in stages}
 
 
