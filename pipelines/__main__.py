@@ -64,12 +64,13 @@ def study(
     server = services.prefect_server(os.environ)
     os.environ.update(server.environment)
     from pipelines import experiments, flows
+    from pipelines.stage_task import LOGGER
 
     given = experiments.profile(Path.cwd(), profile) if profile else {}
     experiments.parameters(Path.cwd(), {**given, **overrides}, here=engine is Engine.LOCAL)
     server.wait()
     server.end_with_it()
-    _log_for_people(flows.LOGGER, server)
+    _log_for_people(LOGGER, server)
     try:
         state = flows.study(overrides or None, workers, targets or None, profile, engine=engine.value, return_state=True)
     except KeyboardInterrupt:

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -19,15 +18,13 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from prefect import flow, get_run_logger, runtime, task
+from prefect import flow, runtime, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State, TaskRun
+from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
-from prefect.logging.loggers import PrefectLogAdapter
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
-from prefect.tasks import Task
 from pydantic import Field, WithJsonSchema
 
 from dit import config
@@ -35,67 +32,22 @@ from dit.errors import UserError
 from pipelines import dag, design, experiments, form, live, naming, recovery, services, tracking
 from pipelines.device_pool import DevicePool, device_pool, environment
 from pipelines.mlflow_store import UnreachableError, tracking_uri
-from pipelines.plan import note_duration
 from pipelines.redaction import shown
 from pipelines.report.words import samples
+from pipelines.stage_task import run_log, run_stage
 
 if TYPE_CHECKING:
     from pipelines.cluster.engine import Cluster, Places
-    from pipelines.cluster.node import Node
 
-LOGGER = "study"
-"""The child of Prefect's run loggers that holds what a person wants to read, less what Prefect says about itself."""
-RETRIES = 2
-RETRY_DELAY_SECONDS = 5
 SIGN_IN_FIRST = "the browser opens it once it is signed in to MLflow, by the link that `make up` prints"
 MOST_SHOWN = 100
 """Stages of a study of which each is a task even where it has nothing to do: a task costs Prefect some 20 ms."""
 
 
-def _is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    return isinstance(state.data, dag.StageError) and state.data.transient
-
-
-@task(
-    task_run_name="{stage}",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAY_SECONDS,
-    retry_condition_fn=_is_transient,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
-def run_stage(stage: str, up_to_date: bool, processes: dag.Processes | Node, environment: Mapping[str, str]) -> State[Any]:
-    """One DVC stage. It ends as Cached where DVC had nothing to compute, and as Failed where its command failed."""
-    if up_to_date:
-        return Completed(name="Cached", message="up to date")
-    log = _log()
-
-    def say(text: str) -> None:
-        log.info("%s: %s", stage, text)  # in Prefect's pages, lines of several stages stand below each other
-
-    say("started")
-    begin = time.monotonic()
-    try:
-        outcome = processes.run(stage, say, environment)
-        if isinstance(processes, dag.Processes):
-            recovery.keep_lock(processes.root)
-    except (dag.StageError, dag.StoppedError) as error:
-        again = isinstance(error, dag.StageError) and error.transient and runtime.task_run.run_count <= RETRIES
-        log.error("%s%s", error, f"; it runs again in {RETRY_DELAY_SECONDS} s" if again else "")
-        return Failed(message=str(error), data=error)
-    if outcome is dag.Outcome.CACHED:
-        say("cached")
-        return Completed(name="Cached", message="restored from DVC's cache")
-    seconds = time.monotonic() - begin
-    note_duration(stage, seconds) if isinstance(processes, dag.Processes) else processes.ran(stage, seconds)
-    say(f"done in {seconds:.1f} s")
-    return Completed(message=f"{seconds:.1f} s")
-
-
 @task(name="mlflow", task_run_name="mlflow", cache_policy=NO_CACHE, persist_result=False)
 def fill_mlflow(workspace: Path, tags: Mapping[str, str]) -> State[Any]:
     """Bring the finished runs into MLflow. A tracking server that is away is reported, and loses nothing."""
-    log = _log()
+    log = run_log()
     try:
         synced = tracking.sync(workspace, tags)
     except UserError as error:
@@ -153,7 +105,7 @@ def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[P
     """Where the stages run, and the name of the DVC experiment, if it is one."""
     if not overrides:
         with _exclusively(root):
-            recovery.workspace(root, _log().warning)
+            recovery.workspace(root, run_log().warning)
             yield root, None
         return
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{runtime.flow_run.name}-{runtime.flow_run.id[-6:]}")
@@ -182,7 +134,7 @@ def _places(
         from pipelines.cluster.engine import connected
     except ModuleNotFoundError as error:
         raise UserError(f"engine ray needs {error.name}: pip install 'dit-init-lab[cluster]'") from None
-    with connected(workspace, params, stages, workers, _log()) as cluster:
+    with connected(workspace, params, stages, workers, run_log()) as cluster:
         yield cluster.places, cluster.unchanged, cluster
 
 
@@ -201,7 +153,7 @@ def _run(
     scratch = str(Path(".scratch" if "://" in scratch else scratch).resolve())
     tags = {"dvc_experiment": experiment, "trial": trial} if experiment else {}
 
-    log = _log()  # the thread that tells has no run of Prefect's
+    log = run_log()  # the thread that tells has no run of Prefect's
 
     def tell(page: str) -> None:
         log.info("curves while they grow: %s", services.mlflow_page(tracking_uri(), page))
@@ -224,9 +176,9 @@ def _run(
     if experiment:
         experiments.save(Path.cwd(), workspace, experiment, stages)
         report = _keep_report(report, experiment)
-        _log().info("DVC experiment %s: see `dvc exp show`, `dvc exp apply %s`", experiment, experiment)
+        run_log().info("DVC experiment %s: see `dvc exp show`, `dvc exp apply %s`", experiment, experiment)
     if "compare" in stages:
-        _log().info("report: %s", report.as_uri())
+        run_log().info("report: %s", report.as_uri())
         page = services.report_page(experiment)
         create_markdown_artifact(comparison(workspace, report, page, mlflow.message or ""), key="comparison")
         if page:
@@ -375,10 +327,3 @@ def _exclusively(root: Path) -> Iterator[None]:
                 "a study is running in this workspace; wait for it, or give overrides to run one beside it"
             ) from None
         yield
-
-
-def _log() -> PrefectLogAdapter:
-    """The run's logger, for people."""
-    log = get_run_logger()
-    assert isinstance(log, PrefectLogAdapter)
-    return log.getChild(LOGGER)

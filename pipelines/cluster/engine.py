@@ -49,6 +49,8 @@ LEAST_AHEAD = 64
 FOLDER = Path(".scratch/cluster")
 PACKAGES = ("pipelines", "dit")
 """What a node imports to run a stage; the stage itself imports them from its clone."""
+WORKERS = {"DO_NOT_TRACK": "true", "RAY_kill_child_processes_on_worker_exit": "false"}
+"""Variables of workers. Ray would kill the guard of a stage, which then could not end the stage; left alone, it does."""
 WATCH_SECONDS = 5.0
 
 
@@ -200,7 +202,7 @@ def _runner(listener: str) -> Iterator[RayTaskRunner[Any]]:
         "logging_level": logging.ERROR,
         "runtime_env": {
             "py_modules": [str(_package(name)) for name in PACKAGES],
-            "env_vars": {voices.LISTENER: listener, "DO_NOT_TRACK": "true"},
+            "env_vars": {voices.LISTENER: listener, **WORKERS},
             "worker_process_setup_hook": "pipelines.cluster.voices.begin",
         },
     }
@@ -213,6 +215,7 @@ def _runner(listener: str) -> Iterator[RayTaskRunner[Any]]:
         options |= {"include_dashboard": False, "num_cpus": _cores()}
     logging.getLogger("ray").setLevel(logging.ERROR)
     runner: RayTaskRunner[Any] = RayTaskRunner(address, options)
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None  # Ray's own words on lost nodes, which no option turns off
     try:
         runner.__enter__()
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:

@@ -66,7 +66,9 @@ class Node:
             os.environ.pop(THREADS, None)
             check_versions(self.study.versions)
             with self._clone() as root:
-                (root / "dvc.lock").write_text(self.upstream)
+                (root / "dvc.lock").unlink(missing_ok=True)
+                if self.upstream:
+                    (root / "dvc.lock").write_text(self.upstream)
                 pull(root, stage, self.study.remote)
                 with self._scratch(stage, root, log) as scratch:
                     variables = {**(environment or {}), "DIT_SCRATCH": str(scratch)}
