@@ -121,9 +121,9 @@ def hosts(folder: Path, names: Mapping[str, int]) -> Iterator[Hosts]:
     try:
         cluster.start("ray-head", "--num-cpus", "0")
         cluster.wait()
-        for name, cores in names.items():
+        for name, cores in names.items():  # one after the other: raylets that start at once choose the same sockets
             cluster.start(name, "--num-cpus", str(cores))
-        cluster.wait()
+            cluster.wait()
         yield cluster
     finally:
         for host in reversed(cluster.running.values()):

@@ -181,20 +181,24 @@ def test_a_node_with_other_packages_is_refused_by_name(shell: Path, cluster: Hos
 
 def test_a_study_of_which_a_node_is_lost_in_training_ends_as_on_one_machine(tmp_path: Path, cluster: Hosts) -> None:
     root = micro_project(tmp_path / "study")
+    (root / "params.yaml").write_text(override((root / "params.yaml").read_text(), {"train.steps": 200}))
     alone = tmp_path / "alone"
     shutil.copytree(root, alone)
     with_remote(root, tmp_path / "remote")
     running = started(root, cluster, *TRAINED)
 
     def trains() -> str | None:
-        kept = {manifest.parent.name for manifest in (tmp_path / "remote/scratch").glob("train@*/manifest.json")}
-        names = [name for name in "ab" if list(cluster.running[name].work.glob("studies/*/*.scratch/*/checkpoint.pt"))]
-        return next(iter(names), None) if len(kept) == len(TRAINED) or kept else None
+        """A host with a run of which others can see a checkpoint."""
+        kept = [manifest.read_text() for manifest in (tmp_path / "remote/scratch").glob("train@*/manifest.json")]
+        for name in "ab":
+            for file in cluster.running[name].work.glob("studies/*/*.scratch/*/checkpoint.pt"):
+                if any(f'"{file.parent.name}/checkpoint.pt"' in listed for listed in kept):
+                    return name
+        return None
 
-    wait_until(trains, running)
-    lost = trains()
-    assert lost
-    cluster.running[lost].kill()
+    lost: list[str] = []
+    wait_until(lambda: lost.append(name) or lost if (name := trains()) else None, running)  # type: ignore[func-returns-value]
+    cluster.running[lost[0]].kill()
     beside = command(alone, "pipelines", "study", *TRAINED)
     assert beside.returncode == 0, beside.stdout
     said = (tmp_path / "study.log").read_text

@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 
 import psutil
 import ray
+from prefect.context import EngineContext
+from prefect.flows import Flow
 from prefect.futures import PrefectFuture
 from prefect.states import Failed, State
 from prefect.tasks import Task
@@ -39,6 +41,8 @@ from pipelines.redaction import shown
 
 ADDRESS = "RAY_ADDRESS"
 """Ray's own variable: the cluster to use, such as `auto`, 10.0.0.1:6379 or ray://10.0.0.1:10001; without it, this machine."""
+LOCAL = "local"
+"""Ray's word for a cluster of this process alone, whatever else runs on the machine."""
 HERE = ("design", "best", "compare")
 """Stages that take seconds, and read or write what all others do."""
 LOST = 3
@@ -99,7 +103,11 @@ class Cluster:
 
     def unchanged(self, stage: str) -> bool:
         """Whether nothing has to run for a stage: it is up to date, or its outputs were found in the run cache and are here."""
-        return self._results.unchanged(stage) or (self.takes(stage) and self._results.restore(stage))
+        return self.is_current(stage) or (self.takes(stage) and self._results.restore(stage))
+
+    def is_current(self, stage: str) -> bool:
+        """Whether DVC has nothing to do for a stage."""
+        return self._results.unchanged(stage)
 
     def begins_here(self) -> None:
         """A stage that the head runs itself is about to start."""
@@ -112,7 +120,7 @@ class Cluster:
         parameters = get_call_parameters(task.fn, (stage, False, node, {}), {})
         options = {"num_cpus": need.cpus, "num_gpus": need.gpus, "max_retries": LOST}
         self._away.add(stage)
-        with remote_options(**options):
+        with _without_flow(), remote_options(**options):
             return self._runner.submit(task, parameters, wait_for=list(above))
 
     def ended(self, stage: str, state: State[Any]) -> State[Any]:
@@ -135,6 +143,20 @@ class Cluster:
                 "for these; was a file changed while the study ran?"
             )
         return state
+
+
+@contextmanager
+def _without_flow() -> Iterator[None]:
+    """The run of a flow without the code of the flow: Ray would send it with each stage, and nodes import all that it needs."""
+    run = EngineContext.get()
+    assert run
+    assert run.flow
+    with run.model_copy(update={"flow": Flow(_nothing, name=run.flow.name, persist_result=False)}):
+        yield
+
+
+def _nothing() -> None:
+    """The code of a flow that runs elsewhere."""
 
 
 def _why(state: State[Any]) -> str:
@@ -214,7 +236,7 @@ def _runner(listener: str) -> Iterator[RayTaskRunner[Any]]:
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token.resolve())  # a Ray that is started here asks for it by itself
         options |= {"include_dashboard": False, "num_cpus": _cores()}
     logging.getLogger("ray").setLevel(logging.ERROR)
-    runner: RayTaskRunner[Any] = RayTaskRunner(address, options)
+    runner: RayTaskRunner[Any] = RayTaskRunner(address or LOCAL, options)
     ray._private.worker.print_to_stdstream = lambda *_, **__: None  # Ray's own words on lost nodes, which no option turns off
     try:
         runner.__enter__()

@@ -19,8 +19,9 @@ from dvc.schema import COMPILED_LOCK_FILE_STAGE_SCHEMA
 from dvc.stage import PipelineStage
 from dvc.stage.cache import _can_hash, _get_stage_hash
 from dvc.utils.serialize import parse_yaml
+from dvc_data.hashfile.hash_info import HashInfo
+from dvc_data.hashfile.transfer import transfer
 
-from pipelines import atomic_dvc
 from pipelines.cluster.lockfile import LockFile
 from pipelines.cluster.transport import Remote, UnreachableError
 
@@ -92,16 +93,27 @@ class Results:
             key = _get_stage_hash(known)
             for entry in self._entries(key):
                 done = self._repo.stage_cache._create_stage(entry, wdir=known.wdir)
-                for objects in done.get_used_objs().values():
-                    if self._remote:
-                        self._repo.cloud.pull(objects, odb=self._odb)
-                if done.outs_cached():
-                    done.checkout(force=True)
+                self._fetch({out.hash_info for out in done.outs})
+                if not any(out.changed_cache() for out in done.outs):
+                    for out in done.outs:
+                        out.checkout(force=True)
                     self._lock.add(stage, entry)
                     self._sent |= {stage} if sent else set()
                     self.write()
                     return True
         return False
+
+    def _fetch(self, outputs: set[HashInfo]) -> None:
+        """Bring outputs into DVC's cache: lists of files first, then the files.
+
+        Not by `pull`, which goes through the list of all folders that it knows in the remote, each time.
+        """
+        if self._odb is None:
+            return
+        cache = self._repo.cache.local
+        if folders := {output for output in outputs if output.isdir}:
+            transfer(self._odb, cache, folders, cache_odb=cache)
+        transfer(self._odb, cache, outputs, cache_odb=cache, shallow=False)
 
     def _entries(self, key: str) -> Iterator[dict[str, Any]]:
         """The run cache's entries for a key: of this machine, and then of the remote, which are kept here too."""
@@ -114,8 +126,9 @@ class Results:
             if path not in known:
                 entry = COMPILED_LOCK_FILE_STAGE_SCHEMA(parse_yaml(content.decode(), str(path)))
                 folder.mkdir(parents=True, exist_ok=True)
-                with atomic_dvc.replacing(path) as file:
-                    file.write(content.decode())
+                partial = path.with_suffix(".partial")
+                partial.write_bytes(content)
+                partial.replace(path)
                 yield entry
 
     def write(self, now: bool = False) -> None:

@@ -11,8 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from prefect.logging.configuration import setup_logging
-
 LISTENER = "DIT_LISTENER"
 """The environment variable that gives workers the name of the actor to which they tell."""
 LOGGER = "prefect.task_runs.study"
@@ -74,6 +72,8 @@ class _Sender(logging.Handler):
 
 def begin() -> None:
     """In a worker, once: from now on what its stages say goes to the listener. Ray calls this when it starts a worker."""
+    from prefect.logging.configuration import setup_logging
+
     if LISTENER in os.environ and _sender() is None:
         setup_logging()  # the first call makes loggers anew, later ones keep what was added
         logging.getLogger(LOGGER).addHandler(_Sender(os.environ[LISTENER]))
