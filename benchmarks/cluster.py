@@ -20,12 +20,15 @@ from typing import Annotated, Any
 import psutil
 import torch
 import typer
+from dvc.repo import Repo
+from dvc.stage.serialize import to_single_stage_lockfile
 from measuring import Result, heading, machine, shipped, write
 from rich.console import Console
 from rich.table import Table
 
 from pipelines import dag, services
 from pipelines.cluster.node import Node, Study
+from pipelines.cluster.lockfile import LockFile
 from pipelines.cluster.results import opened
 from pipelines.cluster.transport import Remote
 
@@ -56,18 +59,16 @@ def main(
         folder = Path(name)
         head, node, fresh = project(folder / "head", stages), folder / "node", folder / "fresh"
         shutil.copytree(head, node)
-        begun = time.perf_counter()
-        run(node, "repro", "--quiet")
-        report["dvc_repro_seconds"] = time.perf_counter() - begun
-        run(node, "push", "--quiet", "--run-cache")
         run(head, "repro", "--quiet", "--single-item", "first")
+        make_all(node)
+        run(node, "push", "--quiet", "--run-cache")
         shutil.copytree(head, fresh)
         report |= taken_in(head)
         write(report, output)
         report["flow"] = flow_over(fresh)
-        report["same_lock"] = all(
-            (root / "dvc.lock").read_bytes() == (node / "dvc.lock").read_bytes() for root in (head, fresh)
-        )
+        for root in (head, fresh):
+            assert (root / "dvc.lock").read_bytes() == (node / "dvc.lock").read_bytes()
+            run(root, "status", "--quiet")  # fails where DVC would run anything
         write(report, output)
     Console().print(shown(report))
 
@@ -87,6 +88,20 @@ def project(root: Path, stages: int) -> Path:
 def run(root: Path, *arguments: str) -> None:
     """A command of DVC."""
     subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=root, check=True)
+
+
+def make_all(root: Path) -> None:
+    """Run all stages of a project, as `dvc repro` does, which takes seconds for each where there are thousands."""
+    with Repo(str(root)) as repo, repo.lock:
+        stages = repo.index.stages
+        lock = LockFile(root / "dvc.lock", [stage.name for stage in stages])
+        for stage in stages:
+            subprocess.run(stage.cmd, shell=True, cwd=root, check=True)
+            stage.save()
+            stage.commit()
+            repo.stage_cache.save(stage)
+            lock.add(stage.name, to_single_stage_lockfile(stage))
+        lock.write()
 
 
 def taken_in(head: Path) -> dict[str, Any]:

@@ -43,6 +43,7 @@ ADDRESS = "RAY_ADDRESS"
 """Ray's own variable: the cluster to use, such as `auto`, 10.0.0.1:6379 or ray://10.0.0.1:10001; without it, this machine."""
 LOCAL = "local"
 """Ray's word for a cluster of this process alone, whatever else runs on the machine."""
+Log = logging.Logger | logging.LoggerAdapter[Any]
 HERE = ("design", "best", "compare")
 """Stages that take seconds, and read or write what all others do."""
 LOST = 3
@@ -168,7 +169,7 @@ def _why(state: State[Any]) -> str:
 
 @contextmanager
 def connected(
-    workspace: Path, params: Params, stages: Mapping[str, dag.Stage], workers: int | None, log: logging.Logger
+    workspace: Path, params: Params, stages: Mapping[str, dag.Stage], workers: int | None, log: Log
 ) -> Iterator[Cluster]:
     """The cluster at `RAY_ADDRESS`, or one of this machine's own, ready for the stages of the study in `workspace`.
 
@@ -270,9 +271,10 @@ def _check_api(nodes: Collection[Mapping[str, Any]]) -> None:
 
 
 @contextmanager
-def _heard(name: str, log: logging.Logger) -> Iterator[None]:
+def _heard(name: str, log: Log) -> Iterator[None]:
     """What stages say on the nodes is said here too, and how long they took is noted."""
-    actor = ray.remote(num_cpus=0)(voices.Listener).options(name=name).remote()
+    actor: Any = ray.remote(num_cpus=0)(voices.Listener)
+    actor = actor.options(name=name).remote()
     ray.get(actor.take.remote(0.0))
     ended = threading.Event()
 
@@ -292,7 +294,7 @@ def _heard(name: str, log: logging.Logger) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(log: logging.Logger) -> Iterator[None]:
+def _watched(log: Log) -> Iterator[None]:
     """Nodes that are lost or join are told."""
     ended = threading.Event()
 
