@@ -126,15 +126,15 @@ def _train(pool: ProcessPoolExecutor, waiting: list[Item], workers: int, until: 
 
 
 def _in_order(params: Params, items: Iterable[Item]) -> list[Item]:
+    """Longer runs first, so that none is left over at the end; of one length, seed by seed."""
     seeds = [*params.study.choose_on, *(seed for seed in params.study.seeds if seed not in params.study.choose_on)]
-    return sorted(items, key=lambda item: seeds.index(item.seed or 0))
+    return sorted(items, key=lambda item: (-item.setting.levels.get("train.steps", 0), seeds.index(item.seed or 0)))
 
 
 @contextmanager
 def _pool(folder: Path, workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that work in `folder` and have torch imported before they start; none of them shares a CUDA context."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_enter, initargs=(folder,)) as pool:
         yield pool
 
