@@ -37,7 +37,6 @@ def _figure(answers: Answers) -> Figure:
         if answers.effects.quantity == "survived":
             return _survival(answers)
         return _effects(answers.effects)
-    assert answers.findings is not None
     if answers.delays is not None:
         return _lengths(answers.findings)
     return _responses(answers.findings)

@@ -44,10 +44,10 @@ class FactorialAnswers:
 
 @dataclass(frozen=True)
 class Answers:
-    """What one study answers. `effects` and `delays` are None where the study does not ask for them."""
+    """What one study answers. `findings` compare strategies by rate; `effects` and `delays` are None where nobody asked."""
 
     results: Results
-    findings: Findings | None
+    findings: Findings
     effects: FactorialAnswers | None
     delays: dict[str, dict[int, Estimate | None]] | None
 
@@ -65,8 +65,6 @@ def questions(root: Path) -> dict[str, dict[str, Any]]:
 
 def answer(results: Results, asked: Mapping[str, Any]) -> Answers:
     """The answers of one study, by what `questions` holds of it. Raises `UserError` where its runs do not fit the question."""
-    if effects := asked.get("effects"):
-        return Answers(results, None, _effects(results, effects), None)
     values = results.values
     question = Question(
         values.get("study.baseline", BASELINE),
@@ -75,7 +73,8 @@ def answer(results: Results, asked: Mapping[str, Any]) -> Answers:
         values.get("study.choose_on", []),
     )
     findings = find([run.trained() for run in results.runs], question)
-    return Answers(results, findings, None, _delays(results, question) if asked.get("lengths") else None)
+    effects = _effects(results, asked["effects"]) if "effects" in asked else None
+    return Answers(results, findings, effects, _delays(results, question) if asked.get("lengths") else None)
 
 
 def survived(run: Ended) -> float:

@@ -76,8 +76,7 @@ def _sentences(answers: Answers) -> Iterator[str]:
         for one in answers.effects.declared:
             verdict = "" if one.clear else "not distinguishable: "
             yield f"{verdict}{unit}, {one.effect}, {one.certainty}."
-    if answers.findings:
-        yield from (judgement.sentence for judgement in _judged(answers.findings) if judgement.comparison.declared)
+    yield from (judgement.sentence for judgement in _judged(answers.findings) if judgement.comparison.declared)
     for name, delays in (answers.delays or {}).items():
         for length, found in delays.items():
             if found is None:
@@ -109,29 +108,27 @@ def _declared(answers: Answers) -> Iterator[Mapping[str, Any]]:
                 "n": found.n,
                 "p": effect.p,
             }
-    if answers.findings:
-        every: list[AtBest | Pair] = [*answers.findings.at_best, *answers.findings.pairs]
-        for one in every:
-            judgement = one.judgement
-            if judgement.comparison.declared:
-                yield {
-                    "strategy": one.strategy,
-                    "place": dict(one.place),
-                    "rate": None if isinstance(one, AtBest) else one.rate,
-                    "verdict": judgement.answer,
-                    "mean": judgement.mean,
-                    "low": judgement.low,
-                    "high": judgement.high,
-                    "n": judgement.n,
-                    "p": judgement.p,
-                }
+    every: list[AtBest | Pair] = [*answers.findings.at_best, *answers.findings.pairs]
+    for one in every:
+        judgement = one.judgement
+        if judgement.comparison.declared:
+            yield {
+                "strategy": one.strategy,
+                "place": dict(one.place),
+                "rate": None if isinstance(one, AtBest) else one.rate,
+                "verdict": judgement.answer,
+                "mean": judgement.mean,
+                "low": judgement.low,
+                "high": judgement.high,
+                "n": judgement.n,
+                "p": judgement.p,
+            }
 
 
 def _tables(answers: Answers) -> list[str]:
-    if answers.effects:
-        return _of_effects(answers)
-    assert answers.findings is not None
-    return [*_of_optima(answers.findings), "", *_of_rates(answers.findings)]
+    first = _of_effects(answers) if answers.effects else _of_optima(answers.findings)
+    by_survival = answers.effects is not None and answers.effects.quantity == "survived"
+    return [*first, "", *([] if by_survival else _of_rates(answers.findings))]
 
 
 def _of_effects(answers: Answers) -> list[str]:
