@@ -51,7 +51,7 @@ def check(params: ParamsFile = Path("params.yaml")) -> None:
     with _user_errors_shown():
         loaded = config.load(params)
         study = loaded.study
-        every_role = models.roles(loaded.skeleton())
+        every_role = loaded.roles
         for name, strategy in loaded.strategies.items():
             try:
                 claims(strategy, every_role)
