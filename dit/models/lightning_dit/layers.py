@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dit.models.layers import without_values
 
+
 @dataclass(frozen=True)
 class Variant:
     """The five choices of the published code, by its names; all false is a DiT."""
