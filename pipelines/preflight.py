@@ -75,7 +75,7 @@ def _remote(repo: object, name: str) -> Finding:
     expected = "a remote that can be reached; the study runs without it, `dvc push` and `dvc pull` do not"
 
     def ask() -> bool:
-        remote = repo.cloud.get_remote_odb(name)  # type: ignore[attr-defined]
+        remote = repo.cloud.get_remote(name)  # type: ignore[attr-defined]
         parent = remote.fs.parent(remote.path)
         return bool(remote.fs.exists(remote.path) or remote.fs.exists(parent))
 

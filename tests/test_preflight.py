@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import os
-import resource
 import subprocess
 import sys
 import tomllib
@@ -21,7 +19,7 @@ import torch
 from conftest import ROOT
 from diffusers import AutoencoderKL
 from PIL import Image
-from studies import MICRO, command, environment, git, micro_project
+from studies import command, environment, micro_project
 
 from dit import config, models, preflight, yamlfile
 from dit.errors import ConfigError
@@ -144,8 +142,8 @@ def test_what_a_machine_cannot_hold_is_refused_before_it_is_made(
 def test_a_batch_that_would_fit_is_named_with_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "of_host", lambda: 10**9)
     (line,) = found({"train.batch_size": 5000}, ["train"])
-    assert line.endswith("the memory of this machine, or train.batch_size of at most 1,454"), line
-    assert not found({"train.batch_size": 1454}, ["train"])
+    assert line.endswith("the memory of this machine, or train.batch_size of at most 1,486"), line
+    assert not found({"train.batch_size": 1486}, ["train"])
 
 
 def test_every_setting_of_a_factor_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +172,6 @@ def test_a_bad_file_takes_seconds_and_little_memory(key: str, value: Any, tmp_pa
     assert "Traceback" not in told
     assert used.ru_utime + used.ru_stime < 10  # on a machine that others use as well; 2 to 5 s alone
     assert used.ru_maxrss < 2**20 * (1 if sys.platform != "darwin" else 1024)
-    assert resource.getpagesize()
 
 
 @pytest.mark.parametrize(
@@ -246,7 +243,7 @@ def test_pictures_that_lie_are_counted_and_told(photos: Callable[..., dict[str, 
 )
 def test_a_folder_of_broken_pictures_is_refused(data: Callable[[int], bytes], photos: Callable[..., dict[str, Any]]) -> None:
     (line,) = found({**photos(6, data), **ANY_COUNT}, ["images"])
-    assert "12 of 12 looked at are no usable images (photos/cats/0.jpg: " in line
+    assert "12 of 12 looked at are no usable images (photos/cats/" in line
 
 
 def test_too_few_pictures_for_the_metrics_are_told(photos: Callable[..., dict[str, Any]]) -> None:
@@ -279,11 +276,7 @@ def test_a_data_set_is_looked_into_without_being_prepared(
     splits = {"label_column": "label", "train_split": "train", "validation_split": None, "validation_fraction": 0.5}
     told = found({"images.source": {**about, **splits, **source}}, ["images"])
     assert len(told) == bool(complaint), told
-    assert (
-        complaint.replace(": no such column; ", ": no such column")
-        in "".join(told).replace(": no such column; ", ": no such column")
-        or not complaint
-    )
+    assert complaint in "".join(told)
 
 
 def test_statistics_of_another_feature_network_are_refused(tmp_path: Path) -> None:
@@ -361,6 +354,3 @@ def test_dit_check_is_told_where_the_checks_of_the_workflow_are() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["dit.checks"]
     loaded = [EntryPoint(name, value, "dit.checks").load() for name, value in declared.items()]
     assert loaded == [workflow.check]
-
-
-__all__ = ["MICRO", "copy", "git"]
