@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -39,11 +40,12 @@ CLASSES_SHOWN = 1000
 
 @contextmanager
 def _user_errors_shown() -> Iterator[None]:
-    """Print a user's error as one message and exit with 2."""
+    """Print a user's error as one message and exit with 2. Of processes that torchrun started, the first tells."""
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 
 
