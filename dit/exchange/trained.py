@@ -131,6 +131,8 @@ def load(target: str, where: Where) -> Trained:
     try:
         return of_checkpoint(target, where)
     except ConfigError as error:
+        if where.step is not None:
+            raise
         raise ConfigError(
             f"'{target}' is no run in {RUNS}, no checkpoint file ({', '.join(SUFFIXES)}) and no exported directory; {error}"
         ) from None
