@@ -66,7 +66,7 @@ def _check_machine(params: Params, where: str) -> None:
         if name in ("train", "evaluate"):
             precision = resolve_precision(section.precision, device)
             cannot = unserved(params.train.optimizer) if name == "train" else ""
-            backend_for(params.skeleton(), section.backend, device, precision, f"{where}: {name}", unserved=cannot)
+            backend_for(params.own_skeleton, section.backend, device, precision, f"{where}: {name}", unserved=cannot)
         elif name == "latents":
             precision = resolve_precision(section.precision, device)
             resolve_backend(section.backend, device, precision, True, f"{where}: {name}", NEEDS)

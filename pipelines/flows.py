@@ -31,7 +31,7 @@ from pydantic import Field, WithJsonSchema
 
 from dit import config
 from dit.errors import UserError
-from pipelines import dag, design, experiments, form, live, naming, recovery, services, tracking
+from pipelines import dag, design, experiments, form, live, naming, preflight, recovery, services, tracking
 from pipelines.device_pool import DevicePool, device_pool, environment
 from pipelines.mlflow_store import UnreachableError, tracking_uri
 from pipelines.plan import note_duration
@@ -39,6 +39,8 @@ from pipelines.report.words import samples
 
 LOGGER = "study"
 """The child of Prefect's run loggers that holds what a person wants to read, less what Prefect says about itself."""
+REFUSED = "Refused"
+"""How the name of the state of a study begins that was not started."""
 RETRIES = 2
 RETRY_DELAY_SECONDS = 5
 SIGN_IN_FIRST = "the browser opens it once it is signed in to MLflow, by the link that `make up` prints"
@@ -161,6 +163,8 @@ def _run(workspace: Path, targets: list[str] | None, pool: DevicePool, experimen
     """Run the stages that `targets` need, then show what came out: in MLflow, as artifacts, and as a DVC experiment."""
     every = dag.read(workspace)
     stages = dag.select(every, targets)
+    if refused := preflight.refusal(workspace, stages, _log().warning):
+        return Failed(name=naming.short(f"{REFUSED}: {refused}"), message=refused)
     fresh = sum(stage.up_to_date for stage in stages.values())
     _log().info("%d of %d stages are up to date; %d at a time", fresh, len(stages), pool.max_parallel)
     scratch = Path(os.environ.get("DIT_SCRATCH", ".scratch")).resolve()
