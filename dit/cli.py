@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import wraps
 from importlib.metadata import entry_points
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from dit import config, design, init, models
+from dit import config, design, init, models, preflight
 from dit.analysis import tables
 from dit.analysis.wakeup import by_kind, not_predicted, predict
 from dit.config import Params
@@ -26,6 +28,7 @@ from dit.errors import ConfigError, UserError
 from dit.exchange import commands, measuring
 from dit.init import Strategy
 from dit.init.strategy import claims
+from dit.preflight import Finding
 from dit.terminal import plain
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -37,11 +40,12 @@ CLASSES_SHOWN = 1000
 
 @contextmanager
 def _user_errors_shown() -> Iterator[None]:
-    """Print a user's error as one message and exit with 2."""
+    """Print a user's error as one message and exit with 2. Of processes that torchrun started, the first tells."""
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 
 
@@ -51,7 +55,7 @@ def check(params: ParamsFile = Path("params.yaml")) -> None:
     with _user_errors_shown():
         loaded = config.load(params)
         study = loaded.study
-        every_role = models.roles(loaded.skeleton())
+        every_role = loaded.roles
         for name, strategy in loaded.strategies.items():
             try:
                 claims(strategy, every_role)
@@ -61,7 +65,11 @@ def check(params: ParamsFile = Path("params.yaml")) -> None:
                 if name in study.strategies:
                     raise ConfigError(f"{params}: strategies.{name}.{error}") from None
                 print(f"not in the study, and does not fit {loaded.model.name}: strategies.{name}.{error}", file=sys.stderr)
-        design.check(loaded, str(params))
+        others = [point.load()(Path.cwd(), loaded) for point in entry_points(group="dit.checks")]
+        findings = [*preflight.check(loaded, str(params)), *chain.from_iterable(others)]
+        _show(_findings_table(findings))
+        if wrong := preflight.errors(findings):
+            raise ConfigError("\n".join(f"{params}: {finding}" for finding in wrong))
         planned = design.design(study)
         factors = f" x {len(planned.settings())} settings of {', '.join(planned.factors)}" if planned.factors else ""
         print(
@@ -70,6 +78,18 @@ def check(params: ParamsFile = Path("params.yaml")) -> None:
             f"{loaded.autoencoder.latent_channels} x "
             f"{loaded.latent_size} x {loaded.latent_size}, {loaded.train.steps} steps of {loaded.train.batch_size}"
         )
+
+
+def _findings_table(findings: Sequence[Finding]) -> Table:
+    """What was opened, what is wrong first."""
+    table = Table(box=SIMPLE, title="Opened, counted and estimated", title_justify="left")
+    for column in ("", "what", "where", "found", "expected"):
+        table.add_column(column, overflow="fold")
+    order = {"error": 0, "warning": 1, "fine": 2}
+    for finding in sorted(findings, key=lambda each: order[each.severity]):
+        row = (finding.severity, finding.what, finding.where, finding.found, finding.expected)
+        table.add_row(*map(plain, row))
+    return table
 
 
 @app.command("init")

@@ -6,7 +6,9 @@ A value that is missing, unknown or out of range is one error that names the fil
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from dit import models, yamlfile
 from dit.errors import ConfigError, did_you_mean, explain
 from dit.init.strategy import Strategy, claims, named_strategies
-from dit.models import Denoiser
+from dit.models import Denoiser, Role
 from dit.optim.optimizer import check as check_optimizer
 from dit.sections import (
     SCHEDULERS,
@@ -42,7 +44,7 @@ from dit.timesteps import check_sampler
 
 
 class _NoInitialisers(TorchFunctionMode):
-    """`torch.nn.init` does nothing. Building on the meta device would import torch's compiler, which takes seconds."""
+    """`torch.nn.init` does nothing. On the meta device it would import torch's compiler, which takes seconds."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -50,6 +52,10 @@ class _NoInitialisers(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))
+
+
+_SKELETONS: dict[str, Denoiser] = {}
+"""The skeleton that was made last, by all that it follows from."""
 
 
 class Params(Section):
@@ -128,10 +134,26 @@ class Params(Section):
         return models.build(chosen, learn_sigma=learn_sigma, **{**study, **sizes}, **options)
 
     def skeleton(self, name: str | None = None, num_classes: int = 1) -> Denoiser:
-        """As `network`, with no values in its weights, which so take no memory: to check parameters against."""
+        """As `network`, on the meta device, where weights have no values and take no memory: to check parameters against."""
         called = models.backbone_named(name or self.model.name).called_when_built
-        with torch.device("meta") if called else _NoInitialisers():
+        with torch.device("meta"), nullcontext() if called else _NoInitialisers():
             return self.network({"num_classes": num_classes}, name)
+
+    @cached_property
+    def own_skeleton(self) -> Denoiser:
+        """The skeleton of the study's own network, for one class. Parameters that agree in it share it."""
+        if models.backbone_named(self.model.name).called_when_built:  # somebody else's code may build another each time
+            return self.skeleton()
+        key = repr((self.model, self.latent_size, self.autoencoder.latent_channels, self.diffusion.learn_sigma))
+        if key not in _SKELETONS:
+            _SKELETONS.clear()
+            _SKELETONS[key] = self.skeleton()
+        return _SKELETONS[key]
+
+    @cached_property
+    def roles(self) -> list[Role]:
+        """The roles of the study's network."""
+        return models.roles(self.own_skeleton)
 
     def _check_latents(self) -> None:
         autoencoder, normalize = self.autoencoder, self.latents.normalize
@@ -158,7 +180,7 @@ class Params(Section):
                 f"expected a multiple of autoencoder.downsample = {self.autoencoder.downsample}"
             )
         try:
-            self.skeleton()
+            _ = self.own_skeleton
         except ConfigError as error:
             raise ValueError(
                 f"model.name = '{self.model.name}', on latents of {self.latent_size} x {self.latent_size} "
@@ -185,16 +207,15 @@ class Params(Section):
                 if name not in self.strategies:
                     hint = did_you_mean(name, self.strategies) or f"; expected one of {', '.join(self.strategies)}"
                     raise ValueError(f"study.{key}: unknown strategy '{name}'{hint}")
-        every_role = models.roles(self.skeleton())
         for name in self.study.strategies:
             try:
-                claims(self.strategies[name], every_role)
+                claims(self.strategies[name], self.roles)
             except ConfigError as error:
                 raise ValueError(f"strategies.{name}.{error}") from None
 
     def _check_optimizer(self) -> None:
         try:
-            check_optimizer(self.train, models.roles(self.skeleton()))
+            check_optimizer(self.train, self.roles)
         except ConfigError as error:
             raise ValueError(f"train.{error}") from None
 

@@ -76,7 +76,7 @@ def explain(error: ValidationError, where: str, data: Any, model: type[BaseModel
         location = _written(problem, data)
         head, expected = _sentence(problem, _key(location))
         if model is not None and problem["type"] == "extra_forbidden":
-            head += did_you_mean(_key(location), (_key((*location[:-1], name)) for name in _fields(model, location)))
+            head += _hint(location, _fields(model, location))
         choices.setdefault(head, []).append(expected)
         locations[head] = location
     alike: dict[tuple[Location, str], list[str]] = {}
@@ -86,6 +86,13 @@ def explain(error: ValidationError, where: str, data: Any, model: type[BaseModel
         line = f"{head}{' or '.join(expected_ones)}".removeprefix(start)
         alike.setdefault((location[:1], line), []).append(start)
     return "\n".join(f"{where}: {starts[0]}{line}{_also(starts[1:])}" for (_, line), starts in alike.items())
+
+
+def _hint(location: Location, beside: set[str]) -> str:
+    """What may have been meant by an unknown key; `beside` are the keys that may stand there, of whatever kind."""
+    if location[-1] in beside:
+        return f"; only another kind of {_key(location[:-1])} has it"
+    return did_you_mean(_key(location), (_key((*location[:-1], name)) for name in beside))
 
 
 def _also(others: list[str]) -> str:

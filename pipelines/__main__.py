@@ -83,6 +83,8 @@ def study(
         raise
     if not state.is_completed():
         print(f"error: {state.message}", file=sys.stderr)
+        if (state.name or "").startswith(flows.REFUSED):
+            raise typer.Exit(2)
         raise typer.Exit(disk.EXIT_CODE if disk.is_full(state.message or "") else 1)
     print(state.message)
     if "mlflow" not in services.running():

@@ -106,7 +106,7 @@ def _evaluations(params: Params, found: Design, data: Mapping[str, Mapping[str, 
     study = params.study
     if study.sample == "all":
         folders = {run.name: {kind: _folder(kind, run.setting, data) for kind in EVALUATED} for run in found.runs}
-        return {run.name: _evaluation(run, folders[run.name]) for run in found.runs}
+        return {run.name: _evaluation(params, run, folders[run.name]) for run in found.runs}
     if study.sample == "none":
         return {}
     anywhere = {kind: f"data/{kind}" for kind in EVALUATED}
@@ -114,7 +114,7 @@ def _evaluations(params: Params, found: Design, data: Mapping[str, Mapping[str, 
     for strategy in study.strategies:
         for seed in sampled_seeds(params):
             key = f"{strategy}-best-{seed}"
-            inputs = {"train": f"runs/best/{strategy}.json", **anywhere}
+            inputs = {"train": f"runs/best/{strategy}.json", **anywhere, **_reference(params, Setting())}
             made[key] = Item("evaluate", key, Setting(), inputs, f"runs/evaluate/{key}", strategy, seed)
     return made
 
@@ -123,9 +123,15 @@ EVALUATED = ("latents", "autoencoder", "features")
 """Data that stage `evaluate` reads."""
 
 
-def _evaluation(run: Run, inputs: Mapping[str, str]) -> Item:
-    read = {"train": f"runs/train/{run.name}", **inputs}
+def _evaluation(params: Params, run: Run, inputs: Mapping[str, str]) -> Item:
+    read = {"train": f"runs/train/{run.name}", **inputs, **_reference(params, run.setting)}
     return Item("evaluate", run.name, run.setting, read, f"runs/evaluate/{run.name}", run.strategy, run.seed)
+
+
+def _reference(params: Params, setting: Setting) -> dict[str, str]:
+    """The file of reference statistics as an input, where there is one: other content is another evaluation."""
+    path = setting.levels.get("evaluate.reference", params.evaluate.reference)
+    return {} if path is None else {"reference": str(path)}
 
 
 def sampled_seeds(params: Params) -> list[int]:
@@ -172,8 +178,12 @@ def curve_name(run: Run) -> str:
 
 
 def _listed(item: Item) -> dict[str, str]:
-    own_out = item.stage in DATA
-    return {**item.inputs, **({"out": item.out} if own_out else {})}
+    """The values that `dvc.yaml` reads. An evaluation without a reference depends in its place on its own file once more, since
+    DVC has no dependencies that may be left out.
+    """
+    own_out = {"out": item.out} if item.stage in DATA else {}
+    stand_in = {"reference": item.identity_file.as_posix()} if item.stage == "evaluate" else {}
+    return {**stand_in, **item.inputs, **own_out}
 
 
 def write(root: Path, params: Params) -> bool:

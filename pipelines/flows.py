@@ -29,7 +29,7 @@ from pydantic import Field, WithJsonSchema
 
 from dit import config
 from dit.errors import UserError
-from pipelines import dag, design, experiments, form, live, naming, recovery, services, tracking
+from pipelines import dag, design, experiments, form, live, naming, preflight, recovery, services, tracking
 from pipelines.device_pool import DevicePool, device_pool, environment
 from pipelines.mlflow_store import UnreachableError, tracking_uri
 from pipelines.redaction import shown
@@ -39,6 +39,8 @@ from pipelines.stage_task import run_log, run_stage
 if TYPE_CHECKING:
     from pipelines.cluster.engine import Cluster, Places
 
+REFUSED = "Refused"
+"""How the name of the state of a study begins that was not started."""
 SIGN_IN_FIRST = "the browser opens it once it is signed in to MLflow, by the link that `make up` prints"
 MOST_SHOWN = 100
 """Stages of a study of which each is a task even where it has nothing to do: a task costs Prefect some 20 ms."""
@@ -105,7 +107,7 @@ def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[P
     """Where the stages run, and the name of the DVC experiment, if it is one."""
     if not overrides:
         with _exclusively(root):
-            recovery.workspace(root, run_log().warning)
+            recovery.workspace(root, runrun_log().warning)
             yield root, None
         return
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{runtime.flow_run.name}-{runtime.flow_run.id[-6:]}")
@@ -148,6 +150,8 @@ def _run(
     """Run the stages that `targets` need, then show what came out: in MLflow, as artifacts, and as a DVC experiment."""
     every = dag.read(workspace)
     stages = dag.select(every, targets)
+    if refused := preflight.refusal(workspace, stages, run_log().warning):
+        return Failed(name=naming.short(f"{REFUSED}: {refused}"), message=refused)
     fresh = sum(stage.up_to_date for stage in stages.values())
     scratch = os.environ.get("DIT_SCRATCH", ".scratch")
     scratch = str(Path(".scratch" if "://" in scratch else scratch).resolve())

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import requests
 
@@ -42,11 +42,13 @@ def prepare_client() -> None:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
-def within(seconds: float, uri: str, act: Callable[[], None]) -> None:
+def within(seconds: float, uri: str, act: Callable[[], None], files: str = "") -> None:
     """Do something with the store at `uri`. Raises `UnreachableError` where it takes too long, or anything else goes wrong.
 
     Timeouts of requests are for each piece of an answer, so that an answer in small pieces has no end; this is for all of them.
+    `files` is the artifact location that is written to, where that is what is done.
     """
+    what = f"files at its artifact location {shown(files)}" if files else "runs"
     errors: SimpleQueue[Exception | None] = SimpleQueue()
 
     def run() -> None:
@@ -60,12 +62,13 @@ def within(seconds: float, uri: str, act: Callable[[], None]) -> None:
     try:
         error = errors.get(timeout=seconds)
     except Empty:
-        raise UnreachableError(_away(uri, f"did not finish in {seconds:.0f} s")) from None
+        begun = f"does not take {what}: it" if files else ""
+        raise UnreachableError(_away(uri, f"{begun} did not finish in {seconds:.0f} s".strip())) from None
     if isinstance(error, UserError):
         raise error
     if error is not None:
         said = redacted(str(error), uri).strip().splitlines() or [type(error).__name__]
-        raise UnreachableError(_away(uri, f"does not take runs: {said[0]}")) from None
+        raise UnreachableError(_away(uri, f"does not take {what}: {said[0]}")) from None
 
 
 def _away(uri: str, problem: str) -> str:
@@ -101,6 +104,18 @@ def _probe_file(uri: str) -> None:
         raise UnreachableError(f"{problem}; nothing is lost: move it away, and `make mlflow` fills a new one")
     if fault:
         raise UnreachableError(_away(uri, f"cannot be used: {fault}"))
+
+
+def local_folder(location: str) -> Path | None:
+    """The folder that an artifact location names, or None where it is no folder."""
+    parts = urlsplit(location)
+    return Path(unquote(parts.path)) if parts.scheme in ("", "file") else None
+
+
+def is_elsewhere(uri: str) -> bool:
+    """Whether a tracking server is on another machine than this one, as far as its address tells."""
+    host = urlsplit(uri).hostname
+    return host is not None and host not in ("localhost", "::1") and not host.startswith("127.")
 
 
 @contextmanager

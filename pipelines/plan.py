@@ -7,6 +7,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,12 +140,23 @@ def up_to_date(root: Path, params: Params) -> dict[str, bool]:
             identity = json_text(design.identity(params.with_values(item.setting.levels), item))
             ran_with = {dep["path"]: dep.get("md5") for dep in recorded.get(name, {}).get("deps", [])}
             own = ran_with.get(item.identity_file.as_posix()) == hashlib.md5(identity.encode()).hexdigest()
+            if reference := item.inputs.get("reference"):
+                own = own and ran_with.get(reference) == _md5(Path(reference))
             above = [same[made[out]] for out in made for path in item.inputs.values() if _overlap(out, path)]
             same[name] = own and all(above) and (root / item.out).exists()
             if item.out:
                 made[item.out] = name
     same["compare"] = all(same.values())
     return same
+
+
+@cache
+def _md5(path: Path) -> str | None:
+    """The digest of a file that DVC records, or None where there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def _overlap(out: str, path: str) -> bool:

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,16 @@ from dit import config, design as designs
 from dit.config import Params
 from dit.errors import UserError
 from dit.terminal import plain
-from pipelines.mlflow_store import PROBE_SECONDS, one_at_a_time, prepare_client, probe, tracking_uri, within
+from pipelines.mlflow_store import (
+    PROBE_SECONDS,
+    is_elsewhere,
+    local_folder,
+    one_at_a_time,
+    prepare_client,
+    probe,
+    tracking_uri,
+    within,
+)
 from pipelines.mlflow_view import DIFFERENCE, View, save, show_in
 from pipelines.records.analysis import StartRecord
 from pipelines.records.base import Timing
@@ -44,6 +54,8 @@ SECONDS, SECONDS_PER_RUN = 60.0, 5.0
 """How long all of `sync` may take. A run takes under a second in a local store, and some 20 requests in one far away."""
 TRIALS = "-trials"
 """How the name of the experiment of quick trials, which are runs with other parameters than the workspace's, ends."""
+ARTIFACT_SECONDS = 20.0
+"""How long the pictures of a run may take: libraries of object stores try again for minutes."""
 METRICS_PER_REQUEST, PARAMS_PER_REQUEST = 1000, 100
 
 
@@ -235,14 +247,36 @@ def _log_run(
         logged = points(client, begun)
     settings = [Param(key, value) for key, value in settings_of(run.planned, run.run, run.evaluation).items()]
     metrics = [metric for metric in _metrics(run, took, start, end) if (metric.key, metric.step) not in logged]
-    log(client, made, settings, metrics)
-    if run.evaluate and (grid := run.evaluate / "grid.png").exists():
-        with Image.open(grid, formats=["PNG"]) as picture:
-            client.log_image(made, picture, key="samples", step=run.run.steps_done)
-    if run.analysis:
-        _add_start(client, client.get_run(made), run.analysis)
-    client.set_terminated(made, RunStatus.to_string(RunStatus.FINISHED), end)
+    try:
+        log(client, made, settings, metrics)
+        if run.evaluate and (grid := run.evaluate / "grid.png").exists():
+            _log_picture(client, made, grid, run.run.steps_done)
+        if run.analysis:
+            _add_start(client, client.get_run(made), run.analysis)
+        client.set_terminated(made, RunStatus.to_string(RunStatus.FINISHED), end)
+    except Exception:
+        with suppress(Exception):  # what is wrong may be the store; then the next `sync` deletes it
+            client.delete_run(made)
+        raise
     return client.get_run(made)
+
+
+def _log_picture(client: MlflowClient, run_id: str, grid: Path, step: int) -> None:
+    """Log the picture of samples. Raises `UnreachableError` that names the artifact location, which may be anywhere.
+
+    A server that does not proxy artifacts tells its clients a location that they must reach themselves. Where that is a folder
+    of another machine, MLflow would make a folder of that name on this one.
+    """
+    uri, location = tracking_uri(), client.get_run(run_id).info.artifact_uri or ""
+
+    def act() -> None:
+        folder = local_folder(location)
+        if folder is not None and is_elsewhere(uri) and not any(each.is_dir() for each in folder.parents[:3]):
+            raise FileNotFoundError(f"the folder {folder.parents[2]} of the server's machine is not on this one")
+        with Image.open(grid, formats=["PNG"]) as picture:
+            client.log_image(run_id, picture, key="samples", step=step)
+
+    within(ARTIFACT_SECONDS, uri, act, location)
 
 
 def log(client: MlflowClient, run_id: str, settings: Sequence[Param], metrics: Sequence[Metric]) -> None:

@@ -66,6 +66,11 @@ def test_the_shipped_parameters_are_valid() -> None:
             {"kind": "identity", "latent_channels": 1, "downsample": 1, "threads": 1, "device": "cpu"},
             r"autoencoder.latent_channels = 1 with autoencoder.kind = 'identity': expected images.channels = 3",
         ),
+        (
+            "autoencoder",
+            {"kind": "identity", "latent_channels": 3, "downsample": 1, "threads": 1, "device": "cpu", "steps": 9},
+            r"autoencoder.steps is not a known key \(value 9\); only another kind of autoencoder has it",
+        ),
         ("images.channels", 2, r"images.channels = 2; it should be 1 or 3"),
         ("train.steps", -3, r"train.steps = -3; it should be greater than 0"),
         ("train.stepz", 3, r"train.stepz is not a known key"),

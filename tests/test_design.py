@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dvc.utils.hydra import apply_overrides
 from hypothesis import given, strategies as st
 from studies import MICRO, ROOT, run_stage
 
@@ -15,7 +16,7 @@ from dit.config import Params
 from dit.design import check, design, distinct
 from dit.errors import ConfigError
 from pipelines import design as stages
-from pipelines.experiments import override
+from pipelines.overrides import override
 from pipelines.records.evaluation import EvaluateRecord
 from pipelines.records.training import TrainRecord
 from pipelines.stages.autoencoder import autoencoder
@@ -152,3 +153,29 @@ def test_only_the_best_setting_of_each_strategy_is_sampled_where_that_is_wanted(
     record = EvaluateRecord.read(Path("runs/evaluate/adaln_zero-best-1"))
     assert record.run == f"adaln_zero-{chosen['setting']}-1"
     assert record.train_run_key == chosen["run_keys"]["1"]
+
+
+ALIASED = """
+strategies:
+  mine:
+    rules: &mine
+      - adaln_zero
+      - {role: final.projection.weight, init: normal, std: 1.0e-3}
+  biased:
+    rules: [*mine, {role: final.projection.bias, init: constant, value: 0.5}]
+"""
+
+
+def test_what_dvc_exp_run_makes_of_params_changes_the_values_that_are_given_and_no_others(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    text = override((ROOT / "params.yaml").read_text(), MICRO).replace("strategies: {}\n", ALIASED.lstrip())
+    path.write_text(text.replace("strategies: [adaln_zero, symmetric]", "strategies: [adaln_zero, mine, biased]"))
+    before = config.load(path)
+    apply_overrides(path, ["train.steps=61"])  # what `dvc exp run -S` does
+    after = config.load(path)
+    assert "*mine" not in path.read_text()
+    assert after.train.steps == 61
+    for stage, items in stages.items(before).items():
+        for key, item in items.items():
+            same = stages.identity(before, item) == stages.identity(after, stages.items(after)[stage][key])
+            assert same == (stage != "train"), (stage, key)

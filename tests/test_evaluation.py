@@ -22,6 +22,7 @@ from dit import autoencoder, config, init, models, sections
 from dit.data.store import StoreWriter
 from dit.errors import ConfigError, DataError, InputError
 from dit.evaluation import distances
+from dit.evaluation.counts import check_counts
 from dit.evaluation.features import EfficientNetLite0, FeatureExtractor, load_extractor
 from dit.evaluation.grids import grid_shape, image_grid
 from dit.training.records import Collapse, Divergence, Final, Initial
@@ -158,7 +159,7 @@ def test_too_few_images_are_refused(cloud: torch.Tensor, params: config.Params) 
     with pytest.raises(ConfigError, match=r"evaluate.nearest_k = 5; it should be at most 4, with the real"):
         distances.measure_precision_recall(cloud[:6], cloud, nearest_k=5)
     with pytest.raises(ConfigError, match=r"evaluate.kernel_subset_size = 100; it should be at most 99, with the real"):
-        distances.check_counts(99, params.evaluate)
+        check_counts(99, params.evaluate)
 
 
 def test_features_that_are_not_finite_are_refused(cloud: torch.Tensor, params: config.Params) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +20,14 @@ from safetensors.torch import load_file, save_file
 from studies import ONE_SETTING, ROOT
 from typer.testing import CliRunner
 
-from dit import autoencoder, checksums, config, init, models, sections, yamlfile
+from dit import autoencoder, checkpoint, checksums, config, init, models, sections, yamlfile
 from dit.cli import app
+from dit.data.latents import LatentStore
 from dit.data.store import StoreWriter
 from dit.exchange.trained import Where, load
 from dit.models import Denoiser
 from dit.seeding import generator
+from dit.training.kept import KeptRun, RunSettings, digest
 
 CLASSES = ["cat", "dog", "fox"]
 SIZES: dict[str, Any] = {"latent_size": 8, "latent_channels": 4, "num_classes": 3}
@@ -246,3 +252,72 @@ def test_samples_do_not_depend_on_how_many_are_drawn_at_a_time(study: config.Par
     run("sample", "runs/train/adaln_zero-0", "--num-samples", "5", "--output", "grid.png")
     with Image.open("grid.png") as grid:
         assert grid.size == (3 * 16, 2 * 16)
+
+
+def keep(params: config.Params, steps: list[int]) -> None:
+    """Checkpoints of the run adaln_zero-0 as training keeps them; the averaged weights of step S are all S / 100."""
+    folder = Path(".scratch/abc")
+    settings = {"name": "adaln_zero-0", "seed": 0, "model": params.model, "diffusion": params.diffusion, "train": params.train}
+    about = {"device": "cpu", "precision": "fp32", "backend": "eager", "processes": 1, "torch": torch.__version__}
+    store = LatentStore("data/latents")
+    run = KeptRun(settings=RunSettings(**settings), sizes=SIZES, latents="data/latents", latents_digest=digest(store), **about)
+    for step in steps:
+        weights = {
+            name: torch.full_like(weight, step / 100) for name, weight in random_network("DiT-Micro/2").state_dict().items()
+        }
+        checkpoint.save(folder / "kept" / str(step), {"ema": weights})
+    (folder / "kept" / "run.json").write_text(run.model_dump_json())
+
+
+def test_a_kept_checkpoint_is_sampled_by_its_step(study: config.Params) -> None:
+    keep(study, [3, 5])
+    for step in ("3", "5"):
+        run("sample", "adaln_zero-0", "--step", step, "--num-samples", "4", "--output", f"{step}.npz")
+        trained: Any = load("adaln_zero-0", Where(step=int(step)))
+        assert trained.name == f"adaln_zero-0-step-{step}"
+        assert trained.network.final_layer.linear.bias.mean().item() == pytest.approx(int(step) / 100)
+    assert (archive("3.npz") != archive("5.npz")).any()
+    assert "error: no checkpoint of 'adaln_zero-0' is kept at step 4; these are: step 3: .scratch" in refused(
+        "sample", "adaln_zero-0", "--step", "4"
+    )
+
+
+def test_a_kept_checkpoint_is_not_sampled_with_other_latents_than_its_own(study: config.Params) -> None:
+    keep(study, [3])
+    manifest = json.loads(Path("data/latents/manifest.json").read_text())
+    shutil.rmtree("data/latents")
+    store = StoreWriter("data/latents", train_mean=(np.float32, (1, 4, 8, 8)))
+    store.append("train_mean", np.ones((1, 1, 4, 8, 8), np.float32))
+    store.close(class_names=CLASSES, num_classes=3, normalize=manifest["normalize"])
+    assert "does not hold the latents that" in refused("sample", "adaln_zero-0", "--step", "3")
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`dit` in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dit.cli"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, env=environment)
+
+
+def test_two_processes_draw_the_images_of_one(study: config.Params) -> None:
+    done = torchrun("sample", "adaln_zero-0", "--num-samples", "7", "--output", "two.npz", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("7 images of adaln_zero-0 are in two.npz") == 1
+    run("sample", "adaln_zero-0", "--num-samples", "7", "--output", "one.npz", "--device", "cpu")
+    assert np.abs(archive("one.npz").astype(int) - archive("two.npz")).max() <= 1
+    again = torchrun("sample", "adaln_zero-0", "--num-samples", "7", "--output", "two.npz", "--device", "cpu")
+    assert again.returncode
+    assert again.stderr.count("error: two.npz is there already") == 1
+
+
+def test_two_processes_measure_the_images_of_one(study: config.Params) -> None:
+    run("sample", "adaln_zero-0", "--num-samples", "8", "--output", "real.npz", "--seed", "5")
+    options = ("--reference", "real.npz", "--num-samples", "7", "--nearest-k", "2", "--json", "--device", "cpu")
+    done = torchrun("evaluate", "adaln_zero-0", *options, "--output", "two.npz")
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout[done.stdout.index("{\n") :])
+    said = run("evaluate", "adaln_zero-0", *options)
+    one = json.loads(said[said.index("{\n") :])
+    assert two["images"] == one["images"] == {"generated": 7, "reference": 8}
+    assert two["figures"]["fid"] == pytest.approx(one["figures"]["fid"], rel=0.05)
+    assert len(archive("two.npz")) == 7

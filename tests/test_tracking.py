@@ -26,7 +26,7 @@ from dit.analysis.start import EarlyStep
 from dit.analysis.wakeup import RoleGradient
 from dit.errors import UserError
 from dit.training.records import Divergence, Final, Initial
-from pipelines import live, tracking
+from pipelines import live, mlflow_store, tracking
 from pipelines.files import scratch
 from pipelines.mlflow_store import UnreachableError
 from pipelines.mlflow_view import DIFFERENCE, SHARED, TRAINING, View
@@ -429,6 +429,49 @@ def test_a_server_that_answers_nonsense_or_never_ends_is_one_message(
             tracking.sync(study)
         assert time.monotonic() - begun < 15
         assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("location", "reason"),
+    [
+        ("s3://bucket/x", r"files at its artifact location s3://bucket/x/\w+/artifacts: .*boto"),  # mlflow/mlflow#2150
+        ("/proc/mlruns", r"files at its artifact location /proc/mlruns/\w+/artifacts: .*No such file"),  # mlflow/mlflow#810
+        ("http://127.0.0.1:9/api", r"files at its artifact location http://127.0.0.1:9/api/\w+/artifacts: .*127.0.0.1"),
+        ("nonsense://x", r"files at its artifact location nonsense://x/\w+/artifacts: .*nonsense"),
+    ],
+)
+def test_an_artifact_location_that_cannot_be_reached_is_named_and_leaves_no_half_run(
+    study: Path, location: str, reason: str
+) -> None:
+    client = MlflowClient(tracking.tracking_uri())
+    experiment = client.create_experiment("photos-32", artifact_location=location)
+    with pytest.raises(UnreachableError, match=reason) as error:
+        tracking.sync(study)
+    assert len(str(error.value).splitlines()) == 1
+    assert "nothing is lost, `make mlflow` catches up" in str(error.value)
+    assert all(run.info.status == "FINISHED" for run in client.search_runs([experiment]))
+    client.rename_experiment(experiment, "moved away")
+    assert len(tracking.sync(study).added) == 4
+
+
+def test_an_artifact_store_that_never_ends_has_a_deadline(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "ARTIFACT_SECONDS", 2.0)
+    client = MlflowClient(tracking.tracking_uri())
+    with server(drip) as uri:
+        experiment = client.create_experiment("photos-32", artifact_location=f"{uri}/files")
+        with pytest.raises(UnreachableError, match=r"artifact location http://.*: it did not finish in 2 s; nothing is lost"):
+            tracking.sync(study)
+    assert all(run.info.status == "FINISHED" for run in client.search_runs([experiment]))
+
+
+def test_a_folder_of_the_servers_machine_is_not_made_on_this_one() -> None:
+    """mlflow/mlflow#2744 and #212: with a folder as artifact root, a client writes to a folder of that name of its own."""
+    assert mlflow_store.local_folder("/root/mlruns/1/abc/artifacts") == Path("/root/mlruns/1/abc/artifacts")
+    assert mlflow_store.local_folder("file:///media/slow%20data/1") == Path("/media/slow data/1")
+    assert mlflow_store.local_folder("mlflow-artifacts:/1/abc/artifacts") is None
+    assert mlflow_store.is_elsewhere("https://tracking.example.org:5000")
+    for here in ("http://127.0.0.1:5000", "http://localhost:5000", "sqlite:///mlflow.db"):
+        assert not mlflow_store.is_elsewhere(here)
 
 
 def test_experiment_deleted_in_mlflow_is_a_clear_error(study: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,35 @@ def load_pretrained(params: PretrainedAutoencoder, image_channels: int = 3) -> A
     Raises `ConfigError` where there is none or its shape is not the one that `params` states, `ConnectionError` where the hub
     does not answer.
     """
-    where: dict[str, Any] = {"revision": params.revision}
+    config = read_config(params, image_channels)
+    with _errors_explained(params):
+        return from_pretrained(config["_class_name"], params.path, **_place(params))
+
+
+def read_config(params: PretrainedAutoencoder, image_channels: int = 3) -> dict[str, Any]:
+    """The configuration alone, checked against what `params` states. Raises as `load_pretrained` does."""
     directory = Path(params.path)
-    if directory.is_dir():
-        if not (directory / "config.json").is_file() and (directory / "vae" / "config.json").is_file():
-            where["subfolder"] = "vae"
-    elif directory.is_absolute() or params.path.startswith(("./", "../", "~")) or params.path.count("/") > 1:
+    on_disk = directory.is_absolute() or params.path.startswith(("./", "../", "~")) or params.path.count("/") > 1
+    if on_disk and not directory.is_dir():
         raise ConfigError(f"autoencoder.path = '{params.path}': no such directory")
+    with _errors_explained(params):
+        config: dict[str, Any] = AutoencoderKL.load_config(params.path, **_place(params))
+    _check_shape(params, config, image_channels)
+    return config
+
+
+def _place(params: PretrainedAutoencoder) -> dict[str, Any]:
+    """Where below a path, and at which revision, diffusers is to look."""
+    directory = Path(params.path)
+    below = not (directory / "config.json").is_file() and (directory / "vae" / "config.json").is_file()
+    return {"revision": params.revision, **({"subfolder": "vae"} if below else {})}
+
+
+@contextmanager
+def _errors_explained(params: PretrainedAutoencoder) -> Iterator[None]:
+    """Errors of diffusers as `ConnectionError` where the hub did not answer, otherwise as `ConfigError`."""
     try:
-        config = AutoencoderKL.load_config(params.path, **where)
-        _check_shape(params, config, image_channels)
-        return from_pretrained(config["_class_name"], params.path, **where)
+        yield
     except OSError as error:
         if _unreachable(error):
             raise ConnectionError(f"autoencoder.path = '{params.path}' is no directory, and the hub did not answer") from None

@@ -118,6 +118,12 @@ def decode(data: Path | bytes, size: int, channels: int = 3) -> np.ndarray:
             return center_crop(upright(image).convert(MODES[channels]), size)
 
 
+def is_turned(data: Path | bytes) -> bool:
+    """Whether a picture that can be decoded is stored lying or mirrored, and its EXIF data says so."""
+    with _opened(data) as stream, Image.open(stream, formats=FORMATS) as image:
+        return upright(image) is not image
+
+
 def upright(image: Image.Image) -> Image.Image:
     """The picture as its EXIF or XMP orientation wants it shown; as it is, where they say nothing, or nothing that can be read.
 
@@ -186,11 +192,14 @@ def _chunks(pictures: Iterable[Encoded]) -> Iterator[list[Encoded]]:
 
 
 def _decode_chunk(chunk: list[Encoded], size: int, channels: int) -> list[Sample | Rejected]:
-    return [_decode_or_reject(picture, size, channels) for picture in chunk]
+    return [decode_or_reject(picture, size, channels) for picture in chunk]
 
 
-def _decode_or_reject(picture: Encoded, size: int, channels: int) -> Sample | Rejected:
-    """Decoders raise many types for broken files; each is a verdict on the file, in words without paths or addresses."""
+def decode_or_reject(picture: Encoded, size: int, channels: int) -> Sample | Rejected:
+    """One picture, decoded here.
+
+    Decoders raise many types for broken files; each is a verdict on the file, in words without paths or addresses.
+    """
     try:
         return Sample(decode(picture.data, size, channels), picture.label)
     except MemoryError:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from dit.errors import ConfigError, DataError
+from dit.errors import DataError
+from dit.evaluation.counts import check_count
 from dit.sections import EvaluateParams
 from dit.seeding import derive_seed
 
@@ -31,12 +32,6 @@ class Distances:
     kernel_distance_std: float
     precision: float
     recall: float
-
-
-def check_counts(num_real: int, params: EvaluateParams) -> None:
-    """Raise the `ConfigError` that `sample_distances` would raise for too few real images, before anything is generated."""
-    _check_count("kernel_subset_size", params.kernel_subset_size, num_real, "real")
-    _check_count("nearest_k", params.nearest_k, num_real - 2, "real")
 
 
 def sample_distances(real: Tensor, generated: Tensor, params: EvaluateParams) -> Distances:
@@ -75,8 +70,8 @@ def measure_kernel_distance(
     `ConfigError` where a set has fewer samples than a subset, `DataError` for features that are not finite.
     """
     _check_finite(real, generated)
-    _check_count("kernel_subset_size", subset_size, len(real), "real")
-    _check_count("kernel_subset_size", subset_size, len(generated), "generated")
+    check_count("kernel_subset_size", subset_size, len(real), "real")
+    check_count("kernel_subset_size", subset_size, len(generated), "generated")
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save", UserWarning)
         metric = KernelInceptionDistance(feature=nn.Identity(), subsets=subsets, subset_size=subset_size)
@@ -94,8 +89,8 @@ def measure_precision_recall(real: Tensor, generated: Tensor, *, nearest_k: int)
     Raises `ConfigError` where a sample has too few neighbours, `DataError` for features that are not finite.
     """
     _check_finite(real, generated)
-    _check_count("nearest_k", nearest_k, len(real) - 2, "real")
-    _check_count("nearest_k", nearest_k, len(generated) - 2, "generated")
+    check_count("nearest_k", nearest_k, len(real) - 2, "real")
+    check_count("nearest_k", nearest_k, len(generated) - 2, "generated")
     with redirect_stdout(io.StringIO()), threadpool_limits(torch.get_num_threads()):
         figures = compute_prdc(real.numpy(), generated.numpy(), nearest_k)
     return float(figures["precision"]), float(figures["recall"])
@@ -113,8 +108,3 @@ def _check_finite(real: Tensor, generated: Tensor) -> None:
     for kind, features in (("real", real), ("generated", generated)):
         if len(bad := (~features.isfinite().all(dim=1)).nonzero()):
             raise DataError(f"the features of {len(bad)} {kind} images are not finite, the first of them image {bad[0].item()}")
-
-
-def _check_count(key: str, value: int, most: int, kind: str) -> None:
-    if value > most:
-        raise ConfigError(f"evaluate.{key} = {value}; it should be at most {most}, with the {kind} images that there are")

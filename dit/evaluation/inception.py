@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -48,6 +49,16 @@ class Inception(nn.Module):
         assert self._spatial is not None
         spatial, self._spatial = self._spatial, None
         return pooled.flatten(1), spatial.permute(0, 2, 3, 1).flatten(1), logits
+
+
+def cached_weights() -> Path | None:
+    """The weights that torch-fidelity publishes, where this machine has downloaded them. Raises `ConfigError` without it."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+    except ModuleNotFoundError:
+        raise ConfigError(INSTALL) from None
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    return path if path.is_file() else None
 
 
 def inception(params: FeaturesParams) -> tuple[nn.Module, int]:

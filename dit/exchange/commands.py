@@ -46,7 +46,7 @@ def sample(
     """
     from dit.devices import make_deterministic, resolve_device
     from dit.distributed import joined
-    from dit.exchange.drawing import images, labels_for, save, settings_for
+    from dit.exchange.drawing import check_output, images, labels_for, save, settings_for
     from dit.exchange.trained import Where, load
 
     where = Where.of(model, vae, key, step, latents, autoencoder, scratch)
@@ -65,6 +65,7 @@ def sample(
     )
     settings = settings_for(trained, opts.study(trained.about, params), given)
     labels = labels_for(trained, num_samples, opts.numbers(class_labels))
+    check_output(output)
     make_deterministic(settings.threads)
     with joined(resolve_device(settings.device)) as ranks:
         batches = images(trained, labels, settings, ranks)

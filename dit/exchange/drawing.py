@@ -132,19 +132,29 @@ def images(trained: Trained, labels: Tensor, settings: EvaluateParams, ranks: Ra
 
 
 def kept(batches: Iterator[np.ndarray], count: int, output: Path) -> Iterator[np.ndarray]:
-    """The same batches, each written to an archive on its way."""
-    if output.suffix != ".npz" or output.exists():
-        raise ConfigError(f"--output {output}: expected a new file that ends in .npz")
+    """The same batches, each written to an archive on its way. `check_output` says whether it may be."""
     with ImageArchive(output, count) as archive:
         for batch in batches:
             archive.write(batch)
             yield batch
 
 
-def save(batches: Iterator[np.ndarray], count: int, output: Path) -> None:
-    """Write `count` images: as an archive (.npz), as a grid (.png), or else one PNG each, `000000.png` and on, in a folder."""
+def check_output(output: Path, archive: bool = False) -> None:
+    """Raise `ConfigError` where something is at `output` already, or where it has to be an `archive` and is named as none.
+
+    Every process has to ask before any of them writes.
+    """
+    if archive and (output.suffix != ".npz" or output.exists()):
+        raise ConfigError(f"--output {output}: expected a new file that ends in .npz")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError(f"{output} is there already; remove it, or give another --output")
+
+
+def save(batches: Iterator[np.ndarray], count: int, output: Path) -> None:
+    """Write `count` images: as an archive (.npz), as a grid (.png), or else one PNG each, `000000.png` and on, in a folder.
+
+    `check_output` says whether there may be such.
+    """
     if output.suffix == ".npz":
         with ImageArchive(output, count) as archive:
             for batch in batches:

@@ -90,11 +90,13 @@ def evaluate(
     from dit.evaluation.literature import compare
     from dit.evaluation.pictures import first, open_pictures
     from dit.evaluation.statistics import measure
-    from dit.exchange.drawing import PUBLISHED, images, kept, labels_for, settings_for
+    from dit.exchange.drawing import PUBLISHED, check_output, images, kept, labels_for, settings_for
     from dit.exchange.trained import Where, is_images, load
 
     if reference is None:
         raise ConfigError("no --reference; expected statistics (.npz, .safetensors), or a folder of pictures")
+    if output is not None:
+        check_output(output, archive=True)
     chosen = opts.one(target, checkpoint)
     where = Where.of(model, vae, key, step, latents, autoencoder, scratch)
     size = batch_size or PUBLISHED["batch_size"]

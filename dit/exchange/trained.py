@@ -27,6 +27,7 @@ from dit.models.contract import FLOW_ONLY
 from dit.models.lightning_dit import LIGHTNING_SIZES, PATCH_SIZES as LIGHTNING_PATCH_SIZES
 from dit.models.sizes import SIZES, parse_name
 from dit.sections import DiffusionParams, ModelParams
+from dit.training.kept import digest
 
 if TYPE_CHECKING:
     from dit.autoencoder import Autoencoder
@@ -130,6 +131,8 @@ def load(target: str, where: Where) -> Trained:
     try:
         return of_checkpoint(target, where)
     except ConfigError as error:
+        if where.step is not None:
+            raise
         raise ConfigError(
             f"'{target}' is no run in {RUNS}, no checkpoint file ({', '.join(SUFFIXES)}) and no exported directory; {error}"
         ) from None
@@ -156,7 +159,8 @@ def of_run(folder: Path, where: Where) -> Trained:
     except ValidationError as error:
         raise ConfigError(explain(error, str(folder / "run.json"), record)) from None
     weights = load_file(folder / "ema.safetensors")
-    return _of_study(folder.name, model, diffusion, weights, where, _about_run(folder, record))
+    folders = _folders(folder.name, where)
+    return _of_study(folder.name, model, diffusion, weights, folders, where.vae, _about_run(folder, record))
 
 
 def of_checkpoint(target: str, where: Where) -> Trained:
@@ -167,8 +171,11 @@ def of_checkpoint(target: str, where: Where) -> Trained:
     about = {"steps": kept.step, "seed": settings.seed, "checkpoint": f"step {kept.step}"}
     if where.latents is None and Path(kept.run.latents).is_dir():
         where = Where(**{**vars(where), "latents": Path(kept.run.latents)})
+    latents, autoencoder = _folders(settings.name, where)
+    if digest(LatentStore(latents)) != kept.run.latents_digest:
+        raise InputError(latents, f"does not hold the latents that {kept.path} was trained on; expected --latents with them")
     name = f"{settings.name}-step-{kept.step}"
-    return _of_study(name, settings.model, settings.diffusion, state["ema"], where, about)
+    return _of_study(name, settings.model, settings.diffusion, state["ema"], (latents, autoencoder), where.vae, about)
 
 
 def _of_study(
@@ -176,10 +183,12 @@ def _of_study(
     model: ModelParams,
     diffusion: DiffusionParams,
     weights: Mapping[str, Tensor],
-    where: Where,
+    folders: tuple[Path, Path],
+    vae: str | None,
     about: Mapping[str, Any],
 ) -> Trained:
-    latents, autoencoder = _folders(name, where)
+    """A network whose latents and autoencoder are in `folders`; `vae` names another autoencoder."""
+    latents, autoencoder = folders
     store = LatentStore(latents)
     network = models.build(model.name, learn_sigma=diffusion.learn_sigma, **store.sizes, **model.options)
     try:
@@ -194,7 +203,7 @@ def _of_study(
         tuple(store.shift.flatten().tolist()),
         tuple(store.scale.flatten().tolist()),
         tuple(store.class_names),
-        autoencoders.of_study(autoencoder, where.vae),
+        autoencoders.of_study(autoencoder, vae),
         about,
     )
 
@@ -203,11 +212,11 @@ def _folders(name: str, where: Where) -> tuple[Path, Path]:
     """Where a run's latents and autoencoder are: as given, as the list of the study's stages says, or at their usual places."""
     latents, autoencoder = LATENTS, AUTOENCODER
     stages = yamlfile.read("design.yaml")["design"] if Path("design.yaml").is_file() else {}
-    latents = stages.get("train", {}).get(name, {}).get("latents", latents)
+    latents = str(where.latents or stages.get("train", {}).get(name, {}).get("latents", latents))
     for item in stages.get("latents", {}).values():
         if item.get("out") == latents:
             autoencoder = item.get("autoencoder", autoencoder)
-    return where.latents or Path(latents), where.autoencoder or Path(autoencoder)
+    return Path(latents), where.autoencoder or Path(autoencoder)
 
 
 def of_file(path: Path, where: Where) -> Trained:

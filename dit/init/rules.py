@@ -319,9 +319,10 @@ class FromCheckpoint(FilledRule):
         weights.verify(self.path, self.sha256)
 
     def fill(self, matrix: Tensor, role: Role, generator: Generator) -> None:
-        matrix.copy_(self._values(role))
+        matrix.copy_(self.values(role))
 
-    def _values(self, role: Role) -> Tensor:
+    def values(self, role: Role) -> Tensor:
+        """The whole tensor of `role` as a matrix or vector. Raises `ConfigError` where it is not there in its shape."""
         values = weights.tensor(self.path, self.sha256, self.prefix + role.parameter, role.shape)
         return values if role.is_vector else values.flatten(1)
 

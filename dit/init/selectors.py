@@ -33,7 +33,7 @@ def select(selector: str, candidates: Sequence[Role]) -> list[Role]:
 
     If it names rows of a role, `candidates` must hold that role in parts, split at the rows that `cuts` returns.
     """
-    found = [role for role in candidates if _names(selector, role.whole)]
+    found = _named(selector, candidates)
     if found:
         depth = candidates[0].depth
         if any(int(end) > depth for end in re.findall(r"\[\d*:(\d+)\]", selector)):
@@ -59,7 +59,7 @@ def cuts(selectors: Iterable[str], every_role: Sequence[Role]) -> dict[str, set[
     found: dict[str, set[int]] = defaultdict(set)
     for selector in selectors:
         rows = SLICE.search(selector)
-        if rows and not any(_names(selector, role.path) for role in every_role):
+        if rows and not _named(selector, every_role):
             for path, (_, count) in _parents(selector, every_role).items():
                 found[path].update(_rows(selector, rows, count))
     return found
@@ -91,6 +91,16 @@ def _rows(selector: str, rows: re.Match[str], count: int) -> tuple[int, int]:
             f"role '{selector}': the role has {count} rows; expected [i:j] with i below j, and j of at most {count}"
         )
     return start, stop
+
+
+def _named(selector: str, candidates: Sequence[Role]) -> list[Role]:
+    """The roles whose whole path `selector` names. One without digits names a role in all blocks or in none: it is looked at
+    in the first.
+    """
+    if any(letter.isdigit() for letter in selector):
+        return [role for role in candidates if _names(selector, role.whole)]
+    wanted = {path for path in {role.in_first_block for role in candidates} if _names(selector, path)}
+    return [role for role in candidates if role.in_first_block in wanted]
 
 
 @lru_cache(maxsize=2**17)
@@ -125,7 +135,8 @@ def _unknown(selector: str, candidates: Sequence[Role]) -> str:
     if "*" in selector:
         paths = ", ".join(role.path for role in candidates[:3])
         return f"role '{selector}' matches no weight of this model; expected a pattern for a whole path such as {paths}, ..."
-    segments = sorted({re.sub(r"\[\d+\]", "", part) for role in candidates for part in _segments(role.whole)})
+    distinct = {role.in_first_block for role in candidates}
+    segments = sorted({re.sub(r"\[\d+\]", "", part) for path in distinct for part in _segments(path)})
     words = re.findall(r"[A-Za-z_]\w*", selector)
     near = [match for word in words if word not in segments for match in get_close_matches(word, segments, n=1)]
     hint = f" (did you mean {', '.join(near)}?)" if near else ""

@@ -81,24 +81,24 @@ def claims(strategy: Strategy, every_role: Sequence[Role]) -> dict[Role, BaseRul
     no rule claims a role.
     """
     every_role = parts([strategy], every_role)
-    claimed: dict[Role, BaseRule] = {}
+    by_path: dict[str, BaseRule] = {}
     rule: BaseRule
     for index, rule in enumerate(strategy.rules):
         for selector in rule.selectors:
             try:
-                claimed.update(dict.fromkeys(select(selector, every_role), rule))
+                by_path.update(dict.fromkeys([role.path for role in select(selector, every_role)], rule))
             except ConfigError as error:
                 if not rule.optional:
                     raise ConfigError(f"rules[{index}]: {error}") from None
-    unclaimed = [role.path for role in every_role if role not in claimed]
-    if unclaimed:
+    if unclaimed := [role.path for role in every_role if role.path not in by_path]:
         raise ConfigError(f"rules: no rule claims {_listed(unclaimed)}; a first rule with role 'all' claims everything")
+    claimed = {role: by_path[role.path] for role in every_role}
     for role, rule in claimed.items():
         try:
             rule.check(role)
         except ConfigError as error:
             raise ConfigError(f"rules[{strategy.rules.index(rule)}]: {error}") from None
-    return {role: claimed[role] for role in every_role}
+    return claimed
 
 
 def parts(strategies: Iterable[Strategy], every_role: Sequence[Role]) -> list[Role]:
@@ -111,6 +111,8 @@ def parts(strategies: Iterable[Strategy], every_role: Sequence[Role]) -> list[Ro
                     ends[path] |= found
             except ConfigError as error:
                 raise ConfigError(f"rules[{index}]: {error}") from None
+    if not ends:
+        return list(every_role)
     return [role.part(*rows) for role in every_role for rows in pairwise(sorted({0, role.count} | ends.get(role.path, set())))]
 
 

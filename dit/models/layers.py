@@ -100,11 +100,18 @@ def timestep_features(t: Tensor, max_period: float = 10000.0) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def without_values() -> bool:
+    """Whether a network is built on the meta device, where arithmetic would import torch's compiler, which takes seconds."""
+    return torch.get_default_device().type == "meta"
+
+
 def sincos_positions(hidden_size: int, side: int) -> Tensor:
     """Frozen 2-D sine-cosine positions (side * side, D): columns in the first half of D, rows in the second.
 
     facebookresearch/DiT `get_2d_sincos_pos_embed`, computed in float64 as there.
     """
+    if without_values():
+        return torch.empty(side * side, hidden_size // 4 * 4)
     quarter = hidden_size // 4
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from torch import Tensor, nn
@@ -54,12 +55,21 @@ class Role:
         """Whether it is a bias, another vector, or one number, rather than a matrix."""
         return len(self.shape) < 2
 
-    @property
+    def __hash__(self) -> int:
+        return hash((self.parameter, self.path))  # of two strings that remember theirs: rules look up many thousands of roles
+
+    @cached_property
     def whole(self) -> str:
         """The path of the role that this one is a part of; its own path if it is not a part."""
-        return re.sub(ROWS, "", self.path)
+        return re.sub(ROWS, "", self.path) if self.path.endswith("]") else self.path
 
-    @property
+    @cached_property
+    def in_first_block(self) -> str:
+        """`whole`, with 0 as the index of its block: equal for the same role in all blocks."""
+        own = rf"(\[|\.){self.block}(?=\.|\]\.)"
+        return self.whole if self.block is None else re.sub(own, r"\g<1>0", self.whole, count=1)
+
+    @cached_property
     def beyond_blocks(self) -> str:
         """Its path without the index of its block: equal for the same role in all blocks."""
         return self.in_blocks("")

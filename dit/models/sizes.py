@@ -41,13 +41,21 @@ class SizedOptions(Options):
 def sizes_of(
     name: str, family: str, options: SizedOptions, patch_sizes: Collection[int], sizes: Mapping[str, Size] = SIZES
 ) -> dict[str, int]:
-    """The sizes that a name of a family stands for, with those of `options` in their place, as a constructor takes them."""
+    """The sizes that a name of a family stands for, with those of `options` in their place, as a constructor takes them.
+
+    Raises `ConfigError` for an unknown name, and for a width that heads and positions do not divide.
+    """
     size, patch_size = parse_name(name, family, patch_sizes, sizes)
+    hidden_size, num_heads = options.hidden_size or size.hidden_size, options.num_heads or size.num_heads
+    if hidden_size % 4:
+        raise ConfigError(f"hidden_size = {hidden_size}; positions need a multiple of 4")
+    if hidden_size % num_heads:
+        raise ConfigError(f"hidden_size = {hidden_size}; expected a multiple of num_heads = {num_heads}")
     return {
         "patch_size": patch_size,
-        "hidden_size": options.hidden_size or size.hidden_size,
+        "hidden_size": hidden_size,
         "depth": options.depth or size.depth,
-        "num_heads": options.num_heads or size.num_heads,
+        "num_heads": num_heads,
     }
 
 

@@ -55,11 +55,10 @@ def whole_weights(selectors: Selectors, every_role: Sequence[Role], where: str) 
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
     found = {role.parameter: role for role in every_role if role.parameter in parts}
-    for name in found:
-        missing = next((part.path for part in every_role if part.parameter == name and part not in parts[name]), None)
-        if missing:
+    for part in every_role:
+        if part.parameter in found and part not in parts[part.parameter]:
             raise ConfigError(
-                f"{where}: role {selectors!r} names only some rows of '{name}', which an optimiser updates as one tensor; "
-                f"name its other rows too, such as '{missing}', or none of them"
+                f"{where}: role {selectors!r} names only some rows of '{part.parameter}', which an optimiser updates as one "
+                f"tensor; name its other rows too, such as '{part.path}', or none of them"
             )
     return found

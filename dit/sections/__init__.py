@@ -32,6 +32,7 @@ from dit.sections.data import (
 )
 from dit.sections.optim import ConstantSchedule, DecaySchedule, OptimizerParams, ScheduleParams, WSDSchedule
 from dit.sections.types import (
+    LARGEST,
     MOST_PIXELS,
     Backend,
     Device,
@@ -154,7 +155,7 @@ class DiffusionParams(Section):
 
     objective: Literal["eps", "x0", "v", "flow"]
     learn_sigma: bool
-    num_timesteps: Annotated[int, Field(ge=2)]
+    num_timesteps: Annotated[int, Field(ge=2, le=10**6)]
     beta_start: OpenFraction
     beta_end: OpenFraction
     timestep_sampling: Literal["uniform", "logit_normal"]
@@ -192,10 +193,10 @@ class ValidationParams(Section):
 class AnalyseParams(Section):
     """Stage `analyse@<strategy>`."""
 
-    steps: Annotated[int, Field(ge=3)]
-    batch_size: Annotated[int, Field(ge=2)]
+    steps: Annotated[int, Field(ge=3, le=LARGEST)]
+    batch_size: Annotated[int, Field(ge=2, le=LARGEST)]
     seed: Seed
-    widths: Annotated[list[Annotated[int, Field(gt=0, multiple_of=64)]], Field(min_length=2)]
+    widths: Annotated[list[Annotated[int, Field(gt=0, le=2**16, multiple_of=64)]], Field(min_length=2)]
     threads: Threads
     device: Device
 
@@ -266,7 +267,7 @@ class TrainParams(Section):
 class EvaluateParams(Section):
     """Stage `evaluate@<strategy>-<seed>`."""
 
-    num_samples: Annotated[int, Field(ge=2)]
+    num_samples: Annotated[int, Field(ge=2, le=LARGEST)]
     scheduler: Literal["ddpm", "ddim", "dpmsolver++", "flow_euler", "flow_heun"]
     steps: PositiveInt
     timestep_spacing: Literal["auto", "published", "leading", "linspace", "trailing"]
@@ -275,7 +276,7 @@ class EvaluateParams(Section):
     guidance_channels: Literal["all"] | PositiveInt
     seed: Seed
     batch_size: PositiveInt
-    kernel_subset_size: Annotated[int, Field(ge=2)]
+    kernel_subset_size: Annotated[int, Field(ge=2, le=LARGEST)]
     kernel_subsets: PositiveInt
     nearest_k: PositiveInt
     reference: FilePath | None = None

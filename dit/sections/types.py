@@ -22,8 +22,8 @@ Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Threads = Annotated[int, Field(gt=0, le=1024)]
 Width = Annotated[int, Field(gt=0, le=2**16)]
 """Channels of a layer."""
-Depth = Annotated[int, Field(gt=0, le=10_000)]
-"""Blocks of a network; the deepest published DiTs have 1,000."""
+Depth = Annotated[int, Field(gt=0, le=1000)]
+"""Blocks of a network; the deepest of Wang et al. (2022), "DeepNet: Scaling Transformers to 1,000 Layers", has 1,000."""
 MOST_PIXELS = 4096
 """Height and width of an image."""
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

@@ -20,7 +20,8 @@ from dit.devices import make_deterministic, resolve_device
 from dit.distributed import Ranks, joined
 from dit.errors import InputError
 from dit.evaluation import statistics
-from dit.evaluation.distances import Distances, check_counts, sample_distances
+from dit.evaluation.counts import check_counts
+from dit.evaluation.distances import Distances, sample_distances
 from dit.evaluation.features import load_extractor, load_features
 from dit.evaluation.literature import Figures, compare
 from dit.evaluation.samples import Seen, draw, load_network, look

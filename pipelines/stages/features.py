@@ -6,7 +6,7 @@ from dit.autoencoder import load_autoencoder
 from dit.config import Params
 from dit.data.images import load_images
 from dit.devices import make_deterministic, resolve_device
-from dit.evaluation.distances import check_counts
+from dit.evaluation.counts import check_counts
 from dit.evaluation.features import load_extractor, save_features
 from dit.evaluation.references import measure
 from pipelines.design import Item

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,15 @@ UNLABELLED = "all"
 
 @dataclass(frozen=True)
 class Split:
-    """How many items a split has, and a stream that yields each of them once, in a fixed order."""
+    """How many items of each class a split has, and a stream that yields each of them once, in a fixed order."""
 
-    count: int
+    per_class: tuple[int, ...]
     stream: Iterator[Sample | Rejected]
+
+    @property
+    def count(self) -> int:
+        """How many items it has."""
+        return sum(self.per_class)
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,12 @@ def hold_out_each(
         for part, chosen in zip(parts, hold_out(len(members[label]), fraction, seed, name), strict=True):
             part += [members[label][i] for i in chosen]
     return sorted(parts[0]), sorted(parts[1])
+
+
+def per_class(labels: Sequence[Any], class_names: Mapping[Any, str]) -> tuple[int, ...]:
+    """How many of `labels` each class has, in the order of `class_names`."""
+    counted = Counter(labels)
+    return tuple(counted[label] for label in class_names)
 
 
 def check_validation_labels(validation: Sequence[Any], class_names: Mapping[Any, str], where: str) -> None:

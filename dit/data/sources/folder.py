@@ -39,21 +39,32 @@ def open_unlabelled(images: ImagesParams, source: UnlabelledSource) -> Source:
     return _open(images, source, _list_unlabelled)
 
 
-def _open(images: ImagesParams, source: FolderSource | UnlabelledSource, list_files: ListFiles) -> Source:
+def pictures(images: ImagesParams, source: FolderSource | UnlabelledSource) -> tuple[list[Encoded], list[Encoded]]:
+    """The pictures for training and for validation, by class, none of them read. Raises `DataError` as `open_source` does."""
+    train, validation, _ = _listings(images, source, _list_unlabelled if source.kind == "unlabelled" else _list)
+    return list(_files(source.root, train)), list(_files(source.validation_root or source.root, validation))
+
+
+def _listings(
+    images: ImagesParams, source: FolderSource | UnlabelledSource, list_files: ListFiles
+) -> tuple[Listing, Listing, list[Rejected]]:
+    """The files for training, those for validation, and what is no image file."""
     train, rejected = list_files(source.root, "images.source.root")
     if source.validation_root is None:
-        validation_root = source.root
-        train, validation = _hold_out(train, source.validation_fraction, images.seed)
-    else:
-        validation_root = source.validation_root
-        validation, more_rejected = list_files(validation_root, "images.source.validation_root")
-        rejected += more_rejected
-        if different := sorted(set(train) ^ set(validation)):
-            raise DataError(f"{source.root} and {validation_root} differ in their class folders: {', '.join(different)}")
+        return *_hold_out(train, source.validation_fraction, images.seed), rejected
+    validation, more_rejected = list_files(source.validation_root, "images.source.validation_root")
+    if different := sorted(set(train) ^ set(validation)):
+        raise DataError(f"{source.root} and {source.validation_root} differ in their class folders: {', '.join(different)}")
+    return train, validation, rejected + more_rejected
+
+
+def _open(images: ImagesParams, source: FolderSource | UnlabelledSource, list_files: ListFiles) -> Source:
+    train, validation, rejected = _listings(images, source, list_files)
+    validation_root = source.validation_root or source.root
 
     def split(root: Path, listing: Listing) -> Split:
         stream = decode_all(_files(root, listing), images.size, images.workers, images.channels)
-        return Split(sum(map(len, listing.values())), stream)
+        return Split(tuple(map(len, listing.values())), stream)
 
     return Source(list(train), split(source.root, train), split(validation_root, validation), rejected, notes=[])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit.data.decoding import Encoded, Rejected, decode_all
-from dit.data.sources import UNLABELLED, Source, Split, check_validation_labels, hold_out_each
+from dit.data.sources import UNLABELLED, Source, Split, check_validation_labels, hold_out_each, per_class
 from dit.errors import ConfigError, DataError
 from dit.sections import HuggingFaceSource, ImagesParams
 
@@ -50,13 +50,35 @@ def open_source(images: ImagesParams, source: HuggingFaceSource) -> Source:
 
     def split(part: Rows) -> Split:
         pictures = _pictures(part, index, source.image_column)
-        return Split(len(part.rows), decode_all(pictures, images.size, images.workers, images.channels))
+        return Split(per_class(part.labels, classes), decode_all(pictures, images.size, images.workers, images.channels))
 
     return Source(list(classes.values()), split(train), split(validation), rejected, notes=[])
 
 
-def _open(source: HuggingFaceSource, key: str, split: str) -> Dataset:
-    """One split, its columns checked, from a directory that `save_to_disk` wrote, or from whatever `load_dataset` reads."""
+def first_pictures(source: HuggingFaceSource, count: int) -> list[Encoded]:
+    """The pictures among the first `count` rows of training, not decoded: a look that prepares and downloads no whole split.
+
+    Raises as `open_source` does, also where none of these rows has an image and a label.
+    """
+    if source.validation_split is not None:
+        _open(source, "validation_split", source.validation_split, streamed=True)
+    rows = _open(source, "train_split", source.train_split, streamed=True).take(count)
+    label, image = source.label_column, source.image_column
+    found = [
+        Encoded(f"{source.train_split}[{row}]", 0, _encoded(cells[image]))
+        for row, cells in enumerate(rows)
+        if cells[image] and (label is None or cells[label] not in (None, -1))
+    ]
+    if not found:
+        raise DataError(f"{KEY}: the first rows of split '{source.train_split}' of '{source.path}' hold no labelled image")
+    return found
+
+
+def _open(source: HuggingFaceSource, key: str, split: str, streamed: bool = False) -> Any:
+    """One split, its columns checked, from a directory that `save_to_disk` wrote, or from whatever `load_dataset` reads.
+
+    It is a `Dataset`, or an iterable one if it is `streamed`, of which only what is asked for is read.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
     try:
@@ -68,8 +90,9 @@ def _open(source: HuggingFaceSource, key: str, split: str) -> Dataset:
     try:
         if _is_saved(Path(source.path)):
             dataset = _saved_split(datasets.load_from_disk(source.path), source.path, key, split)
+            dataset = dataset.to_iterable_dataset() if streamed else dataset
         else:
-            dataset = datasets.load_dataset(source.path, source.config, split=split)
+            dataset = datasets.load_dataset(source.path, source.config, split=split, streaming=streamed)
     except ConnectionError as error:
         raise ConnectionError(
             f"{KEY}.path = '{source.path}' is no local directory, and the hub did not answer: {error}"
@@ -100,7 +123,7 @@ def _saved_split(saved: Any, path: str, key: str, split: str) -> Dataset:
     return saved[split]
 
 
-def _with_encoded_images(dataset: Dataset, source: HuggingFaceSource) -> Dataset:
+def _with_encoded_images(dataset: Any, source: HuggingFaceSource) -> Any:
     """The columns that are read, images left encoded. Raises `ConfigError` where they are missing or of another kind."""
     from datasets import Image, Value
 
@@ -185,6 +208,11 @@ def _hold_out(whole: Rows, classes: dict[Any, str], fraction: float, seed: int) 
 def _pictures(part: Rows, index: dict[Any, int], column: str) -> Iterator[Encoded]:
     cells = part.dataset.select_columns([column])
     for row, label in zip(part.rows, part.labels, strict=True):
-        cell = cells[row][column] or {"bytes": b"", "path": None}
-        data = Path(cell["path"]) if cell["bytes"] is None and cell["path"] else cell["bytes"] or b""
-        yield Encoded(f"{part.split}[{row}]", index[label], data)
+        yield Encoded(f"{part.split}[{row}]", index[label], _encoded(cells[row][column]))
+
+
+def _encoded(cell: dict[str, Any] | None) -> Path | bytes:
+    """The file of an image that is left encoded, or its bytes."""
+    if not cell:
+        return b""
+    return Path(cell["path"]) if cell["bytes"] is None and cell["path"] else cell["bytes"] or b""

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from dit.data.decoding import MODES, Rejected, Sample, center_crop
-from dit.data.sources import Source, Split, check_validation_labels
+from dit.data.sources import Source, Split, check_validation_labels, per_class
 from dit.errors import DataError
 from dit.sections import IdxSource, ImagesParams
 
@@ -57,7 +57,7 @@ def open_source(images: ImagesParams, source: IdxSource) -> Source:
     index = {value: label for label, value in enumerate(classes)}
 
     def split(part: Part) -> Split:
-        return Split(part.count, _samples(part, index, images.size, images.channels))
+        return Split(per_class(part.labels.tolist(), classes), _samples(part, index, images.size, images.channels))
 
     return Source(list(classes.values()), split(parts["train"]), split(validation), rejected=[], notes=[])
 

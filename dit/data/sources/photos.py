@@ -86,7 +86,7 @@ def open_source(images: ImagesParams, source: PhotosSource) -> Source:
                 yield Sample(_cut(picture, box, images.size, images.channels), label)
 
     def split(name: str) -> Split:
-        return Split(len(pictures) * counts[name], stream(name))
+        return Split((counts[name],) * len(pictures), stream(name))
 
     return Source(list(pictures), split("train"), split("validation"), rejected=[], notes=notes)
 

@@ -6,11 +6,12 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dit.data.decoding import Encoded, Rejected, decode_all
-from dit.data.sources import UNLABELLED, Source, Split, check_validation_labels, hold_out_each
+from dit.data.sources import UNLABELLED, Source, Split, check_validation_labels, hold_out_each, per_class
 from dit.errors import ConfigError, DataError
 from dit.sections import ImagesParams, WebDatasetSource
 
@@ -53,9 +54,30 @@ def open_source(images: ImagesParams, source: WebDatasetSource) -> Source:
 
     def split(part: Part) -> Split:
         pictures = _pictures(part, index, source.image_key)
-        return Split(len(part.labels), decode_all(pictures, images.size, images.workers, images.channels))
+        return Split(per_class(part.labels, classes), decode_all(pictures, images.size, images.workers, images.channels))
 
     return Source(list(classes.values()), split(train), split(validation), rejected, notes=[])
+
+
+def first_pictures(source: WebDatasetSource, count: int) -> list[Encoded]:
+    """The pictures among the first `count` samples of training, not decoded: a look that does not read all shards.
+
+    Raises as `open_source` does, also where none of these samples has an image and a label.
+    """
+    _shards("validation_shards", source.validation_shards or "")
+    samples = list(islice(_samples(_shards("shards", source.shards)), count))
+    found = [
+        Encoded(_title(sample), 0, image)
+        for sample in samples
+        if (image := _image(sample, source.image_key)) and (source.label_key is None or source.label_key.lower() in sample)
+    ]
+    if not found:
+        held = ", ".join(sorted({key for sample in samples for key in sample if not key.startswith("__")})) or "nothing"
+        raise DataError(
+            f"{KEY}.shards = '{source.shards}': none of the first {len(samples)} samples has image_key = '{source.image_key}' "
+            f"and label_key = '{source.label_key}'; they hold {held}"
+        )
+    return found
 
 
 def _labelled(source: WebDatasetSource, key: str, pattern: str) -> tuple[Part, list[Rejected]]:
@@ -85,7 +107,7 @@ def _shards(key: str, pattern: str) -> list[Path]:
     except ImportError:
         raise ConfigError(f"{KEY}.kind = 'webdataset' needs the webdataset library: pip install -e '.[webdataset]'") from None
     try:
-        shards = [Path(name) for name in braceexpand(pattern)]
+        shards = [Path(name) for name in braceexpand(pattern) if name]
     except ValueError as error:  # of unbalanced braces
         raise ConfigError(f"{KEY}.{key} = '{pattern}': {error}") from None
     if missing := [shard for shard in shards if not shard.is_file()]:

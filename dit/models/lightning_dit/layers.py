@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dit.models.layers import without_values
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -61,6 +63,10 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_size: int, side: int) -> None:
         super().__init__()
+        if without_values():
+            self.register_buffer("freqs_cos", torch.empty(side * side, head_size))
+            self.register_buffer("freqs_sin", torch.empty(side * side, head_size))
+            return
         frequencies = 10000.0 ** (-torch.arange(0, head_size // 2, 2).float() / (head_size // 2))
         angles = (torch.arange(side)[:, None] * frequencies).repeat_interleave(2, dim=1)  # (side, head_size / 2)
         rows, columns = angles.repeat_interleave(side, dim=0), angles.repeat(side, 1)

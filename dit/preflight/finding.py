@@ -1,0 +1,35 @@
+"""What a check finds: what was looked at, where it is named, what is there, and what is expected."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["fine", "warning", "error"]
+_NAMED = re.compile(r"[\w.]+(?:\[\d+\])?[\w.\[\]]* = .+?(?=: |; |, but |, where | with | holds | has |$)")
+"""How most messages begin: a key and its value."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the table. `where` is a key of params.yaml with its value, or a file; `found` is what is there."""
+
+    what: str
+    where: str
+    found: str
+    expected: str = ""
+    severity: Severity = "fine"
+
+    def __str__(self) -> str:
+        """As one sentence."""
+        return f"{self.where}: {self.found}{f'; expected {self.expected}' if self.expected else ''}"
+
+
+def of_error(what: str, where: str, error: BaseException, severity: Severity = "error") -> Finding:
+    """What an error says; `where` stands for the key and value where its message does not begin with them."""
+    head, _, expected = " ".join(str(error).split()).partition("expected ")
+    if named := _NAMED.match(head):
+        where = named[0]
+        head = head[named.end() :]
+    return Finding(what, where.rstrip(" :;,"), head.strip(" :;,") or "does not fit", expected, severity)

@@ -1,0 +1,56 @@
+"""What is checked: the parameters of a study at all its settings, and what is known of their images so far."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+from dit import design
+from dit.config import Params
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The images of a source: how many of each class are for training and for validation."""
+
+    train: tuple[int, ...]
+    validation: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Images of both splits."""
+        return sum(self.train) + sum(self.validation)
+
+
+@dataclass
+class Subject:
+    """The different settings of a study, how many runs each has, and the kinds of stages that will run; None for all."""
+
+    settings: list[tuple[Params, int]]
+    stages: Collection[str] | None
+    counts: dict[str, Counts] = field(default_factory=dict)
+    """By what `key` returns for section `images`; a source that is only looked into has none."""
+
+    @classmethod
+    def of(cls, params: Params, where: str, stages: Collection[str] | None) -> Subject:
+        """The study that `params` describe. Raises `ConfigError` where a level does not fit the other parameters."""
+        runs = Counter(run.setting.values for run in design.design(params.study).runs)
+        return cls([(found, runs[values]) for values, found in design.check(params, where).items()], stages)
+
+    def runs(self, *stages: str) -> bool:
+        """Whether a stage of any of these kinds will run."""
+        return self.stages is None or any(stage in self.stages for stage in stages)
+
+    def distinct(self, *sections: str) -> Iterator[Params]:
+        """The parameters of one setting for each different content of `sections`."""
+        yield from {key(params, *sections): params for params, _ in reversed(self.settings)}.values()
+
+    def counts_of(self, params: Params) -> Counts | None:
+        """What is known of the images of a setting."""
+        return self.counts.get(key(params, "images"))
+
+
+def key(params: Params, *sections: str) -> str:
+    """The content of sections, to compare it."""
+    return repr([getattr(params, section) for section in sections])

@@ -1,0 +1,100 @@
+"""Pre-flight of a study: what `dit.preflight` opens, and what only the workflow knows: remote, tracking server, DVC's cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dit import config, preflight
+from dit.config import Params
+from dit.errors import UserError
+from dit.preflight import Finding, resources
+from dit.preflight.deadline import within
+from dit.preflight.subject import Subject
+from dit.terminal import plain
+from pipelines.redaction import redacted, shown
+
+if TYPE_CHECKING:
+    from pipelines.dag import Stage
+
+WHAT = "workflow"
+ANSWER_SECONDS = 5.0
+"""How long a remote, or a tracking server, may take to answer."""
+
+
+def refusal(workspace: Path, stages: Mapping[str, Stage], warn: Callable[[str], None]) -> str:
+    """Why a study cannot run: a line for each thing that its stages would refuse later; empty where they would refuse nothing.
+
+    Only what stages that are not up to date need is opened. `warn` is given what may go wrong.
+    """
+    running = {name.partition("@")[0] for name, stage in stages.items() if not stage.up_to_date}
+    if not running:
+        return ""
+    params = config.load(workspace / "params.yaml")
+    findings = [*preflight.check(params, "params.yaml", running), *check(workspace, params, running)]
+    for finding in findings:
+        if finding.severity == "warning":
+            warn(plain(str(finding)))
+    return "\n".join(f"params.yaml: {plain(str(finding))}" for finding in preflight.errors(findings))
+
+
+def check(root: Path, params: Params, stages: set[str] | None = None) -> list[Finding]:
+    """What the workflow in `root` can tell; nothing where there is no DVC project. `dit check` calls it too."""
+    if not (root / ".dvc").is_dir():
+        return []
+    return [*_dvc(root, params, stages), *_tracking()]
+
+
+def _dvc(root: Path, params: Params, stages: set[str] | None) -> Iterator[Finding]:
+    """The default remote, if there is one, and the disk of the cache, where that is another one."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(root)) as repo:
+            cache = Path(repo.cache.local_cache_dir)
+            name = repo.config["core"].get("remote")
+            if name:
+                yield _remote(repo, name)
+    except DvcException as error:
+        where = f"{root / '.dvc' / 'config'}"
+        yield Finding(WHAT, where, " ".join(str(error).split()), "a configuration that DVC can read", "warning")
+        return
+    existing = next(each for each in (cache, *cache.parents) if each.exists())
+    needs = resources.disk(Subject.of(params, "params.yaml", stages))
+    if needs and os.stat(existing).st_dev != os.stat(root).st_dev:
+        yield resources.on_disk(needs, cache)
+
+
+def _remote(repo: object, name: str) -> Finding:
+    """Whether the place to which results are pushed answers. A study runs without it, and cannot be shared."""
+    url = repo.config["remote"][name]["url"]  # type: ignore[attr-defined]
+    where = f"DVC remote {name} = {shown(url)}"
+    expected = "a remote that can be reached; the study runs without it, `dvc push` and `dvc pull` do not"
+
+    def ask() -> bool:
+        remote = repo.cloud.get_remote(name)  # type: ignore[attr-defined]
+        parent = remote.fs.parent(remote.path)
+        return bool(remote.fs.exists(remote.path) or remote.fs.exists(parent))
+
+    try:
+        there = within(ANSWER_SECONDS, "it", ask)
+    except Exception as error:  # of whichever library reaches this kind of remote
+        return Finding(WHAT, where, redacted(" ".join(str(error).split()), url)[:200], expected, "warning")
+    return Finding(WHAT, where, "answers") if there else Finding(WHAT, where, "not there", expected, "warning")
+
+
+def _tracking() -> Iterator[Finding]:
+    """Whether MLflow's store answers. A study runs without it, and fills it later."""
+    from pipelines import mlflow_store
+
+    uri = mlflow_store.tracking_uri()
+    where = f"MLFLOW_TRACKING_URI = {shown(uri)}"
+    try:
+        mlflow_store.within(ANSWER_SECONDS, uri, lambda: mlflow_store.probe(uri))
+    except UserError as error:
+        yield Finding(WHAT, where, str(error), severity="warning")
+    else:
+        yield Finding(WHAT, where, "answers")
