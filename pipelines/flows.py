@@ -107,7 +107,7 @@ def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[P
     """Where the stages run, and the name of the DVC experiment, if it is one."""
     if not overrides:
         with _exclusively(root):
-            recovery.workspace(root, runrun_log().warning)
+            recovery.workspace(root, run_log().warning)
             yield root, None
         return
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{runtime.flow_run.name}-{runtime.flow_run.id[-6:]}")
