@@ -30,7 +30,7 @@ plan: $(INSTALLED) ## Say what the study would run and about how long it takes [
 	@DIT_SET="$$SET" DIT_PROFILE="$$PROFILE" DIT_WORKERS="$$WORKERS" $(RUN) pipelines plan
 
 study: $(INSTALLED) ## Run what is not up to date [SET="train.steps=300 study.seeds=[0]"] [PROFILE=gpu] [TARGETS=train] [WORKERS=2] [ENGINE=ray] [RAY_ADDRESS=...]
-	@DIT_SET="$$SET" DIT_PROFILE="$$PROFILE" DIT_WORKERS="$$WORKERS" DIT_TARGETS="$$TARGETS" DIT_ENGINE="$${ENGINE:-local}" $(RUN) pipelines study
+	@DIT_SET="$$SET" DIT_PROFILE="$$PROFILE" DIT_WORKERS="$$WORKERS" DIT_TARGETS="$$TARGETS" DIT_ENGINE="$$ENGINE" $(RUN) pipelines study
 
 mlflow: $(INSTALLED) ## Bring runs that MLflow does not have into it [MLFLOW_TRACKING_URI=...]
 	@$(RUN) pipelines mlflow

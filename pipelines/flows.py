@@ -97,7 +97,7 @@ def study(
         with _workspace(root, overrides) as (workspace, experiment):
             design.write(workspace, config.load(workspace / "params.yaml"))
             trial = naming.trial(overrides)
-            return _run(workspace, targets, partial(_places, engine, params, workers), experiment, trial)
+            return _run(workspace, targets, partial(_places, engine, params, workers), experiment, trial, engine == "local")
     except UserError as error:
         return _failed(str(error))
 
@@ -146,11 +146,15 @@ def _run(
     places: Callable[[Path, Mapping[str, dag.Stage]], AbstractContextManager[Any]],
     experiment: str | None,
     trial: str,
+    here: bool,
 ) -> State[Any]:
-    """Run the stages that `targets` need, then show what came out: in MLflow, as artifacts, and as a DVC experiment."""
+    """Run the stages that `targets` need, then show what came out: in MLflow, as artifacts, and as a DVC experiment.
+
+    Stages that run `here` are refused beforehand where this machine cannot run them.
+    """
     every = dag.read(workspace)
     stages = dag.select(every, targets)
-    if refused := preflight.refusal(workspace, stages, run_log().warning):
+    if here and (refused := preflight.refusal(workspace, stages, run_log().warning)):
         return Failed(name=naming.short(f"{REFUSED}: {refused}"), message=refused)
     fresh = sum(stage.up_to_date for stage in stages.values())
     scratch = os.environ.get("DIT_SCRATCH", ".scratch")

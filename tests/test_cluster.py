@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import psutil
 import pytest
-from studies import MICRO, ROOT, command, environment, git, micro_project
+from studies import MICRO, ROOT, command, environment, free_port, git, micro_project
 
 from dit.errors import UserError
 from pipelines.experiments import override
@@ -179,36 +180,55 @@ def test_a_node_with_other_packages_is_refused_by_name(shell: Path, cluster: Hos
         node.check_versions({**known, "torch": "0.1"})
 
 
-def test_a_study_of_which_a_node_is_lost_in_training_ends_as_on_one_machine(tmp_path: Path, cluster: Hosts) -> None:
-    root = micro_project(tmp_path / "study")
-    (root / "params.yaml").write_text(override((root / "params.yaml").read_text(), {"train.steps": 200}))
-    alone = tmp_path / "alone"
-    shutil.copytree(root, alone)
+@pytest.mark.slow
+def test_a_study_through_s3_keeps_its_results_and_checkpoints_there(tmp_path: Path, cluster: Hosts) -> None:
+    """Against a server that speaks S3, moto's, with its keys in DVC's configuration of the head alone."""
+    pytest.importorskip("dvc_s3")
+    server = pytest.importorskip("moto.server")
+    served = server.ThreadedMotoServer("127.0.0.1", free_port())
+    served.start()
+    try:
+        url = "http://%s:%d" % served.get_host_and_port()
+        root = micro_project(tmp_path / "study")
+        settings = {"endpointurl": url, "access_key_id": "key", "secret_access_key": "secret", "region": "us-east-1"}
+        assert command(root, "dvc", "remote", "add", "--local", "--default", "s3", "s3://studies/one").returncode == 0
+        for name, value in settings.items():
+            assert command(root, "dvc", "remote", "modify", "--local", "s3", name, value).returncode == 0
+        bucket = fsspec.filesystem("s3", key="key", secret="secret", endpoint_url=url)
+        bucket.mkdir("studies")
+        done = study(root, cluster, "train@adaln_zero-0")
+        assert done.returncode == 0, done.stdout
+        assert bucket.ls("studies/one/scratch/train@adaln_zero-0")
+        again = tmp_path / "again"
+        git(tmp_path, "clone", "--quiet", str(root), str(again))
+        shutil.copy(root / ".dvc/config.local", again / ".dvc/config.local")
+        shutil.copy(root / "dvc.lock", again / "dvc.lock")
+        assert command(again, "dvc", "pull", "--quiet", "train@adaln_zero-0").returncode == 0
+        for file in (root / "runs/train/adaln_zero-0").iterdir():
+            assert (again / "runs/train/adaln_zero-0" / file.name).read_bytes() == file.read_bytes()
+    finally:
+        served.stop()
+
+
+@pytest.mark.slow
+def test_two_hundred_short_stages_end_as_those_of_dvc_alone(tmp_path: Path, cluster: Hosts) -> None:
+    root = tmp_path / "project"
+    root.mkdir()
+    (root / "params.yaml").write_text(override((ROOT / "params.yaml").read_text(), MICRO))
+    names = ", ".join(f"s{index}" for index in range(200))
+    (root / "dvc.yaml").write_text(
+        f"stages:\n  work:\n    foreach: [{names}]\n    do:\n      cmd: echo ${{item}} > ${{item}}\n"
+        "      deps: [params.yaml]\n      outs: ['${item}']\n"
+    )
+    (root / ".gitignore").write_text("/.scratch\n/mlflow.db*\n/mlartifacts\n")
+    git(root, "init", "--quiet")
+    assert command(root, "dvc", "init", "--quiet").returncode == 0
+    alone = shutil.copytree(root, tmp_path / "alone")
     with_remote(root, tmp_path / "remote")
-    running = started(root, cluster, *TRAINED)
-
-    def trains() -> str | None:
-        """A host with a run of which others can see a checkpoint."""
-        kept = [manifest.read_text() for manifest in (tmp_path / "remote/scratch").glob("train@*/manifest.json")]
-        for name in "ab":
-            for file in cluster.running[name].work.glob("studies/*/*.scratch/*/checkpoint.pt"):
-                if any(f'"{file.parent.name}/checkpoint.pt"' in listed for listed in kept):
-                    return name
-        return None
-
-    lost: list[str] = []
-    wait_until(lambda: lost.append(name) or lost if (name := trains()) else None, running)  # type: ignore[func-returns-value]
-    cluster.running[lost[0]].kill()
-    beside = command(alone, "pipelines", "study", *TRAINED)
-    assert beside.returncode == 0, beside.stdout
-    said = (tmp_path / "study.log").read_text
-    assert running.wait(300) == 0, said()
-    assert "was lost; what it ran goes on elsewhere" in said()
-    assert ": resumed at step " in said()
+    done = study(root, cluster)
+    assert "200 stages ran, 0 were cached" in done.stdout
+    assert command(alone, "dvc", "repro", "--quiet").returncode == 0
     assert (root / "dvc.lock").read_bytes() == (alone / "dvc.lock").read_bytes()
-    for name in ("adaln_zero-0", "symmetric-0"):
-        for file in (alone / "runs/train" / name).iterdir():
-            assert (root / "runs/train" / name / file.name).read_bytes() == file.read_bytes()
 
 
 def test_what_no_node_can_run_is_told_before_the_study_starts(params: object) -> None:
@@ -274,3 +294,35 @@ def test_a_scratch_folder_comes_back_on_another_node_as_it_was_last_seen(tmp_pat
         assert not (second.folder / "run/.checkpoint.pt.partial").exists()
         shutil.rmtree(second.folder / "run")
     assert not (tmp_path / "kept/train@a").exists()
+
+
+def test_a_study_of_which_a_node_is_lost_in_training_ends_as_on_one_machine(tmp_path: Path, cluster: Hosts) -> None:
+    root = micro_project(tmp_path / "study")
+    (root / "params.yaml").write_text(override((root / "params.yaml").read_text(), {"train.steps": 200}))
+    alone = tmp_path / "alone"
+    shutil.copytree(root, alone)
+    with_remote(root, tmp_path / "remote")
+    running = started(root, cluster, *TRAINED)
+
+    def trains() -> str | None:
+        """A host with a run of which others can see a checkpoint."""
+        kept = [manifest.read_text() for manifest in (tmp_path / "remote/scratch").glob("train@*/manifest.json")]
+        for name in "ab":
+            for file in cluster.running[name].work.glob("studies/*/*.scratch/*/checkpoint.pt"):
+                if any(f'"{file.parent.name}/checkpoint.pt"' in listed for listed in kept):
+                    return name
+        return None
+
+    lost: list[str] = []
+    wait_until(lambda: lost.append(name) or lost if (name := trains()) else None, running)  # type: ignore[func-returns-value]
+    cluster.running[lost[0]].kill()
+    beside = command(alone, "pipelines", "study", *TRAINED)
+    assert beside.returncode == 0, beside.stdout
+    said = (tmp_path / "study.log").read_text
+    assert running.wait(300) == 0, said()
+    assert "was lost; what it ran goes on elsewhere" in said()
+    assert ": resumed at step " in said()
+    assert (root / "dvc.lock").read_bytes() == (alone / "dvc.lock").read_bytes()
+    for name in ("adaln_zero-0", "symmetric-0"):
+        for file in (alone / "runs/train" / name).iterdir():
+            assert (root / "runs/train" / name / file.name).read_bytes() == file.read_bytes()

@@ -290,7 +290,7 @@ def test_deployment_runs_through_the_worker_and_down_stops_exactly_the_services(
     assert wrong.returncode != 0
     assert "a dotted key of params.yaml" in " ".join(wrong.stdout.split())
     schema = ask(f"{server}/deployments/filter", {})[0]["parameter_openapi_schema"]["properties"]
-    assert {"overrides", "workers", "targets", "profile", "strategies"} == schema.keys()
+    assert {"overrides", "workers", "targets", "profile", "strategies", "engine"} == schema.keys()
     assert all(parameter["description"] for parameter in schema.values())
     with socket.create_server(("127.0.0.1", 0)) as bystander:
         assert "stopped prefect" in command(study, "pipelines", "down").stdout
