@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import chdir
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import dag, services
-from pipelines.cluster.node import Node, Study
 from pipelines.cluster.lockfile import LockFile
+from pipelines.cluster.node import Node, Study
 from pipelines.cluster.results import opened
 from pipelines.cluster.transport import Remote
 
@@ -92,11 +93,11 @@ def run(root: Path, *arguments: str) -> None:
 
 def make_all(root: Path) -> None:
     """Run all stages of a project, as `dvc repro` does, which takes seconds for each where there are thousands."""
-    with Repo(str(root)) as repo, repo.lock:
+    with chdir(root), Repo() as repo, repo.lock:
         stages = repo.index.stages
         lock = LockFile(root / "dvc.lock", [stage.name for stage in stages])
         for stage in stages:
-            subprocess.run(stage.cmd, shell=True, cwd=root, check=True)
+            subprocess.run(stage.cmd, shell=True, check=True)
             stage.save()
             stage.commit()
             repo.stage_cache.save(stage)

@@ -188,7 +188,7 @@ def test_a_study_through_s3_keeps_its_results_and_checkpoints_there(tmp_path: Pa
     served = server.ThreadedMotoServer("127.0.0.1", free_port())
     served.start()
     try:
-        url = "http://%s:%d" % served.get_host_and_port()
+        url = "http://{}:{}".format(*served.get_host_and_port())
         root = micro_project(tmp_path / "study")
         settings = {"endpointurl": url, "access_key_id": "key", "secret_access_key": "secret", "region": "us-east-1"}
         assert command(root, "dvc", "remote", "add", "--local", "--default", "s3", "s3://studies/one").returncode == 0

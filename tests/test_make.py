@@ -37,7 +37,21 @@ def folder(tmp_path: Path) -> Path:
 
 def make(folder: Path, *arguments: str, **variables: str) -> tuple[list[str], dict[str, str]]:
     """The arguments and the variables that the interpreter was given."""
-    given = ("SET", "PROFILE", "TARGETS", "WORKERS", "TESTS", "BENCH", "PREFECT_PORT", "MLFLOW_PORT", "MAKE", "MFLAGS", "DIT_", "ENGINE", "RAY_")
+    given = (
+        "SET",
+        "PROFILE",
+        "TARGETS",
+        "WORKERS",
+        "TESTS",
+        "BENCH",
+        "PREFECT_PORT",
+        "MLFLOW_PORT",
+        "MAKE",
+        "MFLAGS",
+        "DIT_",
+        "ENGINE",
+        "RAY_",
+    )
     kept = {name: value for name, value in os.environ.items() if not name.startswith(given)}
     done = subprocess.run(
         ["make", "--silent", *arguments], cwd=folder, env=kept | variables, capture_output=True, text=True, check=True
@@ -68,7 +82,13 @@ def test_no_text_is_taken_for_a_command(folder: Path, text: str) -> None:
 
 
 def test_study_takes_what_make_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {"SET": "train.steps=300 study.seeds=[0]", "PROFILE": "gpu", "WORKERS": "2", "TARGETS": "train evaluate", "ENGINE": "ray"}
+    given = {
+        "SET": "train.steps=300 study.seeds=[0]",
+        "PROFILE": "gpu",
+        "WORKERS": "2",
+        "TARGETS": "train evaluate",
+        "ENGINE": "ray",
+    }
     expected = {
         "set_": ["train.steps=300", "study.seeds=[0]"],
         "profile": "gpu",
