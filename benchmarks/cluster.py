@@ -81,7 +81,7 @@ def project(root: Path, stages: int) -> Path:
     (root / "dvc.yaml").write_text(STAGES)
     (root / "list.yaml").write_text(f"keys: [{', '.join(f's{index}' for index in range(stages))}]\n")
     subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
-    run(root, "init", "--quiet")
+    run(root, "init", "--quiet", "--no-scm")  # without a .gitignore of thousands of lines
     run(root, "remote", "add", "--quiet", "--default", "here", str(root.parent / "remote"))
     return root
 

@@ -16,7 +16,10 @@ import psutil
 import pytest
 from studies import MICRO, ROOT, command, environment, free_port, git, micro_project
 
+from dit import yamlfile
+from dit.config import Params
 from dit.errors import UserError
+from pipelines import dag
 from pipelines.experiments import override
 
 pytest.importorskip("prefect_ray", reason="the extra `cluster` is not installed")
@@ -25,6 +28,7 @@ from raylets import Hosts, hosts
 
 from pipelines.cluster import node, resources, snapshot
 from pipelines.cluster.checkpoints import Mirror, Place
+from pipelines.cluster.engine import narrowed
 from pipelines.cluster.lockfile import LockFile
 
 TRAINED = ("train@adaln_zero-0", "train@symmetric-0")
@@ -231,10 +235,7 @@ def test_two_hundred_short_stages_end_as_those_of_dvc_alone(tmp_path: Path, clus
     assert (root / "dvc.lock").read_bytes() == (alone / "dvc.lock").read_bytes()
 
 
-def test_what_no_node_can_run_is_told_before_the_study_starts(params: object) -> None:
-    from dit.config import Params
-
-    assert isinstance(params, Params)
+def test_what_no_node_can_run_is_told_before_the_study_starts(params: Params) -> None:
     wide = params.with_values({"train.processes": 8, "train.device": "cuda"})
     with pytest.raises(UserError, match=r"stage 'train' needs 8 CPUs and 8 GPUs on one node; .* have 16 CPUs and 4 GPUs"):
         resources.needs(wide, ["train"], [resources.Need(16, 4)] * 2, None)
@@ -242,13 +243,22 @@ def test_what_no_node_can_run_is_told_before_the_study_starts(params: object) ->
     assert resources.needs(params, ["train"], [resources.Need(1)], None)["train"] == resources.Need(1)
 
 
+def test_a_node_reads_of_the_design_only_what_its_stage_needs(tmp_path: Path) -> None:
+    root = micro_project(tmp_path / "project")
+    every = dag.read(root)
+    wanted = {"design", "latents@all", "train@symmetric-1"}
+    (root / "design.yaml").write_text(narrowed(yamlfile.read(root / "design.yaml"), wanted))
+    found = dag.read(root)
+    assert found.keys() == wanted | {"compare"}
+    assert found["train@symmetric-1"].outs == every["train@symmetric-1"].outs
+    assert found["train@symmetric-1"].upstream == every["train@symmetric-1"].upstream
+
+
 def test_a_lock_file_put_together_from_entries_has_the_bytes_that_dvc_writes(shell: Path) -> None:
     os.environ["COUNTED"] = str(shell.parent)
     assert command(shell, "dvc", "repro", "flaky", COUNTED=str(shell.parent), tried="").returncode in (0, 1, 255)
     assert command(shell, "dvc", "repro", "flaky", COUNTED=str(shell.parent)).returncode == 0
     whole = (shell / "dvc.lock").read_text()
-    from dit import yamlfile
-
     entries = yamlfile.read(shell / "dvc.lock")["stages"]
     made = LockFile(shell / "made.lock", ["fine", "flaky"])
     for name in ("flaky", "fine"):
@@ -277,7 +287,10 @@ def test_a_snapshot_holds_uncommitted_work_and_leaves_the_repository_alone(tmp_p
     snapshot.check_out(tmp_path / "bundle", commit, tmp_path / "clone")
     found = {file.name: file.read_text() for file in (tmp_path / "clone").iterdir() if file.is_file()}
     assert found == {"kept": "kept\n", "changed": "after\n", "new": "new\n", ".gitignore": "/ignored\n"}
+    (tmp_path / "clone/.gitignore").write_text("/ignored\n/made\n")
     assert snapshot.is_clean(tmp_path / "clone", commit)
+    (tmp_path / "clone/kept").write_text("edited\n")
+    assert not snapshot.is_clean(tmp_path / "clone", commit)
 
 
 def test_a_scratch_folder_comes_back_on_another_node_as_it_was_last_seen(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Some stages stay on the head: those that read what all others made, and those wh
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -27,11 +28,12 @@ from prefect.utilities.callables import get_call_parameters
 from prefect_ray.context import remote_options
 from prefect_ray.task_runners import RayTaskRunner
 
+from dit import yamlfile
 from dit.config import Params
 from dit.errors import UserError
 from pipelines import dag
 from pipelines.cluster import resources, snapshot, voices
-from pipelines.cluster.node import STUDIES, Node, Study, installed
+from pipelines.cluster.node import DESIGN, STUDIES, Node, Study, installed
 from pipelines.cluster.results import Results, opened
 from pipelines.cluster.transport import Remote
 from pipelines.device_pool import NO_GPU
@@ -89,6 +91,7 @@ class Cluster:
         stages: Mapping[str, dag.Stage],
         needs: Mapping[str, resources.Need],
         places: Places,
+        design: Mapping[str, Any],
     ) -> None:
         self.places = places
         self._runner = runner
@@ -96,6 +99,7 @@ class Cluster:
         self._results = results
         self._stages = stages
         self._needs = needs
+        self._design = design
         self._away: set[str] = set()
 
     def takes(self, stage: str) -> bool:
@@ -117,7 +121,8 @@ class Cluster:
     def submit(self, task: Task[..., Any], stage: str, above: Sequence[State[Any]]) -> PrefectFuture[Any]:
         """Give a stage to Ray, as a run of `task`."""
         need = self._needs[stage.partition("@")[0]]
-        node = Node(self._study, self._results.upstream(self._stages[stage].upstream))
+        upstream = self._stages[stage].upstream
+        node = Node(self._study, self._results.upstream(upstream), narrowed(self._design, {stage, *upstream}))
         parameters = get_call_parameters(task.fn, (stage, False, node, {}), {})
         options = {"num_cpus": need.cpus, "num_gpus": need.gpus, "max_retries": LOST}
         self._away.add(stage)
@@ -144,6 +149,20 @@ class Cluster:
                 "for these; was a file changed while the study ran?"
             )
         return state
+
+
+def narrowed(design: Mapping[str, Any], stages: Collection[str]) -> str:
+    """What a `design.yaml` says of `stages`, and of nothing that it lists beside; empty for a project that has none.
+
+    It is JSON, which is YAML.
+    """
+    if not design:
+        return ""
+
+    def listed(kind: str, entries: Any) -> Any:
+        return {key: one for key, one in entries.items() if f"{kind}@{key}" in stages} if isinstance(entries, dict) else entries
+
+    return json.dumps({"design": {kind: listed(kind, entries) for kind, entries in design["design"].items()}})
 
 
 @contextmanager
@@ -190,7 +209,8 @@ def connected(
         log.info("Ray: %d nodes with %s", len(have), resources.Need(cores, sum(node.gpus for node in have)))
         stack.enter_context(_heard(name, log))
         stack.enter_context(_watched(log))
-        yield Cluster(runner, study, results, stages, needs, places)
+        design = yamlfile.read(workspace / DESIGN) if (workspace / DESIGN).exists() else {}
+        yield Cluster(runner, study, results, stages, needs, places, design)
 
 
 def _study(workspace: Path, remote: Remote | None) -> Study:

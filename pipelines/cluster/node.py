@@ -30,6 +30,7 @@ from pipelines.cluster.transport import Remote, UnreachableError
 WORK = "DIT_WORK"
 """The environment variable of a node that names its folder."""
 DEFAULT_WORK = Path("~/.cache/dit-init-lab")
+DESIGN = "design.yaml"
 STUDIES, SCRATCH = "studies", "scratch"
 THREADS = "OMP_NUM_THREADS"
 """A variable that Ray gives its workers; a stage has the threads that its parameters say."""
@@ -57,6 +58,8 @@ class Node:
     study: Study
     upstream: str
     """A `dvc.lock` with the entries of the stages whose outputs this one reads."""
+    design: str = ""
+    """A `design.yaml` with these stages and this one alone, where the study has one: DVC reads all that it lists each time."""
 
     def run(
         self, stage: str, log: Callable[[str], None], environment: Mapping[str, str] | None = None, command: str = ""
@@ -67,6 +70,8 @@ class Node:
             check_versions(self.study.versions)
             with self._clone() as root:
                 (root / "dvc.lock").unlink(missing_ok=True)
+                if self.design:
+                    (root / DESIGN).write_text(self.design)
                 if self.upstream:
                     (root / "dvc.lock").write_text(self.upstream)
                 pull(root, stage, self.study.remote)

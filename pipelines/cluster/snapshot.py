@@ -19,6 +19,8 @@ WHO = {
     for who in ("AUTHOR", "COMMITTER")
     for what, value in (("NAME", "dit study"), ("EMAIL", "study@localhost"), ("DATE", "2000-01-01T00:00:00+0000"))
 }
+OWN = (".gitignore", "dvc.lock", "design.yaml")
+"""Files of a clone that differ from stage to stage."""
 REF = "refs/dit/snapshots/"
 
 
@@ -56,8 +58,11 @@ def check_out(bundle: Path, commit: str, target: Path) -> None:
 
 
 def is_clean(root: Path, commit: str) -> bool:
-    """Whether `root` holds the files of `commit` and no change to them."""
-    return git(root, "rev-parse", "HEAD").strip() == commit and not git(root, "status", "--porcelain", "--untracked-files=no")
+    """Whether `root` holds the files of `commit`, but for those that DVC and a node change."""
+    changed = git(
+        root, "status", "--porcelain", "--untracked-files=no", "--", ".", *(f":(exclude,glob)**/{name}" for name in OWN)
+    )
+    return git(root, "rev-parse", "HEAD").strip() == commit and not changed
 
 
 def git(root: Path, *arguments: str, variables: Mapping[str, str] | None = None) -> str:
