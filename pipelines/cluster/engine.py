@@ -43,7 +43,7 @@ from pipelines.plan import note_duration
 from pipelines.redaction import shown
 
 ADDRESS = "RAY_ADDRESS"
-"""Ray's own variable: the cluster to use, such as `auto`, 10.0.0.1:6379 or ray://10.0.0.1:10001; without it, this machine."""
+"""Ray's own variable: the cluster to use, such as 10.0.0.1:6379, which this machine has joined; without it, this machine."""
 LOCAL = "local"
 """Ray's word for a cluster of this process alone, whatever else runs on the machine."""
 Log = logging.Logger | logging.LoggerAdapter[Any]
@@ -207,7 +207,12 @@ def connected(
         needs = resources.needs(params, kinds, have, workers)
         cores = int(sum(node.cpus for node in have))
         places = Places(workers or max(AHEAD * cores, LEAST_AHEAD))
-        log.info("Ray: %d nodes with %s", len(have), resources.Need(cores, sum(node.gpus for node in have)))
+        log.info(
+            "Ray: %d %s with %s",
+            len(have),
+            "node" if len(have) == 1 else "nodes",
+            resources.Need(cores, sum(node.gpus for node in have)),
+        )
         stack.enter_context(_heard(name, log))
         stack.enter_context(_watched(log))
         design = yamlfile.read(workspace / DESIGN) if (workspace / DESIGN).exists() else {}
@@ -274,8 +279,10 @@ def _runner(listener: str) -> Iterator[RayTaskRunner[Any]]:
 
 
 def _check_address(address: str) -> None:
-    """Raises `UserError` where nothing listens at an address with a port: Ray would try for minutes."""
-    parts = urlsplit(address if "://" in address else f"//{address}")
+    """Raises `UserError` where nothing listens at an address with a port: Ray would try for minutes. Nor is Ray's client used."""
+    if "://" in address:
+        raise UserError(f"{ADDRESS} = {address}: expected HOST:PORT of a cluster that this machine has joined by `ray start`")
+    parts = urlsplit(f"//{address}")
     try:
         if parts.hostname and parts.port:
             socket.create_connection((parts.hostname, parts.port), CONNECT_SECONDS).close()
