@@ -279,7 +279,7 @@ def _runner(listener: str) -> Iterator[RayTaskRunner[Any]]:
 
 
 def _check_address(address: str) -> None:
-    """Raises `UserError` where nothing listens at an address with a port: Ray would try for minutes. Nor is Ray's client used."""
+    """Raises `UserError` where nothing listens at an address with a port: Ray would try for minutes."""
     if "://" in address:
         raise UserError(f"{ADDRESS} = {address}: expected HOST:PORT of a cluster that this machine has joined by `ray start`")
     parts = urlsplit(f"//{address}")
