@@ -127,8 +127,9 @@ class Cluster:
         parameters = get_call_parameters(task.fn, (stage, False, node, {}), {})
         options = {"num_cpus": need.cpus, "num_gpus": need.gpus, "max_retries": LOST}
         self._away.add(stage)
+        tasks = [state for state in above if state.state_details.task_run_id]  # no task ran for what was up to date
         with _without_flow(), remote_options(**options):
-            return self._runner.submit(task, parameters, wait_for=list(above))
+            return self._runner.submit(task, parameters, wait_for=tasks)
 
     def ended(self, stage: str, state: State[Any]) -> State[Any]:
         """Take in what a stage made, and return the state in which it ended."""
