@@ -448,7 +448,7 @@ def test_the_command_shows_the_library_one_strategy_and_what_two_change() -> Non
     [
         (
             ["--strategy", "adaln_zeros"],
-            r"unknown strategy 'adaln_zeros' \(did you mean adaln_zero\?\); expected one of adaln_zero, ",
+            r"unknown strategy 'adaln_zeros'; did you mean adaln_zero\?",
         ),
         (["--diff", "adaln", "x"], r"unknown strategy 'x'; expected one of adaln_zero, "),
         (["--diff", "adaln", "symmetric", "--strategy", "adaln"], r"--strategy and --diff are two questions"),
