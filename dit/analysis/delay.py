@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 from scipy.interpolate import PchipInterpolator
 
-from dit.analysis.comparison import CONFIDENCE, Estimate, estimate, step_reached
+from dit.analysis.comparison import CONFIDENCE, Estimate, estimate, signed, step_reached
 from dit.errors import UserError
 
 Course = Literal["not distinguishable", "constant", "grows", "shrinks", "changes sign", "undetermined"]
@@ -301,10 +301,11 @@ def _steps(found: Estimate) -> str:
     """Steps behind or ahead, without the sign that these words carry; with it where zero is possible."""
     bounds = [value for value in (found.low, found.high) if value is not None]
     if found.sign == 0:
-        return f"{found.mean:+.3g} steps" + (" [{:+.3g}, {:+.3g}]".format(*bounds) if bounds else "")
+        interval = f" [{', '.join(signed(bound, '.3g') for bound in bounds)}]" if bounds else ""
+        return f"{signed(found.mean, '.3g')} steps{interval}"
     return f"{abs(found.mean):.3g} steps" + " [{:.3g}, {:.3g}]".format(*sorted(map(abs, bounds)))
 
 
 def _percent(found: Estimate) -> str:
-    bounds = "" if found.low is None or found.high is None else f" [{found.low:+.1%}, {found.high:+.1%}]"
-    return f"{found.mean:+.1%}{bounds}".replace("%", " %")
+    mean, *bounds = [signed(value, ".1%") for value in (found.mean, found.low, found.high) if value is not None]
+    return f"{mean} [{', '.join(bounds)}]" if bounds else mean
