@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -147,7 +146,7 @@ def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[P
             recovery.workspace(root, _log().warning)
             yield root, None
         return
-    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{runtime.flow_run.name}-{runtime.flow_run.id[-6:]}")
+    name = naming.experiment(runtime.flow_run.name, runtime.flow_run.id)
     with experiments.workspace(root, overrides, name) as path:
         yield path, name
 

@@ -206,21 +206,28 @@ def test_the_same_runs_give_the_same_bytes(workspace: Workspace) -> None:
         files = sorted(path for path in Path("reports").rglob("*") if path.is_file())
         digests.append({str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files})
     assert digests[0] == digests[1]
-    names = ["index.html", "metrics.json", "plots/training_mse.csv", "plots/validation_mse.csv", "summary.json"]
+    tables = [f"plots/{name}.csv" for name in ("difference", "final_mse", "training_mse", "validation_mse")]
+    names = ["index.html", "metrics.json", *tables, "plots.html", "summary.json"]
     assert list(digests[0]) == [f"reports/{name}" for name in names]
 
 
 def test_dvc_reads_one_column_for_each_strategy(workspace: Workspace) -> None:
     compare(workspace(["adaln_zero", "symmetric"], [0, 1], diverged=("symmetric-1",)))
-    for name in ("validation_mse", "training_mse"):
+    for name in ("validation_mse", "training_mse", "difference"):
         header, first, *_ = Path(f"reports/plots/{name}.csv").read_text().splitlines()
         assert header == "step,adaln_zero,symmetric"
-        assert first.startswith("0,")
+        assert all(value != "" for value in first.split(","))  # Vega takes an empty one for zero
     means = json.loads(Path("reports/metrics.json").read_text())
-    found = summary()["strategies"]["symmetric"]
-    relative = found["difference"]["validation_mse"]["relative"][0]
-    assert means["symmetric"] == {"validation_mse": found["mean"]["validation_mse"], "against_baseline": relative}
-    assert list(means["adaln_zero"]) == ["validation_mse"]
+    expected = {name: found["mean"]["validation_mse"] for name, found in summary()["strategies"].items()}
+    assert means == {"mse": expected}
+    assert Path("reports/plots/final_mse.csv").read_text().splitlines()[0] == "setting,adaln_zero,symmetric"
+
+
+def test_the_page_of_dvc_plots_loads_nothing(workspace: Workspace) -> None:
+    compare(workspace(["adaln_zero", "symmetric"], [0]))
+    page = Path("reports/plots.html").read_text()
+    assert "{plot_divs}" in page
+    assert not re.search(r"<script[^>]*src=|<link", page)
 
 
 def test_runs_that_left_the_study_leave_the_workspace_too(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
