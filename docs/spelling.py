@@ -1,4 +1,4 @@
-"""Spelling, for `make lint`: misspelt words everywhere, and American spelling, which codespell's dictionary has the other way."""
+"""Spelling, for `make lint`: misspelt words, and American spelling, which codespell's dictionary has the other way round."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ CODE = r"```.*?```|`[^`]*`"
 """In a page: names, which are spelt as their libraries spell them."""
 BRITISH = "program,programs,artifact,artifacts,biased"
 """Words of computing and statistics that are spelt so in Britain too."""
-NAMES = "authorization,center,centered,color,colors,initialization,license,math,normalization,normalize,optimizer,serialization,serialize,synchronize"
+NAMES = (
+    "authorization,center,centered,color,colors,initialization,license,math,"
+    "normalization,normalize,optimizer,serialization,serialize,synchronize"
+)
 """In code: names of torch, diffusers, matplotlib and others."""
 MEANT = "dout,linaer,packag,precison,trian,vectorized,widht"
 """A name in kernels, and mistakes that tests make on purpose."""

@@ -78,4 +78,4 @@ def final_errors(study: Study) -> pd.DataFrame:
 
 def template() -> str:
     """A template for the page that `dvc plots show` writes, with Vega inside."""
-    return PAGE % vl_convert.javascript_bundle(vl_version=VEGA_LITE)
+    return PAGE % vl_convert.javascript_bundle(None, vl_version=VEGA_LITE)
