@@ -163,7 +163,6 @@ def content(params: Params) -> str:
     listed["evaluated"] = "runs/evaluate" if found["evaluate"] else str(OUT / "compare" / f"{ALL}.samples.json")
     listed["reconstructions"] = f"{next(iter(found['autoencoder'].values())).out}/metrics.json"
     listed["curves"] = list(dict.fromkeys(curve_name(run) for run in designs.design(params.study).runs))
-    listed["strategies"] = list(params.study.strategies)
     return HEADER + yamlfile.dump({"design": listed})
 
 

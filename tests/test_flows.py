@@ -129,6 +129,23 @@ def test_dvc_alone_agrees(study: Path) -> None:
     assert (study / "dvc.lock").read_bytes() == lock
 
 
+def test_a_clone_that_pulls_has_metrics_plots_and_report(study: Path, tmp_path: Path) -> None:
+    clone, remote = tmp_path / "clone", str(tmp_path / "remote")
+    git(study, "clone", "--quiet", str(study), str(clone))
+    for root, then in ((study, "push"), (clone, "pull")):
+        assert command(root, "dvc", "remote", "add", "--local", "--default", "team", remote).returncode == 0
+        done = command(root, "dvc", then, "--quiet")
+        assert done.returncode == 0, done.stdout
+    assert (clone / "reports/index.html").read_bytes() == (study / "reports/index.html").read_bytes()
+    assert "up to date" in command(clone, "dvc", "status").stdout
+    assert "mse.adaln_zero" in command(clone, "dvc", "metrics", "show").stdout
+    assert command(clone, "dvc", "plots", "show").returncode == 0
+    page = (clone / "dvc_plots/index.html").read_text()
+    assert "Final validation error against the baseline" in page
+    assert not re.search(r"<script[^>]*src=|<link", page)
+    (study / ".dvc/config.local").unlink()
+
+
 def test_training_killed_by_the_machine_resumes_and_leaves_the_same_lock(study: Path) -> None:
     lock = (study / "dvc.lock").read_bytes()
     again = ["dvc", "repro", "--force", "--single-item", "train@symmetric-1"]

@@ -206,7 +206,7 @@ def test_the_same_runs_give_the_same_bytes(workspace: Workspace) -> None:
         files = sorted(path for path in Path("reports").rglob("*") if path.is_file())
         digests.append({str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files})
     assert digests[0] == digests[1]
-    tables = [f"plots/{name}.csv" for name in ("difference", "final_mse", "training_mse", "validation_mse")]
+    tables = [f"plots/{name}.csv" for name in ("difference", "final_difference", "training_mse", "validation_mse")]
     names = ["index.html", "metrics.json", *tables, "plots.html", "summary.json"]
     assert list(digests[0]) == [f"reports/{name}" for name in names]
 
@@ -220,7 +220,9 @@ def test_dvc_reads_one_column_for_each_strategy(workspace: Workspace) -> None:
     means = json.loads(Path("reports/metrics.json").read_text())
     expected = {name: found["mean"]["validation_mse"] for name, found in summary()["strategies"].items()}
     assert means == {"mse": expected}
-    assert Path("reports/plots/final_mse.csv").read_text().splitlines()[0] == "setting,adaln_zero,symmetric"
+    header, *rows = Path("reports/plots/final_difference.csv").read_text().splitlines()
+    assert header == "strategy,difference"
+    assert [row.partition(",")[0] for row in rows] == ["symmetric"]
 
 
 def test_the_page_of_dvc_plots_loads_nothing(workspace: Workspace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -37,7 +38,7 @@ def write_tables(directory: Path, study: Study) -> None:
     tables = {
         "validation_mse": mean_curves(study.groups, lambda run: run.validation("ema")["mse"]),
         "difference": differences(study),
-        "final_mse": final_errors(study),
+        "final_difference": final_differences(study),
         "training_mse": mean_curves(study.groups, lambda run: run.training["mse"]),
     }
     directory.mkdir()
@@ -47,35 +48,37 @@ def write_tables(directory: Path, study: Study) -> None:
 
 def differences(study: Study) -> pd.DataFrame:
     """By step, the mean paired difference of validation error to the baseline at the same setting, in per cent of its error."""
-    baselines = {
-        runs[0].design.setting: {run.seed: _error(run) for run in runs if run.finished}
-        for runs in study.groups.values()
-        if runs[0].strategy == study.baseline
-    }
     columns = {}
     for name, runs in study.groups.items():
-        own = {run.seed: _error(run) for run in runs if run.finished}
-        paired = relative_differences(own, baselines.get(runs[0].design.setting, {}))
+        paired = _paired(study, runs, _curve)
         columns[name] = 100 * paired.mean(axis=1) if len(paired) else pd.Series(dtype=float)
     table = pd.DataFrame(columns)
     first = (compared_steps([int(step) for step in table.index]) or [0])[0]
     return table[table.index >= first].rename_axis("step")
 
 
-def _error(run: Run) -> pd.Series:
+def final_differences(study: Study) -> pd.DataFrame:
+    """The same for the averaged weights at the end of training, a row for each strategy and setting but the baseline's."""
+    found = {name: _paired(study, runs, lambda run: pd.Series([run.error])) for name, runs in study.groups.items()}
+    others = {name: paired for name, paired in found.items() if study.groups[name][0].strategy != study.baseline}
+    values = {name: 100 * float(paired.iloc[0].mean()) for name, paired in others.items() if len(paired)}
+    return pd.DataFrame({"difference": values}).rename_axis("strategy")
+
+
+def _paired(study: Study, runs: Sequence[Run], curve: Callable[[Run], pd.Series]) -> pd.DataFrame:
+    """`relative_differences` of the runs of one strategy and setting to the baseline's."""
+    baseline = {
+        run.seed: curve(run)
+        for run in study.everything
+        if run.strategy == study.baseline and run.design.setting == runs[0].design.setting and run.finished
+    }
+    return relative_differences({run.seed: curve(run) for run in runs if run.finished}, baseline)
+
+
+def _curve(run: Run) -> pd.Series:
     return run.validation("model")["mse"]
-
-
-def final_errors(study: Study) -> pd.DataFrame:
-    """By setting, the mean final validation error of the averaged weights of each strategy."""
-    found: dict[str, dict[str, float]] = {}
-    for runs in study.groups.values():
-        errors = [run.error for run in runs if run.error is not None]
-        setting = found.setdefault(runs[0].design.setting.name or "all runs", {})
-        setting[runs[0].strategy] = sum(errors) / len(errors) if errors else float("nan")
-    return pd.DataFrame.from_dict(found, orient="index", columns=list(study.strategies)).rename_axis("setting")
 
 
 def template() -> str:
     """A template for the page that `dvc plots show` writes, with Vega inside."""
-    return PAGE % vl_convert.javascript_bundle(None, vl_version=VEGA_LITE)
+    return PAGE % vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE)
