@@ -197,12 +197,12 @@ def test_overrides_run_an_experiment_beside_the_workspace(study: Path) -> None:
     [
         (["--set", "train.stepz=1"], "params.yaml with overrides: train.stepz is not a known key (value 1)"),
         (["--set", "train.steps"], "--set train.steps: expected KEY=VALUE"),
-        (["trian"], "targets: no stage is called 'trian'; expected design, images, autoencoder"),
+        (["trian"], "TARGETS: no stage is called 'trian'; did you mean train?"),
     ],
 )
 def test_wrong_input_is_one_clear_message_before_any_work(study: Path, arguments: list[str], message: str) -> None:
     done = command(study, "pipelines", "study", *arguments)
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert done.stdout.startswith("error: ")
     assert message in done.stdout
     assert len(done.stdout.splitlines()) == 1
