@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -270,9 +271,13 @@ def test_a_server_that_is_killed_ends_the_study_with_one_line(shell: Path) -> No
 
 @pytest.fixture
 def services(study: Path) -> Iterator[dict[str, int]]:
-    """`up` on free ports, and `down` at the end."""
+    """`up` on free ports, on a new database beside a study that starts at the same time, and `down` at the end."""
     ports = {"PREFECT_PORT": free_port(), "MLFLOW_PORT": free_port()}
-    done = command(study, "pipelines", "up", **{name: str(port) for name, port in ports.items()})
+    shutil.rmtree(study / ".scratch/prefect")
+    with ThreadPoolExecutor() as pool:
+        beside = pool.submit(command, study, "pipelines", "study")
+        done = command(study, "pipelines", "up", **{name: str(port) for name, port in ports.items()})
+    assert beside.result().returncode == 0, beside.result().stdout
     assert done.returncode == 0, done.stdout
     assert f"Prefect  http://127.0.0.1:{ports['PREFECT_PORT']}" in done.stdout
     assert re.search(rf"^MLflow   http://mlflow-\w+\.localhost:{ports['MLFLOW_PORT']}/sign-in#", done.stdout, re.MULTILINE)
