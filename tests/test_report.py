@@ -74,7 +74,10 @@ def test_the_answer_is_read_off_the_numbers(workspace: Workspace) -> None:
     found = summary()
     answer, *others = found["headline"]
     assert answer.startswith("Yes. The zero head ends training with a lower validation error")
-    assert any("The control is caught in validation error: symmetric is worse" in text for text in others)
+    assert any(
+        "The study detects its control, a start that is broken on purpose, in validation error: symmetric is worse" in text
+        for text in others
+    )
     assert any("adaln is not distinguishable" in text for text in others)
     assert any("head_xavier starts at 2.1" in text and "start at the error of a zero output (1.00" in text for text in others)
     assert any("from step 1 on in head_xavier and adaln and from step 2 on in adaln_zero" in text for text in others)
@@ -103,7 +106,7 @@ def test_equal_ends_are_called_not_distinguishable_and_the_control_not_caught(
     compare(workspace(["adaln_zero", "head_xavier", "symmetric"], [0, 1, 2]))
     answer, _, *others = summary()["headline"]
     assert answer.startswith("Not distinguishable.")
-    assert any(text.startswith("The control is not caught") and "null result" in text for text in others)
+    assert any(text.startswith("The study does not detect its control") and "null result" in text for text in others)
 
 
 @dataclass(frozen=True)
@@ -345,8 +348,9 @@ def test_a_planted_delay_is_the_answer_with_its_steps_and_its_conditions() -> No
     params = study({"strategies": THREE, "seeds": [0, 1, 2, 3, 4], "factors": FACTORS, "declared": ["head_xavier"]})
     numbers, answer, rest = words_of(write_study(params, planted(delay={"head_xavier": 18}, noise=0.001)))
     assert re.fullmatch(
-        r"Yes\. The random head starts 1[78](?: to 1[89])? steps late and stays 1[78](?: to 1[89])? steps late, at every "
-        r"learning rate; at step 400 its error without averaging is 2\.\d\s%(?: to 2\.\d\s%)? higher \(n = 5\)\.",
+        r"Yes\. The random head is 1[78](?: to 1[89])? steps behind the zero head early in training and stays "
+        r"1[78](?: to 1[89])? steps behind, at every learning rate; at step 400 the error of its trained weights is "
+        r"2\.\d\s%(?: to 2\.\d\s%)? higher \(n = 5\)\.",
         answer,
     )
     conditions = (
@@ -354,10 +358,10 @@ def test_a_planted_delay_is_the_answer_with_its_steps_and_its_conditions() -> No
     )
     assert conditions in rest
     assert "(3 declared comparisons)" in rest
-    nothing = "symmetric is not distinguishably behind or ahead of adaln_zero over training, at every learning rate"
+    nothing = "During training, symmetric is neither clearly behind nor clearly ahead of adaln_zero, at every learning rate"
     assert f"{nothing} (n = 5; exploratory)." in rest
     assert "no verdict on strategies each at its own best rate" in " ".join(rest.split())
-    assert "What a start does depends" not in rest
+    assert "The effect of a start depends" not in rest
     found = numbers["findings"]
     assert found["each_at_its_best"] == []
     assert {(one["strategy"], one["verdict"], one["declared"]) for one in found["same_rate"]} == {
