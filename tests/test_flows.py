@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -259,8 +260,9 @@ def test_a_server_that_is_killed_ends_the_study_with_one_line(shell: Path) -> No
         assert running.poll() is None
         time.sleep(0.1)
     for process in psutil.Process(running.pid).children(recursive=True):
-        if any("pipelines.gate:prefect" in word for word in process.cmdline()):
-            process.kill()
+        with suppress(psutil.NoSuchProcess):  # one that has just ended
+            if any("pipelines.gate:prefect" in word for word in process.cmdline()):
+                process.kill()
     assert running.wait(20) == 1
     said = (shell / ".scratch.log").read_text()
     assert said.endswith(
