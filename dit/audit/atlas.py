@@ -29,9 +29,10 @@ ORIGINS = {
 
 HEAD = """# Atlas: how the diffusion transformers of diffusers start
 
-This page shows how networks start if you train them from scratch. It has every network of diffusers {version} with "Transformer" in
-its name that `dit audit` can call, and two others. Each was built by its constructor, at a small size (about two blocks), and
-measured. Most constructors of diffusers use the defaults of torch, because a checkpoint usually replaces all weights.
+This page shows how networks start if you train them from scratch. It has every network of diffusers {version} with
+"Transformer" in its name that `dit audit` can call, and two others. Each was built by its constructor, at a small size (about
+two blocks), and measured. Most constructors of diffusers use the defaults of torch, because a checkpoint usually replaces all
+weights.
 
 The first rows are the most surprising: first, starts that differ from the original code; then units that stay equal while they
 train; then high initial losses. The loss is the mean squared error against noise with mean square 1, so an output of zero has a
