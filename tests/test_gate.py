@@ -274,7 +274,7 @@ def test_a_worker_that_is_told_a_command_does_not_heed_it(up: Up) -> None:
     script = f"""
 import asyncio
 from prefect.workers.process import ProcessJobConfiguration
-from pipelines.services import JOB_TEMPLATE
+from pipelines.deploy import JOB_TEMPLATE
 made = asyncio.run(ProcessJobConfiguration.from_template_and_values(JOB_TEMPLATE, {chosen}))
 print(made == ProcessJobConfiguration())
 """
