@@ -22,7 +22,7 @@ from measuring import Result, heading, machine, write
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.experiments import override
+from pipelines.overrides import override
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("images", "autoencoder", "latents", "features", "design", "analyse", "train", "evaluate", "compare")

@@ -7,9 +7,7 @@ workspace stays as it was; `dvc exp show` there lists the result, and `dvc exp a
 from __future__ import annotations
 
 import fcntl
-import io
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Collection, Iterator, Mapping
@@ -19,9 +17,6 @@ from typing import Any
 
 import psutil
 from dvc.repo import Repo
-from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from dit import config, design as designs, yamlfile
 from dit.config import Params
@@ -31,11 +26,10 @@ from dit.fused.encoder import NEEDS
 from dit.models import backend_for
 from dit.optim.fused import unserved
 from pipelines import dag
+from pipelines.overrides import layout, override
 
 EXPERIMENTS = Path(".scratch/experiments")
 PROFILES = Path("profiles")
-WORD = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
-"""Most of these need no quotes; `true` and `null` do."""
 DEVICES = ("autoencoder", "latents", "analyse", "train", "evaluate", "features")
 """Sections of the parameters that choose a device."""
 IDENTITY = {
@@ -110,49 +104,6 @@ def _is_override(key: Any, value: Any) -> bool:
     return isinstance(key, str) and ("." in key or (isinstance(value, dict) and "kind" in value))
 
 
-def override(text: str, overrides: Mapping[str, Any], where: str = "overrides") -> str:
-    """`text` of a `params.yaml` with dotted keys such as `train.steps` set to other values; comments stay.
-
-    Raises `ConfigError`, which names `where` they come from, for a key whose section is not there.
-    """
-    layout = _layout()
-    data = layout.load(text)
-    for key, value in overrides.items():
-        *sections, last = key.split(".")
-        section = data
-        for name in sections:
-            section = section.get(name) if isinstance(section, dict) else None
-        if not isinstance(section, dict):
-            raise ConfigError(f"{where}: {key} is not a known key; expected a dotted key of params.yaml, such as train.steps")
-        section[last] = _as_written(value)
-    stream = io.StringIO()
-    layout.dump(data, stream)
-    return stream.getvalue()
-
-
-def _layout() -> YAML:
-    """Reads and writes YAML in the layout of `params.yaml`."""
-    layout = YAML()
-    layout.width = 4096
-    layout.indent(mapping=2, sequence=4, offset=2)
-    layout.representer.add_representer(type(None), lambda made, _: made.represent_scalar("tag:yaml.org,2002:null", "null"))
-    return layout
-
-
-def _as_written(value: Any) -> Any:
-    """Lists and mappings on one line, as `params.yaml` has them; strings in quotes, but for words that stand for themselves."""
-    if isinstance(value, dict):
-        value = CommentedMap({key: _as_written(entry) for key, entry in value.items()})
-    elif isinstance(value, list):
-        value = CommentedSeq(map(_as_written, value))
-    elif isinstance(value, str) and not (WORD.fullmatch(value) and yamlfile.parse(value, "") == value):
-        return DoubleQuotedScalarString(value)
-    else:
-        return value
-    value.fa.set_flow_style()
-    return value
-
-
 @contextmanager
 def workspace(root: Path, overrides: Mapping[str, Any], name: str) -> Iterator[Path]:
     """A worktree with the files and outputs of `root` as they are, and `overrides` in its parameters.
@@ -182,13 +133,13 @@ def forget_stale(path: Path) -> None:
     stale = [stage for stage in dag.read(path).values() if not stage.up_to_date]
     if not stale or not lock.exists():
         return
-    layout = _layout()
-    recorded = layout.load(lock)
+    written = layout()
+    recorded = written.load(lock)
     for stage in stale:
         recorded["stages"].pop(stage.name, None)
         for out in stage.outs:
             shutil.rmtree(path / out) if (path / out).is_dir() else (path / out).unlink(missing_ok=True)
-    layout.dump(recorded, lock)
+    written.dump(recorded, lock)
 
 
 def save(root: Path, path: Path, name: str, stages: Collection[str]) -> None:

@@ -15,6 +15,7 @@ from dit import config
 from dit.config import Params
 from dit.data.images import ImageStore
 from pipelines import design
+from pipelines.overrides import override
 from pipelines.stages.entry import Stage
 
 ROOT = Path(__file__).parents[1]
@@ -68,8 +69,6 @@ HUB: dict[str, Any] = {
 
 def micro_project(root: Path) -> Path:
     """Copy the project as git sees it to `root`, with the parameters of a micro study of which nothing has run; commit it."""
-    from pipelines.experiments import override  # imports DVC, which a machine that only runs kernels may lack
-
     for name in git(ROOT, "ls-files", "--cached", "--others", "--exclude-standard", "-z").split("\0"):
         if name and (ROOT / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)

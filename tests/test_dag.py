@@ -20,6 +20,7 @@ from hypothesis import given, settings, strategies as st
 from dit import yamlfile
 from dit.errors import ConfigError
 from pipelines import dag, experiments, guard
+from pipelines.overrides import override
 
 ROOT = Path(__file__).parents[1]
 STAGES = """
@@ -282,7 +283,7 @@ def test_override_changes_one_value_and_keeps_the_rest(key: str, data: st.DataOb
         head, _, name = name.partition(".")
         section = section[head]
     section[name] = value
-    changed = experiments.override(text, {key: value})
+    changed = override(text, {key: value})
     assert yamlfile.parse(changed, "changed") == expected
     assert changed.count("#") >= text.count("#") - 1
 

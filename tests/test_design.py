@@ -15,7 +15,7 @@ from dit.config import Params
 from dit.design import check, design, distinct
 from dit.errors import ConfigError
 from pipelines import design as stages
-from pipelines.experiments import override
+from pipelines.overrides import override
 from pipelines.records.evaluation import EvaluateRecord
 from pipelines.records.training import TrainRecord
 from pipelines.stages.autoencoder import autoencoder

@@ -30,8 +30,8 @@ from dit.models import build
 from dit.sampling import sample
 from dit.training.loop import Trainer
 from pipelines import design
-from pipelines.experiments import override
 from pipelines.files import write_json
+from pipelines.overrides import override
 
 ROOT = Path(__file__).parents[1]
 STEPS = 24

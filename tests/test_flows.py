@@ -24,8 +24,8 @@ import pytest
 from imported import declared, imported
 from studies import MICRO, ROOT, command, environment, free_port, git, micro_project
 
-from pipelines.experiments import override
 from pipelines.gate import authorization
+from pipelines.overrides import override
 
 STAGES = 16
 SHELL_STAGES = """

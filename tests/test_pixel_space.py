@@ -14,7 +14,8 @@ from studies import MICRO, ROOT, run_stage
 from dit import config, yamlfile
 from dit.data.images import load_images
 from dit.data.latents import LatentStore
-from pipelines.experiments import override, profile
+from pipelines.experiments import profile
+from pipelines.overrides import override
 from pipelines.stages.analyse import analyse
 from pipelines.stages.autoencoder import autoencoder
 from pipelines.stages.compare import compare

@@ -12,7 +12,7 @@ from studies import MICRO, ROOT, command, git
 from dit.config import Params
 from dit.errors import InputError
 from pipelines import design
-from pipelines.experiments import override
+from pipelines.overrides import override
 from pipelines.stages.design import write_design
 
 STAGES = """

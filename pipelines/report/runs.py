@@ -232,7 +232,7 @@ class Study:
     @cached_property
     def trained(self) -> dict[str, Trained]:
         """What the analysis needs of each run, by its name."""
-        return {run.name: _trained(self.params, run) for run in self.everything}
+        return {run.name: trained(self.params, run) for run in self.everything}
 
     @cached_property
     def findings(self) -> Findings:
@@ -257,7 +257,8 @@ class Study:
         return self.trained[run.name]
 
 
-def _trained(params: Params, run: Run) -> Trained:
+def trained(params: Params, run: Run) -> Trained:
+    """What the analysis needs of a run: how it ended, its validation curve, and its conditions in words."""
     curve = run.validation("model")["mse"]
     settings = run.train.settings
     return Trained(

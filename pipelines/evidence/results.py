@@ -1,0 +1,219 @@
+"""What a study of docs/evidence left, as one file for git: how every run ended, its curve, and what warned of a failure."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Mapping
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from pydantic import ValidationError
+
+from dit import checksums
+from dit.analysis.failures import History, before, lead, sign
+from dit.analysis.study import Trained
+from dit.config import Params
+from dit.errors import DataError, UserError
+from pipelines import design
+from pipelines.evidence.running import DATA, Workplace
+from pipelines.files import json_text
+from pipelines.records.base import Entry, Finite, Status
+from pipelines.report.reading import read_run
+from pipelines.report.runs import Run, trained
+
+RESULTS = Path("docs/evidence")
+DIGITS = 6
+"""Significant digits of curves; final errors are written in full."""
+
+
+class Made(Entry):
+    """Which code and machine made the results, of which data, and in what time."""
+
+    commit: str
+    code: str
+    """Digest of the code of stage `train`."""
+    data: dict[str, str]
+    """SHA-256 of the manifest of each folder of data."""
+    device: str
+    torch: str
+    python: str
+    workers: int
+    minutes: float
+
+
+class Warned(Entry):
+    """What moved before a failure.
+
+    `lead`: how many steps before the turning point each quantity of the loop left its past. `sign`: the indicator that had
+    changed most by the last diagnosis before it, in which block, by which factor, and how many steps before.
+    """
+
+    lead: dict[str, int]
+    sign: dict[str, Any] | None
+
+
+class Ended(Entry):
+    """One run. `error` is the final validation error of the averaged weights, None where it did not finish.
+
+    `curve` are validation errors of the trained weights at the steps of the study, as far as it came. `failed_at` is the step
+    at which it collapsed or diverged.
+    """
+
+    name: str
+    strategy: str
+    seed: int
+    rate: float
+    place: list[tuple[str, str]]
+    own: str
+    length: int
+    network: str
+    data: str
+    status: Status
+    steps_done: int
+    failed_at: int | None
+    spikes: int
+    initial: float | None
+    zero_output_error: float
+    error: float | None
+    steps: list[int]
+    curve: list[Finite]
+    warned: Warned | None
+
+    def trained(self) -> Trained:
+        """The run as the analysis takes it."""
+        whole = [math.nan if value is None else value for value in self.curve]
+        return Trained(
+            self.strategy,
+            self.seed,
+            self.rate,
+            tuple(self.place),
+            self.error,
+            tuple(self.steps),
+            tuple(whole),
+            self.zero_output_error,
+            self.data,
+            self.network,
+            self.length,
+            self.own,
+        )
+
+
+class Results(Entry):
+    """All runs of one study that have ended, of `planned` ones. `values` are those in which it differs from params.yaml."""
+
+    study: str
+    values: dict[str, Any]
+    planned: int
+    made: list[Made]
+    runs: list[Ended]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What results must share to stand in one file: parameters, code, data, device and version of torch."""
+        first = self.made[0]
+        return {
+            "values of parameters": self.values,
+            "code": first.code,
+            "data": first.data,
+            "device": first.device,
+            "torch": first.torch,
+        }
+
+    def with_those_of(self, path: Path) -> Results:
+        """These results and the runs of an earlier file that they lack.
+
+        Raises `UserError` where the file is of other parameters, code, data, device or torch: nothing in it is dropped unasked.
+        """
+        if not path.exists():
+            return self
+        earlier = Results.read(path)
+        if differ := [key for key, value in self.origin.items() if earlier.origin[key] != value]:
+            raise UserError(f"{path} holds results of other {', '.join(differ)}: give another --output, or remove it")
+        names = {run.name for run in self.runs}
+        kept = [run for run in earlier.runs if run.name not in names]
+        return self.model_copy(update={"made": [*earlier.made, *self.made], "runs": [*kept, *self.runs]})
+
+    def write(self, path: Path) -> None:
+        """Write JSON with one line for each run, so that a diff shows which runs are new."""
+        head = json_text(self.model_dump(mode="json", exclude={"runs"})).removesuffix("\n}\n")
+        lines = ",\n    ".join(json.dumps(run.model_dump(mode="json"), allow_nan=False) for run in self.runs)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'{head},\n  "runs": [\n    {lines}\n  ]\n}}\n')
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """Read a file that `write` wrote. Raises `DataError` for one that is damaged."""
+        try:
+            return cls.model_validate_json(path.read_text())
+        except ValidationError as error:
+            raise DataError(f"{path}: {error.error_count()} wrong entries; take the committed file again") from None
+
+
+def collect(name: str, place: Workplace, values: Mapping[str, Any], made: Made) -> Results:
+    """Read what the runs of a study left in its folder."""
+    with chdir(place.folder):
+        ended = [_ended(place.params, read_run(run, sampled=False)) for run in place.done]
+    return Results(study=name, values=dict(values), planned=len(design.items(place.params)["train"]), made=[made], runs=ended)
+
+
+def made_here(place: Workplace, root: Path, workers: int, minutes: float) -> Made:
+    """Of what these results are made."""
+    folders = [item.out for stage in DATA for item in design.items(place.params)[stage].values()]
+    manifests = {folder: place.folder / folder / "manifest.json" for folder in folders}
+    return Made(
+        commit=_commit(root),
+        code=design.code_digest("train"),
+        data={folder: checksums.sha256(path) for folder, path in manifests.items() if path.is_file()},
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        torch=torch.__version__,
+        python=platform.python_version(),
+        workers=workers,
+        minutes=round(minutes, 2),
+    )
+
+
+def _commit(root: Path) -> str:
+    """The commit that is checked out, with a plus sign where files differ from it; empty where this is no git repository."""
+    found = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=root, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
+def _ended(params: Params, run: Run) -> Ended:
+    seen = trained(params, run)
+    history = run.history()
+    return Ended(
+        name=run.name,
+        strategy=run.strategy,
+        seed=run.seed,
+        rate=run.rate,
+        place=list(seen.place),
+        own=seen.own,
+        length=seen.length,
+        network=seen.network,
+        data=seen.data,
+        status=run.train.status,
+        steps_done=run.train.steps_done,
+        failed_at=history.failed_at,
+        spikes=len(history.spike_steps),
+        initial=run.train.initial.validation_mse,
+        zero_output_error=seen.zero_output_error,
+        error=run.error,
+        steps=[int(step) for step in seen.steps],
+        curve=[float(f"{error:.{DIGITS}g}") for error in seen.errors],
+        warned=_warned(history) if history.failed_at is not None else None,
+    )
+
+
+def _warned(history: History) -> Warned:
+    ratios = before(history)
+    found = sign(history)
+    moved = None
+    if found is not None:
+        moved = {key: None if pd.isna(value) else value for key, value in vars(found).items()}
+    return Warned(lead={} if ratios is None else lead(ratios), sign=moved)

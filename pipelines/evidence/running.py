@@ -1,0 +1,168 @@
+"""Run a study without DVC, many runs at a time on one machine: the same stages, called by a pool of processes.
+
+DVC starts a process for each stage, which costs some seconds. Where a run itself takes ten, and hundreds of them share one GPU
+for some minutes, this pool starts its processes once. The stages are the same functions with the same parameters, so their
+outputs are those that `make study` makes on such a machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dit import config, design as designs, yamlfile
+from dit.config import Params
+from dit.errors import ConfigError, UserError
+from dit.progress import progress
+from pipelines import design
+from pipelines.design import Item
+from pipelines.overrides import override
+from pipelines.records.training import TRAIN
+from pipelines.stages.autoencoder import autoencoder
+from pipelines.stages.images import images
+from pipelines.stages.latents import latents
+from pipelines.stages.train import train
+
+PROFILES = Path("profiles/evidence")
+STAGES = {"images": images, "autoencoder": autoencoder, "latents": latents, "train": train}
+DATA = ("images", "autoencoder", "latents")
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where a study runs: a folder with its parameters, its data and `runs/train`, and those parameters."""
+
+    folder: Path
+    params: Params
+
+    @property
+    def done(self) -> list[designs.Run]:
+        """The runs that have ended, in the order of the study."""
+        return [run for run in designs.design(self.params.study).runs if (self.folder / TRAIN / run.name).is_dir()]
+
+
+def prepare(name: str, root: Path, scratch: Path, overrides: Mapping[str, Any]) -> Workplace:
+    """The folder in which `profiles/evidence/<name>.yaml` runs, with other values of parameters in `overrides`.
+
+    Its name holds a digest of all parameters and of the code of training, so that what an interrupted call left is used
+    again, and nothing else is. Studies with the same data share one folder for them. Raises `ConfigError` for a profile that
+    is not there, or for a wrong key.
+    """
+    profile = root / PROFILES / f"{name}.yaml"
+    known = sorted(file.stem for file in profile.parent.glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(f"{PROFILES / name}.yaml: no such profile; there are {', '.join(known)}")
+    text = override((root / "params.yaml").read_text(), {**yamlfile.read(profile, PROFILES / profile.name), **overrides})
+    params = config.parse(yamlfile.parse(text, profile.name), profile.name)
+    folder = scratch / f"{name}-{_digest([text, design.code_digest('train')])}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "params.yaml").write_text(text)
+    found = design.items(params)
+    made_of = [
+        design.identity(params.with_values(item.setting.levels), item) for stage in DATA for item in found[stage].values()
+    ]
+    data = scratch / f"data-{_digest(made_of)}"
+    data.mkdir(exist_ok=True)
+    link = folder / "data"
+    if not link.is_symlink():
+        link.symlink_to(data.resolve())
+    return Workplace(folder.resolve(), params)
+
+
+def run(place: Workplace, workers: int, minutes: float) -> list[str]:
+    """Make the data, then train run after run, `workers` at a time, and start none once `minutes` have passed.
+
+    Runs that choose learning rates come first, then the other seeds one after the other, so that a study that is cut short
+    has whole seeds. Returns a line for each run that a fault of the program or of the machine ended. Raises `UserError` where
+    that happened to the data.
+    """
+    until = time.monotonic() + 60 * minutes
+    stages = design.items(place.params)
+    faults: list[str] = []
+    with _pool(place.folder, workers) as pool:
+        for stage in DATA:
+            wanted = [item for item in stages[stage].values() if not (place.folder / item.out).is_dir()]
+            for future in [pool.submit(_run_stage, item) for item in wanted]:
+                if fault := future.result():
+                    raise UserError(f"stage {stage}: {fault}")
+        ended = {run.name for run in place.done}
+        waiting = [item for item in _in_order(place.params, stages["train"].values()) if item.key not in ended]
+        with progress(len(stages["train"]), place.params.study.name, "run", done=len(ended)) as bar:
+            for fault in _train(pool, waiting, workers, until):
+                faults += [fault] if fault else []
+                bar.update()
+    return faults
+
+
+def _train(pool: ProcessPoolExecutor, waiting: list[Item], workers: int, until: float) -> Iterator[str | None]:
+    """Yields after each run what ended it, or None where it ended by itself."""
+    running: set[Future[str | None]] = set()
+    todo = iter(waiting)
+    while True:
+        while len(running) < workers and time.monotonic() < until and (item := next(todo, None)):
+            running.add(pool.submit(_run_stage, item))
+        if not running:
+            return
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                yield "a process of the pool was killed, perhaps for want of memory: fewer workers may help"
+                return
+
+
+def _in_order(params: Params, items: Iterable[Item]) -> list[Item]:
+    """Longer runs first, so that none is left over at the end; of one length, seed by seed."""
+    seeds = [*params.study.choose_on, *(seed for seed in params.study.seeds if seed not in params.study.choose_on)]
+    return sorted(items, key=lambda item: (-item.setting.levels.get("train.steps", 0), seeds.index(item.seed or 0)))
+
+
+@contextmanager
+def _pool(folder: Path, workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that work in `folder` and have torch imported before they start; none of them shares a CUDA context."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_enter, initargs=(folder,)) as pool:
+        yield pool
+
+
+def _enter(folder: Path) -> None:
+    """Work in `folder`, and print into a file there: lines of many runs at once are nothing to read."""
+    os.chdir(folder)
+    logs = Path("logs")
+    logs.mkdir(exist_ok=True)
+    log = (logs / f"{os.getpid()}.log").open("a", buffering=1)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(log.fileno(), stream.fileno())
+
+
+@cache
+def _parameters() -> Params:
+    return config.load()
+
+
+def _run_stage(item: Item) -> str | None:
+    """Run one stage here; returns what went wrong, in one line."""
+    try:
+        STAGES[item.stage](_parameters().with_values(item.setting.levels), item)
+    except Exception as error:
+        traceback.print_exc()
+        return f"{item.stage}@{item.key}: {type(error).__name__}: {error}"
+    return None
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
