@@ -60,11 +60,16 @@ def link(package: Distribution, folder: Path) -> None:
             (folder / top).symlink_to(package.locate_file(top))  # type: ignore[arg-type]
 
 
-def dit(installed: list[Path], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `dit` in an empty folder, with nothing to import but what is installed beside the wheel."""
-    script = [sys.executable, "-S", "-P", str(installed[0] / "bin" / "dit"), *arguments]
+def python(installed: list[Path], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in an empty folder, with nothing to import but what is installed beside the wheel."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": os.pathsep.join(map(str, installed))}
-    return subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-S", "-P", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def dit(installed: list[Path], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command `dit` in the same way."""
+    return python(installed, folder, str(installed[0] / "bin" / "dit"), *arguments)
 
 
 def test_help_is_quick_and_names_every_command(installed: list[Path], tmp_path: Path) -> None:
@@ -99,3 +104,21 @@ def test_networks_are_looked_at_without_a_study(installed: list[Path], tmp_path:
 def test_what_needs_more_says_what_to_install(installed: list[Path], tmp_path: Path) -> None:
     done = dit(installed, tmp_path, "plan")
     assert (done.returncode, done.stderr) == (2, "error: dvc is not installed; run `pip install 'dit-init-lab[workflow]'`\n")
+
+
+API = """
+import numpy as np
+
+import dit
+
+latents = np.random.default_rng(0).standard_normal((60, 4, 8, 8), dtype=np.float32)
+run = dit.train("DiT-Micro/2", latents, np.arange(60) % 2, steps=2)
+assert dit.sample(run.model, labels=[0, 1], steps=2).shape == (2, 4, 8, 8)
+print(dit.audit_model(run.model).verdict)
+"""
+
+
+def test_the_python_api_works(installed: list[Path], tmp_path: Path) -> None:
+    done = python(installed, tmp_path, "-c", API)
+    assert done.returncode == 0, done.stderr
+    assert "adaLN-Zero" in done.stdout
