@@ -395,9 +395,7 @@ def test_a_planted_interaction_with_another_factor_is_said_and_no_other() -> Non
     params = study({"strategies": THREE, "seeds": [0, 1, 2, 3, 4], "factors": {"model.depth": [4, 8]}, "sample": "none"})
     errors = planted(with_level={("symmetric", "model.depth", 8): 1.05, ("*", "model.depth", 8): 0.9})
     numbers, _, rest = words_of(write_study(params, errors))
-    change = (
-        r"going from depth 4 to 8, the error of symmetric changes by \+[45]\.\d\s% .* relative to that of adaln_zero \(n = 5\)"
-    )
+    change = r"with depth 8 instead of 4, the error of symmetric changes by \+[45]\.\d\s% .* relative to that of adaln_zero \(n = 5\)"
     assert re.search(change, rest)
     assert "the error of head_xavier changes" not in rest
     assert numbers["findings"]["responses"] == []
@@ -408,7 +406,7 @@ def test_planted_collapses_are_counted_with_what_warned_of_them_and_are_in_no_me
     params = study({"strategies": THREE, "factors": FACTORS, "sample": "none"})
     lost = {f"head_xavier-learning_rate=0.004-{seed}": Fate(200 + seed, collapses=True) for seed in (0, 2)}
     numbers, _, rest = words_of(write_study(params, planted(), lost))
-    assert "2 of 3 of head_xavier at learning rate 0.004 collapsed (steps 200 to 202)" in rest
+    assert "2 of 3 runs of head_xavier at learning rate 0.004 collapsed (steps 200 to 202)" in rest
     (found,) = [one for one in numbers["findings"]["failures"] if one["collapsed"]]
     assert (found["strategy"], found["rate"], found["runs"], found["failed_at"]) == ("head_xavier", 0.004, 3, (200, 202))
     tables = listings(read_study(params), numbers)

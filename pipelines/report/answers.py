@@ -251,9 +251,9 @@ def interactions(findings: Findings) -> str | None:
 def _interaction(name: str, factor: str, one: Effect) -> str:
     found = one.estimate
     bounds = "" if found.low is None or found.high is None else f" [{percent(found.low)}, {percent(found.high)}]"
-    step = f"if {factor} is {one.levels[1]} instead of {one.reference[1]}"
-    change = f"the error of {name}, as a multiple of that of {one.reference[0]}, changes by {percent(found.mean)}{bounds}"
-    return f"{step}, {change} (n = {found.n})"
+    step = f"with {factor} {one.levels[1]} instead of {one.reference[1]}"
+    change = f"the error of {name} changes by {percent(found.mean)}{bounds}"
+    return f"{step}, {change} relative to that of {one.reference[0]} (n = {found.n})"
 
 
 def failing(study: Study) -> str | None:
