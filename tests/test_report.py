@@ -395,7 +395,10 @@ def test_a_planted_interaction_with_another_factor_is_said_and_no_other() -> Non
     params = study({"strategies": THREE, "seeds": [0, 1, 2, 3, 4], "factors": {"model.depth": [4, 8]}, "sample": "none"})
     errors = planted(with_level={("symmetric", "model.depth", 8): 1.05, ("*", "model.depth", 8): 0.9})
     numbers, _, rest = words_of(write_study(params, errors))
-    change = r"with depth 8 instead of 4, the error of symmetric changes by \+[45]\.\d\s% .* relative to that of adaln_zero \(n = 5\)"
+    change = (
+        r"with depth 8 instead of 4, the error of symmetric changes by \+[45]\.\d\s% .* "
+        r"relative to that of adaln_zero \(n = 5\)"
+    )
     assert re.search(change, rest)
     assert "the error of head_xavier changes" not in rest
     assert numbers["findings"]["responses"] == []
