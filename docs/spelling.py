@@ -12,6 +12,8 @@ import codespell_lib
 ROOT = Path(__file__).resolve().parents[1]
 AMERICAN = Path(codespell_lib.__file__).parent / "data" / "dictionary_en-GB_to_en-US.txt"
 SKIPPED = (".lock", ".svg", ".json", ".jpg", "LICENSE")
+MADE = ("docs/evidence/answers.md",)
+"""Pages that a program makes, with names of parameters in sentences."""
 CODE = r"```.*?```|`[^`]*`"
 """In a page: names, which are spelt as their libraries spell them."""
 BRITISH = "program,programs,artifact,artifacts,biased"
@@ -31,8 +33,8 @@ def main() -> int:
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     files = [name for name in listed.stdout.splitlines() if not name.endswith(SKIPPED) and (ROOT / name).is_file()]
-    pages = [name for name in files if name.endswith(".md")]
-    code = [name for name in files if not name.endswith(".md") and name != "docs/spelling.py"]
+    pages = [name for name in files if name.endswith(".md") and name not in MADE]
+    code = [name for name in files if name not in pages and name != "docs/spelling.py"]
     with NamedTemporaryFile("w", suffix=".txt") as dictionary:
         for line in AMERICAN.read_text(encoding="utf-8").splitlines():
             british, _, american = line.partition("->")

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from dit.analysis.delay import CurveComparison, Curves, StepsTo, compare_curves, compare_steps, median_steps, steps_to_threshold
+from dit.analysis.delay import (
+    CurveComparison,
+    Curves,
+    StepsTo,
+    compare_curves,
+    compare_steps,
+    delays_by_length,
+    median_steps,
+    steps_to_threshold,
+)
 from dit.errors import UserError
 
 STEPS = np.arange(0, 1401, 50.0)
@@ -137,3 +146,14 @@ def test_steps_are_compared_exactly_at_few_seeds_and_with_censored_runs() -> Non
     assert small == pytest.approx(0.1)
     asymptotic = stats.logrank(StepsTo((100, 110, 120), ()).sample, StepsTo((), (350,) * 3).sample).pvalue
     assert asymptotic < 0.05 < (small or 0)
+
+
+def test_the_delay_over_lengths_is_found_and_lengths_that_never_reach_the_error_have_none() -> None:
+    lengths = [1000, 4000, 16000]
+    early = {length: {seed: factor * length**-0.1 for seed, factor in enumerate((1.0, 1.1, 1.2))} for length in lengths}
+    late = {
+        length: {seed: factor * (length / 1.5) ** -0.1 for seed, factor in enumerate((1.0, 1.1, 1.2))} for length in lengths
+    }
+    found = delays_by_length(late, early)
+    assert [found[1000].mean, found[4000].mean] == pytest.approx([500, 2000])  # type: ignore[union-attr]
+    assert found[16000] is None

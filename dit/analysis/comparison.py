@@ -119,6 +119,14 @@ def interval_reach(count: int) -> float:
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
 
 
+def p_value(found: Estimate) -> float:
+    """The two-sided p-value of a mean of zero that Student's interval implies; 1 where there is none, or one without width."""
+    if found.low is None or found.high is None or found.high <= found.low:
+        return 1.0
+    reach = (found.high - found.low) / 2
+    return float(2 * stats.t.sf(abs(found.mean) / reach * interval_reach(found.n), found.n - 1))
+
+
 def step_reached(steps: Sequence[float], errors: Sequence[float], threshold: float) -> float | None:
     """The first step at which the error is at or below `threshold`, linear between measurements; None if it never is."""
     below = np.flatnonzero(np.asarray(errors) <= threshold)

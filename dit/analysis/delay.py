@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -44,6 +45,10 @@ WARM = 1 / 8
 
 FEWEST_STEPS = 3
 """Steps at which a delay must be measurable before a line is drawn through it."""
+
+
+Ends = Mapping[int, Mapping[int, float]]
+"""Final errors of one strategy, by the length of the run in steps and then by seed."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,31 @@ def compare_curves(strategy: Curves, baseline: Curves, start: float | None = Non
         _expected(steps, early, steps[shared], delays[:, shared], target) if measured else None,
         left_out,
     )
+
+
+def delays_by_length(late: Ends, early: Ends) -> dict[int, Estimate | None]:
+    """How many steps longer `late` must train for the final error that `early` has after each length, by that length.
+
+    Both hold the final errors of whole runs, whose learning rate decays over their own length: what matters where a budget is
+    chosen. Between lengths, an error is a power of the length (a line in both logarithms). None where some seed of `late` does
+    not reach that error within the lengths that were run, or reaches it before the shortest.
+    """
+    seeds = sorted(set.intersection(*(set(runs) for side in (late, early) for runs in side.values())))
+    lengths = sorted(late)
+    found: dict[int, Estimate | None] = {}
+    for length in sorted(early):
+        delays = [_length_for(lengths, [late[one][seed] for one in lengths], early[length][seed]) - length for seed in seeds]
+        found[length] = estimate(delays) if delays and all(map(math.isfinite, delays)) else None
+    return found
+
+
+def _length_for(lengths: Sequence[int], errors: Sequence[float], wanted: float) -> float:
+    """The length after which the error is `wanted`, the first of several; NaN outside the lengths that were run."""
+    for (short, before), (long, after) in pairwise(zip(lengths, errors, strict=True)):
+        if before >= wanted >= after:
+            share = math.log(before / wanted) / math.log(before / after) if before > after else 0.0
+            return float(short * (long / short) ** share)
+    return math.nan
 
 
 def trend(steps: np.ndarray, values: np.ndarray) -> Trend:

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from dit.analysis.comparison import Estimate, ended, estimate, signed
+from dit.analysis.comparison import Estimate, ended, estimate, p_value, signed
 from dit.errors import UserError
 
 Factors = Mapping[str, Sequence[Hashable]]
@@ -42,6 +42,14 @@ class Effect:
     reference: tuple[Hashable, ...]
     estimate: Estimate
     scale: Scale
+
+    @property
+    def p_value(self) -> float:
+        """The two-sided p-value of no effect, uncorrected; of logarithms on the scale `ratio`, as its interval is."""
+        found = self.estimate
+        if self.scale == "difference" or found.low is None or found.high is None:
+            return p_value(found)
+        return p_value(Estimate(math.log1p(found.mean), math.log1p(found.low), math.log1p(found.high), found.n))
 
     def __str__(self) -> str:
         changes = [

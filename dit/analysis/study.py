@@ -11,9 +11,7 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from scipy import stats
-
-from dit.analysis.comparison import CONFIDENCE, FEWEST, METRICS, Estimate, ended, interval_reach
+from dit.analysis.comparison import CONFIDENCE, FEWEST, METRICS, Estimate, ended, p_value
 from dit.analysis.delay import CurveComparison, Curves, compare_curves
 from dit.analysis.effects import Effect, Factorial, Runs, factorial
 from dit.analysis.response import Errors, Response, Tuned, each_at_its_best, learning_rate_sensitivity, response
@@ -113,7 +111,7 @@ class Effects:
     def clear(self) -> list[Effect]:
         """The interactions that stay distinguishable from none when all of them are corrected together by Holm's method."""
         tested = [one for one in self.found.interactions if one.estimate.low is not None] if self.found else []
-        corrected = holm([_log_p_value(one.estimate) for one in tested])
+        corrected = holm([one.p_value for one in tested])
         return [one for one, p in zip(tested, corrected, strict=True) if p < 1 - CONFIDENCE]
 
 
@@ -157,28 +155,12 @@ def find(runs: Iterable[Trained], question: Question) -> Findings:
     return Findings(question, tuple(_tunings(table)), tuple(pairs), tuple(best), _effects(table))
 
 
-def _p_value(low: float, mean: float, high: float, n: int) -> float:
-    """The two-sided p-value of no difference that Student's interval of a mean implies."""
-    reach = (high - low) / 2
-    return float(2 * stats.t.sf(abs(mean) / reach * interval_reach(n), n - 1)) if reach > 0 else 1.0
-
-
-def _log_p_value(ratio: Estimate) -> float:
-    """The same of an estimate that is a ratio less one, whose interval was made in logarithms."""
-    assert ratio.low is not None
-    assert ratio.high is not None
-    return _p_value(math.log1p(ratio.low), math.log1p(ratio.mean), math.log1p(ratio.high), ratio.n)
-
-
 def _clear(compared: Sequence[tuple[CurveComparison | None, bool]]) -> list[bool]:
     """Whether each comparison of curves is distinguishable from none, corrected over the declared ones and over the others."""
     values: list[float | None] = []
     for curves, _ in compared:
         found = None if curves is None else (curves.delay or curves.gap).mean
-        if found is None or found.low is None or found.high is None:
-            values.append(None)
-        else:
-            values.append(_p_value(found.low, found.mean, found.high, found.n))
+        values.append(None if found is None or found.low is None else p_value(found))
     clear = [False] * len(compared)
     for family in (True, False):
         mine = [(index, p) for index, p in enumerate(values) if p is not None and compared[index][1] == family]

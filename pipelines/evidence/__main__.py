@@ -11,7 +11,7 @@ import typer
 
 from dit import yamlfile
 from dit.errors import UserError
-from pipelines.evidence import results, running
+from pipelines.evidence import results, running, writing
 from pipelines.overrides import assignments
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +53,12 @@ def run(
         print(f"error: {fault}; {scratch}/*/logs tells more", file=sys.stderr)
     if faults:
         raise typer.Exit(1)
+
+
+@app.command()
+def write() -> None:
+    """Write docs/evidence/answers.md, its figures and answers.json from the results of all studies that ran."""
+    print(f"{writing.PAGE}: {', '.join(writing.write(ROOT))}")
 
 
 if __name__ == "__main__":

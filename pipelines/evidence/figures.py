@@ -1,0 +1,162 @@
+"""One figure for each study of docs/evidence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dit.analysis.effects import Effect
+from dit.analysis.study import Findings, Pair, Place, Tuning
+from pipelines.evidence.judging import Answers, FactorialAnswers, survived
+from pipelines.evidence.results import Ended
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
+"""Colours that most colour-blind people tell apart. Okabe and Ito (2008), "Color Universal Design"."""
+MARKERS = "osD^vPX"
+
+
+def draw(answers: Answers, path: Path) -> None:
+    """Write the figure of a study as SVG, the same bytes for the same results."""
+    plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "dit"}
+    figure = _figure(answers)
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+
+
+def _figure(answers: Answers) -> Figure:
+    if answers.effects:
+        if answers.effects.quantity == "survived":
+            return _survival(answers)
+        return _effects(answers.effects)
+    assert answers.findings is not None
+    if answers.delays is not None:
+        return _lengths(answers.findings)
+    return _responses(answers.findings)
+
+
+def _responses(findings: Findings) -> Figure:
+    """Final error by learning rate, one panel for each place; a cross at the top edge where a run failed."""
+    places = findings.places
+    figure, panels = plt.subplots(1, len(places), figsize=(4.6 * len(places) + 1.6, 3.4), squeeze=False, layout="constrained")
+    for place, axes in zip(places, panels[0], strict=True):
+        for index, tuning in enumerate(one for one in findings.tunings if one.place == place):
+            _response(axes, tuning, index)
+        axes.set(xscale="log", xlabel="learning rate", title=_words(place))
+        rates = sorted({rate for one in findings.tunings for rate in one.errors})
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.minorticks_off()
+    panels[0][0].set_ylabel("final validation error, mean over seeds")
+    panels[0][-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _response(axes: Axes, tuning: Tuning, index: int) -> None:
+    if tuning.response is None:
+        return
+    style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+    points = [point for point in tuning.response.points if point.mean is not None]
+    means = [float(point.mean or math.nan) for point in points]
+    below = [mean - (point.low or mean) for mean, point in zip(means, points, strict=True)]
+    above = [(point.high or mean) - mean for mean, point in zip(means, points, strict=True)]
+    rates = [point.rate for point in points]
+    axes.errorbar(rates, means, (below, above), label=tuning.strategy, markersize=4, linewidth=1.2, capsize=2, **style)
+    failed = [point.rate for point in tuning.response.points if point.failed]
+    axes.plot(failed, [0.99] * len(failed), "x", color=style["color"], clip_on=False, transform=axes.get_xaxis_transform())
+
+
+def _lengths(findings: Findings) -> Figure:
+    """The relative difference of the final errors against the length of the runs, with 95 % intervals."""
+    figure, axes = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
+    for index, name in enumerate(dict.fromkeys(pair.strategy for pair in findings.pairs)):
+        shown = [(int(dict(pair.place)["steps"]), pair) for pair in findings.of(name)]
+        _difference(axes, sorted(shown, key=lambda one: one[0]), name, COLOURS[(index + 1) % len(COLOURS)])
+    axes.axhline(0, color="0.5", linewidth=0.8)
+    axes.set(xscale="log", xlabel="length of the run, steps", ylabel=f"final error against {findings.question.baseline}, %")
+    axes.set_xticks(
+        lengths := sorted({int(dict(pair.place)["steps"]) for pair in findings.pairs}), [f"{one:,}" for one in lengths]
+    )
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    return figure
+
+
+def _difference(axes: Axes, shown: list[tuple[int, Pair]], name: str, colour: str) -> None:
+    found = [(length, pair.judgement) for length, pair in shown if pair.judgement.mean is not None]
+    means = [100 * (one.mean or 0.0) for _, one in found]
+    below = [mean - 100 * (one.low or 0.0) for mean, (_, one) in zip(means, found, strict=True)]
+    above = [100 * (one.high or 0.0) - mean for mean, (_, one) in zip(means, found, strict=True)]
+    axes.errorbar(
+        [length for length, _ in found], means, (below, above), label=name, color=colour, marker="o", capsize=3, linewidth=1.2
+    )
+
+
+def _effects(answers: FactorialAnswers) -> Figure:
+    """Every effect with its 95 % interval: the declared ones filled, the others open."""
+    declared = [one.effect for one in answers.declared]
+    rows = [*declared, *answers.exploratory]
+    figure, axes = plt.subplots(figsize=(8, 0.26 * len(rows) + 0.8), layout="constrained")
+    for row, effect in enumerate(rows):
+        found, filled = effect.estimate, effect in declared
+        mean, low, high = (100 * (value or 0.0) for value in (found.mean, found.low, found.high))
+        colour = COLOURS[0] if filled else "0.45"
+        axes.errorbar(
+            mean, row, xerr=[[mean - low], [high - mean]], color=colour, marker="o", mfc=colour if filled else "w", capsize=2
+        )
+    axes.axvline(0, color="0.5", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [_named(effect) for effect in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("change of the final validation error, % (filled: declared before the runs)")
+    return figure
+
+
+def _named(effect: Effect) -> str:
+    changes = zip(effect.factors, effect.levels, effect.reference, strict=True)
+    return " with ".join(f"{factor}: {reference} → {level}" for factor, level, reference in changes)
+
+
+def _survival(answers: Answers) -> Figure:
+    """Heat maps of how many runs of each strategy and rate failed, one panel for each other combination."""
+    runs = answers.results.runs
+    places = sorted({tuple(run.place) for run in runs})
+    strategies = list(dict.fromkeys(run.strategy for run in runs))
+    rates = sorted({run.rate for run in runs})
+    figure, panels = plt.subplots(
+        1, len(places), figsize=(2.5 * len(places) + 1.2, 2.6), squeeze=False, sharey=True, layout="constrained"
+    )
+    for place, axes in zip(places, panels[0], strict=True):
+        _heat(axes, [run for run in runs if tuple(run.place) == place], strategies, rates)
+        axes.set_title("\n".join(f"{factor} {level.replace('_', ' ')}" for factor, level in place), fontsize=9)
+        axes.set_xlabel("learning rate")
+    figure.suptitle("runs that failed or never learned, of those at each place", fontsize=9)
+    return figure
+
+
+def _heat(axes: Axes, runs: list[Ended], strategies: list[str], rates: list[float]) -> None:
+    cells: Mapping[tuple[str, float], list[Ended]] = {
+        (name, rate): [run for run in runs if (run.strategy, run.rate) == (name, rate)] for name in strategies for rate in rates
+    }
+    share = [[_failed(cells[name, rate]) / max(1, len(cells[name, rate])) for rate in rates] for name in strategies]
+    axes.imshow(share, cmap="OrRd", vmin=0, vmax=1, aspect="auto")
+    for row, name in enumerate(strategies):
+        for column, rate in enumerate(rates):
+            text = f"{_failed(cells[name, rate])}/{len(cells[name, rate])}"
+            axes.text(column, row, text, ha="center", va="center", color="w" if share[row][column] > 0.6 else "k")
+    axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+    axes.set_yticks(range(len(strategies)), strategies)
+
+
+def _failed(runs: list[Ended]) -> int:
+    return sum(survived(run) < 1 for run in runs)
+
+
+def _words(place: Place) -> str:
+    return ", ".join(f"{factor} {level}" for factor, level in place)

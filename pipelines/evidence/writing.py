@@ -1,0 +1,196 @@
+"""The page of answers, docs/evidence/answers.md, and the same numbers for programs, from the results of all studies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dit.analysis.study import AtBest, Findings, Pair, Place
+from dit.analysis.verdicts import Judgement
+from pipelines.evidence.figures import draw
+from pipelines.evidence.judging import Answers, answer, questions, survived
+from pipelines.evidence.results import RESULTS, Ended, Results
+from pipelines.files import write_json
+from pipelines.report.words import MINUS
+
+PAGE = RESULTS / "answers.md"
+NUMBERS = RESULTS / "answers.json"
+FIGURES = RESULTS / "figures"
+HYPHEN = re.compile(r"(?<=[\s\[(])-(?=\d)")
+"""One that stands for a minus."""
+HEAD = """\
+# Answers
+
+Made by `python -m pipelines.evidence write` from the results in this folder. What each study asks, and what its answers would
+mean, was committed before it ran: [README.md](README.md). A declared comparison or effect has a verdict; everything else is
+exploratory, and its p-values are not corrected. Intervals are 95 %, Student's over seeds. "Error" is the final validation error
+of the averaged weights.
+"""
+
+
+def write(root: Path) -> list[str]:
+    """Write the page, its figures and `answers.json`; returns the names of the studies that have results."""
+    asked = questions(root)
+    found = {name: root / RESULTS / f"{name}.json" for name in asked}
+    answers = {name: answer(Results.read(path), asked[name]) for name, path in found.items() if path.exists()}
+    (root / FIGURES).mkdir(exist_ok=True)
+    for name, one in answers.items():
+        draw(one, root / FIGURES / f"{name}.svg")
+    sections = [_section(name, asked[name]["title"], one) for name, one in answers.items()]
+    (root / PAGE).write_text("\n".join([HEAD, *sections]))
+    write_json(root / NUMBERS, {name: list(_declared(one)) for name, one in answers.items()})
+    return list(answers)
+
+
+def _section(name: str, title: str, answers: Answers) -> str:
+    results = answers.results
+    lines = [f"## `{name}`: {title}", "", _conditions(name, results), ""]
+    if not answers.complete:
+        lines += [f"**Cut: {len(results.runs)} of {results.planned} runs have ended. Its verdicts are not to be quoted.**", ""]
+    lines += [f"- {sentence}" for sentence in _sentences(answers)]
+    lines += ["", f"![{title}](figures/{name}.svg)", "", *_tables(answers), ""]
+    return HYPHEN.sub(MINUS, "\n".join(lines))
+
+
+def _conditions(name: str, results: Results) -> str:
+    first, made = results.runs[0], results.made
+    lengths = sorted({run.length for run in results.runs})
+    steps = f"{lengths[0]:,}" if len(lengths) == 1 else f"{lengths[0]:,} to {lengths[-1]:,}"
+    seeds = len({run.seed for run in results.runs})
+    minutes = sum(one.minutes for one in made)
+    failed = sum(run.status != "finished" for run in results.runs)
+    return (
+        f"{first.network} on {first.data}, {steps} steps, {seeds} seeds: {len(results.runs)} runs, of which {failed} collapsed "
+        f"or diverged. {minutes:.1f} minutes of one {made[0].device}, torch {made[0].torch}, {made[0].workers} runs at a time. "
+        f"Latents `{made[0].data.get('data/latents', '')[:12]}`, code `{made[0].code[:12]}`. "
+        f"Again: `python -m pipelines.evidence run {name}`."
+    )
+
+
+def _sentences(answers: Answers) -> Iterator[str]:
+    """The declared answers in words."""
+    if answers.effects:
+        unit = "final error" if answers.effects.quantity == "error" else "share of its steps that a run survives"
+        for one in answers.effects.declared:
+            verdict = "" if one.clear else "not distinguishable: "
+            yield f"{verdict}{unit}, {one.effect}, {one.certainty}."
+    if answers.findings:
+        yield from (judgement.sentence for judgement in _judged(answers.findings) if judgement.comparison.declared)
+    for name, delays in (answers.delays or {}).items():
+        for length, found in delays.items():
+            if found is None:
+                yield f"Exploratory: {name} reaches the error after {length:,} steps at none of the lengths that were run."
+            else:
+                interval = "" if found.low is None or found.high is None else f" [{found.low:+,.0f}, {found.high:+,.0f}]"
+                yield (
+                    f"Exploratory: for the error that a run of {length:,} steps reaches, {name} needs "
+                    f"{found.mean:+,.0f} steps{interval}, n = {found.n} seeds."
+                )
+
+
+def _judged(findings: Findings) -> list[Judgement]:
+    found: list[AtBest | Pair] = [*findings.at_best, *findings.pairs]
+    return [one.judgement for one in found]
+
+
+def _declared(answers: Answers) -> Iterator[Mapping[str, Any]]:
+    """Every declared answer as numbers: what a second program must find, too."""
+    if answers.effects:
+        for effect in answers.effects.declared:
+            found = effect.effect.estimate
+            yield {
+                "effect": dict(zip(effect.effect.factors, map(str, effect.effect.levels), strict=True)),
+                "verdict": "clear" if effect.clear else "not distinguishable",
+                "mean": found.mean,
+                "low": found.low,
+                "high": found.high,
+                "n": found.n,
+                "p": effect.p,
+            }
+    if answers.findings:
+        every: list[AtBest | Pair] = [*answers.findings.at_best, *answers.findings.pairs]
+        for one in every:
+            judgement = one.judgement
+            if judgement.comparison.declared:
+                yield {
+                    "strategy": one.strategy,
+                    "place": dict(one.place),
+                    "rate": None if isinstance(one, AtBest) else one.rate,
+                    "verdict": judgement.answer,
+                    "mean": judgement.mean,
+                    "low": judgement.low,
+                    "high": judgement.high,
+                    "n": judgement.n,
+                    "p": judgement.p,
+                }
+
+
+def _tables(answers: Answers) -> list[str]:
+    if answers.effects:
+        return _of_effects(answers)
+    assert answers.findings is not None
+    return [*_of_optima(answers.findings), "", *_of_rates(answers.findings)]
+
+
+def _of_effects(answers: Answers) -> list[str]:
+    assert answers.effects is not None
+    lines = ["| exploratory effect | change | uncorrected p |", "|---|---|---|"]
+    for effect in answers.effects.exploratory:
+        what, _, change = str(effect).rpartition(": ")
+        lines.append(f"| {what} | {change} | {effect.p_value:.2g} |")
+    if answers.effects.quantity == "survived":
+        lines += ["", *_of_failures(answers.results.runs)]
+    return lines
+
+
+def _of_failures(runs: list[Ended]) -> list[str]:
+    """What was first to leave its past before a run failed, as counts."""
+    failed = [run for run in runs if survived(run) < 1 and run.warned is not None]
+    moved: dict[str, int] = {}
+    for run in failed:
+        sign = (run.warned.sign or {}).get("indicator", "nothing that was diagnosed") if run.warned else ""
+        moved[sign] = moved.get(sign, 0) + 1
+    lines = [f"What had moved furthest by the last diagnosis before each of the {len(failed)} failures:", ""]
+    lines += ["| indicator | runs |", "|---|---|"]
+    return lines + [f"| {name.replace('_', ' ')} | {count} |" for name, count in sorted(moved.items(), key=lambda one: -one[1])]
+
+
+def _of_optima(findings: Findings) -> list[str]:
+    if not findings.tunings:
+        return []
+    columns = ("start", "at", "best learning rate", "within 1 % of the best", "largest rate without a failure")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for one in findings.tunings:
+        cells = [one.problem or "", "", ""]
+        if found := one.response:
+            stable = "none" if found.largest_stable is None else f"{found.largest_stable:g}"
+            cells = [str(found.optimum or "none"), str(found.near_best or "none"), stable]
+        lines.append(f"| `{one.strategy}` | {_words(one.place)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _of_rates(findings: Findings) -> list[str]:
+    """Each strategy against the baseline at every place and rate."""
+    rates = sorted({pair.rate for pair in findings.pairs})
+    header = f"| difference of the error from `{findings.question.baseline}` | at |"
+    lines = [f"{header} {' | '.join(f'{rate:g}' for rate in rates)} |", "|---|---|" + "---|" * len(rates)]
+    for name in dict.fromkeys(pair.strategy for pair in findings.pairs):
+        for place in findings.places:
+            by_rate = {pair.rate: pair.judgement for pair in findings.of(name) if pair.place == place}
+            if by_rate:
+                cells = [_cell(by_rate[rate]) if rate in by_rate else "" for rate in rates]
+                lines.append(f"| `{name}` | {_words(place)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(judgement: Judgement) -> str:
+    if failed := judgement.comparison.failed:
+        return ", ".join(f"{count} failed of {name}" for name, count in failed.items())
+    mean, low, high = (100 * (value or 0.0) for value in (judgement.mean, judgement.low, judgement.high))
+    return f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]"
+
+
+def _words(place: Place) -> str:
+    return ", ".join(f"{factor} {level}" for factor, level in place)
