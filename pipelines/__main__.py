@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ import typer
 from dit.errors import UserError
 from dit.terminal import plain
 from pipelines import disk, mlflow_store, plan, services
-from pipelines.overrides import assignments
+from pipelines.overrides import assignments, whole_number
 from pipelines.redaction import redacted, shown
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -31,7 +30,9 @@ TARGETS = typer.Argument(envvar="DIT_TARGETS", help="Only these stages and what 
 PROFILE = typer.Option(
     metavar="NAME", envvar="DIT_PROFILE", help="The values of profiles/NAME.yaml, in an isolated experiment, such as gpu."
 )
-WORKERS = typer.Option(min=1, envvar="DIT_WORKERS", help="Stages at the same time; default: what the machine has room for.")
+WORKERS = typer.Option(
+    metavar="NUMBER", envvar="DIT_WORKERS", help="Stages at the same time; default: what the machine has room for."
+)
 
 
 app.command("plan")(plan.command)
@@ -41,23 +42,25 @@ app.command("plan")(plan.command)
 def study(
     set_: Annotated[list[str] | None, SET] = None,
     targets: Annotated[list[str] | None, TARGETS] = None,
-    workers: Annotated[int | None, WORKERS] = None,
+    workers: Annotated[str | None, WORKERS] = None,
     profile: Annotated[str | None, PROFILE] = None,
 ) -> None:
     """Run the study: whatever is not up to date, side by side, as a Prefect flow, and fill MLflow."""
-    overrides = assignments(set_ or [])
+    overrides, at_once = assignments(set_ or []), whole_number("WORKERS", workers)
     disk.check(Path.cwd())
     server = services.prefect_server(os.environ)
     os.environ.update(server.environment)
-    from pipelines import experiments, flows
+    from pipelines import experiments, flows, targets as stages
 
     given = experiments.profile(Path.cwd(), profile) if profile else {}
-    experiments.parameters(Path.cwd(), {**given, **overrides})
+    params = experiments.parameters(Path.cwd(), {**given, **overrides})
+    if targets:
+        stages.check(targets, stages.names(Path.cwd(), params))
     server.wait()
     server.end_with_it()
     _log_for_people(flows.LOGGER, server)
     try:
-        state = flows.study(overrides or None, workers, targets or None, profile, return_state=True)
+        state = flows.study(overrides or None, at_once, targets or None, profile, return_state=True)
     except KeyboardInterrupt:
         print("interrupted; the next run goes on from here", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGINT) from None
@@ -106,9 +109,10 @@ def down() -> None:
 
 
 def _port(name: str, text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 2**16:
-        raise UserError(f"{name} = {text[:40]}: expected a whole number from 1 to 65535")
-    return int(text)
+    port = whole_number(name, text, most=2**16 - 1)
+    if port is None:
+        raise UserError(f"{name} is empty; expected a whole number from 1 to 65535")
+    return port
 
 
 class _Lines(logging.Formatter):

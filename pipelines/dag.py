@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
-from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +30,7 @@ from dvc.utils.serialize import modify_yaml
 from dit.errors import ConfigError, UserError
 from dit.terminal import plain
 from pipelines import atomic_dvc, disk, guard
+from pipelines.targets import check, matching
 
 DVC = (sys.executable, "-P", str(Path(atomic_dvc.__file__).resolve()))
 _UP_TO_DATE = re.compile(r"^Stage '.*' (didn't change, skipping|is cached - skipping run)")
@@ -175,14 +175,8 @@ def select(stages: Mapping[str, Stage], targets: Collection[str] | None) -> dict
     """
     if not targets:
         return dict(stages)
-    wanted: set[str] = set()
-    for target in targets:
-        named = [name for name in stages if fnmatchcase(name, target) or name.partition("@")[0] == target]
-        if not named:
-            known = ", ".join(dict.fromkeys(name.partition("@")[0] for name in stages))
-            example = next((name for name in stages if "@" in name), target)
-            raise ConfigError(f"targets: no stage is called '{target}'; expected {known}, one such as {example}, or a pattern")
-        wanted.update(named)
+    check(targets, stages)
+    wanted = {name for target in targets for name in matching(target, stages)}
     for name in reversed(list(stages)):
         if name in wanted:
             wanted.update(stages[name].upstream)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,7 @@ from prefect.tasks import Task
 from pydantic import Field, WithJsonSchema
 
 from dit import config
+from dit.analysis.comparison import signed
 from dit.errors import UserError
 from pipelines import dag, design, experiments, form, live, naming, preflight, recovery, services, tracking
 from pipelines.device_pool import DevicePool, device_pool, environment
@@ -149,7 +149,7 @@ def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[P
             recovery.workspace(root, _log().warning)
             yield root, None
         return
-    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{runtime.flow_run.name}-{runtime.flow_run.id[-6:]}")
+    name = naming.experiment(runtime.flow_run.name, runtime.flow_run.id)
     with experiments.workspace(root, overrides, name) as path:
         yield path, name
 
@@ -303,7 +303,8 @@ def _cell(strategy: Mapping[str, Any], metric: str) -> str:
         return "-"
     said = f"{mean:.4g}"
     if None not in (found.get("mean"), found.get("low"), found.get("high")):
-        said += f" [{found['mean']:+.2g}; {found['low']:+.2g} to {found['high']:+.2g}]"
+        difference, low, high = (signed(found[key], ".2g") for key in ("mean", "low", "high"))
+        said += f" [{difference}; {low} to {high}]"
     if found.get("verdict") not in ("better", "worse"):
         return said
     return f"{said} {found['verdict']}{'' if found['declared'] else ', exploratory'}, n = {found['n']}"

@@ -25,7 +25,7 @@ from dit import config, models, preflight, yamlfile
 from dit.errors import ConfigError
 from dit.preflight import Finding, memory
 from pipelines import preflight as workflow
-from pipelines.experiments import override
+from pipelines.overrides import override
 
 SHIPPED = yamlfile.read(ROOT / "params.yaml")
 HELD_OUT = {"validation_root": None, "validation_fraction": 0.25}

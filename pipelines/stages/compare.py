@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from dit.config import Params
 from dit.data.images import load_images
 from pipelines.design import Item, data_folder
 from pipelines.files import complete_directory, write_json
+from pipelines.report import dvc_plots
 from pipelines.report.figures import figures
 from pipelines.report.headline import headline
 from pipelines.report.page import Autoencoder, render
 from pipelines.report.reading import departed, read_study
-from pipelines.report.runs import Run, Study
-from pipelines.report.summary import headline_metrics, mean_curves, summarise
+from pipelines.report.runs import Study
+from pipelines.report.summary import headline_metrics, summarise
 from pipelines.stages.entry import run_dvc_stage
-
-CURVES: dict[str, Callable[[Run], pd.Series]] = {
-    "validation_mse": lambda run: run.validation("ema")["mse"],
-    "training_mse": lambda run: run.training["mse"],
-}
-"""The curves of `dvc plots show`."""
 
 
 def compare(params: Params, item: Item) -> None:
@@ -47,9 +39,8 @@ def compare(params: Params, item: Item) -> None:
     with complete_directory("reports", sealed=False) as out:
         write_json(out / "summary.json", summary)
         write_json(out / "metrics.json", headline_metrics(summary))
-        (out / "plots").mkdir()
-        for name, curve in CURVES.items():
-            mean_curves(study.groups, curve).to_csv(out / "plots" / f"{name}.csv", lineterminator="\n")
+        dvc_plots.write_tables(out / "plots", study)
+        (out / "plots.html").write_text(dvc_plots.template(), encoding="utf-8")
         (out / "index.html").write_text(page, encoding="utf-8")
     print(f"compare: {words.answer}".replace("\u202f", " "))  # a terminal has no narrow spaces
     if not Path(".git").is_file():  # the worktree of an experiment goes: the flow names the copy that stays
