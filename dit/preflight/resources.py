@@ -28,11 +28,11 @@ BLOCK_VALUES = 16
 """What a block of a DiT keeps for its backward pass at least, in values for each feature of each token.
 
 On a CPU it is 20.5, and 27 in a LightningDiT, counted by `torch.autograd.graph.saved_tensors_hooks`; on a GPU 17.5 to 20 where
-compiled or fused, and 25 eager, by the peak memory of DiT-S/2 to XL/2 in benchmarks/results. Korthikanti et al. (2022), "Reducing
-Activation Recomputation in Large Transformer Models", eq. 1, has 17.
+compiled or fused, and 25 eager, by the peak memory of DiT-S/2 to XL/2 in benchmarks/results. Korthikanti et al. (2022),
+"Reducing Activation Recomputation in Large Transformer Models", eq. 1, has 17.
 """
 LEVEL_VALUES = 25
-"""As `BLOCK_VALUES`, of an autoencoder that is trained, for each channel of each pixel of each resolution: 26 to 31, counted."""
+"""As `BLOCK_VALUES`, of an autoencoder that is trained, for each channel of each pixel of each resolution: 26 to 31."""
 LEVEL_WEIGHTS = 100
 """Weights of such an autoencoder, for each square of a resolution's width: 103 to 127, counted with 3 and 4 resolutions."""
 BLOCK_WEIGHTS = 18
