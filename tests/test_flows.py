@@ -313,7 +313,10 @@ def test_deployment_runs_through_the_worker_and_down_stops_exactly_the_services(
     wrong = command(study, "prefect", "deployment", "run", "study/local", "--param", 'overrides={"train.stepz": 1}')
     assert wrong.returncode != 0
     assert "a dotted key of params.yaml" in " ".join(wrong.stdout.split())
-    schema = ask(f"{server}/deployments/filter", {})[0]["parameter_openapi_schema"]["properties"]
+    deployment = ask(f"{server}/deployments/filter", {})[0]
+    assert deployment["global_concurrency_limit"]["limit"] == 1  # of two runs at once, the second waits
+    assert deployment["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+    schema = deployment["parameter_openapi_schema"]["properties"]
     assert {"overrides", "workers", "targets", "profile", "strategies"} == schema.keys()
     assert all(parameter["description"] for parameter in schema.values())
     with socket.create_server(("127.0.0.1", 0)) as bystander:
