@@ -58,7 +58,9 @@ def _is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bo
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def run_stage(stage: str, up_to_date: bool, processes: dag.Processes, environment: Mapping[str, str]) -> State[Any]:
+def run_stage(
+    stage: str, up_to_date: bool, processes: dag.Processes, environment: Mapping[str, str], command: str
+) -> State[Any]:
     """One DVC stage. It ends as Cached where DVC had nothing to compute, and as Failed where its command failed."""
     if up_to_date:
         return Completed(name="Cached", message="up to date")
@@ -70,7 +72,7 @@ def run_stage(stage: str, up_to_date: bool, processes: dag.Processes, environmen
     say("started")
     begin = time.monotonic()
     try:
-        outcome = processes.run(stage, say, environment)
+        outcome = processes.run(stage, say, environment, command)
         recovery.keep_lock(processes.root)
     except (dag.StageError, dag.StoppedError) as error:
         again = isinstance(error, dag.StageError) and error.transient and runtime.task_run.run_count <= RETRIES
@@ -176,6 +178,7 @@ def _run(workspace: Path, targets: list[str] | None, pool: DevicePool, experimen
         dag.checking(workspace) as unchanged,
         live.Live(workspace, tags, tell),
     ):
+        processes.warm_up((stage for stage in stages.values() if not stage.up_to_date), _log().warning)
         states = run_all(stages, processes, pool, unchanged)
     if experiment:
         experiments.forget_stale(workspace)
@@ -220,7 +223,7 @@ def run_all(
         above = [futures[upstream] for upstream in stages[name].upstream if upstream in futures]
         named = run_stage.with_options(name=name.partition("@")[0])
         where = environment(taken.get(name, []))
-        futures[name] = named.submit(name, up_to_date, processes, where, wait_for=above)  # type: ignore[call-overload]
+        futures[name] = named.submit(name, up_to_date, processes, where, stages[name].command, wait_for=above)  # type: ignore[call-overload]
         futures[name].add_done_callback(lambda _future: finished.put(name))
 
     while graph.is_active():
