@@ -8,6 +8,7 @@ state of a fresh Python that has imported its modules, and nothing else.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import json
@@ -18,6 +19,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
@@ -28,7 +30,11 @@ from pipelines import atomic_dvc, guard
 
 MODULE_COMMAND = re.compile(r"python -m (pipelines\.stages\.\w+)((?: [\w.=@,:+/-]+)*)", re.ASCII)
 """The command of a stage that is a module of this project; it needs no shell."""
-DVC_MODULES = ("dvc.repo.reproduce", "dvc.stage.run", "dvc.stage.cache", "dvc.rwlock")
+DVC_MODULES = (
+    *("dvc.repo.artifacts", "dvc.repo.datasets", "dvc.repo.metrics", "dvc.repo.open_repo", "dvc.repo.params", "dvc.repo.plots"),
+    *("dvc.repo.reproduce", "dvc.repo.stage", "dvc.stage.cache", "dvc.stage.run", "dvc.rwlock", "dvc.scm", "dvc.dirs"),
+    *("dvc.cachemgr", "dvc.data_cloud", "dvc.utils.strictyaml", "dvc_data.hashfile.db.local", "dvc_data.hashfile.status"),
+)
 """What DVC imports once it runs a stage, beside the modules of its command line."""
 SPARED_THREADS = ("jemalloc_bg_thd",)
 """Threads, by name, that may be alive when this process forks: jemalloc, which pyarrow brings, is made for that."""
@@ -57,7 +63,7 @@ class Forked:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if self.pid == 0:
             main()
-            sys.exit()
+            end()
 
     def wait(self) -> int:
         """Its exit code; negative for a signal."""
@@ -142,7 +148,18 @@ class Server:
         sys.argv = command[2:]
         atomic_dvc.install()
         run_by(stage, write, self.modules)
-        sys.exit(import_module("dvc.cli").main(sys.argv[1:]))
+        end(import_module("dvc.cli").main(sys.argv[1:]))
+
+
+def end(code: str | int | None = 0) -> NoReturn:
+    """End this process as `sys.exit(code)` would, without the half second in which Python takes all modules apart."""
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python does, and as multiprocessing calls it
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if isinstance(code, str) else code or 0)
 
 
 def run_by(stage: Forked, channel: int, modules: list[str]) -> None:
@@ -184,7 +201,10 @@ def _stage(read: int, write: int, imported: dict[str, str]) -> None:
     os.environ.update({**imported, **request["environment"]})
     sys.argv, sys.orig_argv = words[1:], [sys.executable, *words]
     sys.modules.pop(request["module"], None)  # it runs as __main__
-    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    except SystemExit as wanted:
+        end(wanted.code)
 
 
 def code_state() -> dict[str, tuple[int, int]]:
