@@ -22,7 +22,7 @@ from pipelines.warm_server import MODULE_COMMAND
 
 ROOM = 2000
 """Letters of a process's command that can be shown."""
-END_SECONDS = 5.0
+END_SECONDS = 1.0
 NOT_BEGUN = None
 """In place of an exit code: nothing of the command has run."""
 
@@ -85,28 +85,28 @@ class WarmServer:
             socket.send_fds(self._connection, [json.dumps(request).encode()], descriptors)
 
     def give_up(self) -> None:
-        """Say why the server began nothing, once, and do without it."""
+        """Say why the server began nothing, once, and do without it. If it lives, only what it had forked was killed."""
         with self._one_at_a_time:
             if self._process is not None and self._has_ended(self._process):
                 self._log.seek(0)
-                said = self._log.read().splitlines() or ["the process from which they fork was killed"]
-                self._tell(f"stages start more slowly from here on: {said[-1]}")
+                said = self._log.read().splitlines() or ["their warm server was killed"]
+                self._tell(f"stages start cold from here on, which takes some seconds each: {said[-1]}")
                 self._process = None
-
-    def _has_ended(self, process: subprocess.Popen[bytes]) -> bool:
-        try:
-            process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:  # it lives; what it had forked was killed at once
-            return False
-        return True
 
     def close(self) -> None:
         """End the server; whatever it has forked is to have ended before."""
         self._connection.close()
-        if self._process is not None:
+        if self._process is not None and not self._has_ended(self._process):
             self._process.kill()
             self._process.wait()
         self._log.close()
+
+    def _has_ended(self, process: subprocess.Popen[bytes]) -> bool:
+        try:
+            process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
 
 def modules(commands: Iterable[str]) -> list[str]:

@@ -218,9 +218,9 @@ def code_state() -> dict[str, tuple[int, int]]:
 def name_process(command: list[str]) -> None:
     """Have `ps` show `command` for this process, by writing over its arguments, as far as there is room; zeros follow."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    begin, end = int(fields[45]), int(fields[46])  # arg_start, arg_end: proc_pid_stat(5), counted there from 1 with the pid
-    text = b"".join(os.fsencode(word) + b"\0" for word in command)[: end - begin - 1]
-    ctypes.memmove(begin, text.ljust(end - begin, b"\0"), end - begin)
+    start, stop = int(fields[45]), int(fields[46])  # arg_start and arg_end of proc_pid_stat(5), less the two before
+    text = b"".join(os.fsencode(word) + b"\0" for word in command)[: max(stop - start - 1, 0)]
+    ctypes.memmove(start, text.ljust(stop - start, b"\0"), stop - start)
 
 
 def _reap() -> None:
@@ -260,6 +260,10 @@ def main() -> None:
         Server(connection, json.loads(connection.recv(MOST_BYTES))).serve()
     except NotWarmError as error:
         print(error, file=sys.stderr, flush=True)
+    connection.close()
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, 0):
+            pass
     os._exit(0)
 
 
