@@ -14,7 +14,7 @@ import typer
 
 from dit.errors import UserError
 from dit.terminal import plain
-from pipelines import disk, mlflow_store, plan, services
+from pipelines import disk, mlflow_store, plan, services, up_to_date
 from pipelines.overrides import assignments
 from pipelines.redaction import redacted, shown
 
@@ -47,6 +47,9 @@ def study(
     """Run the study: whatever is not up to date, side by side, as a Prefect flow, and fill MLflow."""
     overrides = assignments(set_ or [])
     disk.check(Path.cwd())
+    if not overrides and not profile and (found := up_to_date.nothing_to_do(Path.cwd(), targets)):
+        _tell_of_end("\n".join(found))
+        return
     server = services.prefect_server(os.environ)
     os.environ.update(server.environment)
     from pipelines import experiments, flows
@@ -69,7 +72,11 @@ def study(
     if not state.is_completed():
         print(f"error: {state.message}", file=sys.stderr)
         raise typer.Exit(disk.EXIT_CODE if disk.is_full(state.message or "") else 1)
-    print(state.message)
+    _tell_of_end(str(state.message))
+
+
+def _tell_of_end(text: str) -> None:
+    print(text)
     if "mlflow" not in services.running():
         print("`make up` starts the MLflow UI at that address, and Prefect's")
 
