@@ -1,8 +1,8 @@
 """How long a study takes until its answer, by phase, and what of it is not its stages' own work: `python benchmarks/study.py`.
 
-A micro study runs as `make study` does: with stages that start cold, then warm, then warm with one stage at a time, and then with
-nothing to do. Its stages run as plain function calls in one process as well: that is their own work. With `--shipped`, the
-study of `params.yaml` runs once instead, warm.
+A micro study runs as `make study` does: with stages that start cold, then warm, then warm with one stage at a time, and then
+with nothing to do. Its stages run as plain function calls in one process as well: that is their own work. With `--shipped`,
+the study of `params.yaml` runs once instead, warm.
 """
 
 from __future__ import annotations
