@@ -31,6 +31,7 @@ def note(root: Path, synced: Synced) -> None:
     """Note what a study left, once MLflow has its runs. Call it under the lock of the study."""
     there = {"experiment": synced.experiment, "view": synced.view, "missing": len(synced.missing)}
     runs = len(synced.added) + len(synced.present)
+    (root / NOTES).parent.mkdir(exist_ok=True)
     write_json(root / NOTES, {"files": _digests(root), "store": _store(), **there, "runs": runs})
 
 
