@@ -97,7 +97,7 @@ def copy(root: Path, overrides: Mapping[str, Any] = MICRO) -> Path:
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
     for name in filter(None, names):
-        if (ROOT / name).exists():
+        if (ROOT / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, root / name)
     (root / "params.yaml").write_text(override((ROOT / "params.yaml").read_text(), overrides))
