@@ -125,7 +125,7 @@ def _signal(pid: int, number: signal.Signals) -> None:
         return
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Have this process killed when its parent is, on Linux: a server whose guard was killed would stay for ever."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -149,7 +149,7 @@ def watch(start: Callable[[], Running], spare: str, grace: str) -> int:
 
 
 def _main(spare: str, grace: str, *command: str) -> int:
-    ends_with_guard = None if int(spare) else _end_with_parent  # no thread has started yet
+    ends_with_guard = None if int(spare) else end_with_parent  # no thread has started yet
 
     def begin() -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=ends_with_guard)  # noqa: PLW1509

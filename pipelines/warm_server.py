@@ -256,6 +256,7 @@ def main() -> None:
     """Serve as `pipelines.warm` wants it, which closes its end or is killed when it is done."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     name_process([sys.executable, "-m", "pipelines.warm_server"])
+    guard.end_with_parent()  # else an import that does not end would outlive the study
     try:
         Server(connection, json.loads(connection.recv(MOST_BYTES))).serve()
     except NotWarmError as error:

@@ -265,6 +265,21 @@ def test_nothing_outlives_a_study_that_is_killed(project: Path) -> None:
     wait_until(lambda: not any(process.is_running() for process in family))
 
 
+def test_a_module_whose_import_does_not_end_keeps_nothing_alive(project: Path) -> None:
+    (project / "pipelines/stages/busy.py").write_text("import time\ntime.sleep(600)")
+    program = "from pathlib import Path; from pipelines import dag; import time\n"
+    program += "processes = dag.Processes(Path.cwd(), {}); processes.warm_up(dag.read(Path.cwd()).values(), print)\n"
+    program += "print('up', flush=True); time.sleep(600)"
+    starter = subprocess.Popen([sys.executable, "-c", program], cwd=project, stdout=subprocess.PIPE, text=True)
+    assert starter.stdout
+    assert starter.stdout.readline() == "up\n"
+    (server,) = psutil.Process(starter.pid).children()
+    wait_until(lambda: not server.is_running() or server.cmdline()[2:3] == ["pipelines.warm_server"])
+    starter.kill()
+    starter.wait()
+    wait_until(lambda: not server.is_running())
+
+
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert warm.wanted()
     monkeypatch.setenv("DIT_WARM", "0")
