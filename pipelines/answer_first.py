@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,8 @@ from pipelines import dag, design, guard
 
 COMPARE = "compare"
 MODULE = "pipelines.partial_report"
+PATIENCE_SECONDS = 30.0
+"""A study that may have ended by then gets no partial report: making it takes some 10 s of one core."""
 
 
 def ranks(params: Params) -> dict[str, int]:
@@ -35,7 +38,8 @@ def ranks(params: Params) -> dict[str, int]:
 class PartialReport:
     """Written once, in a process beside the stages, when all that it shows is there and later seeds have still to run.
 
-    `out` is where, `say` is told what came of it. The process has ended when the block is left.
+    `out` is where, `say` is told what came of it. It is not made in the first `patience` seconds. The process has ended when
+    the block is left.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class PartialReport:
         stages: Mapping[str, dag.Stage],
         out: Path,
         say: Callable[[str], None],
+        patience: float = PATIENCE_SECONDS,
     ) -> None:
         kinds = {"analyse", "train", *(["evaluate"] if params.study.sample == "all" else [])}
         seeds = ranks(params)
@@ -54,6 +59,7 @@ class PartialReport:
         self._later = {name for name in own if wanted and seeds.get(name) and not stages[name].up_to_date}
         self._missing = {name for name in own if not seeds.get(name)}
         self._processes, self._out, self._say = processes, out, say
+        self._earliest = time.monotonic() + patience
         self._thread: threading.Thread | None = None
         self._process: guard.Guarded | None = None
 
@@ -64,10 +70,10 @@ class PartialReport:
         self.stop()
 
     def note(self, stage: str) -> None:
-        """A stage is up to date now. Begin the report where that was the last one that it needs, and others have to run."""
+        """A stage is up to date now. Begin the report once all that it needs are, if others have still to run."""
         self._missing.discard(stage)
         self._later.discard(stage)
-        if self._later and not self._missing and self._thread is None:
+        if self._later and not self._missing and self._thread is None and time.monotonic() >= self._earliest:
             command = [sys.executable, "-m", MODULE, str(self._out)]
             self._process = guard.start(command, self._processes.root, self._processes.environment)
             self._thread = threading.Thread(target=self._follow, args=(self._process,), daemon=True)

@@ -162,7 +162,7 @@ def test_a_partial_report_says_so_and_never_stays_as_an_output(study: Path) -> N
     shown = [name for name in stages if name.startswith(("analyse@", "train@", "evaluate@"))]
     seed_0 = [name for name in shown if not name.endswith("-1")]
     with dag.Processes(study, environment(study)) as processes:
-        with PartialReport(processes, config.load(study / "params.yaml"), stages, report, said.append) as partial:
+        with PartialReport(processes, config.load(study / "params.yaml"), stages, report, said.append, patience=0) as partial:
             for name in seed_0[:-1]:
                 partial.note(name)
             assert partial._thread is None
