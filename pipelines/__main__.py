@@ -13,7 +13,7 @@ import typer
 
 from dit.errors import UserError
 from dit.terminal import plain
-from pipelines import disk, mlflow_store, plan, services
+from pipelines import disk, mlflow_store, plan, services, up_to_date
 from pipelines.overrides import assignments, whole_number
 from pipelines.redaction import redacted, shown
 
@@ -48,6 +48,9 @@ def study(
     """Run the study: whatever is not up to date, side by side, as a Prefect flow, and fill MLflow."""
     overrides, at_once = assignments(set_ or []), whole_number("WORKERS", workers)
     disk.check(Path.cwd())
+    if not overrides and not profile and (found := up_to_date.nothing_to_do(Path.cwd(), targets)):
+        _tell_of_end("\n".join(found))
+        return
     server = services.prefect_server(os.environ)
     os.environ.update(server.environment)
     from pipelines import experiments, flows, targets as stages
@@ -74,7 +77,11 @@ def study(
         if (state.name or "").startswith(flows.REFUSED):
             raise typer.Exit(2)
         raise typer.Exit(disk.EXIT_CODE if disk.is_full(state.message or "") else 1)
-    print(state.message)
+    _tell_of_end(str(state.message))
+
+
+def _tell_of_end(text: str) -> None:
+    print(text)
     if "mlflow" not in services.running():
         print("`make up` starts the MLflow UI at that address, and Prefect's")
 

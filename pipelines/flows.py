@@ -5,7 +5,6 @@ The graph, and what is up to date, come from DVC (`pipelines.dag`); nothing abou
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -30,12 +29,27 @@ from pydantic import Field, WithJsonSchema
 
 from dit import config
 from dit.analysis.comparison import signed
+from dit.config import Params
 from dit.errors import UserError
-from pipelines import dag, design, experiments, form, live, naming, preflight, recovery, services, tracking
+from pipelines import (
+    answer_first,
+    dag,
+    design,
+    experiments,
+    form,
+    live,
+    naming,
+    preflight,
+    recovery,
+    services,
+    tracking,
+    up_to_date,
+)
 from pipelines.device_pool import DevicePool, device_pool, environment
 from pipelines.mlflow_store import UnreachableError, tracking_uri
 from pipelines.plan import note_duration
 from pipelines.report.words import samples
+from pipelines.study_lock import exclusively
 
 LOGGER = "study"
 """The child of Prefect's run loggers that holds what a person wants to read, less what Prefect says about itself."""
@@ -60,7 +74,9 @@ def _is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bo
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def run_stage(stage: str, up_to_date: bool, processes: dag.Processes, environment: Mapping[str, str]) -> State[Any]:
+def run_stage(
+    stage: str, up_to_date: bool, processes: dag.Processes, environment: Mapping[str, str], command: str
+) -> State[Any]:
     """One DVC stage. It ends as Cached where DVC had nothing to compute, and as Failed where its command failed."""
     if up_to_date:
         return Completed(name="Cached", message="up to date")
@@ -72,7 +88,7 @@ def run_stage(stage: str, up_to_date: bool, processes: dag.Processes, environmen
     say("started")
     begin = time.monotonic()
     try:
-        outcome = processes.run(stage, say, environment)
+        outcome = processes.run(stage, say, environment, command)
         recovery.keep_lock(processes.root)
     except (dag.StageError, dag.StoppedError) as error:
         again = isinstance(error, dag.StageError) and error.transient and runtime.task_run.run_count <= RETRIES
@@ -96,6 +112,8 @@ def fill_mlflow(workspace: Path, tags: Mapping[str, str]) -> State[Any]:
     except UserError as error:
         log.warning("%s", error)
         return Failed(name="Unreachable" if isinstance(error, UnreachableError) else "Failed", message=str(error))
+    if not tags:
+        up_to_date.note(workspace, synced)
     page = services.mlflow_page(synced.store, synced.view) if synced.view else ""
     message = f"{synced}\n{page}".strip()
     log.info("%s", message)
@@ -136,7 +154,7 @@ def study(
         with _workspace(root, overrides) as (workspace, experiment):
             design.write(workspace, config.load(workspace / "params.yaml"))
             trial = naming.trial(overrides)
-            return _run(workspace, targets, device_pool(params, workers), experiment, trial)
+            return _run(workspace, params, targets, device_pool(params, workers), experiment, trial)
     except UserError as error:
         return _failed(str(error))
 
@@ -145,7 +163,7 @@ def study(
 def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[Path, str | None]]:
     """Where the stages run, and the name of the DVC experiment, if it is one."""
     if not overrides:
-        with _exclusively(root):
+        with exclusively(root):
             recovery.workspace(root, _log().warning)
             yield root, None
         return
@@ -159,7 +177,9 @@ def _failed(message: str) -> State[Any]:
     return Failed(name=naming.short(f"Failed: {message}"), message=message)
 
 
-def _run(workspace: Path, targets: list[str] | None, pool: DevicePool, experiment: str | None, trial: str) -> State[Any]:
+def _run(
+    workspace: Path, params: Params, targets: list[str] | None, pool: DevicePool, experiment: str | None, trial: str
+) -> State[Any]:
     """Run the stages that `targets` need, then show what came out: in MLflow, as artifacts, and as a DVC experiment."""
     every = dag.read(workspace)
     stages = dag.select(every, targets)
@@ -179,8 +199,10 @@ def _run(workspace: Path, targets: list[str] | None, pool: DevicePool, experimen
         dag.Processes(workspace, {"DIT_SCRATCH": str(scratch)}) as processes,
         dag.checking(workspace) as unchanged,
         live.Live(workspace, tags, tell),
+        answer_first.PartialReport(processes, params, stages, _report_file(workspace, experiment), log.info) as partial,
     ):
-        states = run_all(stages, processes, pool, unchanged)
+        processes.warm_up((stage for stage in stages.values() if not stage.up_to_date), _log().warning)
+        states = run_all(stages, processes, pool, unchanged, partial)
     if experiment:
         experiments.forget_stale(workspace)
     dag.order_lock(workspace, every.values())
@@ -188,10 +210,10 @@ def _run(workspace: Path, targets: list[str] | None, pool: DevicePool, experimen
     mlflow = fill_mlflow(workspace, tags, return_state=True)
     if not all(state.is_completed() for state in states.values()):
         return _failed(_failure(states))
-    report = workspace / "reports" / "index.html"
+    report = _report_file(workspace, experiment)
     if experiment:
         experiments.save(Path.cwd(), workspace, experiment, stages)
-        report = _keep_report(report, experiment)
+        _keep_report(workspace, experiment)
         _log().info("DVC experiment %s: see `dvc exp show`, `dvc exp apply %s`", experiment, experiment)
     if "compare" in stages:
         _log().info("report: %s", report.as_uri())
@@ -204,12 +226,17 @@ def _run(workspace: Path, targets: list[str] | None, pool: DevicePool, experimen
 
 
 def run_all(
-    stages: Mapping[str, dag.Stage], processes: dag.Processes, pool: DevicePool, unchanged: Callable[[str], bool]
+    stages: Mapping[str, dag.Stage],
+    processes: dag.Processes,
+    pool: DevicePool,
+    unchanged: Callable[[str], bool],
+    partial: answer_first.PartialReport,
 ) -> dict[str, State[Any]]:
     """Run every stage as a task once those above it are done and a device is free; the state in which each ended.
 
-    A stage that is `unchanged` when those above it are done needs no device and no process. Stages acquire devices in order.
-    One below a stage that failed ends as NotReady; the others go on.
+    A stage that is `unchanged` when those above it are done needs no device and no process. Stages acquire devices in order,
+    those of the first seed first, of which `partial` makes a report. One below a stage that failed ends as NotReady; the others
+    go on.
     """
     graph = TopologicalSorter({name: stage.upstream for name, stage in stages.items()})
     graph.prepare()
@@ -217,25 +244,28 @@ def run_all(
     states: dict[str, State[Any]] = {}
     taken: dict[str, list[str]] = {}
     waiting: list[str] = []
-    order = {name: index for index, name in enumerate(stages)}
+    order = {name: (partial.ranks.get(name, 0), index) for index, name in enumerate(stages)}
     finished: SimpleQueue[str] = SimpleQueue()
 
     def submit(name: str, up_to_date: bool) -> None:
         above = [futures[upstream] for upstream in stages[name].upstream if upstream in futures]
         named = run_stage.with_options(name=name.partition("@")[0])
         where = environment(taken.get(name, []))
-        futures[name] = named.submit(name, up_to_date, processes, where, wait_for=above)  # type: ignore[call-overload]
+        futures[name] = named.submit(name, up_to_date, processes, where, stages[name].command, wait_for=above)  # type: ignore[call-overload]
         futures[name].add_done_callback(lambda _future: finished.put(name))
 
     while graph.is_active():
         for name in graph.get_ready():
             stage = stages[name]
+            if name == answer_first.COMPARE:
+                partial.stop()
             runs = all(states[upstream].is_completed() for upstream in stage.upstream)
             if runs and not stage.up_to_date and not unchanged(name):
                 waiting.append(name)
             elif runs and len(stages) > MOST_SHOWN:
                 states[name] = Completed(name="Cached", message="up to date")
                 graph.done(name)
+                partial.note(name)
             else:
                 submit(name, up_to_date=True)
         for name in sorted(waiting, key=order.__getitem__):
@@ -250,6 +280,8 @@ def run_all(
         name = finished.get()
         states[name] = _final_state(futures[name])
         graph.done(name)
+        if states[name].is_completed():
+            partial.note(name)
         if name in taken:
             pool.release(taken.pop(name))
     return {name: states[name] for name in stages}
@@ -310,28 +342,16 @@ def _cell(strategy: Mapping[str, Any], metric: str) -> str:
     return f"{said} {found['verdict']}{'' if found['declared'] else ', exploratory'}, n = {found['n']}"
 
 
-def _keep_report(report: Path, experiment: str) -> Path:
-    """The worktree goes; its report stays."""
-    kept = Path.cwd() / experiments.EXPERIMENTS / experiment / report.name
-    if report.exists():
+def _report_file(workspace: Path, experiment: str | None) -> Path:
+    """Where the report is in the end. The worktree of an experiment goes; its report stays."""
+    return (Path.cwd() / experiments.EXPERIMENTS / experiment if experiment else workspace / "reports") / "index.html"
+
+
+def _keep_report(workspace: Path, experiment: str) -> None:
+    made, kept = workspace / "reports" / "index.html", _report_file(workspace, experiment)
+    if made.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(report, kept)
-    return kept
-
-
-@contextmanager
-def _exclusively(root: Path) -> Iterator[None]:
-    """One study at a time in a workspace."""
-    lock = root / ".scratch" / "study.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                "a study is running in this workspace; wait for it, or give overrides to run one beside it"
-            ) from None
-        yield
+        shutil.copy(made, kept)
 
 
 def _log() -> PrefectLogAdapter:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,15 @@ import pytest
 from imported import declared, imported
 from studies import MICRO, ROOT, command, environment, free_port, git, micro_project
 
+from dit import config
+from pipelines import dag
+from pipelines.answer_first import PartialReport
 from pipelines.gate import authorization
 from pipelines.overrides import override
 
 STAGES = 16
+TRAINED = 8
+"""Those that `train` needs."""
 SHELL_STAGES = """
 stages:
   fine:
@@ -115,11 +121,64 @@ def holds(dependency: str, file: str) -> bool:
     return file == dependency or file.startswith(f"{dependency}/")
 
 
-def test_repeating_it_computes_nothing(study: Path) -> None:
-    lock = (study / "dvc.lock").read_bytes()
+def test_repeating_it_finds_nothing_to_do_without_a_server(study: Path) -> None:
+    lock, log = (study / "dvc.lock").read_bytes(), study / ".scratch/services/prefect-temporary.log"
+    before = log.stat().st_mtime_ns
+    for targets in ([], ["train"]):
+        done = command(study, "pipelines", "study", *targets)
+        assert done.returncode == 0, done.stdout
+        count = STAGES if not targets else TRAINED
+        assert done.stdout.startswith(f"nothing to do: {count} of {count} stages are up to date\n")
+        assert ("report: file://" in done.stdout) is not targets
+        assert ": 4 runs are there\nhttp://127.0.0.1:5000/#/experiments/1/runs?viewStateShareKey=photos-32" in done.stdout
+    assert log.stat().st_mtime_ns == before
+    assert (study / "dvc.lock").read_bytes() == lock
+
+
+def test_runs_that_mlflow_has_lost_come_back_with_nothing_to_do(study: Path) -> None:
+    (study / "mlflow.db").unlink()
+    done = command(study, "pipelines", "study")
+    assert done.stdout.startswith("nothing to do")
+    assert "4 runs added, 0 already there" in done.stdout
+
+
+def test_a_list_of_stages_that_was_edited_by_hand_is_no_reason_to_do_nothing(study: Path) -> None:
+    listed = study / "design.yaml"
+    whole = listed.read_text()
+    listed.write_text("".join(line for line in whole.splitlines(keepends=True) if "symmetric-1" not in line))
     done = command(study, "pipelines", "study")
     assert f"0 stages ran, {STAGES} were cached" in done.stdout
-    assert "0 runs added, 4 already there" in done.stdout
+    assert listed.read_text() == whole
+
+
+def test_the_first_seed_of_each_strategy_runs_first(first: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    begun = re.findall(r"^train@\w+-([01]) +\| started", first[1].stdout, re.MULTILINE)
+    assert begun == ["0", "0", "1", "1"]
+
+
+def test_a_partial_report_says_so_and_never_stays_as_an_output(study: Path) -> None:
+    report, lock = study / "reports" / "index.html", (study / "dvc.lock").read_bytes()
+    whole = report.read_bytes()
+    stages = {name: replace(stage, up_to_date=False) for name, stage in dag.read(study).items()}
+    said: list[str] = []
+    shown = [name for name in stages if name.startswith(("analyse@", "train@", "evaluate@"))]
+    seed_0 = [name for name in shown if not name.endswith("-1")]
+    with dag.Processes(study, environment(study)) as processes:
+        with PartialReport(processes, config.load(study / "params.yaml"), stages, report, said.append, patience=0) as partial:
+            for name in seed_0[:-1]:
+                partial.note(name)
+            assert partial._thread is None
+            partial.note(seed_0[-1])
+            assert partial._thread
+            partial._thread.join()
+        assert said == [f"first answer, from a part of the runs: {report.as_uri()}"]
+        text = report.read_text()
+        assert "Partial report: 2 of 4 runs, those of seed 0. The runs of seed 1 are still to come" in text
+        assert "<title>Partial: " in text
+    assert "compare" in command(study, "dvc", "status").stdout
+    done = command(study, "pipelines", "study")
+    assert f"{STAGES - 1} were cached" in done.stdout or f"{STAGES} were cached" in done.stdout
+    assert report.read_bytes() == whole
     assert (study / "dvc.lock").read_bytes() == lock
 
 
