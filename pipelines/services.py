@@ -56,7 +56,11 @@ def up(prefect_port: int, mlflow_port: int, tracking_uri: str, tell: Callable[[s
         environment = prefect_environment(f"{prefect.url}/api", prefect.password)
         deploying = None if "worker" in known or is_deployed() else start_deploying(environment)
         try:
-            prefect = _start_prefect(prefect)
+            started = _start_prefect(prefect)
+            if deploying and started.password != prefect.password:  # another `up` was quicker
+                deploying.kill()
+                deploying = None
+            prefect, environment = started, prefect_environment(f"{started.url}/api", started.password)
             _write_profile(environment)
             make_pool(prefect)
             if deploying is None and fetch(prefect, DEPLOYMENT) is None:  # the server has a new database

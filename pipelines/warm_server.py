@@ -39,6 +39,8 @@ DVC_MODULES = (
 SPARED_THREADS = ("jemalloc_bg_thd",)
 """Threads, by name, that may be alive when this process forks: jemalloc, which pyarrow brings, is made for that."""
 GPUS = ("/dev/nvidia", "/dev/kfd")
+BY_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
+"""Has torch look for GPUs without opening one, if a library asks while it is imported (PyTorch, CUDA semantics)."""
 MOST_BYTES = 65536
 """The longest request."""
 DESCRIPTORS = 3
@@ -78,10 +80,12 @@ class Server:
         self.modules = modules
         self.environment = dict(os.environ)
         self.code = code_state()
+        self.guards: set[int] = set()
 
     def serve(self) -> None:
         """Serve each request once the module that it needs has been imported. Raises `NotWarmError`."""
-        signal.signal(signal.SIGCHLD, lambda *_: _reap())
+        signal.signal(signal.SIGCHLD, lambda *_: self._reap())
+        os.environ[BY_NVML] = "1"
         import_module("dvc.cli").parse_args(["repro"])  # imports its commands
         for name in DVC_MODULES:
             import_module(name)
@@ -101,7 +105,7 @@ class Server:
 
     def _fork_guard(self, request: dict[str, Any], held: list[int]) -> None:
         self._check()
-        Forked(lambda: self._guard(request, *held))
+        self.guards.add(Forked(lambda: self._guard(request, *held)).pid)
         for descriptor in held:
             os.close(descriptor)
 
@@ -115,6 +119,10 @@ class Server:
             raise NotWarmError(f"a library has started threads: {', '.join(threads)}")
         if _has_used_a_gpu():
             raise NotWarmError("a library has opened a GPU")
+
+    def _reap(self) -> None:
+        """Take leave of guards that have ended, so that the time that they and theirs used is counted."""
+        self.guards.difference_update([pid for pid in tuple(self.guards) if _has_ended(pid)])
 
     def _guard(self, request: dict[str, Any], hold: int, output: int, status: int) -> NoReturn:
         """What `guard.py` does. It tells `status` that it has begun, and its exit code: the server may have ended by then."""
@@ -139,6 +147,7 @@ class Server:
         os.dup2(nothing, 0)
         os.close(nothing)
         imported = {name: value for name, value in os.environ.items() if self.environment.get(name) != value}
+        imported.pop(BY_NVML, None)
         os.environ.clear()
         os.environ.update({**self.environment, **environment})
         read, write = os.pipe()
@@ -223,11 +232,12 @@ def name_process(command: list[str]) -> None:
     ctypes.memmove(start, text.ljust(stop - start, b"\0"), stop - start)
 
 
-def _reap() -> None:
-    """Take leave of forks that have ended, so that the time they used is counted."""
-    with suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+def _has_ended(pid: int) -> bool:
+    """Whether a child has ended; it is taken leave of."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] != 0
+    except ChildProcessError:
+        return True
 
 
 def _fork_that_ends() -> int:
