@@ -3,7 +3,7 @@
 .PHONY: help install plan study mlflow report up down test chaos browser lint docs format bench
 
 # What a person gives is passed on as text, by the environment: neither make nor a shell acts on anything in it.
-GIVEN := SET PROFILE TARGETS WORKERS TESTS BENCH MINUTES SEED CHROMIUM PREFECT_PORT MLFLOW_PORT
+GIVEN := SET PROFILE TARGETS WORKERS TESTS BENCH MINUTES SEED CHROMIUM PREFECT_PORT MLFLOW_PORT ENGINE RAY_ADDRESS
 $(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
 export $(GIVEN)
 VENV := .venv
@@ -29,8 +29,8 @@ $(INSTALLED): requirements.lock pyproject.toml
 plan: $(INSTALLED) ## Say what the study would run and about how long it takes [SET=...] [PROFILE=gpu] [WORKERS=2]
 	@DIT_SET="$$SET" DIT_PROFILE="$$PROFILE" DIT_WORKERS="$$WORKERS" $(RUN) pipelines plan
 
-study: $(INSTALLED) ## Run what is not up to date [SET="train.steps=300 study.seeds=[0]"] [PROFILE=gpu] [TARGETS=train] [WORKERS=2]
-	@DIT_SET="$$SET" DIT_PROFILE="$$PROFILE" DIT_WORKERS="$$WORKERS" DIT_TARGETS="$$TARGETS" $(RUN) pipelines study
+study: $(INSTALLED) ## Run what is not up to date [SET="train.steps=300 study.seeds=[0]"] [PROFILE=gpu] [TARGETS=train] [WORKERS=2] [ENGINE=ray] [RAY_ADDRESS=...]
+	@DIT_SET="$$SET" DIT_PROFILE="$$PROFILE" DIT_WORKERS="$$WORKERS" DIT_TARGETS="$$TARGETS" DIT_ENGINE="$$ENGINE" $(RUN) pipelines study
 
 mlflow: $(INSTALLED) ## Bring runs that MLflow does not have into it [MLFLOW_TRACKING_URI=...]
 	@$(RUN) pipelines mlflow

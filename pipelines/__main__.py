@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,14 @@ from dit.terminal import plain
 from pipelines import disk, mlflow_store, plan, services, up_to_date
 from pipelines.overrides import assignments, whole_number
 from pipelines.redaction import redacted, shown
+
+
+class Engine(StrEnum):
+    """What runs the stages of a study."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -33,6 +42,10 @@ PROFILE = typer.Option(
 WORKERS = typer.Option(
     metavar="NUMBER", envvar="DIT_WORKERS", help="Stages at the same time; default: what the machine has room for."
 )
+ENGINE = typer.Option(
+    envvar="DIT_ENGINE",
+    help="Where stages run: local, or ray: the cluster at RAY_ADDRESS, by default one of this machine (docs/cluster.md).",
+)
 
 
 app.command("plan")(plan.command)
@@ -44,6 +57,7 @@ def study(
     targets: Annotated[list[str] | None, TARGETS] = None,
     workers: Annotated[str | None, WORKERS] = None,
     profile: Annotated[str | None, PROFILE] = None,
+    engine: Annotated[Engine, ENGINE] = Engine.LOCAL,
 ) -> None:
     """Run the study: whatever is not up to date, side by side, as a Prefect flow, and fill MLflow."""
     overrides, at_once = assignments(set_ or []), whole_number("WORKERS", workers)
@@ -54,16 +68,17 @@ def study(
     server = services.prefect_server(os.environ)
     os.environ.update(server.environment)
     from pipelines import experiments, flows, targets as stages
+    from pipelines.stage_task import LOGGER
 
     given = experiments.profile(Path.cwd(), profile) if profile else {}
-    params = experiments.parameters(Path.cwd(), {**given, **overrides})
+    params = experiments.parameters(Path.cwd(), {**given, **overrides}, here=engine is Engine.LOCAL)
     if targets:
         stages.check(targets, stages.names(Path.cwd(), params))
     server.wait()
     server.end_with_it()
-    _log_for_people(flows.LOGGER, server)
+    _log_for_people(LOGGER, server)
     try:
-        state = flows.study(overrides or None, at_once, targets or None, profile, return_state=True)
+        state = flows.study(overrides or None, at_once, targets or None, profile, engine=engine.value, return_state=True)
     except KeyboardInterrupt:
         print("interrupted; the next run goes on from here", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGINT) from None

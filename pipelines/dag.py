@@ -76,6 +76,10 @@ class StageError(Exception):
         self.stage = stage
         self.exit_code = exit_code
         self.transient = transient
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it may come from another machine
+        return type(self), (self.stage, self.exit_code, self.transient, self.reason)
 
 
 class StoppedError(Exception):

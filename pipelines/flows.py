@@ -8,23 +8,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from graphlib import TopologicalSorter
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from prefect import flow, get_run_logger, runtime, task
+from prefect import flow, runtime, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State, TaskRun
+from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
-from prefect.logging.loggers import PrefectLogAdapter
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
-from prefect.tasks import Task
 from pydantic import Field, WithJsonSchema
 
 from dit import config
@@ -47,66 +45,25 @@ from pipelines import (
 )
 from pipelines.device_pool import DevicePool, device_pool, environment
 from pipelines.mlflow_store import UnreachableError, tracking_uri
-from pipelines.plan import note_duration
+from pipelines.redaction import shown
 from pipelines.report.words import samples
+from pipelines.stage_task import run_log, run_stage
 from pipelines.study_lock import exclusively
 
-LOGGER = "study"
-"""The child of Prefect's run loggers that holds what a person wants to read, less what Prefect says about itself."""
+if TYPE_CHECKING:
+    from pipelines.cluster.engine import Cluster, Places
+
 REFUSED = "Refused"
 """How the name of the state of a study begins that was not started."""
-RETRIES = 2
-RETRY_DELAY_SECONDS = 5
 SIGN_IN_FIRST = "the browser opens it once it is signed in to MLflow, by the link that `make up` prints"
 MOST_SHOWN = 100
 """Stages of a study of which each is a task even where it has nothing to do: a task costs Prefect some 20 ms."""
 
 
-def _is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    return isinstance(state.data, dag.StageError) and state.data.transient
-
-
-@task(
-    task_run_name="{stage}",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAY_SECONDS,
-    retry_condition_fn=_is_transient,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
-def run_stage(
-    stage: str, up_to_date: bool, processes: dag.Processes, environment: Mapping[str, str], command: str
-) -> State[Any]:
-    """One DVC stage. It ends as Cached where DVC had nothing to compute, and as Failed where its command failed."""
-    if up_to_date:
-        return Completed(name="Cached", message="up to date")
-    log = _log()
-
-    def say(text: str) -> None:
-        log.info("%s: %s", stage, text)  # in Prefect's pages, lines of several stages stand below each other
-
-    say("started")
-    begin = time.monotonic()
-    try:
-        outcome = processes.run(stage, say, environment, command)
-        recovery.keep_lock(processes.root)
-    except (dag.StageError, dag.StoppedError) as error:
-        again = isinstance(error, dag.StageError) and error.transient and runtime.task_run.run_count <= RETRIES
-        log.error("%s%s", error, f"; it runs again in {RETRY_DELAY_SECONDS} s" if again else "")
-        return Failed(message=str(error), data=error)
-    if outcome is dag.Outcome.CACHED:
-        say("cached")
-        return Completed(name="Cached", message="restored from DVC's cache")
-    seconds = time.monotonic() - begin
-    note_duration(stage, seconds)
-    say(f"done in {seconds:.1f} s")
-    return Completed(message=f"{seconds:.1f} s")
-
-
 @task(name="mlflow", task_run_name="mlflow", cache_policy=NO_CACHE, persist_result=False)
 def fill_mlflow(workspace: Path, tags: Mapping[str, str]) -> State[Any]:
     """Bring the finished runs into MLflow. A tracking server that is away is reported, and loses nothing."""
-    log = _log()
+    log = run_log()
     try:
         synced = tracking.sync(workspace, tags)
     except UserError as error:
@@ -132,6 +89,7 @@ def study(
     targets: list[str] | None = None,
     profile: Annotated[str, WithJsonSchema(form.profiles())] | None = None,
     strategies: Annotated[list[str], WithJsonSchema(form.strategies())] | None = None,
+    engine: Literal["local", "ray"] = "local",
 ) -> State[Any]:
     """Images, autoencoder, latents, a DiT per initialisation strategy and seed, their evaluation, and the comparison.
 
@@ -144,17 +102,19 @@ def study(
         targets: Only these stages and what they need, such as ["train@adaln_zero-0"] or ["evaluate"]; by default all.
         profile: A file of overrides, such as "gpu" for profiles/gpu.yaml; `overrides` come on top.
         strategies: Only these strategies, beside the baseline.
+        engine: Where stages run: on this machine, or on the Ray cluster that RAY_ADDRESS names, by default one of this machine.
     """
     root = Path.cwd()
     try:
         if strategies:
             overrides = {**experiments.only(root, strategies), **(overrides or {})}
         overrides = {**(experiments.profile(root, profile) if profile else {}), **(overrides or {})}
-        params = experiments.parameters(root, overrides)
+        params = experiments.parameters(root, overrides, here=engine == "local")
         with _workspace(root, overrides) as (workspace, experiment):
             design.write(workspace, config.load(workspace / "params.yaml"))
             trial = naming.trial(overrides)
-            return _run(workspace, params, targets, device_pool(params, workers), experiment, trial)
+            places = partial(_places, engine, params, workers)
+            return _run(workspace, params, targets, places, experiment, trial, engine == "local")
     except UserError as error:
         return _failed(str(error))
 
@@ -164,7 +124,7 @@ def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[P
     """Where the stages run, and the name of the DVC experiment, if it is one."""
     if not overrides:
         with exclusively(root):
-            recovery.workspace(root, _log().warning)
+            recovery.workspace(root, run_log().warning)
             yield root, None
         return
     name = naming.experiment(runtime.flow_run.name, runtime.flow_run.id)
@@ -177,32 +137,63 @@ def _failed(message: str) -> State[Any]:
     return Failed(name=naming.short(f"Failed: {message}"), message=message)
 
 
+@contextmanager
+def _places(
+    engine: str, params: Params, workers: int | None, workspace: Path, stages: Mapping[str, dag.Stage]
+) -> Iterator[tuple[DevicePool | Places, Callable[[str], bool], Cluster | None]]:
+    """What decides how many stages run at once, what says that one has nothing to run, and the cluster, if there is one."""
+    scratch = os.environ.get("DIT_SCRATCH", "")
+    if engine == "local":
+        if "://" in scratch:
+            raise UserError(f"DIT_SCRATCH = {shown(scratch)}: a URL is for studies on a cluster; expected a folder")
+        with dag.checking(workspace) as unchanged:
+            yield device_pool(params, workers), unchanged, None
+        return
+    try:
+        from pipelines.cluster.engine import connected
+    except ModuleNotFoundError as error:
+        raise UserError(f"engine ray needs {error.name}: pip install 'dit-init-lab[cluster]'") from None
+    with connected(workspace, params, stages, workers, run_log()) as cluster:
+        yield cluster.places, cluster.unchanged, cluster
+
+
 def _run(
-    workspace: Path, params: Params, targets: list[str] | None, pool: DevicePool, experiment: str | None, trial: str
+    workspace: Path,
+    params: Params,
+    targets: list[str] | None,
+    places: Callable[[Path, Mapping[str, dag.Stage]], AbstractContextManager[Any]],
+    experiment: str | None,
+    trial: str,
+    here: bool,
 ) -> State[Any]:
-    """Run the stages that `targets` need, then show what came out: in MLflow, as artifacts, and as a DVC experiment."""
+    """Run the stages that `targets` need, then show what came out: in MLflow, as artifacts, and as a DVC experiment.
+
+    Stages that run `here` are refused beforehand where this machine cannot run them.
+    """
     every = dag.read(workspace)
     stages = dag.select(every, targets)
-    if refused := preflight.refusal(workspace, stages, _log().warning):
+    if here and (refused := preflight.refusal(workspace, stages, run_log().warning)):
         return Failed(name=naming.short(f"{REFUSED}: {refused}"), message=refused)
     fresh = sum(stage.up_to_date for stage in stages.values())
-    _log().info("%d of %d stages are up to date; %d at a time", fresh, len(stages), pool.max_parallel)
-    scratch = Path(os.environ.get("DIT_SCRATCH", ".scratch")).resolve()
+    scratch = os.environ.get("DIT_SCRATCH", ".scratch")
+    scratch = str(Path(".scratch" if "://" in scratch else scratch).resolve())
     tags = {"dvc_experiment": experiment, "trial": trial} if experiment else {}
 
-    log = _log()  # the thread that tells has no run of Prefect's
+    log = run_log()  # the thread that tells has no run of Prefect's
 
     def tell(page: str) -> None:
         log.info("curves while they grow: %s", services.mlflow_page(tracking_uri(), page))
 
     with (
-        dag.Processes(workspace, {"DIT_SCRATCH": str(scratch)}) as processes,
-        dag.checking(workspace) as unchanged,
+        dag.Processes(workspace, {"DIT_SCRATCH": scratch}) as processes,
+        places(workspace, stages) as (pool, unchanged, cluster),
         live.Live(workspace, tags, tell),
-        answer_first.PartialReport(processes, params, stages, _report_file(workspace, experiment), log.info) as partial,
+        answer_first.PartialReport(processes, params, stages, _report_file(workspace, experiment), log.info) as first,
     ):
-        processes.warm_up((stage for stage in stages.values() if not stage.up_to_date), _log().warning)
-        states = run_all(stages, processes, pool, unchanged, partial)
+        log.info("%d of %d stages are up to date; %d at a time", fresh, len(stages), pool.max_parallel)
+        if here:
+            processes.warm_up((stage for stage in stages.values() if not stage.up_to_date), log.warning)
+        states = run_all(stages, processes, pool, unchanged, first, cluster)
     if experiment:
         experiments.forget_stale(workspace)
     dag.order_lock(workspace, every.values())
@@ -214,9 +205,9 @@ def _run(
     if experiment:
         experiments.save(Path.cwd(), workspace, experiment, stages)
         _keep_report(workspace, experiment)
-        _log().info("DVC experiment %s: see `dvc exp show`, `dvc exp apply %s`", experiment, experiment)
+        run_log().info("DVC experiment %s: see `dvc exp show`, `dvc exp apply %s`", experiment, experiment)
     if "compare" in stages:
-        _log().info("report: %s", report.as_uri())
+        run_log().info("report: %s", report.as_uri())
         page = services.report_page(experiment)
         create_markdown_artifact(comparison(workspace, report, page, mlflow.message or ""), key="comparison")
         if page:
@@ -228,15 +219,16 @@ def _run(
 def run_all(
     stages: Mapping[str, dag.Stage],
     processes: dag.Processes,
-    pool: DevicePool,
+    pool: DevicePool | Places,
     unchanged: Callable[[str], bool],
-    partial: answer_first.PartialReport,
+    partial_report: answer_first.PartialReport,
+    cluster: Cluster | None = None,
 ) -> dict[str, State[Any]]:
     """Run every stage as a task once those above it are done and a device is free; the state in which each ended.
 
     A stage that is `unchanged` when those above it are done needs no device and no process. Stages acquire devices in order,
-    those of the first seed first, of which `partial` makes a report. One below a stage that failed ends as NotReady; the others
-    go on.
+    those of the first seed first, of which `partial_report` makes a report. One below a stage that failed ends as NotReady; the
+    others go on. A `cluster` runs the stages that it takes.
     """
     graph = TopologicalSorter({name: stage.upstream for name, stage in stages.items()})
     graph.prepare()
@@ -244,12 +236,18 @@ def run_all(
     states: dict[str, State[Any]] = {}
     taken: dict[str, list[str]] = {}
     waiting: list[str] = []
-    order = {name: (partial.ranks.get(name, 0), index) for index, name in enumerate(stages)}
+    order = {name: (partial_report.ranks.get(name, 0), index) for index, name in enumerate(stages)}
     finished: SimpleQueue[str] = SimpleQueue()
 
     def submit(name: str, up_to_date: bool) -> None:
         above = [futures[upstream] for upstream in stages[name].upstream if upstream in futures]
         named = run_stage.with_options(name=name.partition("@")[0])
+        if cluster and not up_to_date and cluster.takes(name):
+            futures[name] = cluster.submit(named, name, [states[upstream] for upstream in stages[name].upstream])
+            futures[name].add_done_callback(lambda _future: finished.put(name))
+            return
+        if cluster and not up_to_date:
+            cluster.begins_here()
         where = environment(taken.get(name, []))
         futures[name] = named.submit(name, up_to_date, processes, where, stages[name].command, wait_for=above)  # type: ignore[call-overload]
         futures[name].add_done_callback(lambda _future: finished.put(name))
@@ -258,14 +256,14 @@ def run_all(
         for name in graph.get_ready():
             stage = stages[name]
             if name == answer_first.COMPARE:
-                partial.stop()
+                partial_report.stop()
             runs = all(states[upstream].is_completed() for upstream in stage.upstream)
             if runs and not stage.up_to_date and not unchanged(name):
                 waiting.append(name)
             elif runs and len(stages) > MOST_SHOWN:
                 states[name] = Completed(name="Cached", message="up to date")
                 graph.done(name)
-                partial.note(name)
+                partial_report.note(name)
             else:
                 submit(name, up_to_date=True)
         for name in sorted(waiting, key=order.__getitem__):
@@ -279,11 +277,13 @@ def run_all(
             continue
         name = finished.get()
         states[name] = _final_state(futures[name])
-        graph.done(name)
-        if states[name].is_completed():
-            partial.note(name)
         if name in taken:
             pool.release(taken.pop(name))
+            if cluster:
+                states[name] = cluster.ended(name, states[name])
+        if states[name].is_completed():
+            partial_report.note(name)
+        graph.done(name)
     return {name: states[name] for name in stages}
 
 
@@ -352,10 +352,3 @@ def _keep_report(workspace: Path, experiment: str) -> None:
     if made.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(made, kept)
-
-
-def _log() -> PrefectLogAdapter:
-    """The run's logger, for people."""
-    log = get_run_logger()
-    assert isinstance(log, PrefectLogAdapter)
-    return log.getChild(LOGGER)

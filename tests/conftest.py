@@ -23,7 +23,15 @@ ROOT = Path(__file__).parents[1]
 
 collect_ignore = [] if torch.cuda.is_available() else ["test_fused_cuda.py"]
 
-LONG = ("test_flows.py", "test_reruns.py", "test_gate.py", "test_external.py", "test_distributed.py", "test_dag.py")
+LONG = (
+    "test_cluster.py",
+    "test_flows.py",
+    "test_reruns.py",
+    "test_gate.py",
+    "test_external.py",
+    "test_distributed.py",
+    "test_dag.py",
+)
 """Files that run whole studies: they come first, so that no worker ends with one of them while another has nothing to do."""
 
 

@@ -378,7 +378,7 @@ def test_deployment_runs_through_the_worker_and_down_stops_exactly_the_services(
     assert deployment["global_concurrency_limit"]["limit"] == 1  # of two runs at once, the second waits
     assert deployment["concurrency_options"]["collision_strategy"] == "ENQUEUE"
     schema = deployment["parameter_openapi_schema"]["properties"]
-    assert {"overrides", "workers", "targets", "profile", "strategies"} == schema.keys()
+    assert {"overrides", "workers", "targets", "profile", "strategies", "engine"} == schema.keys()
     assert all(parameter["description"] for parameter in schema.values())
     with socket.create_server(("127.0.0.1", 0)) as bystander:
         assert "stopped prefect" in command(study, "pipelines", "down").stdout

@@ -1,0 +1,141 @@
+"""The scratch folder of one stage, kept where all nodes see it, so that a stage whose node is lost goes on elsewhere.
+
+A stage writes to a folder of its node. Beside it, this copies what has changed to a URL of fsspec, as blobs of which a manifest
+says which file each is: the manifest is replaced at once, so that at every moment it describes files that are there. Files that
+are one file under several names, as kept checkpoints are, are copied once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import fsspec
+
+from pipelines.cluster.transport import put
+
+SECONDS = 1.0
+"""How often changes are looked for."""
+MANIFEST = "manifest.json"
+Version = tuple[int, int, int]
+"""What tells one state of a file from another: its inode, its time and its size."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder on a file system of fsspec."""
+
+    filesystem: fsspec.AbstractFileSystem
+    path: str
+
+    @classmethod
+    def at(cls, url: str) -> Place:
+        """The folder that a URL such as s3://bucket/scratch names."""
+        return cls(*fsspec.core.url_to_fs(url))
+
+    def below(self, name: str) -> Place:
+        """A folder in it."""
+        return Place(self.filesystem, f"{self.path.rstrip('/')}/{name}")
+
+
+class Mirror:
+    """Keeps `folder` at `place` while the block runs, beginning with what is there already."""
+
+    def __init__(self, folder: Path, place: Place, tell: Callable[[str], None]) -> None:
+        self.folder = folder
+        self.place = place
+        self._tell = tell
+        self._blobs: dict[Version, str] = {}
+        self._listed: dict[str, str] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> Mirror:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self._fetch()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._send()
+
+    def _fetch(self) -> None:
+        system, path = self.place.filesystem, self.place.path
+        if not system.exists(f"{path}/{MANIFEST}"):
+            return
+        listed: dict[str, str] = json.loads(system.cat_file(f"{path}/{MANIFEST}"))
+        first: dict[str, Path] = {}
+        for name, blob in listed.items():
+            target = self.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if blob in first:
+                os.link(first[blob], target)
+            elif system.exists(f"{path}/{blob}"):
+                system.get_file(f"{path}/{blob}", str(target))
+                first[blob] = target
+        self._blobs = {_version(target): blob for blob, target in first.items()}
+        self._listed = {name: blob for name, blob in listed.items() if blob in first}
+
+    def _follow(self) -> None:
+        while not self._ended.wait(SECONDS):
+            self._send()
+
+    def _send(self) -> None:
+        """Copy what has changed. A place that cannot be written costs only the work since the last copy, so it is told."""
+        try:
+            self._copy()
+        except Exception as error:  # of whatever library serves this place
+            self._tell(f"checkpoints cannot be kept at {self.place.path}: {' '.join(str(error).split())}")
+
+    def _copy(self) -> None:
+        system, path = self.place.filesystem, self.place.path
+        listed: dict[str, str] = {}
+        blobs: dict[Version, str] = {}
+        for file in sorted(self.folder.rglob("*")):
+            if file.name.endswith(".partial") or not file.is_file():
+                continue
+            try:
+                with file.open("rb") as source:
+                    version = _version(source.fileno())
+                    blob = blobs.get(version) or self._blobs.get(version)
+                    if blob is None:
+                        blob = uuid.uuid4().hex
+                        system.makedirs(path, exist_ok=True)
+                        with system.open(f"{path}/{blob}", "wb") as target:
+                            shutil.copyfileobj(source, target, 1 << 22)
+            except FileNotFoundError:  # removed meanwhile
+                continue
+            blobs[version] = blob
+            listed[file.relative_to(self.folder).as_posix()] = blob
+        if listed == self._listed:
+            return
+        if listed:
+            put(system, json.dumps(listed).encode(), f"{path}/{MANIFEST}")
+            for old in set(self._listed.values()) - set(listed.values()):
+                _remove(system, f"{path}/{old}")
+        elif system.exists(path):
+            system.rm(path, recursive=True)
+        self._blobs, self._listed = blobs, listed
+
+
+def _version(file: Path | int) -> Version:
+    known = os.stat(file)
+    return known.st_ino, known.st_mtime_ns, known.st_size
+
+
+def _remove(system: Any, path: str) -> None:
+    try:
+        system.rm_file(path)
+    except FileNotFoundError:
+        return

@@ -1,0 +1,345 @@
+"""The head's side of a study on a Ray cluster: it gives stages to Prefect's task runner for Ray, and takes in what they made.
+
+Some stages stay on the head: those that read what all others made, and those whose results DVC cannot find again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import threading
+import uuid
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+import ray
+from prefect.context import EngineContext
+from prefect.flows import Flow
+from prefect.futures import PrefectFuture
+from prefect.states import Failed, State
+from prefect.tasks import Task
+from prefect.utilities.callables import get_call_parameters
+from prefect_ray.context import remote_options
+from prefect_ray.task_runners import RayTaskRunner
+
+from dit import yamlfile
+from dit.config import Params
+from dit.errors import UserError
+from pipelines import dag
+from pipelines.cluster import resources, snapshot, voices
+from pipelines.cluster.node import DESIGN, STUDIES, Node, Study, installed
+from pipelines.cluster.results import Results, opened
+from pipelines.cluster.transport import Remote
+from pipelines.device_pool import NO_GPU
+from pipelines.known_services import private_folder, write_private
+from pipelines.plan import note_duration
+from pipelines.redaction import shown
+
+ADDRESS = "RAY_ADDRESS"
+"""Ray's own variable: the cluster to use, such as `auto`, 10.0.0.1:6379 or ray://10.0.0.1:10001; without it, this machine."""
+LOCAL = "local"
+"""Ray's word for a cluster of this process alone, whatever else runs on the machine."""
+Log = logging.Logger | logging.LoggerAdapter[Any]
+HERE = ("design", "best", "compare")
+"""Stages that take seconds, and read or write what all others do."""
+LOST = 3
+"""How many nodes a stage may lose before it fails."""
+AHEAD = 4
+"""Stages that are given to Ray at once, for each core: so many wait there for a free one."""
+LEAST_AHEAD = 64
+FOLDER = Path(".scratch/cluster")
+PACKAGES = ("pipelines", "dit")
+"""What a node imports to run a stage; the stage itself imports them from its clone."""
+WORKERS = {"DO_NOT_TRACK": "true", "RAY_kill_child_processes_on_worker_exit": "false"}
+"""Variables of workers. Ray would kill the guard of a stage, which then could not end the stage; left alone, it does."""
+WATCH_SECONDS = 5.0
+
+
+class Places:
+    """How many stages may be under way; Ray decides which node runs each. It has the methods of a pool of devices."""
+
+    def __init__(self, max_parallel: int) -> None:
+        self.max_parallel = max_parallel
+        self._running = 0
+
+    def acquire(self, _stage: str) -> list[str] | None:
+        """A place, which has no devices; None where the stage must wait."""
+        if self._running == self.max_parallel:
+            return None
+        self._running += 1
+        return [NO_GPU]
+
+    def release(self, _places: list[str]) -> None:
+        """Give back what `acquire` returned."""
+        self._running -= 1
+
+
+class Cluster:
+    """A Ray cluster that runs the stages of one study. Use `connected`."""
+
+    def __init__(
+        self,
+        runner: RayTaskRunner[Any],
+        study: Study,
+        results: Results,
+        stages: Mapping[str, dag.Stage],
+        needs: Mapping[str, resources.Need],
+        places: Places,
+        design: Mapping[str, Any],
+    ) -> None:
+        self.places = places
+        self._runner = runner
+        self._study = study
+        self._results = results
+        self._stages = stages
+        self._needs = needs
+        self._design = design
+        self._away: set[str] = set()
+
+    def takes(self, stage: str) -> bool:
+        """Whether a node runs this stage, and not the head."""
+        return stage.partition("@")[0] not in HERE and self._results.can_travel(stage)
+
+    def unchanged(self, stage: str) -> bool:
+        """Whether nothing has to run for a stage: it is up to date, or its outputs were found in the run cache and are here."""
+        return self.is_current(stage) or (self.takes(stage) and self._results.restore(stage))
+
+    def is_current(self, stage: str) -> bool:
+        """Whether DVC has nothing to do for a stage."""
+        return self._results.unchanged(stage)
+
+    def begins_here(self) -> None:
+        """A stage that the head runs itself is about to start."""
+        self._results.begins_here()
+
+    def submit(self, task: Task[..., Any], stage: str, above: Sequence[State[Any]]) -> PrefectFuture[Any]:
+        """Give a stage to Ray, as a run of `task`."""
+        need = self._needs[stage.partition("@")[0]]
+        upstream = self._stages[stage].upstream
+        node = Node(self._study, self._results.upstream(upstream), narrowed(self._design, {stage, *upstream}))
+        parameters = get_call_parameters(task.fn, (stage, False, node, {}), {})
+        options = {"num_cpus": need.cpus, "num_gpus": need.gpus, "max_retries": LOST}
+        self._away.add(stage)
+        with _without_flow(), remote_options(**options):
+            return self._runner.submit(task, parameters, wait_for=list(above))
+
+    def ended(self, stage: str, state: State[Any]) -> State[Any]:
+        """Take in what a stage made, and return the state in which it ended."""
+        if stage not in self._away:
+            self._results.ended_here(stage)
+            return state
+        self._away.discard(stage)
+        if state.is_crashed():
+            return Failed(message=f"stage '{stage}' failed: {_why(state)}")
+        if not state.is_completed():
+            return state
+        try:
+            found = self._results.restore(stage, sent=True)
+        except UserError as error:
+            return Failed(message=f"stage '{stage}' ran, but {error}")
+        if not found:
+            return Failed(
+                message=f"stage '{stage}' ran on a node, but with other inputs than the head has: DVC's run cache has no entry "
+                "for these; was a file changed while the study ran?"
+            )
+        return state
+
+
+def narrowed(design: Mapping[str, Any], stages: Collection[str]) -> str:
+    """What a `design.yaml` says of `stages`, and of nothing that it lists beside; empty for a project that has none.
+
+    It is JSON, which is YAML.
+    """
+    if not design:
+        return ""
+
+    def listed(kind: str, entries: Any) -> Any:
+        return {key: one for key, one in entries.items() if f"{kind}@{key}" in stages} if isinstance(entries, dict) else entries
+
+    return json.dumps({"design": {kind: listed(kind, entries) for kind, entries in design["design"].items()}})
+
+
+@contextmanager
+def _without_flow() -> Iterator[None]:
+    """The run of a flow without the code of the flow: Ray would send it with each stage, and nodes import all that it needs."""
+    run = EngineContext.get()
+    assert run
+    assert run.flow
+    with run.model_copy(update={"flow": Flow(_nothing, name=run.flow.name, persist_result=False)}):
+        yield
+
+
+def _nothing() -> None:
+    """The code of a flow that runs elsewhere."""
+
+
+def _why(state: State[Any]) -> str:
+    said = state.message or "Ray lost it"
+    if any(word in said for word in ("NodeDied", "node", "WorkerCrashed", "worker died")):
+        return f"the nodes that ran it were lost, {LOST + 1} times; the last time: {' '.join(said.split())[:300]}"
+    return " ".join(said.split())[:300]
+
+
+@contextmanager
+def connected(
+    workspace: Path, params: Params, stages: Mapping[str, dag.Stage], workers: int | None, log: Log
+) -> Iterator[Cluster]:
+    """The cluster at `RAY_ADDRESS`, or one of this machine's own, ready for the stages of the study in `workspace`.
+
+    What the study still runs there ends when the block is left. Raises `UserError`.
+    """
+    remote = Remote.of(workspace)
+    study = _study(workspace, remote)
+    name = f"listener-{uuid.uuid4().hex}"
+    with ExitStack() as stack:
+        results = stack.enter_context(opened(workspace, remote))
+        runner = stack.enter_context(_runner(name))
+        have = resources.nodes(ray.nodes())
+        _check_api(ray.nodes())
+        kinds = {stage.partition("@")[0] for stage in stages} - set(HERE)
+        needs = resources.needs(params, kinds, have, workers)
+        cores = int(sum(node.cpus for node in have))
+        places = Places(workers or max(AHEAD * cores, LEAST_AHEAD))
+        log.info("Ray: %d nodes with %s", len(have), resources.Need(cores, sum(node.gpus for node in have)))
+        stack.enter_context(_heard(name, log))
+        stack.enter_context(_watched(log))
+        design = yamlfile.read(workspace / DESIGN) if (workspace / DESIGN).exists() else {}
+        yield Cluster(runner, study, results, stages, needs, places, design)
+
+
+def _study(workspace: Path, remote: Remote | None) -> Study:
+    """What nodes must know; the snapshot of the code is where they find it when this returns."""
+    commit, bundle = snapshot.take(workspace)
+    if remote:
+        remote.put(bundle, STUDIES, f"{commit}.bundle")
+    else:
+        path = FOLDER / f"{commit}.bundle"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bundle)
+    scratch = os.environ.get("DIT_SCRATCH", "")
+    pinned = _pinned(workspace)
+    versions = {package: known for package, known in installed().items() if not pinned or package in pinned}
+    shared = None if remote else str(Path.cwd())
+    return Study(commit, remote, shared, scratch if "://" in scratch else None, versions)
+
+
+def _pinned(workspace: Path) -> set[str]:
+    """The packages that requirements.lock names."""
+    lock = workspace / "requirements.lock"
+    lines = lock.read_text().splitlines() if lock.exists() else []
+    return {line.partition("==")[0].strip().lower() for line in lines if "==" in line}
+
+
+@contextmanager
+def _runner(listener: str) -> Iterator[RayTaskRunner[Any]]:
+    """Prefect's task runner, connected. The dashboard is off where Ray is started here, and Ray asks for a password."""
+    address = os.environ.get(ADDRESS) or None
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": {
+            "py_modules": [str(_package(name)) for name in PACKAGES],
+            "env_vars": {voices.LISTENER: listener, **WORKERS},
+            "worker_process_setup_hook": "pipelines.cluster.voices.begin",
+        },
+    }
+    if address is None:
+        os.environ.pop(ADDRESS, None)
+        token = private_folder(FOLDER) / "token"
+        if not token.exists():
+            write_private(token, secrets.token_hex(32))
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token.resolve())  # a Ray that is started here asks for it by itself
+        options |= {"include_dashboard": False, "num_cpus": _cores()}
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    runner: RayTaskRunner[Any] = RayTaskRunner(address or LOCAL, options)
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None  # Ray's own words on lost nodes, which no option turns off
+    try:
+        runner.__enter__()
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
+        where = f"{ADDRESS} = {address}" if address else "Ray on this machine"
+        raise UserError(f"{where}: no Ray cluster can be used: {' '.join(str(error).split())[:400]}") from None
+    try:
+        yield runner
+    finally:
+        runner.__exit__(None, None, None)
+
+
+def _package(name: str) -> Path:
+    return Path(__file__).resolve().parents[2] / name
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_api(nodes: Collection[Mapping[str, Any]]) -> None:
+    """Raises `UserError` where nodes are other machines and Prefect's API answers on this one alone."""
+    url = os.environ.get("PREFECT_API_URL", "")
+    own = {address.address for each in psutil.net_if_addrs().values() for address in each}
+    others = [node["NodeManagerAddress"] for node in nodes if node["Alive"] and node["NodeManagerAddress"] not in own]
+    if others and (urlsplit(url).hostname or "") in ("127.0.0.1", "localhost", "::1"):
+        raise UserError(
+            f"nodes such as {others[0]} cannot reach Prefect's API at {shown(url)}: start a server that they reach and name "
+            "it in PREFECT_API_URL, as docs/cluster.md says"
+        )
+
+
+@contextmanager
+def _heard(name: str, log: Log) -> Iterator[None]:
+    """What stages say on the nodes is said here too, and how long they took is noted."""
+    actor: Any = ray.remote(num_cpus=0)(voices.Listener)
+    actor = actor.options(name=name).remote()
+    ray.get(actor.take.remote(0.0))
+    ended = threading.Event()
+
+    def heard(line: voices.Line) -> None:
+        if line.seconds is not None:
+            note_duration(line.stage, line.seconds)
+        else:
+            log.log(line.level, "%s", line.text, extra={"task_run_name": line.stage})
+
+    thread = threading.Thread(target=voices.follow, args=(actor, heard, ended), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
+def _watched(log: Log) -> Iterator[None]:
+    """Nodes that are lost or join are told."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        known = _alive()
+        while not ended.wait(WATCH_SECONDS):
+            now = _alive()
+            for node in known.keys() - now.keys():
+                log.warning("node %s was lost; what it ran goes on elsewhere", known[node])
+            for node in now.keys() - known.keys():
+                log.info("node %s joined", now[node])
+            if known and not now:
+                log.warning("no node is left: the study waits for one")
+            known = now
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _alive() -> dict[str, str]:
+    return {
+        node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in ray.nodes() if node["Alive"]
+    }

@@ -1,0 +1,223 @@
+"""A stage on a node of the cluster: a clone, what the stage reads, `dvc repro --single-item`, and its results back.
+
+Everything lies in one folder of the node, `DIT_WORK`: clones by commit, of which each is used by one stage at a time, and one
+DVC cache for all of them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from dvc.stage.cache import _get_cache_hash, _get_stage_hash
+from dvc.stage.serialize import to_single_stage_lockfile
+
+from dit.errors import UserError
+from pipelines import dag, disk
+from pipelines.cluster import snapshot, voices
+from pipelines.cluster.checkpoints import Mirror, Place
+from pipelines.cluster.transport import Remote, UnreachableError
+
+WORK = "DIT_WORK"
+"""The environment variable of a node that names its folder."""
+DEFAULT_WORK = Path("~/.cache/dit-init-lab")
+DESIGN = "design.yaml"
+STUDIES, SCRATCH = "studies", "scratch"
+THREADS = "OMP_NUM_THREADS"
+"""A variable that Ray gives its workers; a stage has the threads that its parameters say."""
+MOST_TOLD = 5
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a node must know of a study; it goes to each with the first stage."""
+
+    commit: str
+    remote: Remote | None
+    shared: str | None
+    """The head's folder, where there is no remote: nodes then see it, and use its DVC cache."""
+    scratch: str | None
+    """The URL below which checkpoints are kept; None for the remote's own place, or that of the shared folder."""
+    versions: Mapping[str, str]
+    """The packages of the head."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """Runs one stage on whatever node it comes to. It has the methods by which a stage runs on the head."""
+
+    study: Study
+    upstream: str
+    """A `dvc.lock` with the entries of the stages whose outputs this one reads."""
+    design: str = ""
+    """A `design.yaml` with these stages and this one alone, where the study has one: DVC reads all that it lists each time."""
+
+    def run(
+        self, stage: str, log: Callable[[str], None], environment: Mapping[str, str] | None = None, command: str = ""
+    ) -> dag.Outcome:
+        """Bring the stage up to date, from its inputs on the remote to its outputs there. Raises `dag.StageError`."""
+        try:
+            os.environ.pop(THREADS, None)
+            check_versions(self.study.versions)
+            with self._clone() as root:
+                (root / "dvc.lock").unlink(missing_ok=True)
+                if self.design:
+                    (root / DESIGN).write_text(self.design)
+                if self.upstream:
+                    (root / "dvc.lock").write_text(self.upstream)
+                pull(root, stage, self.study.remote)
+                with self._scratch(stage, root, log) as scratch:
+                    variables = {**(environment or {}), "DIT_SCRATCH": str(scratch)}
+                    with dag.Processes(root, variables) as processes:
+                        outcome = processes.run(stage, log)
+                push(root, stage, self.study.remote)
+                return outcome
+        except dag.StageError as error:
+            raise dag.StageError(stage, error.exit_code, error.transient, f"{error.reason}, on node {here()}") from None
+        except UnreachableError as error:
+            raise dag.StageError(stage, None, True, f"node {here()}: {error}") from None
+        except (UserError, DvcException, OSError) as error:
+            full = disk.full_path(error)
+            code, said = (disk.EXIT_CODE, disk.FullDiskError(full)) if full else (None, error)
+            raise dag.StageError(stage, code, False, f"node {here()}: {said}") from None
+
+    def ran(self, stage: str, seconds: float) -> None:
+        """The stage has taken so long: the head notes it."""
+        voices.took(stage, seconds)
+
+    @contextmanager
+    def _clone(self) -> Iterator[Path]:
+        """A clone of the study that no other stage uses meanwhile; made where all there are, if any, are used."""
+        work = Path(os.environ.get(WORK) or DEFAULT_WORK).expanduser().absolute()
+        folder = work / STUDIES / self.study.commit
+        folder.mkdir(parents=True, exist_ok=True)
+        number = 0
+        while True:
+            with (folder / f"{number}.lock").open("w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    number += 1
+                    continue
+                root = folder / str(number)
+                if not (root / ".git").exists() or not snapshot.is_clean(root, self.study.commit):
+                    shutil.rmtree(root, ignore_errors=True)
+                    self._make(root, work)
+                yield root
+                return
+
+    def _make(self, root: Path, work: Path) -> None:
+        bundle = root.with_suffix(".bundle")
+        bundle.write_bytes(self._bundle())
+        try:
+            snapshot.check_out(bundle, self.study.commit, root)
+        finally:
+            bundle.unlink()
+        (root / ".dvc" / "config.local").unlink(missing_ok=True)
+        if self.study.remote:
+            self.study.remote.write(root)
+        shared = Path(self.study.shared) if self.study.shared else None
+        with Repo(str(root)) as repo, repo.config.edit("local") as config:
+            config["cache"]["dir"] = str(shared_cache(shared) if shared else work / "cache")
+            config["cache"]["type"] = ["reflink", "hardlink", "copy"]
+            config["core"]["site_cache_dir"] = str(root / ".dvc" / "tmp" / "site")
+
+    def _bundle(self) -> bytes:
+        name = f"{self.study.commit}.bundle"
+        if self.study.remote:
+            return self.study.remote.get(STUDIES, name)
+        assert self.study.shared
+        path = Path(self.study.shared, ".scratch", "cluster", name)
+        if not path.exists():
+            raise UserError(
+                f"{path} not found here: the study has no DVC remote, so this node must see its folder; "
+                "mount it here, or give the study a remote by `dvc remote add --default NAME URL`"
+            )
+        return path.read_bytes()
+
+    @contextmanager
+    def _scratch(self, stage: str, root: Path, log: Callable[[str], None]) -> Iterator[Path]:
+        """The folder for the stage's checkpoints, which are kept where every node sees them."""
+        study = self.study
+        if study.scratch is None and study.remote is None:
+            yield Path(str(study.shared), ".scratch")
+            return
+        if study.scratch is not None:
+            kept = Place.at(study.scratch)
+        else:
+            assert study.remote
+            kept = Place(study.remote.filesystem, study.remote.path(SCRATCH))
+        with Mirror(root.with_name(f"{root.name}.scratch"), kept.below(stage), log) as mirror:
+            yield mirror.folder
+
+
+def pull(root: Path, stage: str, remote: Remote | None) -> None:
+    """Bring what `stage` reads of other stages into the clone at `root`."""
+    with Repo(str(root), _wait_for_lock=True) as repo:
+        wanted = next(each for each in repo.index.stages if getattr(each, "name", None) == stage)
+        made = [out.fs_path for out in repo.index.outs]
+        targets = [dep.fs_path for dep in wanted.deps if any(repo.fs.isin_or_eq(dep.fs_path, out) for out in made)]
+        if not targets:
+            return
+        with remote.reached(f"pulling what stage '{stage}' reads") if remote else nullcontext():
+            if remote:
+                repo.fetch(targets, remote=remote.name)
+            repo.checkout(targets, force=True)
+
+
+def push(root: Path, stage: str, remote: Remote | None) -> None:
+    """Bring the outputs of `stage` to the remote, and then the entry of DVC's run cache by which the head finds them."""
+    if remote is None:
+        return
+    with Repo(str(root), _wait_for_lock=True) as repo, remote.reached(f"pushing the outputs of stage '{stage}'"):
+        done = next(each for each in repo.index.stages if getattr(each, "name", None) == stage)
+        for objects in done.get_used_objs().values():
+            failed = repo.cloud.push(objects, odb=remote.odb(repo.site_cache_dir)).failed
+            if failed:
+                raise UnreachableError(f"the DVC remote '{remote.name}' did not take {len(failed)} files of stage '{stage}'")
+        key, entry = _get_stage_hash(done), to_single_stage_lockfile(done)
+        value = _get_cache_hash(entry)
+        remote.put_run_cache(key, value, Path(repo.stage_cache._get_cache_path(key, value)))
+
+
+def shared_cache(root: Path) -> Path:
+    """The folder of DVC's cache of the project in `root`."""
+    with Repo(str(root)) as repo:
+        return Path(repo.cache.local_cache_dir)
+
+
+def installed() -> dict[str, str]:
+    """All packages that are installed here, with their versions; a build for some hardware counts as any other."""
+    return {package.name.lower(): package.version.partition("+")[0] for package in distributions()}
+
+
+def check_versions(wanted: Mapping[str, str]) -> None:
+    """Raises `UserError` where a package of the head has another version here, or where what runs stages is missing."""
+    known = installed()
+    wrong = [
+        f"{name} {known[name]} instead of {wanted[name]}"
+        for name in sorted(wanted)
+        if known.get(name, wanted[name]) != wanted[name]
+    ]
+    wrong += [f"no {name}" for name in ("torch", "dvc") if name not in known]
+    if wrong:
+        more = f", and {len(wrong) - MOST_TOLD} more" if len(wrong) > MOST_TOLD else ""
+        raise UserError(
+            f"other packages than on the head: {', '.join(wrong[:MOST_TOLD])}{more}; install the study's requirements.lock"
+        )
+
+
+def here() -> str:
+    """What this node is called."""
+    import ray
+
+    return f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"

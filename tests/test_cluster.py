@@ -1,0 +1,341 @@
+"""Studies on a Ray cluster: two hosts on one machine, which share nothing but the DVC remote, against one machine alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import psutil
+import pytest
+from studies import MICRO, ROOT, command, environment, free_port, git, micro_project
+
+from dit import yamlfile
+from dit.config import Params
+from dit.errors import UserError
+from pipelines import dag
+from pipelines.experiments import override
+
+pytest.importorskip("prefect_ray", reason="the extra `cluster` is not installed")
+
+from raylets import Hosts, hosts
+
+from pipelines.cluster import node, resources, snapshot
+from pipelines.cluster.checkpoints import Mirror, Place
+from pipelines.cluster.engine import narrowed
+from pipelines.cluster.lockfile import LockFile
+
+TRAINED = ("train@adaln_zero-0", "train@symmetric-0")
+SHELL_STAGES = """
+stages:
+  fine:
+    cmd: echo ran >> $COUNTED/fine; echo well > fine
+    deps: [params.yaml]
+    outs: [fine]
+  flaky:
+    cmd: test -e $COUNTED/tried || { touch $COUNTED/tried; exit 75; }; cp fine flaky
+    deps: [fine]
+    outs: [flaky]
+  wrong:
+    cmd: "echo attempt >> $COUNTED/attempts; echo 'error: params.yaml: it is wrong' >&2; exit 2"
+    deps: [params.yaml]
+    outs: [wrong]
+  below:
+    cmd: cp wrong below
+    deps: [wrong]
+    outs: [below]
+  long:
+    cmd: echo $$ > $COUNTED/pid; while ! test -e $COUNTED/go; do sleep 0.1; done; cp fine long
+    deps: [fine]
+    outs: [long]
+"""
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which stages leave marks for the tests; no stage reads it to make its output."""
+    return tmp_path_factory.mktemp("counted")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, counted: Path) -> Iterator[Hosts]:
+    """Hosts `a` and `b`, of one core each."""
+    os.environ["COUNTED"] = str(counted)
+    with hosts(tmp_path_factory.mktemp("cluster") / "hosts", {"a": 1, "b": 1}) as running:
+        yield running
+    del os.environ["COUNTED"]
+
+
+@pytest.fixture
+def shell(tmp_path: Path, counted: Path) -> Path:
+    """A project whose stages are shell commands, with a remote; marks of other tests are gone."""
+    for mark in counted.iterdir():
+        mark.unlink()
+    root = tmp_path / "project"
+    root.mkdir()
+    (root / "params.yaml").write_text(override((ROOT / "params.yaml").read_text(), MICRO))
+    (root / "dvc.yaml").write_text(SHELL_STAGES)
+    (root / ".gitignore").write_text("/.scratch\n/mlflow.db*\n/mlartifacts\n")
+    git(root, "init", "--quiet")
+    assert command(root, "dvc", "init", "--quiet").returncode == 0
+    with_remote(root, tmp_path / "remote")
+    return root
+
+
+def with_remote(root: Path, remote: Path) -> None:
+    remote.mkdir()
+    assert command(root, "dvc", "remote", "add", "--local", "--default", "here", str(remote)).returncode == 0
+
+
+def study(root: Path, cluster: Hosts, *targets: str) -> subprocess.CompletedProcess[str]:
+    return command(root, "pipelines", "study", "--engine", "ray", *targets, **cluster.variables)
+
+
+def started(root: Path, cluster: Hosts, *targets: str) -> subprocess.Popen[str]:
+    """A study that runs meanwhile; what it prints goes to `study.log` beside its folder."""
+    with (root.parent / "study.log").open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipelines", "study", "--engine", "ray", *targets],
+            cwd=root,
+            env=environment(root) | cluster.variables,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def wait_until(condition: Callable[[], object], running: subprocess.Popen[str]) -> None:
+    while not condition():
+        assert running.poll() is None
+        time.sleep(0.02)
+
+
+def has_ended(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_stages_that_fail_on_nodes_are_told_and_tried_again_as_on_one_machine(
+    shell: Path, cluster: Hosts, counted: Path
+) -> None:
+    done = study(shell, cluster, "flaky", "below")
+    assert done.returncode == 1, done.stdout
+    lines = done.stdout.splitlines()
+    assert sum("it runs again in 5 s" in line for line in lines) == 1, done.stdout
+    assert any(line.startswith("flaky ") and "done in" in line for line in lines)
+    assert (shell / "flaky").read_text() == "well\n"
+    failure = next(line for line in lines if line.startswith("error: "))
+    assert failure.startswith("error: stage 'wrong' failed with exit code 2: params.yaml: it is wrong, on node ")
+    assert lines[lines.index(failure) + 1] == "not run because of that: below"
+    assert (counted / "attempts").read_text() == "attempt\n"
+    assert "Traceback" not in done.stdout
+    assert (counted / "fine").read_text() == "ran\n"
+    alone = shutil.copytree(shell, shell.with_name("alone"))
+    (alone / "dvc.lock").unlink()
+    assert command(alone, "dvc", "repro", "flaky").returncode == 0
+    assert (counted / "fine").read_text() == "ran\n"  # DVC alone finds the results in its run cache
+    assert (alone / "dvc.lock").read_bytes() == (shell / "dvc.lock").read_bytes()
+
+
+def test_interrupting_a_study_ends_what_it_runs_on_the_nodes(shell: Path, cluster: Hosts, counted: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    running = started(shell, cluster, "long")
+    wait_until(lambda: (counted / "pid").exists() and (counted / "pid").read_text(), running)
+    pid = int((counted / "pid").read_text())
+    running.send_signal(signal.SIGINT)
+    assert running.wait(60) == 128 + signal.SIGINT
+    assert "interrupted; the next run goes on from here" in (shell.parent / "study.log").read_text()
+    wait_for_end(pid)
+
+
+def test_a_study_whose_head_was_killed_goes_on_with_what_was_done(shell: Path, cluster: Hosts, counted: Path) -> None:
+    running = started(shell, cluster, "long")
+    wait_until(lambda: (counted / "pid").exists() and (counted / "pid").read_text(), running)
+    pid = int((counted / "pid").read_text())
+    for process in [psutil.Process(running.pid), *psutil.Process(running.pid).children(recursive=True)]:
+        process.kill()
+    running.wait()
+    wait_for_end(pid)
+    (shell / "dvc.lock").unlink(missing_ok=True)  # as if it had not been written yet
+    shutil.rmtree(shell / ".dvc" / "cache")
+    (counted / "go").touch()
+    done = study(shell, cluster, "long")
+    assert done.returncode == 0, done.stdout
+    assert (shell / "long").read_text() == "well\n"
+    assert (counted / "fine").read_text() == "ran\n"
+
+
+def wait_for_end(pid: int) -> None:
+    deadline = time.monotonic() + 60
+    while not has_ended(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_node_with_other_packages_is_refused_by_name(shell: Path, cluster: Hosts, tmp_path: Path) -> None:
+    known = node.installed()
+    node.check_versions(known)
+    with pytest.raises(UserError, match=r"other packages than on the head: torch .* instead of 0\.1; install"):
+        node.check_versions({**known, "torch": "0.1"})
+
+
+@pytest.mark.slow
+def test_a_study_through_s3_keeps_its_results_and_checkpoints_there(tmp_path: Path, cluster: Hosts) -> None:
+    """Against a server that speaks S3, moto's, with its keys in DVC's configuration of the head alone."""
+    pytest.importorskip("dvc_s3")
+    server = pytest.importorskip("moto.server")
+    served = server.ThreadedMotoServer("127.0.0.1", free_port())
+    served.start()
+    try:
+        url = "http://{}:{}".format(*served.get_host_and_port())
+        root = micro_project(tmp_path / "study")
+        settings = {"endpointurl": url, "access_key_id": "key", "secret_access_key": "secret", "region": "us-east-1"}
+        assert command(root, "dvc", "remote", "add", "--local", "--default", "s3", "s3://studies/one").returncode == 0
+        for name, value in settings.items():
+            assert command(root, "dvc", "remote", "modify", "--local", "s3", name, value).returncode == 0
+        bucket = fsspec.filesystem("s3", key="key", secret="secret", endpoint_url=url)
+        bucket.mkdir("studies")
+        done = study(root, cluster, "train@adaln_zero-0")
+        assert done.returncode == 0, done.stdout
+        assert bucket.ls("studies/one/scratch/train@adaln_zero-0")
+        again = tmp_path / "again"
+        git(tmp_path, "clone", "--quiet", str(root), str(again))
+        shutil.copy(root / ".dvc/config.local", again / ".dvc/config.local")
+        shutil.copy(root / "dvc.lock", again / "dvc.lock")
+        assert command(again, "dvc", "pull", "--quiet", "train@adaln_zero-0").returncode == 0
+        for file in (root / "runs/train/adaln_zero-0").iterdir():
+            assert (again / "runs/train/adaln_zero-0" / file.name).read_bytes() == file.read_bytes()
+    finally:
+        served.stop()
+
+
+@pytest.mark.slow
+def test_two_hundred_short_stages_end_as_those_of_dvc_alone(tmp_path: Path, cluster: Hosts) -> None:
+    root = tmp_path / "project"
+    root.mkdir()
+    (root / "params.yaml").write_text(override((ROOT / "params.yaml").read_text(), MICRO))
+    names = ", ".join(f"s{index}" for index in range(200))
+    (root / "dvc.yaml").write_text(
+        f"stages:\n  work:\n    foreach: [{names}]\n    do:\n      cmd: echo ${{item}} > ${{item}}\n"
+        "      deps: [params.yaml]\n      outs: ['${item}']\n"
+    )
+    (root / ".gitignore").write_text("/.scratch\n/mlflow.db*\n/mlartifacts\n")
+    git(root, "init", "--quiet")
+    assert command(root, "dvc", "init", "--quiet").returncode == 0
+    alone = shutil.copytree(root, tmp_path / "alone")
+    with_remote(root, tmp_path / "remote")
+    done = study(root, cluster)
+    assert "200 stages ran, 0 were cached" in done.stdout
+    assert command(alone, "dvc", "repro", "--quiet").returncode == 0
+    assert (root / "dvc.lock").read_bytes() == (alone / "dvc.lock").read_bytes()
+
+
+def test_what_no_node_can_run_is_told_before_the_study_starts(params: Params) -> None:
+    wide = params.with_values({"train.processes": 8, "train.device": "cuda"})
+    with pytest.raises(UserError, match=r"stage 'train' needs 8 CPUs and 8 GPUs on one node; .* have 16 CPUs and 4 GPUs"):
+        resources.needs(wide, ["train"], [resources.Need(16, 4)] * 2, None)
+    assert resources.needs(params, ["train"], [resources.Need(16, 4)] * 2, 16)["train"] == resources.Need(0.5, 0.5)
+    assert resources.needs(params, ["train"], [resources.Need(1)], None)["train"] == resources.Need(1)
+
+
+def test_a_node_reads_of_the_design_only_what_its_stage_needs(tmp_path: Path) -> None:
+    root = micro_project(tmp_path / "project")
+    every = dag.read(root)
+    wanted = {"design", "latents@all", "train@symmetric-1"}
+    (root / "design.yaml").write_text(narrowed(yamlfile.read(root / "design.yaml"), wanted))
+    found = dag.read(root)
+    assert found.keys() == wanted | {"compare"}
+    assert found["train@symmetric-1"].outs == every["train@symmetric-1"].outs
+    assert found["train@symmetric-1"].upstream == every["train@symmetric-1"].upstream
+
+
+def test_a_lock_file_put_together_from_entries_has_the_bytes_that_dvc_writes(shell: Path) -> None:
+    os.environ["COUNTED"] = str(shell.parent)
+    assert command(shell, "dvc", "repro", "flaky", COUNTED=str(shell.parent), tried="").returncode in (0, 1, 255)
+    assert command(shell, "dvc", "repro", "flaky", COUNTED=str(shell.parent)).returncode == 0
+    whole = (shell / "dvc.lock").read_text()
+    entries = yamlfile.read(shell / "dvc.lock")["stages"]
+    made = LockFile(shell / "made.lock", ["fine", "flaky"])
+    for name in ("flaky", "fine"):
+        made.add(name, entries[name])
+    made.write()
+    assert (shell / "made.lock").read_text() == whole
+    assert LockFile(shell / "dvc.lock").text(["fine", "flaky"]) == whole
+
+
+def test_a_snapshot_holds_uncommitted_work_and_leaves_the_repository_alone(tmp_path: Path) -> None:
+    root = tmp_path / "project"
+    root.mkdir()
+    git(root, "init", "--quiet")
+    (root / "kept").write_text("kept\n")
+    (root / "changed").write_text("before\n")
+    (root / ".gitignore").write_text("/ignored\n")
+    git(root, "add", ".")
+    git(root, "commit", "--quiet", "--message", "first")
+    (root / "changed").write_text("after\n")
+    (root / "new").write_text("new\n")
+    (root / "ignored").write_text("ignored\n")
+    before = git(root, "status", "--porcelain")
+    commit, bundle = snapshot.take(root)
+    assert (commit, git(root, "status", "--porcelain")) == (snapshot.take(root)[0], before)
+    (tmp_path / "bundle").write_bytes(bundle)
+    snapshot.check_out(tmp_path / "bundle", commit, tmp_path / "clone")
+    found = {file.name: file.read_text() for file in (tmp_path / "clone").iterdir() if file.is_file()}
+    assert found == {"kept": "kept\n", "changed": "after\n", "new": "new\n", ".gitignore": "/ignored\n"}
+    (tmp_path / "clone/.gitignore").write_text("/ignored\n/made\n")
+    assert snapshot.is_clean(tmp_path / "clone", commit)
+    (tmp_path / "clone/kept").write_text("edited\n")
+    assert not snapshot.is_clean(tmp_path / "clone", commit)
+
+
+def test_a_scratch_folder_comes_back_on_another_node_as_it_was_last_seen(tmp_path: Path) -> None:
+    place = Place.at((tmp_path / "kept").as_uri()).below("train@a")
+    with Mirror(tmp_path / "one", place, pytest.fail) as first:
+        (first.folder / "run").mkdir()
+        (first.folder / "run/checkpoint.pt").write_bytes(b"step 4")
+        os.link(first.folder / "run/checkpoint.pt", first.folder / "run/recent.pt")
+        (first.folder / "run/.checkpoint.pt.partial").write_bytes(b"half")
+    assert len(list((tmp_path / "kept/train@a").iterdir())) == 2  # one blob and the manifest
+    with Mirror(tmp_path / "two", place, pytest.fail) as second:
+        assert (second.folder / "run/checkpoint.pt").read_bytes() == b"step 4"
+        assert (second.folder / "run/recent.pt").samefile(second.folder / "run/checkpoint.pt")
+        assert not (second.folder / "run/.checkpoint.pt.partial").exists()
+        shutil.rmtree(second.folder / "run")
+    assert not (tmp_path / "kept/train@a").exists()
+
+
+def test_a_study_of_which_a_node_is_lost_in_training_ends_as_on_one_machine(tmp_path: Path, cluster: Hosts) -> None:
+    root = micro_project(tmp_path / "study")
+    (root / "params.yaml").write_text(override((root / "params.yaml").read_text(), {"train.steps": 200}))
+    alone = tmp_path / "alone"
+    shutil.copytree(root, alone)
+    with_remote(root, tmp_path / "remote")
+    running = started(root, cluster, *TRAINED)
+
+    def trains() -> str | None:
+        """A host with a run of which others can see a checkpoint."""
+        kept = [manifest.read_text() for manifest in (tmp_path / "remote/scratch").glob("train@*/manifest.json")]
+        for name in "ab":
+            for file in cluster.running[name].work.glob("studies/*/*.scratch/*/checkpoint.pt"):
+                if any(f'"{file.parent.name}/checkpoint.pt"' in listed for listed in kept):
+                    return name
+        return None
+
+    lost: list[str] = []
+    wait_until(lambda: lost.append(name) or lost if (name := trains()) else None, running)  # type: ignore[func-returns-value]
+    cluster.running[lost[0]].kill()
+    beside = command(alone, "pipelines", "study", *TRAINED)
+    assert beside.returncode == 0, beside.stdout
+    said = (tmp_path / "study.log").read_text
+    assert running.wait(300) == 0, said()
+    assert "was lost; what it ran goes on elsewhere" in said()
+    assert ": resumed at step " in said()
+    assert (root / "dvc.lock").read_bytes() == (alone / "dvc.lock").read_bytes()
+    for name in ("adaln_zero-0", "symmetric-0"):
+        for file in (alone / "runs/train" / name).iterdir():
+            assert (root / "runs/train" / name / file.name).read_bytes() == file.read_bytes()
