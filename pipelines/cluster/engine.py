@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import secrets
+import socket
 import threading
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -58,7 +59,7 @@ PACKAGES = ("pipelines", "dit")
 """What a node imports to run a stage; the stage itself imports them from its clone."""
 WORKERS = {"DO_NOT_TRACK": "true", "RAY_kill_child_processes_on_worker_exit": "false"}
 """Variables of workers. Ray would kill the guard of a stage, which then could not end the stage; left alone, it does."""
-WATCH_SECONDS = 5.0
+WATCH_SECONDS, CONNECT_SECONDS = 5.0, 10.0
 
 
 class Places:
@@ -249,7 +250,9 @@ def _runner(listener: str) -> Iterator[RayTaskRunner[Any]]:
             "worker_process_setup_hook": "pipelines.cluster.voices.begin",
         },
     }
-    if address is None:
+    if address:
+        _check_address(address)
+    else:
         os.environ.pop(ADDRESS, None)
         token = private_folder(FOLDER) / "token"
         if not token.exists():
@@ -268,6 +271,16 @@ def _runner(listener: str) -> Iterator[RayTaskRunner[Any]]:
         yield runner
     finally:
         runner.__exit__(None, None, None)
+
+
+def _check_address(address: str) -> None:
+    """Raises `UserError` where nothing listens at an address with a port: Ray would try for minutes."""
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        if parts.hostname and parts.port:
+            socket.create_connection((parts.hostname, parts.port), CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{ADDRESS} = {address}: no Ray cluster can be used: {error}") from None
 
 
 def _package(name: str) -> Path:
@@ -294,7 +307,7 @@ def _check_api(nodes: Collection[Mapping[str, Any]]) -> None:
 def _heard(name: str, log: Log) -> Iterator[None]:
     """What stages say on the nodes is said here too, and how long they took is noted."""
     actor: Any = ray.remote(num_cpus=0)(voices.Listener)
-    actor = actor.options(name=name).remote()
+    actor = actor.options(name=name, namespace=voices.NAMESPACE).remote()
     ray.get(actor.take.remote(0.0))
     ended = threading.Event()
 

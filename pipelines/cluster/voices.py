@@ -15,6 +15,7 @@ LISTENER = "DIT_LISTENER"
 """The environment variable that gives workers the name of the actor to which they tell."""
 LOGGER = "prefect.task_runs.study"
 """Prefect's logger of what a stage says to people."""
+NAMESPACE = "dit"
 SECONDS, LAST_SECONDS = 1.0, 0.3
 """How long the head waits for a line before it looks whether the study has ended, and then for a last one."""
 
@@ -66,7 +67,7 @@ class _Sender(logging.Handler):
         import ray
 
         with suppress(ray.exceptions.RayError, ValueError):
-            self._actor = self._actor or ray.get_actor(self._name)
+            self._actor = self._actor or ray.get_actor(self._name, namespace=NAMESPACE)
             self._actor.add.remote(line)
 
 
