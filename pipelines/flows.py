@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from graphlib import TopologicalSorter
@@ -232,64 +232,83 @@ def run_all(
     """
     graph = TopologicalSorter({name: stage.upstream for name, stage in stages.items()})
     graph.prepare()
-    futures: dict[str, PrefectFuture[Any]] = {}
-    states: dict[str, State[Any]] = {}
+    tasks = _Tasks(stages, processes, cluster)
     taken: dict[str, list[str]] = {}
     waiting: list[str] = []
     order = {name: (partial_report.ranks.get(name, 0), index) for index, name in enumerate(stages)}
-    finished: SimpleQueue[str] = SimpleQueue()
-
-    def submit(name: str, up_to_date: bool) -> None:
-        above = [futures[upstream] for upstream in stages[name].upstream if upstream in futures]
-        named = run_stage.with_options(name=name.partition("@")[0])
-        if cluster and not up_to_date and cluster.takes(name):
-            futures[name] = cluster.submit(named, name, [states[upstream] for upstream in stages[name].upstream])
-            futures[name].add_done_callback(lambda _future: finished.put(name))
-            return
-        if cluster and not up_to_date:
-            cluster.begins_here()
-        where = environment(taken.get(name, []))
-        futures[name] = named.submit(name, up_to_date, processes, where, stages[name].command, wait_for=above)  # type: ignore[call-overload]
-        futures[name].add_done_callback(lambda _future: finished.put(name))
-
     while graph.is_active():
         for name in graph.get_ready():
             stage = stages[name]
             if name == answer_first.COMPARE:
                 partial_report.stop()
-            runs = all(states[upstream].is_completed() for upstream in stage.upstream)
+            runs = all(tasks.states[upstream].is_completed() for upstream in stage.upstream)
             if runs and not stage.up_to_date and not unchanged(name):
                 waiting.append(name)
             elif runs and len(stages) > MOST_SHOWN:
-                states[name] = Completed(name="Cached", message="up to date")
+                tasks.states[name] = Completed(name="Cached", message="up to date")
                 graph.done(name)
                 partial_report.note(name)
             else:
-                submit(name, up_to_date=True)
+                tasks.start(name, up_to_date=True)
         for name in sorted(waiting, key=order.__getitem__):
             gpus = pool.acquire(name)
             if gpus is None:
                 break
             taken[name] = gpus
             waiting.remove(name)
-            submit(name, up_to_date=False)
-        if not futures.keys() - states.keys():
+            tasks.start(name, gpus)
+        if not tasks.running:
             continue
-        name = finished.get()
-        states[name] = _final_state(futures[name])
+        name = tasks.wait()
         if name in taken:
             pool.release(taken.pop(name))
             if cluster:
-                states[name] = cluster.ended(name, states[name])
-        if states[name].is_completed():
+                tasks.states[name] = cluster.ended(name, tasks.states[name])
+        if tasks.states[name].is_completed():
             partial_report.note(name)
         graph.done(name)
-    return {name: states[name] for name in stages}
+    return {name: tasks.states[name] for name in stages}
 
 
-def _final_state(future: PrefectFuture[Any]) -> State[Any]:
-    future.wait()
-    return future.state
+class _Tasks:
+    """The tasks of a study: those that were started, and the state in which each ended."""
+
+    def __init__(self, stages: Mapping[str, dag.Stage], processes: dag.Processes, cluster: Cluster | None) -> None:
+        self._stages, self._processes, self._cluster = stages, processes, cluster
+        self._futures: dict[str, PrefectFuture[Any]] = {}
+        self._finished: SimpleQueue[str] = SimpleQueue()
+        self.states: dict[str, State[Any]] = {}
+
+    @property
+    def running(self) -> bool:
+        """Whether any has been started and has not ended."""
+        return bool(self._futures.keys() - self.states.keys())
+
+    def start(self, name: str, gpus: Sequence[str] = (), up_to_date: bool = False) -> None:
+        """Start the task of a stage: on the cluster, if there is one that takes it, or here, on these GPUs."""
+        self._futures[name] = self._submitted(name, gpus, up_to_date)
+        self._futures[name].add_done_callback(lambda _future: self._finished.put(name))
+
+    def _submitted(self, name: str, gpus: Sequence[str], up_to_date: bool) -> PrefectFuture[Any]:
+        stage = self._stages[name]
+        named = run_stage.with_options(name=name.partition("@")[0])
+        if self._cluster and not up_to_date:
+            if self._cluster.takes(name):
+                return self._cluster.submit(named, name, [self.states[upstream] for upstream in stage.upstream])
+            self._cluster.begins_here()
+        above = [self._futures[upstream] for upstream in stage.upstream if upstream in self._futures]
+        where = environment(list(gpus))
+        future: PrefectFuture[Any] = named.submit(  # type: ignore[call-overload]
+            name, up_to_date, self._processes, where, stage.command, wait_for=above
+        )
+        return future
+
+    def wait(self) -> str:
+        """Wait until any task has ended; its stage."""
+        name = self._finished.get()
+        self._futures[name].wait()
+        self.states[name] = self._futures[name].state
+        return name
 
 
 def _failure(states: Mapping[str, State[Any]]) -> str:
