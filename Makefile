@@ -1,6 +1,6 @@
 # Everything a person types. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help install plan study mlflow report up down test chaos browser lint format bench
+.PHONY: help install plan study mlflow report up down test chaos browser lint docs format bench
 
 # What a person gives is passed on as text, by the environment: neither make nor a shell acts on anything in it.
 GIVEN := SET PROFILE TARGETS WORKERS TESTS BENCH MINUTES SEED CHROMIUM PREFECT_PORT MLFLOW_PORT ENGINE RAY_ADDRESS
@@ -59,15 +59,20 @@ browser: # The report's page test opens it in Chromium or Chrome.
 	root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	$$root apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$root apt-get install -y -qq --no-install-recommends chromium >/dev/null
 
-bench: $(INSTALLED) ## Measure speed on this machine, into .scratch/bench [BENCH="train sample encode diagnostics stages"]
-	@for name in $${BENCH:-train sample encode diagnostics stages}; do \
+bench: $(INSTALLED) ## Measure speed on this machine, into .scratch/bench [BENCH="train sample encode diagnostics stages study"]
+	@for name in $${BENCH:-train sample encode diagnostics stages study}; do \
 		$(VENV)/bin/python benchmarks/$$name.py --output .scratch/bench/$$name.json || exit; done
 
-lint: $(INSTALLED) ## Check style, types, and which way imports point
+docs: $(INSTALLED) ## Build the documentation as a site, into .scratch/site
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+	@echo "to read it: $(VENV)/bin/python -m http.server --bind 127.0.0.1 --directory .scratch/site 8000"
+
+lint: $(INSTALLED) docs ## Check style, types, spelling, which way imports point, and the links of the documentation
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/python docs/spelling.py
 
 format: $(INSTALLED) ## Bring the code into style
 	$(RUN) ruff check --fix-only --quiet .

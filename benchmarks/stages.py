@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -26,7 +27,10 @@ from pipelines.overrides import override
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("images", "autoencoder", "latents", "features", "design", "analyse", "train", "evaluate", "compare")
-MICRO = {
+MICRO: dict[str, Any] = {
+    "study.factors": {},
+    "study.declared": [],
+    "study.sample": "all",
     "study.strategies": ["adaln_zero", "head_xavier"],
     "study.seeds": [0, 1],
     "images.size": 16,
@@ -88,15 +92,15 @@ def main(
     Console().print(studies(report))
 
 
-def copy(root: Path) -> Path:
-    """This working tree in a repository of its own, with the parameters of the micro study."""
+def copy(root: Path, overrides: Mapping[str, Any] = MICRO) -> Path:
+    """This working tree in a repository of its own, with `overrides`, by default those of the micro study."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
     for name in filter(None, names):
-        if (ROOT / name).exists():
+        if (ROOT / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, root / name)
-    (root / "params.yaml").write_text(override((ROOT / "params.yaml").read_text(), MICRO))
+    (root / "params.yaml").write_text(override((ROOT / "params.yaml").read_text(), overrides))
     subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
     return root
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
-
-from pydantic import BaseModel, ValidationError
+from typing import TYPE_CHECKING, Any, get_args
 
 from dit.terminal import plain
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
 
 NAMED = 3
 """Of the entries that a message is about, how many it names."""
@@ -118,6 +119,8 @@ def _fields(model: type[BaseModel], location: Location) -> set[str]:
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
     """The models that stand in a type, such as the members of a union."""
+    from pydantic import BaseModel  # here, since it takes longer to import than all else of a command's help
+
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):

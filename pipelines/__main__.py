@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import sys
 from enum import StrEnum
@@ -15,8 +14,8 @@ import typer
 
 from dit.errors import UserError
 from dit.terminal import plain
-from pipelines import disk, mlflow_store, plan, services
-from pipelines.overrides import assignments
+from pipelines import disk, mlflow_store, plan, services, up_to_date
+from pipelines.overrides import assignments, whole_number
 from pipelines.redaction import redacted, shown
 
 
@@ -40,7 +39,9 @@ TARGETS = typer.Argument(envvar="DIT_TARGETS", help="Only these stages and what 
 PROFILE = typer.Option(
     metavar="NAME", envvar="DIT_PROFILE", help="The values of profiles/NAME.yaml, in an isolated experiment, such as gpu."
 )
-WORKERS = typer.Option(min=1, envvar="DIT_WORKERS", help="Stages at the same time; default: what the machine has room for.")
+WORKERS = typer.Option(
+    metavar="NUMBER", envvar="DIT_WORKERS", help="Stages at the same time; default: what the machine has room for."
+)
 ENGINE = typer.Option(
     envvar="DIT_ENGINE",
     help="Where stages run: local, or ray: the cluster at RAY_ADDRESS, by default one of this machine (docs/cluster.md).",
@@ -54,25 +55,30 @@ app.command("plan")(plan.command)
 def study(
     set_: Annotated[list[str] | None, SET] = None,
     targets: Annotated[list[str] | None, TARGETS] = None,
-    workers: Annotated[int | None, WORKERS] = None,
+    workers: Annotated[str | None, WORKERS] = None,
     profile: Annotated[str | None, PROFILE] = None,
     engine: Annotated[Engine, ENGINE] = Engine.LOCAL,
 ) -> None:
     """Run the study: whatever is not up to date, side by side, as a Prefect flow, and fill MLflow."""
-    overrides = assignments(set_ or [])
+    overrides, at_once = assignments(set_ or []), whole_number("WORKERS", workers)
     disk.check(Path.cwd())
+    if not overrides and not profile and (found := up_to_date.nothing_to_do(Path.cwd(), targets)):
+        _tell_of_end("\n".join(found))
+        return
     server = services.prefect_server(os.environ)
     os.environ.update(server.environment)
-    from pipelines import experiments, flows
+    from pipelines import experiments, flows, targets as stages
     from pipelines.stage_task import LOGGER
 
     given = experiments.profile(Path.cwd(), profile) if profile else {}
-    experiments.parameters(Path.cwd(), {**given, **overrides}, here=engine is Engine.LOCAL)
+    params = experiments.parameters(Path.cwd(), {**given, **overrides}, here=engine is Engine.LOCAL)
+    if targets:
+        stages.check(targets, stages.names(Path.cwd(), params))
     server.wait()
     server.end_with_it()
     _log_for_people(LOGGER, server)
     try:
-        state = flows.study(overrides or None, workers, targets or None, profile, engine=engine.value, return_state=True)
+        state = flows.study(overrides or None, at_once, targets or None, profile, engine=engine.value, return_state=True)
     except KeyboardInterrupt:
         print("interrupted; the next run goes on from here", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGINT) from None
@@ -86,7 +92,11 @@ def study(
         if (state.name or "").startswith(flows.REFUSED):
             raise typer.Exit(2)
         raise typer.Exit(disk.EXIT_CODE if disk.is_full(state.message or "") else 1)
-    print(state.message)
+    _tell_of_end(str(state.message))
+
+
+def _tell_of_end(text: str) -> None:
+    print(text)
     if "mlflow" not in services.running():
         print("`make up` starts the MLflow UI at that address, and Prefect's")
 
@@ -121,9 +131,10 @@ def down() -> None:
 
 
 def _port(name: str, text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 2**16:
-        raise UserError(f"{name} = {text[:40]}: expected a whole number from 1 to 65535")
-    return int(text)
+    port = whole_number(name, text, most=2**16 - 1)
+    if port is None:
+        raise UserError(f"{name} is empty; expected a whole number from 1 to 65535")
+    return port
 
 
 class _Lines(logging.Formatter):

@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
-from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,7 +29,8 @@ from dvc.utils.serialize import modify_yaml
 
 from dit.errors import ConfigError, UserError
 from dit.terminal import plain
-from pipelines import atomic_dvc, disk, guard
+from pipelines import atomic_dvc, disk, guard, warm
+from pipelines.targets import check, matching
 
 DVC = (sys.executable, "-P", str(Path(atomic_dvc.__file__).resolve()))
 _UP_TO_DATE = re.compile(r"^Stage '.*' (didn't change, skipping|is cached - skipping run)")
@@ -58,6 +58,7 @@ class Stage:
     """All that it and the stages above it declare is as `dvc.lock` says: command, parameters, dependencies and outputs."""
     place: int = 0
     """Where it stands in `dvc.yaml`, counted from 0."""
+    command: str = ""
 
 
 class Outcome(Enum):
@@ -128,7 +129,8 @@ def _pipeline(nodes: Iterable[Any]) -> list[Any]:
 
 def _stage(graph: Any, stage: PipelineStage, place: int) -> Stage:
     upstream = sorted(above.name for above in _pipeline(graph.successors(stage)))
-    return Stage(stage.name, tuple(upstream), tuple(out.def_path for out in stage.outs), not stage.status(), place)
+    command = stage.cmd if isinstance(stage.cmd, str) else "\n".join(stage.cmd or ())
+    return Stage(stage.name, tuple(upstream), tuple(out.def_path for out in stage.outs), not stage.status(), place, command)
 
 
 def _in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
@@ -179,14 +181,8 @@ def select(stages: Mapping[str, Stage], targets: Collection[str] | None) -> dict
     """
     if not targets:
         return dict(stages)
-    wanted: set[str] = set()
-    for target in targets:
-        named = [name for name in stages if fnmatchcase(name, target) or name.partition("@")[0] == target]
-        if not named:
-            known = ", ".join(dict.fromkeys(name.partition("@")[0] for name in stages))
-            example = next((name for name in stages if "@" in name), target)
-            raise ConfigError(f"targets: no stage is called '{target}'; expected {known}, one such as {example}, or a pattern")
-        wanted.update(named)
+    check(targets, stages)
+    wanted = {name for target in targets for name in matching(target, stages)}
     for name in reversed(list(stages)):
         if name in wanted:
             wanted.update(stages[name].upstream)
@@ -200,7 +196,8 @@ class Processes:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         self.root = root
         self.environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **environment}
-        self._running: set[subprocess.Popen[str]] = set()
+        self._warm: warm.WarmServer | None = None
+        self._running: set[guard.Guarded] = set()
         self._guard = threading.Lock()
         self._stopping = False
 
@@ -213,37 +210,61 @@ class Processes:
             running = list(self._running)
         with ThreadPoolExecutor() as pool:
             list(pool.map(guard.stop, running))
+        if self._warm:
+            self._warm.close()
 
-    def run(self, stage: str, log: Callable[[str], None], environment: Mapping[str, str] | None = None) -> Outcome:
-        """Bring one stage up to date, giving each line that it prints to `log`.
+    def warm_up(self, stages: Iterable[Stage], tell: Callable[[str], None]) -> None:
+        """Have `stages` start from a process that imports once what they need, where this machine can."""
+        if warm.wanted() and (modules := warm.modules(stage.command for stage in stages)):
+            self._warm = warm.WarmServer(self.root, self.environment, modules, tell)
+
+    def run(
+        self, stage: str, log: Callable[[str], None], environment: Mapping[str, str] | None = None, command: str = ""
+    ) -> Outcome:
+        """Bring one stage up to date, giving each line that it prints to `log`; `command` is what it runs, where known.
 
         Raises `StageError`, or `StoppedError` once the block has been left.
         """
-        process = self._start([*DVC, "--wait-for-lock", "repro", "--single-item", stage], environment or {})
         last: deque[str] = deque(maxlen=50)
-        outcome = Outcome.RAN
-        for line in (plain(line.rstrip()) for line in process.stdout or ()):
-            last.append(line)
-            if _UP_TO_DATE.match(line):
-                outcome = Outcome.CACHED
-            if not _CHATTER.match(line):
-                log(line)
+        process = self._start(stage, environment or {}, command)
+        outcome = _follow(process, last, log)
         code = process.wait()
         with self._guard:
             self._running.discard(process)
         if self._stopping:
             raise StoppedError(f"stage '{stage}' was stopped")
+        if code is warm.NOT_BEGUN:
+            assert self._warm
+            self._warm.give_up()
+            return self.run(stage, log, environment)
         if code:
             raise _failure(stage, code, list(last))
         return outcome
 
-    def _start(self, command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    def _start(self, stage: str, environment: Mapping[str, str], command: str) -> guard.Guarded:
+        arguments = ["--wait-for-lock", "repro", "--single-item", stage]
+        process: guard.Guarded | None = None
         with self._guard:
             if self._stopping:
                 raise StoppedError("no stage is started any more")
-            process = guard.start(command, self.root, {**self.environment, **environment}, spare=True)
+            if self._warm and command:
+                process = self._warm.start(command, arguments, environment)
+            if process is None:
+                process = guard.start([*DVC, *arguments], self.root, {**self.environment, **environment}, spare=True)
             self._running.add(process)
         return process
+
+
+def _follow(process: guard.Guarded, last: deque[str], log: Callable[[str], None]) -> Outcome:
+    """Read what DVC and its stage print, up to the end; keep the `last` lines."""
+    outcome = Outcome.RAN
+    for line in (plain(line.rstrip()) for line in process.stdout or ()):
+        last.append(line)
+        if _UP_TO_DATE.match(line):
+            outcome = Outcome.CACHED
+        if not _CHATTER.match(line):
+            log(line)
+    return outcome
 
 
 def _failure(stage: str, code: int, output: list[str]) -> StageError:

@@ -5,12 +5,10 @@ The graph, and what is up to date, come from DVC (`pipelines.dag`); nothing abou
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from graphlib import TopologicalSorter
@@ -28,13 +26,29 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field, WithJsonSchema
 
 from dit import config
+from dit.analysis.comparison import signed
+from dit.config import Params
 from dit.errors import UserError
-from pipelines import dag, design, experiments, form, live, naming, preflight, recovery, services, tracking
+from pipelines import (
+    answer_first,
+    dag,
+    design,
+    experiments,
+    form,
+    live,
+    naming,
+    preflight,
+    recovery,
+    services,
+    tracking,
+    up_to_date,
+)
 from pipelines.device_pool import DevicePool, device_pool, environment
 from pipelines.mlflow_store import UnreachableError, tracking_uri
 from pipelines.redaction import shown
 from pipelines.report.words import samples
 from pipelines.stage_task import run_log, run_stage
+from pipelines.study_lock import exclusively
 
 if TYPE_CHECKING:
     from pipelines.cluster.engine import Cluster, Places
@@ -55,6 +69,8 @@ def fill_mlflow(workspace: Path, tags: Mapping[str, str]) -> State[Any]:
     except UserError as error:
         log.warning("%s", error)
         return Failed(name="Unreachable" if isinstance(error, UnreachableError) else "Failed", message=str(error))
+    if not tags:
+        up_to_date.note(workspace, synced)
     page = services.mlflow_page(synced.store, synced.view) if synced.view else ""
     message = f"{synced}\n{page}".strip()
     log.info("%s", message)
@@ -97,7 +113,8 @@ def study(
         with _workspace(root, overrides) as (workspace, experiment):
             design.write(workspace, config.load(workspace / "params.yaml"))
             trial = naming.trial(overrides)
-            return _run(workspace, targets, partial(_places, engine, params, workers), experiment, trial, engine == "local")
+            places = partial(_places, engine, params, workers)
+            return _run(workspace, params, targets, places, experiment, trial, engine == "local")
     except UserError as error:
         return _failed(str(error))
 
@@ -106,11 +123,11 @@ def study(
 def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[Path, str | None]]:
     """Where the stages run, and the name of the DVC experiment, if it is one."""
     if not overrides:
-        with _exclusively(root):
+        with exclusively(root):
             recovery.workspace(root, run_log().warning)
             yield root, None
         return
-    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{runtime.flow_run.name}-{runtime.flow_run.id[-6:]}")
+    name = naming.experiment(runtime.flow_run.name, runtime.flow_run.id)
     with experiments.workspace(root, overrides, name) as path:
         yield path, name
 
@@ -122,7 +139,7 @@ def _failed(message: str) -> State[Any]:
 
 @contextmanager
 def _places(
-    engine: str, params: config.Params, workers: int | None, workspace: Path, stages: Mapping[str, dag.Stage]
+    engine: str, params: Params, workers: int | None, workspace: Path, stages: Mapping[str, dag.Stage]
 ) -> Iterator[tuple[DevicePool | Places, Callable[[str], bool], Cluster | None]]:
     """What decides how many stages run at once, what says that one has nothing to run, and the cluster, if there is one."""
     scratch = os.environ.get("DIT_SCRATCH", "")
@@ -142,6 +159,7 @@ def _places(
 
 def _run(
     workspace: Path,
+    params: Params,
     targets: list[str] | None,
     places: Callable[[Path, Mapping[str, dag.Stage]], AbstractContextManager[Any]],
     experiment: str | None,
@@ -170,9 +188,12 @@ def _run(
         dag.Processes(workspace, {"DIT_SCRATCH": scratch}) as processes,
         places(workspace, stages) as (pool, unchanged, cluster),
         live.Live(workspace, tags, tell),
+        answer_first.PartialReport(processes, params, stages, _report_file(workspace, experiment), log.info) as first,
     ):
         log.info("%d of %d stages are up to date; %d at a time", fresh, len(stages), pool.max_parallel)
-        states = run_all(stages, processes, pool, unchanged, cluster)
+        if here:
+            processes.warm_up((stage for stage in stages.values() if not stage.up_to_date), log.warning)
+        states = run_all(stages, processes, pool, unchanged, first, cluster)
     if experiment:
         experiments.forget_stale(workspace)
     dag.order_lock(workspace, every.values())
@@ -180,10 +201,10 @@ def _run(
     mlflow = fill_mlflow(workspace, tags, return_state=True)
     if not all(state.is_completed() for state in states.values()):
         return _failed(_failure(states))
-    report = workspace / "reports" / "index.html"
+    report = _report_file(workspace, experiment)
     if experiment:
         experiments.save(Path.cwd(), workspace, experiment, stages)
-        report = _keep_report(report, experiment)
+        _keep_report(workspace, experiment)
         run_log().info("DVC experiment %s: see `dvc exp show`, `dvc exp apply %s`", experiment, experiment)
     if "compare" in stages:
         run_log().info("report: %s", report.as_uri())
@@ -200,68 +221,94 @@ def run_all(
     processes: dag.Processes,
     pool: DevicePool | Places,
     unchanged: Callable[[str], bool],
+    partial_report: answer_first.PartialReport,
     cluster: Cluster | None = None,
 ) -> dict[str, State[Any]]:
     """Run every stage as a task once those above it are done and a device is free; the state in which each ended.
 
-    A stage that is `unchanged` when those above it are done needs no device and no process. Stages acquire devices in order.
-    One below a stage that failed ends as NotReady; the others go on. A `cluster` runs the stages that it takes.
+    A stage that is `unchanged` when those above it are done needs no device and no process. Stages acquire devices in order,
+    those of the first seed first, of which `partial_report` makes a report. One below a stage that failed ends as NotReady; the
+    others go on. A `cluster` runs the stages that it takes.
     """
     graph = TopologicalSorter({name: stage.upstream for name, stage in stages.items()})
     graph.prepare()
-    futures: dict[str, PrefectFuture[Any]] = {}
-    states: dict[str, State[Any]] = {}
+    tasks = _Tasks(stages, processes, cluster)
     taken: dict[str, list[str]] = {}
     waiting: list[str] = []
-    order = {name: index for index, name in enumerate(stages)}
-    finished: SimpleQueue[str] = SimpleQueue()
-
-    def submit(name: str, up_to_date: bool) -> None:
-        above = [futures[upstream] for upstream in stages[name].upstream if upstream in futures]
-        named = run_stage.with_options(name=name.partition("@")[0])
-        if cluster and not up_to_date and cluster.takes(name):
-            futures[name] = cluster.submit(named, name, [states[upstream] for upstream in stages[name].upstream])
-            futures[name].add_done_callback(lambda _future: finished.put(name))
-            return
-        if cluster and not up_to_date:
-            cluster.begins_here()
-        where = environment(taken.get(name, []))
-        futures[name] = named.submit(name, up_to_date, processes, where, wait_for=above)  # type: ignore[call-overload]
-        futures[name].add_done_callback(lambda _future: finished.put(name))
-
+    order = {name: (partial_report.ranks.get(name, 0), index) for index, name in enumerate(stages)}
     while graph.is_active():
         for name in graph.get_ready():
             stage = stages[name]
-            runs = all(states[upstream].is_completed() for upstream in stage.upstream)
+            if name == answer_first.COMPARE:
+                partial_report.stop()
+            runs = all(tasks.states[upstream].is_completed() for upstream in stage.upstream)
             if runs and not stage.up_to_date and not unchanged(name):
                 waiting.append(name)
             elif runs and len(stages) > MOST_SHOWN:
-                states[name] = Completed(name="Cached", message="up to date")
+                tasks.states[name] = Completed(name="Cached", message="up to date")
                 graph.done(name)
+                partial_report.note(name)
             else:
-                submit(name, up_to_date=True)
+                tasks.start(name, up_to_date=True)
         for name in sorted(waiting, key=order.__getitem__):
             gpus = pool.acquire(name)
             if gpus is None:
                 break
             taken[name] = gpus
             waiting.remove(name)
-            submit(name, up_to_date=False)
-        if not futures.keys() - states.keys():
+            tasks.start(name, gpus)
+        if not tasks.running:
             continue
-        name = finished.get()
-        states[name] = _final_state(futures[name])
+        name = tasks.wait()
         if name in taken:
             pool.release(taken.pop(name))
             if cluster:
-                states[name] = cluster.ended(name, states[name])
+                tasks.states[name] = cluster.ended(name, tasks.states[name])
+        if tasks.states[name].is_completed():
+            partial_report.note(name)
         graph.done(name)
-    return {name: states[name] for name in stages}
+    return {name: tasks.states[name] for name in stages}
 
 
-def _final_state(future: PrefectFuture[Any]) -> State[Any]:
-    future.wait()
-    return future.state
+class _Tasks:
+    """The tasks of a study: those that were started, and the state in which each ended."""
+
+    def __init__(self, stages: Mapping[str, dag.Stage], processes: dag.Processes, cluster: Cluster | None) -> None:
+        self._stages, self._processes, self._cluster = stages, processes, cluster
+        self._futures: dict[str, PrefectFuture[Any]] = {}
+        self._finished: SimpleQueue[str] = SimpleQueue()
+        self.states: dict[str, State[Any]] = {}
+
+    @property
+    def running(self) -> bool:
+        """Whether any has been started and has not ended."""
+        return bool(self._futures.keys() - self.states.keys())
+
+    def start(self, name: str, gpus: Sequence[str] = (), up_to_date: bool = False) -> None:
+        """Start the task of a stage: on the cluster, if there is one that takes it, or here, on these GPUs."""
+        self._futures[name] = self._submitted(name, gpus, up_to_date)
+        self._futures[name].add_done_callback(lambda _future: self._finished.put(name))
+
+    def _submitted(self, name: str, gpus: Sequence[str], up_to_date: bool) -> PrefectFuture[Any]:
+        stage = self._stages[name]
+        named = run_stage.with_options(name=name.partition("@")[0])
+        if self._cluster and not up_to_date:
+            if self._cluster.takes(name):
+                return self._cluster.submit(named, name, [self.states[upstream] for upstream in stage.upstream])
+            self._cluster.begins_here()
+        above = [self._futures[upstream] for upstream in stage.upstream if upstream in self._futures]
+        where = environment(list(gpus))
+        future: PrefectFuture[Any] = named.submit(  # type: ignore[call-overload]
+            name, up_to_date, self._processes, where, stage.command, wait_for=above
+        )
+        return future
+
+    def wait(self) -> str:
+        """Wait until any task has ended; its stage."""
+        name = self._finished.get()
+        self._futures[name].wait()
+        self.states[name] = self._futures[name].state
+        return name
 
 
 def _failure(states: Mapping[str, State[Any]]) -> str:
@@ -307,31 +354,20 @@ def _cell(strategy: Mapping[str, Any], metric: str) -> str:
         return "-"
     said = f"{mean:.4g}"
     if None not in (found.get("mean"), found.get("low"), found.get("high")):
-        said += f" [{found['mean']:+.2g}; {found['low']:+.2g} to {found['high']:+.2g}]"
+        difference, low, high = (signed(found[key], ".2g") for key in ("mean", "low", "high"))
+        said += f" [{difference}; {low} to {high}]"
     if found.get("verdict") not in ("better", "worse"):
         return said
     return f"{said} {found['verdict']}{'' if found['declared'] else ', exploratory'}, n = {found['n']}"
 
 
-def _keep_report(report: Path, experiment: str) -> Path:
-    """The worktree goes; its report stays."""
-    kept = Path.cwd() / experiments.EXPERIMENTS / experiment / report.name
-    if report.exists():
+def _report_file(workspace: Path, experiment: str | None) -> Path:
+    """Where the report is in the end. The worktree of an experiment goes; its report stays."""
+    return (Path.cwd() / experiments.EXPERIMENTS / experiment if experiment else workspace / "reports") / "index.html"
+
+
+def _keep_report(workspace: Path, experiment: str) -> None:
+    made, kept = workspace / "reports" / "index.html", _report_file(workspace, experiment)
+    if made.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(report, kept)
-    return kept
-
-
-@contextmanager
-def _exclusively(root: Path) -> Iterator[None]:
-    """One study at a time in a workspace."""
-    lock = root / ".scratch" / "study.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                "a study is running in this workspace; wait for it, or give overrides to run one beside it"
-            ) from None
-        yield
+        shutil.copy(made, kept)

@@ -14,9 +14,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 GRACE_SECONDS = 5.0
 GRACE_SECONDS_SPARED = 30.0
@@ -24,6 +24,25 @@ PR_SET_PDEATHSIG = 1
 """linux/prctl.h: the signal that a process gets when its parent ends."""
 SIGNAL_BASE = 128
 """A shell reports death by signal n as exit code 128 + n (POSIX.1-2017, Shell & Utilities, 2.8.2), and so does this."""
+
+
+class Running(Protocol):
+    """A process, as a guard sees it."""
+
+    pid: int
+
+    def wait(self) -> int:
+        """Wait for its end; its exit code, negative for a signal."""
+
+
+class Guarded(Protocol):
+    """A guard, as its starter sees it."""
+
+    stdin: IO[str] | None
+    stdout: IO[str] | None
+
+    def wait(self) -> int | None:
+        """Wait for its end; the exit code of its command."""
 
 
 def start(
@@ -37,9 +56,8 @@ def start(
 
     With `spare`, only what the command has started is asked to end, and the command itself finishes what it is doing.
     """
-    grace = GRACE_SECONDS_SPARED if spare else GRACE_SECONDS
     return subprocess.Popen(
-        [sys.executable, "-P", str(Path(__file__).resolve()), str(int(spare)), str(grace), *command],
+        [sys.executable, "-P", str(Path(__file__).resolve()), *settings(spare), *command],
         cwd=cwd,
         env=dict(environment),
         stdin=subprocess.PIPE,
@@ -51,7 +69,12 @@ def start(
     )
 
 
-def stop(process: subprocess.Popen[str]) -> None:
+def settings(spare: bool) -> tuple[str, str]:
+    """The arguments of a guard, before its command."""
+    return str(int(spare)), str(GRACE_SECONDS_SPARED if spare else GRACE_SECONDS)
+
+
+def stop(process: Guarded) -> None:
     """End a guarded command and all that it started, and wait for that."""
     if process.stdin:
         process.stdin.close()
@@ -102,27 +125,36 @@ def _signal(pid: int, number: signal.Signals) -> None:
         return
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Have this process killed when its parent is, on Linux: a server whose guard was killed would stay for ever."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _main(spare: str, grace: str, *command: str) -> int:
+def watch(start: Callable[[], Running], spare: str, grace: str) -> int:
+    """Be the guard of what `start` starts, with `settings`; its exit code, as a shell reports it."""
     signal.signal(signal.SIGTERM, lambda *_: None)
     ending = threading.Event()
-    ends_with_guard = None if int(spare) else _end_with_parent  # no thread has started yet
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=ends_with_guard) as process:  # noqa: PLW1509
-        spared = process.pid if int(spare) else None
-        ender = threading.Thread(target=_end_with_starter, args=(spared, float(grace), ending), daemon=True)
-        ender.start()
-        code = process.wait()
+    process = start()
+    spared = process.pid if int(spare) else None
+    ender = threading.Thread(target=_end_with_starter, args=(spared, float(grace), ending), daemon=True)
+    ender.start()
+    code = process.wait()
     if ending.is_set():
         ender.join()
     elif code:
         _end_others(None, GRACE_SECONDS)
         _kill_others()
     return SIGNAL_BASE - code if code < 0 else code
+
+
+def _main(spare: str, grace: str, *command: str) -> int:
+    ends_with_guard = None if int(spare) else end_with_parent  # no thread has started yet
+
+    def begin() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=ends_with_guard)  # noqa: PLW1509
+
+    return watch(begin, spare, grace)
 
 
 if __name__ == "__main__":

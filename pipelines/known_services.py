@@ -17,6 +17,8 @@ from pipelines import gate
 from pipelines.gate import HOST
 
 SERVICES = Path(".scratch/services")
+PREFECT_HOME = Path(".scratch/prefect")
+DATABASE = PREFECT_HOME / "prefect.db"
 MARKS = {
     "prefect": ("pipelines.gate:prefect", gate.PASSWORD),
     "mlflow": ("gate", gate.MLFLOW_PASSWORD),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from dit import yamlfile
 from dit.errors import UserError
 
 MOST_LETTERS = 120
+MOST_OF_EXPERIMENT = 32
 MOST_NAMED = 2
 """Strategies of a study that are named; of more, the first is, and the others are counted."""
 
@@ -30,6 +32,13 @@ def flow_run(root: Path, given: Mapping[str, Any]) -> str:
 def trial(overrides: Mapping[str, Any]) -> str:
     """What a quick trial tries, such as "train.steps=300, study.seeds=[0]"; empty where nothing differs."""
     return short(", ".join(f"{key}={value}".replace(" ", "") for key, value in overrides.items()))
+
+
+def experiment(flow_run_name: str, run_id: str) -> str:
+    """The name of a DVC experiment: what its flow run changes, or else what it runs, short enough for a column of a table."""
+    changed = flow_run_name.partition(", ")[2] or flow_run_name
+    words = re.sub(r"[^A-Za-z0-9]+", "-", changed)[:MOST_OF_EXPERIMENT].strip("-")
+    return f"{words}-{run_id[-6:]}"
 
 
 def short(text: str) -> str:

@@ -33,6 +33,16 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise UserError(f"{error}; make's SET splits at spaces") from None
 
 
+def whole_number(name: str, text: str | None, most: int | None = None) -> int | None:
+    """A number from 1 on; None where nothing was given. Raises `UserError` for anything else."""
+    if not text:
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not 0 < int(text) <= (most or int(text)):
+        upper = f"from 1 to {most}" if most else "of at least 1"
+        raise UserError(f"{name} = {text[:40]}: expected a whole number {upper}")
+    return int(text)
+
+
 def override(text: str, overrides: Mapping[str, Any], where: str = "overrides") -> str:
     """`text` of a `params.yaml` with dotted keys such as `train.steps` set to other values; comments stay.
 

@@ -211,23 +211,18 @@ def command(
     profile: Annotated[
         str | None, typer.Option(metavar="NAME", envvar="DIT_PROFILE", help="The values of profiles/NAME.yaml.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, envvar="DIT_WORKERS", help="Stages at the same time.")] = None,
+    workers: Annotated[
+        str | None, typer.Option(metavar="NUMBER", envvar="DIT_WORKERS", help="Stages at the same time.")
+    ] = None,
 ) -> None:
     """Say what the study would run, what is up to date, and about how long it takes, before anything starts."""
-    import sys
-
-    from dit.errors import UserError
     from pipelines import design, experiments
-    from pipelines.overrides import assignments
+    from pipelines.overrides import assignments, whole_number
 
-    try:
-        root = Path.cwd()
-        given = experiments.profile(root, profile) if profile else {}
-        overrides = {**given, **assignments(set_ or [])}
-        params = experiments.parameters(root, overrides)
-        if not overrides:
-            design.write(root, params)
-        show(plan(params, up_to_date(root, params), workers))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    root, at_once = Path.cwd(), whole_number("WORKERS", workers)
+    given = experiments.profile(root, profile) if profile else {}
+    overrides = {**given, **assignments(set_ or [])}
+    params = experiments.parameters(root, overrides)
+    if not overrides:
+        design.write(root, params)
+    show(plan(params, up_to_date(root, params), at_once))

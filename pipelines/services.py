@@ -7,45 +7,36 @@ process ids under `.scratch`, in folders that no other user may enter. Passwords
 from __future__ import annotations
 
 import atexit
+import fcntl
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
-from urllib.error import URLError
+from typing import IO
 from urllib.parse import quote, urlsplit
-from urllib.request import Request, urlopen
 
 import psutil
 
 from dit import yamlfile
 from dit.errors import UserError
 from pipelines import databases, gate, guard
+from pipelines.deploy import DEPLOYMENT, POOL, finish_deploying, is_deployed, make_pool, module, start_deploying
 from pipelines.gate import HOST
-from pipelines.known_services import SERVICES, Service, private_folder, running, say, write_private
+from pipelines.known_services import DATABASE, PREFECT_HOME, SERVICES, Service, private_folder, running, say, write_private
+from pipelines.local_http import answers, check_free, fetch, free_port, listens, wait
 from pipelines.mlflow_view import TRAINING, View
 from pipelines.redaction import redacted, shown
 
 PREFECT_PORT = 4200
 MLFLOW_PORT = 5000
-PREFECT_HOME = Path(".scratch/prefect")
-DATABASE = PREFECT_HOME / "prefect.db"
-POOL = "local"
-JOB_TEMPLATE = {
-    "job_configuration": {"stream_output": True},
-    "variables": {"type": "object", "properties": {}, "additionalProperties": False},
-}
-"""What a run through the worker may choose about its process: nothing, so neither its command nor environment nor folder."""
 EXPERIMENTS_PAGE = f"/experiments?{TRAINING}"
-START_SECONDS = 90.0
 STOP_SECONDS = 10.0
 
 
@@ -56,20 +47,31 @@ def up(prefect_port: int, mlflow_port: int, tracking_uri: str, tell: Callable[[s
     """
     known = running()
     if "prefect" not in known:
-        _check_free(prefect_port, "Prefect", "PREFECT_PORT")
+        check_free(prefect_port, "Prefect", "PREFECT_PORT")
     if "mlflow" not in known and not _is_server(tracking_uri):
-        _check_free(mlflow_port, "MLflow", "MLFLOW_PORT")
+        check_free(mlflow_port, "MLflow", "MLFLOW_PORT")
     with ThreadPoolExecutor() as pool:  # each of them takes seconds to import what it needs
         mlflow = None if _is_server(tracking_uri) else pool.submit(_start_mlflow, mlflow_port, tracking_uri)
-        prefect = _start_prefect(prefect_port)
+        prefect = known.get("prefect") or Service("prefect", 0, 0, f"http://{HOST}:{prefect_port}", _password())
         environment = prefect_environment(f"{prefect.url}/api", prefect.password)
-        _write_profile(environment)
-        _make_pool(prefect)
-        deployed = None if "worker" in known else pool.submit(_deploy, environment)
-        worker = [*_module("prefect"), "worker", "start", "--pool", POOL, "--name", POOL]
-        _ensure(Service("worker", 0, 0, ""), worker, environment, lambda: _has_worker(prefect))
-        if deployed:
-            deployed.result()
+        deploying = None if "worker" in known or is_deployed() else start_deploying(environment)
+        try:
+            started = _start_prefect(prefect)
+            if deploying and started.password != prefect.password:  # another `up` was quicker
+                deploying.kill()
+                deploying = None
+            prefect, environment = started, prefect_environment(f"{started.url}/api", started.password)
+            _write_profile(environment)
+            make_pool(prefect)
+            if deploying is None and fetch(prefect, DEPLOYMENT) is None:  # the server has a new database
+                deploying = start_deploying(environment)
+            worker = [*module("prefect"), "worker", "start", "--pool", POOL, "--name", POOL]
+            _ensure(Service("worker", 0, 0, ""), worker, environment, lambda: _has_worker(prefect))
+            if deploying:
+                finish_deploying(deploying, environment)
+        finally:
+            if deploying:
+                deploying.kill()
     tell(f"Prefect  {_sign_in_page(prefect)}  (worker in work pool '{POOL}')")
     if mlflow is None:
         tell(f"MLflow   {shown(tracking_uri)}  (MLFLOW_TRACKING_URI; not started here)")
@@ -86,19 +88,28 @@ def _study_page(mlflow: Service) -> str:
         name = str(yamlfile.read(Path("params.yaml"))["study"]["name"])
     except (UserError, OSError, KeyError, TypeError):
         return EXPERIMENTS_PAGE
-    found = _fetch(mlflow, f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={quote(name)}")
+    found = fetch(mlflow, f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={quote(name)}")
     if not isinstance(found, dict):
         return EXPERIMENTS_PAGE
     return View(name).address(found["experiment"]["experiment_id"]).removeprefix("/#")
 
 
-def _start_prefect(port: int) -> Service:
-    if (found := running().get("prefect")) is not None:
-        return found
-    service = Service("prefect", 0, 0, f"http://{HOST}:{port}", _password())
-    environment = _server_environment(f"{service.url}/api", service.password)
-    databases.mend(DATABASE, say)
-    return _ensure(service, _prefect_command(port), environment, lambda: _answers(service, "/api/health"))
+def _start_prefect(service: Service) -> Service:
+    """The server of this folder, started as `service` unless one runs; a study that started at the same time may have one."""
+    with closing(_start_lock()):
+        if (found := running().get("prefect")) is not None:
+            return found
+        environment = _server_environment(f"{service.url}/api", service.password)
+        databases.mend(DATABASE, say)
+        port = urlsplit(service.url).port or PREFECT_PORT
+        return _ensure(service, _prefect_command(port), environment, lambda: answers(service, "/api/health"))
+
+
+def _start_lock() -> IO[str]:
+    """A file that is locked until it is closed: one server at a time starts, since a new one may migrate the database."""
+    file = (private_folder(PREFECT_HOME) / "starting.lock").open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file
 
 
 def _start_mlflow(port: int, tracking_uri: str) -> Service:
@@ -113,9 +124,9 @@ def _start_mlflow(port: int, tracking_uri: str) -> Service:
         "MLFLOW_BACKEND_STORE_URI": tracking_uri,  # not an argument: those are seen by all, and it may hold a password
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # six processes that nothing here uses
     }
-    command = [*_module("mlflow"), "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    command = [*module("mlflow"), "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     command += ["--app-name", "gate", "--uvicorn-opts", "--no-proxy-headers"]
-    return _ensure(service, command, environment, lambda: _answers(service, "/health"))
+    return _ensure(service, command, environment, lambda: answers(service, "/health"))
 
 
 def down(tell: Callable[[str], None]) -> None:
@@ -158,6 +169,8 @@ class PrefectServer:
     """What runs it, where it ends with this process."""
     unwanted: threading.Event = field(default_factory=threading.Event)
     """Set when this process ends it."""
+    lock: IO[str] | None = None
+    """Held until it answers: `_start_lock`."""
 
     @property
     def _api(self) -> Service:
@@ -165,7 +178,7 @@ class PrefectServer:
 
     def has_ended(self) -> bool:
         """Whether nothing answers any more."""
-        return not _answers(self._api, "/health") if self.process is None else self.process.poll() is not None
+        return not answers(self._api, "/health") if self.process is None else self.process.poll() is not None
 
     def end_with_it(self) -> None:
         """From now on, end this process when its server is killed: Prefect would try to reach it for minutes."""
@@ -190,9 +203,12 @@ class PrefectServer:
             return mine is not None and mine.poll() is not None
 
         def ready() -> bool:
-            return (mine is None or _listens(mine.pid, server.url)) and _answers(server, "/health")
+            return (mine is None or listens(mine.pid, server.url)) and answers(server, "/health")
 
-        if not _wait(lambda: ended() or ready()) or ended():
+        answered = wait(lambda: ended() or ready()) and not ended()
+        if self.lock:
+            self.lock.close()
+        if not answered:
             advice = f"see {SERVICES}/*.log, or PREFECT_API_URL if you set it"
             raise UserError(f"Prefect's API at {shown(server.url)} does not answer; {advice}")
 
@@ -203,20 +219,32 @@ def prefect_server(environment: Mapping[str, str]) -> PrefectServer:
     Returns at once; its `wait` says when it answers. Call it before Prefect is imported: at exit, Prefect must be able to send
     its last logs before the server ends.
     """
-    service = running().get("prefect")
-    if service and environment.get("PREFECT_API_URL") in (None, "", f"{service.url}/api"):
-        return PrefectServer(prefect_environment(f"{service.url}/api", service.password))
-    if url := environment.get("PREFECT_API_URL"):
-        return PrefectServer(prefect_environment(url, environment.get("PREFECT_API_AUTH_STRING", "")))
-    port = _free_port()
+    given = environment.get("PREFECT_API_URL")
+    if (found := _running_server(given)) is not None:
+        return found
+    if given:
+        return PrefectServer(prefect_environment(given, environment.get("PREFECT_API_AUTH_STRING", "")))
+    lock = _start_lock()
+    if (found := _running_server(given)) is not None:  # `up` was starting it
+        lock.close()
+        return found
+    port = free_port()
     url, password = f"http://{HOST}:{port}/api", _password()
     settings = {**_server_environment(url, password), "PREFECT_UI_ENABLED": "0"}
     databases.mend(DATABASE, say)
     with _log_file("prefect-temporary").open("w") as log:
         process = guard.start(_prefect_command(port), Path.cwd(), settings, log)
-    server = PrefectServer(prefect_environment(url, password), process)
+    server = PrefectServer(prefect_environment(url, password), process, lock=lock)
     atexit.register(server._end, process)
     return server
+
+
+def _running_server(given: str | None) -> PrefectServer | None:
+    """The server of `up`, unless the address that was `given` is another's."""
+    service = running().get("prefect")
+    if service is None or given not in (None, "", f"{service.url}/api"):
+        return None
+    return PrefectServer(prefect_environment(f"{service.url}/api", service.password))
 
 
 def prefect_environment(api_url: str, password: str) -> dict[str, str]:
@@ -242,7 +270,7 @@ def _server_environment(api_url: str, password: str) -> dict[str, str]:
 
 
 def _prefect_command(port: int) -> list[str]:
-    uvicorn = [*_module("uvicorn"), "--factory", "pipelines.gate:prefect", "--host", HOST, "--port", str(port)]
+    uvicorn = [*module("uvicorn"), "--factory", "pipelines.gate:prefect", "--host", HOST, "--port", str(port)]
     return [*uvicorn, "--no-proxy-headers", "--log-level", "warning"]
 
 
@@ -253,7 +281,7 @@ def _password() -> str:
 
 def _sign_in_page(service: Service, page: str = "") -> str:
     """A link by which one browser gets in, once, to see `page`. The ticket is a fragment, which no browser sends or logs."""
-    return f"{service.pages}{gate.SIGN_IN}#{_fetch(service, gate.SIGN_IN, b'')}{f'&page={page}' if page else ''}"
+    return f"{service.pages}{gate.SIGN_IN}#{fetch(service, gate.SIGN_IN, b'')}{f'&page={page}' if page else ''}"
 
 
 def _log_file(name: str) -> Path:
@@ -279,9 +307,9 @@ def _ensure(service: Service, command: list[str], environment: Mapping[str, str]
     write_private(SERVICES / f"{name}.json", json.dumps(asdict(service)))
 
     def started() -> bool:
-        return (not service.url or _listens(service.pid, service.url)) and ready()
+        return (not service.url or listens(service.pid, service.url)) and ready()
 
-    if not _wait(lambda: process.poll() is not None or started()) or process.poll() is not None:
+    if not wait(lambda: process.poll() is not None or started()) or process.poll() is not None:
         _stop(service)
         (SERVICES / f"{name}.json").unlink()
         text = redacted(log.read_text(errors="replace"), environment=environment)
@@ -317,81 +345,10 @@ def _write_profile(environment: Mapping[str, str]) -> None:
     write_private(PREFECT_HOME / "profiles.toml", f'active = "local"\n\n[profiles.local]\n{settings}')
 
 
-def _prefect(environment: Mapping[str, str], *arguments: str) -> None:
-    done = subprocess.run([*_module("prefect"), *arguments], env=dict(environment), capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = redacted((done.stderr or done.stdout).strip(), environment=environment)
-        raise UserError(f"prefect {' '.join(arguments)} failed: {said}")
-
-
-def _deploy(environment: Mapping[str, str]) -> None:
-    """Make the deployments of `prefect.yaml`, or bring them up to date."""
-    _prefect(environment, "--no-prompt", "deploy", "--all")
-
-
-def _make_pool(prefect: Service) -> None:
-    """Make the work pool, or bring it up to date."""
-    made = {"name": POOL, "type": "process", "base_job_template": JOB_TEMPLATE}
-    if _fetch(prefect, "/api/work_pools/", json.dumps(made).encode()) is None:  # there is one
-        _fetch(prefect, f"/api/work_pools/{POOL}", json.dumps({"base_job_template": JOB_TEMPLATE}).encode(), "PATCH")
-
-
-def _module(name: str) -> list[str]:
-    return [sys.executable, "-m", name]
-
-
 def _is_server(tracking_uri: str) -> bool:
     return tracking_uri.startswith(("http:", "https:"))
 
 
 def _has_worker(prefect: Service) -> bool:
-    found = _fetch(prefect, f"/api/work_pools/{POOL}/workers/filter", b"{}")
+    found = fetch(prefect, f"/api/work_pools/{POOL}/workers/filter", b"{}")
     return any(worker["status"] == "ONLINE" for worker in found or [])
-
-
-def _answers(service: Service, path: str) -> bool:
-    return _fetch(service, path) is not None
-
-
-def _fetch(service: Service, path: str, body: bytes | None = None, method: str | None = None) -> Any:
-    """The body of the answer, as JSON where it is, or None where there is no good answer."""
-    headers = {"Content-Type": "application/json", "Authorization": gate.authorization(service.password)}
-    try:
-        with urlopen(Request(service.url + path, body, headers, method=method), timeout=5) as answer:
-            text = answer.read().decode()
-    except (URLError, OSError):
-        return None
-    return json.loads(text) if text[:1] in ("{", "[") else text
-
-
-def _wait(ready: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + START_SECONDS
-    while not (done := ready()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return done
-
-
-def _listens(pid: int, url: str) -> bool:
-    """Whether a process, or one that it started, has the port of `url`. Another user's program may have taken it first."""
-    try:
-        process = psutil.Process(pid)
-        open_ports = [one for each in (process, *process.children(recursive=True)) for one in each.net_connections("tcp")]
-    except psutil.Error:
-        return False
-    return any(one.status == psutil.CONN_LISTEN and one.laddr.port == urlsplit(url).port for one in open_ports)
-
-
-def _check_free(port: int, what: str, variable: str) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            advice = f"choose another, as in `make up {variable}={port + 1}`"
-            raise UserError(f"port {port}, for {what}, is taken by another program; {advice}") from None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])

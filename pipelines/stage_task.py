@@ -37,8 +37,10 @@ def _is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bo
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def run_stage(stage: str, up_to_date: bool, processes: dag.Processes | Node, environment: Mapping[str, str]) -> State[Any]:
-    """One DVC stage. It ends as Cached where DVC had nothing to compute, and as Failed where its command failed."""
+def run_stage(
+    stage: str, up_to_date: bool, processes: dag.Processes | Node, environment: Mapping[str, str], command: str = ""
+) -> State[Any]:
+    """One DVC stage. It ends as Cached where DVC had nothing to compute, and as Failed where its `command` failed."""
     if up_to_date:
         return Completed(name="Cached", message="up to date")
     log = run_log()
@@ -49,7 +51,7 @@ def run_stage(stage: str, up_to_date: bool, processes: dag.Processes | Node, env
     say("started")
     begin = time.monotonic()
     try:
-        outcome = processes.run(stage, say, environment)
+        outcome = processes.run(stage, say, environment, command)
         if isinstance(processes, dag.Processes):
             recovery.keep_lock(processes.root)
     except (dag.StageError, dag.StoppedError) as error:

@@ -102,7 +102,7 @@ def test_targets_bring_what_they_need(project: Path) -> None:
     assert list(dag.select(stages, ["train@a"])) == ["data", "train@a"]
     assert list(dag.select(stages, ["train"])) == list(dag.select(stages, ["*@?"])) == ["data", "train@a", "train@b"]
     assert list(dag.select(stages, None)) == list(stages)
-    with pytest.raises(ConfigError, match=r"no stage is called 'trian'; expected data, train, compare"):
+    with pytest.raises(ConfigError, match=r"no stage is called 'trian'; did you mean train"):
         dag.select(stages, ["trian"])
 
 

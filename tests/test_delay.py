@@ -110,8 +110,8 @@ def test_a_collapsed_run_is_left_out_and_counted() -> None:
 
 def test_the_sentence_names_size_interval_seeds_and_the_difference_at_the_end() -> None:
     text = compare_curves(planted(lambda step: error(step - 30)), planted(error)).sentence("head_xavier", "adaln_zero")
-    assert text.startswith("head_xavier is behind adaln_zero at equal error by 30 steps [30, 30] (n = 5 seeds)")
-    assert "the delay stays what it is; along its line the difference in error at step 1400 is +1.1 %" in text
+    assert text.startswith("head_xavier reaches the errors of adaln_zero 30 steps [30, 30] later (n = 5 seeds)")
+    assert "this delay stays the same; if it goes on like this, the difference in error at step 1400 is +1.1 %" in text
 
 
 def test_two_seeds_give_no_interval_and_no_course() -> None:

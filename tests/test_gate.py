@@ -25,7 +25,7 @@ from browser import CHROMIUM, MISSING
 from studies import ROOT, command, environment, free_port, git
 
 from dit.errors import UserError
-from pipelines import guard, services
+from pipelines import guard, local_http, services
 
 ANOTHER_USER = """
 import encodings.idna, json, os, sys, urllib.request
@@ -274,7 +274,7 @@ def test_a_worker_that_is_told_a_command_does_not_heed_it(up: Up) -> None:
     script = f"""
 import asyncio
 from prefect.workers.process import ProcessJobConfiguration
-from pipelines.services import JOB_TEMPLATE
+from pipelines.deploy import JOB_TEMPLATE
 made = asyncio.run(ProcessJobConfiguration.from_template_and_values(JOB_TEMPLATE, {chosen}))
 print(made == ProcessJobConfiguration())
 """
@@ -313,7 +313,7 @@ def test_a_program_that_takes_the_port_first_is_not_taken_for_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(services, "START_SECONDS", 3.0)
+    monkeypatch.setattr(local_http, "START_SECONDS", 3.0)
     asked: list[str] = []
 
     class Impostor(BaseHTTPRequestHandler):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import math
 import re
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from typer.testing import CliRunner
 from dit import init, models
 from dit.analysis.wakeup import patterns
 from dit.cli import app
+from dit.config import Params
+from dit.data.sources.photos import PICTURES
 from dit.errors import ConfigError
 from dit.init import strategy as strategies
 from dit.init.selectors import select
@@ -448,7 +451,7 @@ def test_the_command_shows_the_library_one_strategy_and_what_two_change() -> Non
     [
         (
             ["--strategy", "adaln_zeros"],
-            r"unknown strategy 'adaln_zeros' \(did you mean adaln_zero\?\); expected one of adaln_zero, ",
+            r"unknown strategy 'adaln_zeros'; did you mean adaln_zero\?",
         ),
         (["--diff", "adaln", "x"], r"unknown strategy 'x'; expected one of adaln_zero, "),
         (["--diff", "adaln", "symmetric", "--strategy", "adaln"], r"--strategy and --diff are two questions"),
@@ -462,3 +465,12 @@ def test_the_command_says_what_is_wrong(arguments: list[str], message: str) -> N
     done = CliRunner().invoke(app, ["init", "--params", str(ROOT / "params.yaml"), *arguments])
     assert done.exit_code == 2
     assert re.search(message, done.output)
+
+
+def test_init_and_audit_count_the_parameters_of_the_study_s_own_network(params: Params) -> None:
+    trained = params.network({"num_classes": len(PICTURES)})
+    count = sum(weight.numel() for weight in trained.parameters())
+    diff = CliRunner().invoke(app, ["init", "--params", str(ROOT / "params.yaml"), "--diff", "adaln_zero", "head_xavier"])
+    assert f"of {count:,} parameters, with {len(PICTURES)} classes" in " ".join(diff.output.split())
+    audit = CliRunner().invoke(app, ["audit", "strategy:adaln_zero", "--params", str(ROOT / "params.yaml"), "--json"])
+    assert json.loads(audit.stdout)["parameters"] == count

@@ -92,7 +92,7 @@ def test_study_takes_what_make_gives_it(monkeypatch: pytest.MonkeyPatch) -> None
     expected = {
         "set_": ["train.steps=300", "study.seeds=[0]"],
         "profile": "gpu",
-        "workers": 2,
+        "workers": "2",
         "targets": ["train", "evaluate"],
         "engine": Engine.RAY,
     }

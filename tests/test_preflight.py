@@ -25,7 +25,7 @@ from dit import config, models, preflight, yamlfile
 from dit.errors import ConfigError
 from dit.preflight import Finding, memory
 from pipelines import preflight as workflow
-from pipelines.experiments import override
+from pipelines.overrides import override
 
 SHIPPED = yamlfile.read(ROOT / "params.yaml")
 HELD_OUT = {"validation_root": None, "validation_fraction": 0.25}
@@ -142,8 +142,8 @@ def test_what_a_machine_cannot_hold_is_refused_before_it_is_made(
 def test_a_batch_that_would_fit_is_named_with_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "of_host", lambda: 10**9)
     (line,) = found({"train.batch_size": 5000}, ["train"])
-    assert line.endswith("the memory of this machine, or train.batch_size of at most 1,486"), line
-    assert not found({"train.batch_size": 1486}, ["train"])
+    assert line.endswith("the memory of this machine, or train.batch_size of at most 1,858"), line
+    assert not found({"train.batch_size": 1858}, ["train"])
 
 
 def test_every_setting_of_a_factor_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,10 @@ def test_the_answer_is_read_off_the_numbers(workspace: Workspace) -> None:
     found = summary()
     answer, *others = found["headline"]
     assert answer.startswith("Yes. The zero head ends training with a lower validation error")
-    assert any("The control is caught in validation error: symmetric is worse" in text for text in others)
+    assert any(
+        "The study detects its control, a start that is broken on purpose, in validation error: symmetric is worse" in text
+        for text in others
+    )
     assert any("adaln is not distinguishable" in text for text in others)
     assert any("head_xavier starts at 2.1" in text and "start at the error of a zero output (1.00" in text for text in others)
     assert any("from step 1 on in head_xavier and adaln and from step 2 on in adaln_zero" in text for text in others)
@@ -103,7 +106,7 @@ def test_equal_ends_are_called_not_distinguishable_and_the_control_not_caught(
     compare(workspace(["adaln_zero", "head_xavier", "symmetric"], [0, 1, 2]))
     answer, _, *others = summary()["headline"]
     assert answer.startswith("Not distinguishable.")
-    assert any(text.startswith("The control is not caught") and "null result" in text for text in others)
+    assert any(text.startswith("The study does not detect its control") and "null result" in text for text in others)
 
 
 @dataclass(frozen=True)
@@ -206,21 +209,30 @@ def test_the_same_runs_give_the_same_bytes(workspace: Workspace) -> None:
         files = sorted(path for path in Path("reports").rglob("*") if path.is_file())
         digests.append({str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files})
     assert digests[0] == digests[1]
-    names = ["index.html", "metrics.json", "plots/training_mse.csv", "plots/validation_mse.csv", "summary.json"]
+    tables = [f"plots/{name}.csv" for name in ("difference", "final_difference", "training_mse", "validation_mse")]
+    names = ["index.html", "metrics.json", *tables, "plots.html", "summary.json"]
     assert list(digests[0]) == [f"reports/{name}" for name in names]
 
 
 def test_dvc_reads_one_column_for_each_strategy(workspace: Workspace) -> None:
     compare(workspace(["adaln_zero", "symmetric"], [0, 1], diverged=("symmetric-1",)))
-    for name in ("validation_mse", "training_mse"):
+    for name in ("validation_mse", "training_mse", "difference"):
         header, first, *_ = Path(f"reports/plots/{name}.csv").read_text().splitlines()
         assert header == "step,adaln_zero,symmetric"
-        assert first.startswith("0,")
+        assert all(value != "" for value in first.split(","))  # Vega takes an empty one for zero
     means = json.loads(Path("reports/metrics.json").read_text())
-    found = summary()["strategies"]["symmetric"]
-    relative = found["difference"]["validation_mse"]["relative"][0]
-    assert means["symmetric"] == {"validation_mse": found["mean"]["validation_mse"], "against_baseline": relative}
-    assert list(means["adaln_zero"]) == ["validation_mse"]
+    expected = {name: found["mean"]["validation_mse"] for name, found in summary()["strategies"].items()}
+    assert means == {"mse": expected}
+    header, *rows = Path("reports/plots/final_difference.csv").read_text().splitlines()
+    assert header == "strategy,difference"
+    assert [row.partition(",")[0] for row in rows] == ["symmetric"]
+
+
+def test_the_page_of_dvc_plots_loads_nothing(workspace: Workspace) -> None:
+    compare(workspace(["adaln_zero", "symmetric"], [0]))
+    page = Path("reports/plots.html").read_text()
+    assert "{plot_divs}" in page
+    assert not re.search(r"<script[^>]*src=|<link", page)
 
 
 def test_runs_that_left_the_study_leave_the_workspace_too(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
@@ -336,8 +348,9 @@ def test_a_planted_delay_is_the_answer_with_its_steps_and_its_conditions() -> No
     params = study({"strategies": THREE, "seeds": [0, 1, 2, 3, 4], "factors": FACTORS, "declared": ["head_xavier"]})
     numbers, answer, rest = words_of(write_study(params, planted(delay={"head_xavier": 18}, noise=0.001)))
     assert re.fullmatch(
-        r"Yes\. The random head starts 1[78](?: to 1[89])? steps late and stays 1[78](?: to 1[89])? steps late, at every "
-        r"learning rate; at step 400 its error without averaging is 2\.\d\s%(?: to 2\.\d\s%)? higher \(n = 5\)\.",
+        r"Yes\. The random head is 1[78](?: to 1[89])? steps behind the zero head early in training and stays "
+        r"1[78](?: to 1[89])? steps behind, at every learning rate; at step 400 the error of its trained weights is "
+        r"2\.\d\s%(?: to 2\.\d\s%)? higher \(n = 5\)\.",
         answer,
     )
     conditions = (
@@ -345,10 +358,10 @@ def test_a_planted_delay_is_the_answer_with_its_steps_and_its_conditions() -> No
     )
     assert conditions in rest
     assert "(3 declared comparisons)" in rest
-    nothing = "symmetric is not distinguishably behind or ahead of adaln_zero over training, at every learning rate"
+    nothing = "During training, symmetric is neither clearly behind nor clearly ahead of adaln_zero, at every learning rate"
     assert f"{nothing} (n = 5; exploratory)." in rest
     assert "no verdict on strategies each at its own best rate" in " ".join(rest.split())
-    assert "What a start does depends" not in rest
+    assert "The effect of a start depends" not in rest
     found = numbers["findings"]
     assert found["each_at_its_best"] == []
     assert {(one["strategy"], one["verdict"], one["declared"]) for one in found["same_rate"]} == {
@@ -383,7 +396,8 @@ def test_a_planted_interaction_with_another_factor_is_said_and_no_other() -> Non
     errors = planted(with_level={("symmetric", "model.depth", 8): 1.05, ("*", "model.depth", 8): 0.9})
     numbers, _, rest = words_of(write_study(params, errors))
     change = (
-        r"going from depth 4 to 8, the error of symmetric changes by \+[45]\.\d\s% .* relative to that of adaln_zero \(n = 5\)"
+        r"with depth 8 instead of 4, the error of symmetric changes by \+[45]\.\d\s% .* "
+        r"relative to that of adaln_zero \(n = 5\)"
     )
     assert re.search(change, rest)
     assert "the error of head_xavier changes" not in rest
@@ -395,7 +409,7 @@ def test_planted_collapses_are_counted_with_what_warned_of_them_and_are_in_no_me
     params = study({"strategies": THREE, "factors": FACTORS, "sample": "none"})
     lost = {f"head_xavier-learning_rate=0.004-{seed}": Fate(200 + seed, collapses=True) for seed in (0, 2)}
     numbers, _, rest = words_of(write_study(params, planted(), lost))
-    assert "2 of 3 of head_xavier at learning rate 0.004 collapsed (steps 200 to 202)" in rest
+    assert "2 of 3 runs of head_xavier at learning rate 0.004 collapsed (steps 200 to 202)" in rest
     (found,) = [one for one in numbers["findings"]["failures"] if one["collapsed"]]
     assert (found["strategy"], found["rate"], found["runs"], found["failed_at"]) == ("head_xavier", 0.004, 3, (200, 202))
     tables = listings(read_study(params), numbers)

@@ -79,6 +79,11 @@ class Estimate:
         return int(self.low > 0) - int(self.high < 0)
 
 
+def signed(value: float, form: str) -> str:
+    """A number with its sign, in a form such as `.3g` or `.1%`; the sign for negative numbers is a true minus."""
+    return f"{value:+{form}}".replace("-", "\u2212").replace("%", " %")
+
+
 def ended(value: float | None) -> TypeGuard[float]:
     """Whether a run that ends with `value` ended well: it has a value, and a finite one."""
     return value is not None and math.isfinite(value)

@@ -20,18 +20,18 @@ import numpy as np
 from scipy import stats
 from scipy.interpolate import PchipInterpolator
 
-from dit.analysis.comparison import CONFIDENCE, Estimate, estimate, step_reached
+from dit.analysis.comparison import CONFIDENCE, Estimate, estimate, signed, step_reached
 from dit.errors import UserError
 
 Course = Literal["not distinguishable", "constant", "grows", "shrinks", "changes sign", "undetermined"]
 
 COURSES: dict[Course, str] = {
-    "not distinguishable": "is not distinguishable from none",
-    "constant": "stays what it is",
+    "not distinguishable": "cannot be told from none",
+    "constant": "stays the same",
     "grows": "grows",
     "shrinks": "shrinks",
     "changes sign": "changes sign",
-    "undetermined": "may be constant or change: these seeds cannot tell",
+    "undetermined": "may stay or change, which these seeds cannot tell",
 }
 """How a sentence says what a delay does over training."""
 
@@ -100,15 +100,15 @@ class CurveComparison:
         if self.left_out:
             n += f", without {len(self.left_out)} at which a run failed"
         if self.delay is None:
-            return f"{strategy} reaches too few of the errors of {baseline} to tell a delay ({n})."
+            return f"{strategy} does not reach enough of the errors of {baseline} to measure a delay ({n})."
         if self.delay.mean.sign == 0:
             found = f"{_steps(self.delay.mean)}, {n}"
-            return f"{strategy} is not distinguishably behind or ahead of {baseline} at equal error ({found})."
-        side = "behind" if self.delay.mean.sign > 0 else "ahead of"
-        course = COURSES[self.delay.course]
-        text = f"{strategy} is {side} {baseline} at equal error by {_steps(self.delay.mean)} ({n}), and the delay {course}"
+            return f"{strategy} is neither clearly behind nor clearly ahead of {baseline} ({found})."
+        side, distance = ("later", "delay") if self.delay.mean.sign > 0 else ("earlier", "lead")
+        course = f"this {distance} {COURSES[self.delay.course]}"
+        text = f"{strategy} reaches the errors of {baseline} {_steps(self.delay.mean)} {side} ({n}), and {course}"
         if self.expected is not None:
-            text += f"; along its line the difference in error at step {self.at:g} is {_percent(self.expected)}"
+            text += f"; if it goes on like this, the difference in error at step {self.at:g} is {_percent(self.expected)}"
         return f"{text}."
 
     @property
@@ -331,10 +331,11 @@ def _steps(found: Estimate) -> str:
     """Steps behind or ahead, without the sign that these words carry; with it where zero is possible."""
     bounds = [value for value in (found.low, found.high) if value is not None]
     if found.sign == 0:
-        return f"{found.mean:+.3g} steps" + (" [{:+.3g}, {:+.3g}]".format(*bounds) if bounds else "")
+        interval = f" [{', '.join(signed(bound, '.3g') for bound in bounds)}]" if bounds else ""
+        return f"{signed(found.mean, '.3g')} steps{interval}"
     return f"{abs(found.mean):.3g} steps" + " [{:.3g}, {:.3g}]".format(*sorted(map(abs, bounds)))
 
 
 def _percent(found: Estimate) -> str:
-    bounds = "" if found.low is None or found.high is None else f" [{found.low:+.1%}, {found.high:+.1%}]"
-    return f"{found.mean:+.1%}{bounds}".replace("%", " %")
+    mean, *bounds = [signed(value, ".1%") for value in (found.mean, found.low, found.high) if value is not None]
+    return f"{mean} [{', '.join(bounds)}]" if bounds else mean

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from dit.analysis.comparison import Estimate, ended, estimate, p_value
+from dit.analysis.comparison import Estimate, ended, estimate, p_value, signed
 from dit.errors import UserError
 
 Factors = Mapping[str, Sequence[Hashable]]
@@ -58,7 +58,7 @@ class Effect:
         ]
         found = self.estimate
         numbers = [value for value in (found.mean, found.low, found.high) if value is not None]
-        mean, *bounds = [f"{100 * value:+.1f} %" if self.scale == "ratio" else f"{value:+.3g}" for value in numbers]
+        mean, *bounds = [signed(value, ".1%" if self.scale == "ratio" else ".3g") for value in numbers]
         interval = f" [{', '.join(bounds)}]" if bounds else ""
         return f"{' with '.join(changes)}: {mean}{interval} (n = {found.n} seeds)"
 

@@ -111,7 +111,7 @@ class Judgement:
         mean, low, high = (scale * (value or 0) for value in (self.mean, self.low, self.high))
         if not signed and mean < 0:
             mean, low, high = -mean, -high, -low
-        return f"{mean:{form}}{' %' if self.relative else ''} [{low:{form}}, {high:{form}}]"
+        return f"{mean:{form}}{' %' if self.relative else ''} [{low:{form}}, {high:{form}}]".replace("-", "\u2212")
 
     def _certainty(self) -> str:
         p = "p < 0.001" if (self.p or 0) < 0.001 else f"p = {self.p:.2g}"

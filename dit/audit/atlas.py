@@ -29,15 +29,15 @@ ORIGINS = {
 
 HEAD = """# Atlas: how the diffusion transformers of diffusers start
 
-Every network of diffusers {version} with "Transformer" in its name that `dit audit` can call, and two others: fresh from its
-constructor, small (about two blocks), and measured, not read. This page is made by
-`python -m dit.audit.atlas > docs/atlas.md`. What surprises comes first: a start that is not that of the original code, then
-units that stay equal while they train, then the highest initial loss.
+This page shows how networks start if you train them from scratch. It has every network of diffusers {version} with
+"Transformer" in its name that `dit audit` can call, and two others. Each was built by its constructor, at a small size (about
+two blocks), and measured. Most constructors of diffusers use the defaults of torch, because a checkpoint usually replaces all
+weights.
 
-The loss is the mean squared error against noise of unit mean square: 1 for an output of zero. *Wakes* are the steps at which
-the first weights of the head, of modulation, of other layers of the blocks, and of all the rest receive a gradient.
-Constructors of diffusers leave most layers to the defaults of torch, as a checkpoint is loaded over them: who trains from
-scratch starts from what stands here.
+The first rows are the most surprising: first, starts that differ from the original code; then units that stay equal while they
+train; then high initial losses. The loss is the mean squared error against noise with mean square 1, so an output of zero has a
+loss of 1. *Wakes* are the steps at which the first weights receive a gradient: those of the head, of modulation, of the other
+layers in blocks, and of everything else. `python -m dit.audit.atlas > docs/atlas.md` makes this page.
 
 | network | output | blocks | block modulation | equal units | wakes: head, modulation, blocks, rest | loss | original code |
 |---|---|---|---|---|---|---|---|

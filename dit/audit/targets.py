@@ -21,6 +21,7 @@ from dit.audit.report import Source
 from dit.audit.signatures import SIGNATURES
 from dit.audit.specs import made as inputs_of
 from dit.audit.wrappers import unwrapped
+from dit.data.classes import num_classes
 from dit.diffusion import Batch as TrainingBatch, Diffusion
 from dit.errors import ConfigError, DataError, UserError
 from dit.models import Denoiser, backbone_of
@@ -34,7 +35,6 @@ ACCEPTED = (
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 PARAMS = Path("params.yaml")
 BATCH = 4
-CLASSES = 10
 SHOWN = 60
 """Characters of `--config` that a message repeats."""
 
@@ -120,7 +120,7 @@ def _strategy(name: str, model_name: str | None, seed: int, params: Path) -> Aud
     loaded = config.load(params)
     if name not in loaded.strategies:
         raise ConfigError(f"{params}: unknown strategy '{name}'; expected one of {', '.join(loaded.strategies)}")
-    network = init.apply(loaded.network({"num_classes": CLASSES}, model_name), loaded.strategies[name], seed)
+    network = init.apply(loaded.network({"num_classes": num_classes(loaded.images)}, model_name), loaded.strategies[name], seed)
     x0, timesteps, labels = of_latents(network)
     objective = loaded.diffusion.objective if loaded.diffusion.objective in backbone_of(network).objectives else "flow"
     settings = {"objective": objective, "learn_sigma": network.learn_sigma}

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from dit.errors import ConfigError
 from dit.exchange import options as opts
@@ -221,6 +219,9 @@ def _print(
         about = {"samples": found.name, "reference": against.name, "images": counted, "extractor": network.name}
         print(json.dumps({**about, "drawn": drawn, "nearest_k": nearest_k, "figures": vars(figures)}, indent=2))
         return
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("figure", "value", title=f"{plain(found.name)} against {plain(against.name)}", title_justify="left")
     table.columns[1].justify = "right"
     for name, value in vars(figures).items():

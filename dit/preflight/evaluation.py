@@ -66,11 +66,11 @@ def _reference(params: Params) -> Iterator[Finding]:
     if path is None:
         return
     from dit.evaluation import statistics
-    from dit.evaluation.features import FeatureExtractor
+    from dit.evaluation.features import EfficientNetLite0, FeatureExtractor
     from dit.evaluation.inception import POOLED
 
     where = f"evaluate.reference = {path}"
-    dimension = POOLED if params.features.extractor == "inception" else LITE0
+    dimension = POOLED if params.features.extractor == "inception" else EfficientNetLite0.dimension
     space = FeatureExtractor(params.features.extractor, params.features.size, dimension, nn.Identity(), torch.device("cpu"))
     try:
         found = statistics.load(Path(path), space)
@@ -80,7 +80,3 @@ def _reference(params: Params) -> Iterator[Finding]:
     of = f" of {found.count:,} images" if found.count else ""
     parts = [part for part, there in (("sFID", found.spatial), ("precision and recall", found.features)) if there is not None]
     yield Finding(WHAT, where, f"statistics{of}, for FID{''.join(f', {part}' for part in parts)}")
-
-
-LITE0 = 1280
-"""Features of EfficientNet-Lite0, as `dit.evaluation.features` has them."""

@@ -32,4 +32,5 @@ def of_error(what: str, where: str, error: BaseException, severity: Severity = "
     if named := _NAMED.match(head):
         where = named[0]
         head = head[named.end() :]
-    return Finding(what, where.rstrip(" :;,"), head.strip(" :;,") or "does not fit", expected, severity)
+    found = head.strip(" :;,").removeprefix("but ")
+    return Finding(what, where.rstrip(" :;,"), found or "does not fit", expected, severity)

@@ -18,6 +18,8 @@ from dit.sections import FolderSource, HuggingFaceSource, IdxSource, ImagesParam
 WHAT = "images"
 SAMPLE = 32
 """Pictures that are decoded."""
+LARGEST = 256
+"""Pixels to which they are scaled at most: whether a picture can be decoded hardly depends on it."""
 ANSWER_SECONDS = 10.0
 """How long a data set on the hub may take to answer."""
 
@@ -94,8 +96,10 @@ def _spread(pictures: list[Encoded]) -> list[Encoded]:
 
 def _decoded(images: ImagesParams, sample: list[Encoded], where: str) -> Iterator[Finding]:
     """Decode the sample: what a stage would reject in it, and how many pictures are turned."""
-    decoded = [(picture, decode_or_reject(picture, images.size, images.channels)) for picture in sample]
-    rejected = [result for _, result in decoded if isinstance(result, Rejected)]
+    size = min(images.size, LARGEST)
+    results = (decode_or_reject(picture, size, images.channels) for picture in sample)
+    reasons = [result if isinstance(result, Rejected) else None for result in results]
+    rejected = [reason for reason in reasons if reason]
     if len(rejected) > images.max_rejected * len(sample):
         named = "; ".join(f"{each.item}: {each.reason}" for each in rejected[:NAMED])
         few = len(rejected) < len(sample) / 2  # of all images it may be less than is accepted
@@ -103,6 +107,6 @@ def _decoded(images: ImagesParams, sample: list[Encoded], where: str) -> Iterato
         expected = f"at most images.max_rejected = {images.max_rejected} of all"
         yield Finding(WHAT, where, found, expected, "warning" if few else "error")
         return
-    turned = sum(is_turned(picture.data) for picture, result in decoded if not isinstance(result, Rejected))
+    turned = sum(is_turned(picture.data) for picture, reason in zip(sample, reasons, strict=True) if not reason)
     upright = f"; {turned} are turned upright, as their EXIF data says" if turned else ""
     yield Finding(WHAT, where, f"{len(sample) - len(rejected)} of {len(sample)} looked at can be decoded{upright}")

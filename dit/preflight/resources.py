@@ -24,12 +24,15 @@ from dit.sections.optim import AdamWParams, SGDParams
 WHAT = "resources"
 FLOAT = 4
 """Bytes of a float32."""
-BLOCK_VALUES = 20
-"""What a block of a DiT keeps for its backward pass, in values for each feature of each token: 82 bytes in float32, counted by
-`torch.autograd.graph.saved_tensors_hooks` on a DiT-S/2 of 6 and 12 blocks; 109 bytes in a LightningDiT. Korthikanti et al.
-(2022), "Reducing Activation Recomputation in Large Transformer Models", eq. 1, has 34 bytes at 2 bytes a value."""
+BLOCK_VALUES = 16
+"""What a block of a DiT keeps for its backward pass at least, in values for each feature of each token.
+
+On a CPU it is 20.5, and 27 in a LightningDiT, counted by `torch.autograd.graph.saved_tensors_hooks`; on a GPU 17.5 to 20 where
+compiled or fused, and 25 eager, by the peak memory of DiT-S/2 to XL/2 in benchmarks/results. Korthikanti et al. (2022),
+"Reducing Activation Recomputation in Large Transformer Models", eq. 1, has 17.
+"""
 LEVEL_VALUES = 25
-"""As `BLOCK_VALUES`, of an autoencoder that is trained: 106 to 125 bytes for each channel of each pixel of each resolution."""
+"""As `BLOCK_VALUES`, of an autoencoder that is trained, for each channel of each pixel of each resolution: 26 to 31."""
 LEVEL_WEIGHTS = 100
 """Weights of such an autoencoder, for each square of a resolution's width: 103 to 127, counted with 3 and 4 resolutions."""
 BLOCK_WEIGHTS = 18

@@ -133,7 +133,7 @@ def _in_order(params: Params, items: Iterable[Item]) -> list[Item]:
 
 @contextmanager
 def _pool(folder: Path, workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that work in `folder` and have torch imported before they start; none of them shares a CUDA context."""
+    """Processes that work in `folder`. They are not forked: a fork of a process that has asked CUDA anything cannot use it."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_enter, initargs=(folder,)) as pool:
         yield pool

@@ -59,7 +59,7 @@ def short_reason(judgement: Judgement) -> str:
     if judgement.comparison.doubts and judgement.comparison.metric == ERROR:
         return "the best rate of one of them cannot be interpolated"
     if judgement.n < FEWEST:
-        return f"there {'is' if judgement.n == 1 else 'are'} {counted(judgement.n, 'pair')} of seeds"
+        return f"only {counted(judgement.n, 'seed')} ended well with both"
     return judgement.reason or ""
 
 
@@ -104,8 +104,8 @@ def scope(found: Sequence[Pair], among: Sequence[Pair]) -> str:
 def delay(pairs: Sequence[Pair], subject: str, other: str) -> str | None:
     """Delay or level in words, over all settings at which curves could be compared; None where there is none.
 
-    `The random head starts 18 steps late and stays 18 steps late, at every learning rate; at step 350 its error without
-    averaging is 3.4 % higher (n = 5; exploratory).`
+    `The random head is 18 steps behind the zero head early in training and stays 18 steps behind, at every learning rate; at
+    step 350 the error of its trained weights is 3.4 % higher (n = 5; exploratory).`
     """
     compared = [pair for pair in pairs if pair.curves]
     if not compared:
@@ -115,16 +115,18 @@ def delay(pairs: Sequence[Pair], subject: str, other: str) -> str | None:
     kinds = {pair.curves.kind if pair.clear else "not distinguishable" for pair in compared if pair.curves}
     late = {one.delay.mean.sign if one.delay else None for one in curves}
     if kinds == {"delay"} and len(late) == 1 and late <= {1, -1}:
-        word = "late" if late == {1} else "early"
+        first, then = ("behind", "behind") if late == {1} else ("ahead of", "ahead")
         steps = _step_range(curves)
-        return f"{subject} starts {steps} {word} and stays {steps} {word}{where}; {_at_the_end(curves)} {_terms(compared)}."
+        course = f"is {steps} {first} {other} early in training and stays {steps} {then}"
+        return f"{subject} {course}{where}; {_at_the_end(curves)} {_terms(compared)}."
     if kinds == {"level"}:
         return (
-            f"Against {other}, {_lower(subject)} differs by a level, not a delay{where}: the gap stays; {_at_the_end(curves)} "
-            f"{_terms(compared)}."
+            f"{subject} is not merely late: its error keeps the same distance in per cent from that of {other}{where}; "
+            f"{_at_the_end(curves)} {_terms(compared)}."
         )
     if kinds == {"not distinguishable"}:
-        return f"{subject} is not distinguishably behind or ahead of {other} over training{where} {_terms(compared)}."
+        text = f"During training, {_lower(subject)} is neither clearly behind nor clearly ahead of {other}"
+        return f"{text}{where} {_terms(compared)}."
     return _mixed(compared, pairs, subject, other)
 
 
@@ -132,7 +134,7 @@ def _scope_of_curves(compared: Sequence[Pair], pairs: Sequence[Pair]) -> str:
     """Where curves could be compared; at the other settings runs failed, or seeds are too few."""
     if len(compared) == len(pairs) or len(compared) <= FEW:
         return scope(compared, pairs)
-    return f"at each of the {len(compared)} {_noun(pairs)}s, of {len(pairs)}, at which curves can be compared"
+    return f"at each of the {len(compared)} {_noun(pairs)}s (of {len(pairs)}) where curves can be compared"
 
 
 def _noun(pairs: Sequence[Pair]) -> str:
@@ -151,19 +153,20 @@ def _mixed(compared: Sequence[Pair], pairs: Sequence[Pair], subject: str, other:
     sides: dict[str, list[Pair]] = {}
     for pair in compared:
         found = pair.curves.delay if pair.curves else None
-        side = "unknown" if found is None else {1: "behind", -1: "ahead of", 0: "same"}[found.mean.sign * pair.clear]
+        side = "unknown" if found is None else {1: "later", -1: "earlier", 0: "same"}[found.mean.sign * pair.clear]
         sides.setdefault(side, []).append(pair)
     clauses = []
     for side, found_pairs in sides.items():
         where = f" {scope(found_pairs, pairs)}" if len(pairs) > 1 else ""
         if side == "same":
-            clauses.append(f"is not distinguishably behind or ahead of {other} at equal error{where}")
+            clauses.append(f"is neither clearly behind nor clearly ahead of {other}{where}")
         elif side == "unknown":
-            clauses.append(f"reaches too few of the errors of {other} to tell a delay{where}")
+            clauses.append(f"does not reach enough of the errors of {other} to measure a delay{where}")
         else:
             curves = [pair.curves for pair in found_pairs if pair.curves]
-            text = f"is {side} {other} at equal error by {_step_range(curves)}{where}, and the delay {_courses(found_pairs)}"
-            clauses.append(f"{text}; {_at_the_end(curves)}")
+            distance = "delay" if side == "later" else "lead"
+            text = f"reaches the errors of {other} {_step_range(curves)} {side}{where}"
+            clauses.append(f"{text}, and this {distance} {_courses(found_pairs)}; {_at_the_end(curves)}")
     return f"{subject} {'; it '.join(clauses)} {_terms(compared)}."
 
 
@@ -187,7 +190,7 @@ def _at_the_end(curves: Sequence[CurveComparison]) -> str:
     """What the difference in error is at the last step: of the trained weights, as they were validated."""
     gaps = sorted(math.expm1(one.gap.values[-1].mean) for one in curves)
     low, high = gaps[0], gaps[-1]
-    step = f"at step {curves[0].gap.steps[-1]:,.0f} its error without averaging is"
+    step = f"at step {curves[0].gap.steps[-1]:,.0f} the error of its trained weights is"
     if low < 0 < high:
         return f"{step} between {_size(low)} lower and {_size(high)} higher"
     shown = dict.fromkeys(_size(value) for value in sorted((low, high), key=abs))
@@ -217,7 +220,7 @@ def not_tuned(study: Study) -> str | None:
     if not study.findings.tunings or study.params.study.choose_on:
         return None
     return (
-        "No seeds were set aside to choose each strategy's best learning rate (study.choose_on), so the report draws no "
+        "The study has no seeds on which to choose each strategy's best learning rate (study.choose_on). So there is no "
         "verdict on strategies each at its own best rate."
     )
 
@@ -242,15 +245,15 @@ def interactions(findings: Findings) -> str | None:
     if not largest:
         return None
     clauses = [_interaction(name, factor, one) for (name, factor), one in list(largest.items())[: 2 * FEW]]
-    return f"What a start does depends on other factors (exploratory, corrected for all interactions): {'; '.join(clauses)}."
+    return f"The effect of a start depends on other factors (exploratory; corrected for their number): {'; '.join(clauses)}."
 
 
 def _interaction(name: str, factor: str, one: Effect) -> str:
     found = one.estimate
     bounds = "" if found.low is None or found.high is None else f" [{percent(found.low)}, {percent(found.high)}]"
-    step = f"going from {factor} {one.reference[1]} to {one.levels[1]}"
-    change = f"{step}, the error of {name} changes by {percent(found.mean)}{bounds}"
-    return f"{change} relative to that of {one.reference[0]} (n = {found.n})"
+    step = f"with {factor} {one.levels[1]} instead of {one.reference[1]}"
+    change = f"the error of {name} changes by {percent(found.mean)}{bounds}"
+    return f"{step}, {change} relative to that of {one.reference[0]} (n = {found.n})"
 
 
 def failing(study: Study) -> str | None:
@@ -262,11 +265,12 @@ def failing(study: Study) -> str | None:
             ways = " or ".join(sorted({one.status for one in lost}))
             steps = sorted(one.failed_at for one in lost if one.failed_at is not None)
             when = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
-            clauses.append(f"{len(lost)} of {len(histories)} of {name} at learning rate {rate:g} {ways} ({when})")
+            of = f"{len(lost)} of {counted(len(histories), 'run')} of {name} at learning rate {rate:g}"
+            clauses.append(f"{of} {ways} ({when})")
     if not clauses:
         return None
     shown = clauses if len(clauses) <= 2 * FEW else [*clauses[: 2 * FEW], f"and {len(clauses) - 2 * FEW} more, in the table"]
-    return f"Runs failed: {'; '.join(shown)}. They are in no mean and no difference."
+    return f"Some runs failed: {'; '.join(shown)}. Means and differences leave them out."
 
 
 def _lower(text: str) -> str:

@@ -260,16 +260,16 @@ def _control(study: Study, summary: dict[str, Any]) -> Finding | None:
     if worse and len(worse) == len(judged):
         return Finding(
             "better",
-            f"The control is caught in validation error: {told}. A true symmetry failure shows at this size.{tuned}",
+            f"The study detects its control, a start that is broken on purpose, in validation error: {told}.{tuned}",
         )
     if worse:
-        return Finding("note", f"The control is caught {answers.scope(worse, pairs)}, and not elsewhere: {told}.{tuned}")
+        return Finding("note", f"The study detects its broken control only {answers.scope(worse, pairs)}: {told}.{tuned}")
     if not judged:
-        return Finding("warning", f"The control was not put to the test: {told}.{tuned}")
+        return Finding("warning", f"There is no verdict on the control, a start that is broken on purpose: {told}.{tuned}")
     return Finding(
         "warning",
-        f"The control is not caught in validation error: {told}. A failure made on purpose does not show, so this study is too "
-        f"small or too short for a null result to mean anything.{tuned}",
+        f"The study does not detect its control, a start that is broken on purpose: {told}. So it is too small or too short "
+        f"for a null result to mean anything.{tuned}",
     )
 
 

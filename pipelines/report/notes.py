@@ -49,7 +49,8 @@ def going(summary: dict[str, Any]) -> Finding | None:
         return None
     decimals = decimals_for([limit], digits=3)
     setting = f"At {summary['study']['setting']}, the" if summary["study"]["setting"] else "The"
-    text = f"{setting} error of {summary['baseline']} at step {step} ({fixed(limit, decimals)}) is reached by {listed(later)}."
+    reached_error = f"error that {summary['baseline']} has at step {step} ({fixed(limit, decimals)})"
+    text = f"{setting} {reached_error} is reached by {listed(later)}."
     never = [name for name, at in reached.items() if at is None and summary["strategies"][name]["n"]]
     return Finding("note", text + (f" Half of the runs of {listed(never)} never reached it." if never else ""))
 
@@ -63,13 +64,14 @@ def awake(summary: dict[str, Any]) -> Finding:
         never.append(name) if step is None else steps[step].append(name)
     parts = [f"from step {step} on in {listed(names)}" for step, names in sorted(steps.items())]
     sentences = [f"Every part of the network receives a gradient {listed(parts)}."] if parts else []
-    sentences += [f"In {listed(never)} some part of it receives none in the steps looked at."] if never else []
+    sentences += [f"In {listed(never)}, some part receives none in the first steps, which were examined."] if never else []
     agrees = {name: entry["start"]["predicted_equals_measured"] for name, entry in summary["strategies"].items()}
     if wrong := [name for name, agreed in agrees.items() if agreed is False]:
-        return Finding("warning", " ".join([*sentences, f"For {listed(wrong)} the architecture predicts other steps."]))
+        differs = f"For {listed(wrong)}, this differs from the steps predicted from the architecture."
+        return Finding("warning", " ".join([*sentences, differs]))
     if None in agrees.values():
         return Finding("note", " ".join([*sentences, "This is measured, not predicted; the wake-up figure says why."]))
-    return Finding("note", " ".join([*sentences, "The architecture alone predicts the same."]))
+    return Finding("note", " ".join([*sentences, "The prediction from the architecture alone is the same."]))
 
 
 def samples_rank_nothing(summary: dict[str, Any]) -> Finding | None:
@@ -91,7 +93,7 @@ def missed_by_samples(summary: dict[str, Any], name: str) -> str | None:
     if not missed:
         return None
     if len(missed) < len(found):
-        return f"In the generated samples, {listed(missed)} {'does' if len(missed) == 1 else 'do'} not show it."
+        return f"Of the sample metrics, {listed(missed)} {'does' if len(missed) == 1 else 'do'} not show it."
     metrics = counted(len(found), "sample metric")
     return f"The generated samples do not show it: none of the {metrics} tells {name} from the baseline."
 
@@ -141,7 +143,7 @@ def lost(study: Study, summary: dict[str, Any]) -> Finding | None:
     sentences = [f"{counted(len(runs), 'run')} {how}: {listed(runs)}." for how, runs in lost.items() if runs]
     if not sentences:
         return None
-    return Finding("warning", " ".join([*sentences, "Means and differences are over the runs that finished."]))
+    return Finding("warning", " ".join([*sentences, "Means and differences use only the runs that finished."]))
 
 
 def not_tuned(study: Study) -> Finding | None:
@@ -172,8 +174,8 @@ def few_seeds(summary: dict[str, Any]) -> Finding | None:
         return Finding("warning", "One seed: differences are shown without intervals, and none of them is called an effect.")
     return Finding(
         "warning",
-        f"Two seeds leave one degree of freedom, an interval that reaches {interval_reach(2):.1f} standard errors to each "
-        "side: no verdict is drawn from fewer than three.",
+        f"Two seeds are too few for a verdict, which needs three: a 95 % interval from two reaches {interval_reach(2):.1f} "
+        "standard errors to each side.",
     )
 
 
@@ -194,8 +196,8 @@ def averaging(summary: dict[str, Any]) -> Finding | None:
     sentences = []
     if lagging:
         sentences.append(
-            f"The EMA lags: averaged weights have a higher error than the trained ones ({', '.join(lagging)}), "
-            f"so they still hold something of the start; train longer or lower train.ema_decay."
+            f"The EMA lags: the averaged weights have a higher error than the trained ones ({', '.join(lagging)}), because "
+            f"early weights still count in the average. Train longer or lower train.ema_decay."
         )
     if disputed:
         sentences.append(f"The two disagree after {summary['study']['steps']} steps: {'; '.join(disputed)}.")

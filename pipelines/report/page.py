@@ -64,8 +64,9 @@ def render(
     figures: dict[str, Figure],
     images: ImageStore,
     autoencoder: Autoencoder,
+    partial: str = "",
 ) -> str:
-    """The report as HTML."""
+    """The report as HTML; `partial` says which runs it has, where those are not yet all."""
     template = _environment(study).get_template("template.html")
     evaluation = study.evaluation
     real = real_grid(images, evaluation.num_generated, evaluation.settings["evaluate"]["grid_rows"]) if evaluation else None
@@ -73,6 +74,7 @@ def render(
         study=study,
         summary=summary,
         headline=headline,
+        partial=partial,
         figures=figures,
         images=images,
         autoencoder=autoencoder,

@@ -64,16 +64,11 @@ def summarise(study: Study) -> dict[str, Any]:
 
 
 def headline_metrics(summary: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """`metrics.json`, short enough for `dvc exp show`: the final error of each strategy at the setting that is shown.
+    """`metrics.json`: a column of `dvc exp show` for each strategy, its final error at the setting that is shown.
 
-    `against_baseline` is the mean difference to the baseline, paired by seed, as a fraction. All else is in `summary.json`.
+    All else is in `summary.json`.
     """
-    found: dict[str, dict[str, float | None]] = {}
-    for name, entry in summary["strategies"].items():
-        found[name] = {ERROR.name: entry["mean"][ERROR.name]}
-        if difference := entry.get("difference", {}).get(ERROR.name):
-            found[name]["against_baseline"] = difference["relative"][0] if difference["relative"] else None
-    return found
+    return {"mse": {name: entry["mean"][ERROR.name] for name, entry in summary["strategies"].items()}}
 
 
 def mean_curves(runs_of: Mapping[str, Sequence[Run]], curve: Callable[[Run], pd.Series]) -> pd.DataFrame:

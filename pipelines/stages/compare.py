@@ -4,35 +4,52 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from dit.config import Params
 from dit.data.images import load_images
 from pipelines.design import Item, data_folder
 from pipelines.files import complete_directory, write_json
+from pipelines.report import dvc_plots
 from pipelines.report.figures import figures
-from pipelines.report.headline import headline
+from pipelines.report.headline import Headline, headline
 from pipelines.report.page import Autoencoder, render
 from pipelines.report.reading import departed, read_study
-from pipelines.report.runs import Run, Study
-from pipelines.report.summary import headline_metrics, mean_curves, summarise
+from pipelines.report.runs import Study
+from pipelines.report.summary import headline_metrics, summarise
 from pipelines.stages.entry import run_dvc_stage
 
-CURVES: dict[str, Callable[[Run], pd.Series]] = {
-    "validation_mse": lambda run: run.validation("ema")["mse"],
-    "training_mse": lambda run: run.training["mse"],
-}
-"""The curves of `dvc plots show`."""
+
+@dataclass(frozen=True)
+class Report:
+    """The report of a study, as a page and as numbers."""
+
+    study: Study
+    summary: dict[str, Any]
+    words: Headline
+    page: str
 
 
 def compare(params: Params, item: Item) -> None:
     """Read exactly the runs of the study, drop others from the workspace, and write `reports`."""
+    report = make_report(params)
+    drop_departed(report.study)
+    with complete_directory("reports", sealed=False) as out:
+        write_json(out / "summary.json", report.summary)
+        write_json(out / "metrics.json", headline_metrics(report.summary))
+        dvc_plots.write_tables(out / "plots", report.study)
+        (out / "plots.html").write_text(dvc_plots.template(), encoding="utf-8")
+        (out / "index.html").write_text(report.page, encoding="utf-8")
+    print(f"compare: {report.words.answer}".replace("\u202f", " "))  # a terminal has no narrow spaces
+    if not Path(".git").is_file():  # the worktree of an experiment goes: the flow names the copy that stays
+        print(f"compare: wrote {Path('reports/index.html').resolve().as_uri()}")
+
+
+def make_report(params: Params, partial: str = "") -> Report:
+    """Read exactly the runs of the study. `partial` is told on the page where these are not yet all."""
     study = read_study(params)
-    drop_departed(study)
     shown = study.first.design
     images = load_images(data_folder(params, shown, "images"))
     autoencoder = read_autoencoder(Path(data_folder(params, shown, "autoencoder")))
@@ -43,17 +60,8 @@ def compare(params: Params, item: Item) -> None:
     words = headline(study, summary)
     summary["headline"] = words.sentences
     drawn = figures(study, summary)
-    page = render(study, summary, headline=words, figures=drawn, images=images, autoencoder=autoencoder)
-    with complete_directory("reports", sealed=False) as out:
-        write_json(out / "summary.json", summary)
-        write_json(out / "metrics.json", headline_metrics(summary))
-        (out / "plots").mkdir()
-        for name, curve in CURVES.items():
-            mean_curves(study.groups, curve).to_csv(out / "plots" / f"{name}.csv", lineterminator="\n")
-        (out / "index.html").write_text(page, encoding="utf-8")
-    print(f"compare: {words.answer}".replace("\u202f", " "))  # a terminal has no narrow spaces
-    if not Path(".git").is_file():  # the worktree of an experiment goes: the flow names the copy that stays
-        print(f"compare: wrote {Path('reports/index.html').resolve().as_uri()}")
+    page = render(study, summary, headline=words, figures=drawn, images=images, autoencoder=autoencoder, partial=partial)
+    return Report(study, summary, words, page)
 
 
 def drop_departed(study: Study) -> None:

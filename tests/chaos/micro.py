@@ -22,6 +22,7 @@ KINDS = {
     "dvc": ("atomic_dvc.py", "repro"),
     "stage": ("pipelines.stages.",),
     "server": ("pipelines.gate:prefect",),
+    "warm server": ("pipelines.warm_server",),
 }
 """Processes of a study, by words of their command."""
 NOBODY = 65534

@@ -38,7 +38,11 @@ def record(folder: Path) -> None:
         own = {name: file for name, file in files.items() if name.partition(".")[0] in ("dit", "pipelines")}
         (folder / f"{os.getpid()}.json").write_text(json.dumps([sys.orig_argv, sorted(edges), own]))
 
+    def forget_main() -> None:
+        edges.difference_update({edge for edge in edges if edge[0] == "__main__"})
+
     builtins.__import__, importlib.import_module = by_statement, by_function
+    os.register_at_fork(after_in_child=forget_main)  # a warm stage is not the server that it was forked from
     atexit.register(report)
 
 

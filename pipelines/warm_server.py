@@ -1,0 +1,282 @@
+"""The warm server of a study: it imports what stages need once, and forks a process for each.
+
+`pipelines.warm` starts it as `python -m pipelines.warm_server SOCKET ROOM` and asks it, over that socket, to bring stages up to
+date. For each it forks a guard, the guard forks DVC, and DVC forks the process of the stage: the same tree as `pipelines.guard`
+starts, with the same commands in `ps`. A process is forked before the one above it has done anything, so that a stage finds the
+state of a fresh Python that has imported its modules, and nothing else.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import gc
+import json
+import os
+import re
+import runpy
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pipelines import atomic_dvc, guard
+
+MODULE_COMMAND = re.compile(r"python -m (pipelines\.stages\.\w+)((?: [\w.=@,:+/-]+)*)", re.ASCII)
+"""The command of a stage that is a module of this project; it needs no shell."""
+DVC_MODULES = (
+    *("dvc.repo.artifacts", "dvc.repo.datasets", "dvc.repo.metrics", "dvc.repo.open_repo", "dvc.repo.params", "dvc.repo.plots"),
+    *("dvc.repo.reproduce", "dvc.repo.stage", "dvc.stage.cache", "dvc.stage.run", "dvc.rwlock", "dvc.scm", "dvc.dirs"),
+    *("dvc.cachemgr", "dvc.data_cloud", "dvc.utils.strictyaml", "dvc_data.hashfile.db.local", "dvc_data.hashfile.status"),
+)
+"""What DVC imports once it runs a stage, beside the modules of its command line."""
+SPARED_THREADS = ("jemalloc_bg_thd",)
+"""Threads, by name, that may be alive when this process forks: jemalloc, which pyarrow brings, is made for that."""
+GPUS = ("/dev/nvidia", "/dev/kfd")
+BY_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
+"""Has torch look for GPUs without opening one, if a library asks while it is imported (PyTorch, CUDA semantics)."""
+MOST_BYTES = 65536
+"""The longest request."""
+DESCRIPTORS = 3
+"""How many come with a request: the guard's standard input, its output, and where it tells how it ended."""
+Request = tuple[dict[str, Any], list[int]]
+
+
+class NotWarmError(Exception):
+    """Forks of this process would not be as good as fresh processes."""
+
+
+class Forked:
+    """A fork of this process, with signals as in a fresh one, which runs `main` and ends."""
+
+    def __init__(self, main: Callable[[], None]) -> None:
+        numbers = {signal.SIGTERM, signal.SIGCHLD}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        self.pid = os.fork()
+        if self.pid == 0:
+            for number in numbers:
+                signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if self.pid == 0:
+            main()
+            end()
+
+    def wait(self) -> int:
+        """Its exit code; negative for a signal."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+class Server:
+    """Imports `modules`, and forks for each request until the other end of `connection` is closed."""
+
+    def __init__(self, connection: socket.socket, modules: list[str]) -> None:
+        self.connection = connection
+        self.modules = modules
+        self.environment = dict(os.environ)
+        self.code = code_state()
+        self.guards: set[int] = set()
+
+    def serve(self) -> None:
+        """Serve each request once the module that it needs has been imported. Raises `NotWarmError`."""
+        signal.signal(signal.SIGCHLD, lambda *_: self._reap())
+        os.environ[BY_NVML] = "1"
+        import_module("dvc.cli").parse_args(["repro"])  # imports its commands
+        for name in DVC_MODULES:
+            import_module(name)
+        left, waiting = list(self.modules), list[Request]()
+        while True:
+            if left and not select.select([self.connection], [], [], 0)[0]:
+                import_module(left.pop(0))
+                gc.freeze()  # forks share the memory of what is never looked through again
+            else:
+                text, held, _, _ = socket.recv_fds(self.connection, MOST_BYTES, DESCRIPTORS)
+                if not text:
+                    return
+                waiting.append((json.loads(text), held))
+            for request in [each for each in waiting if each[0]["module"] not in left]:
+                waiting.remove(request)
+                self._fork_guard(*request)
+
+    def _fork_guard(self, request: dict[str, Any], held: list[int]) -> None:
+        self._check()
+        self.guards.add(Forked(lambda: self._guard(request, *held)).pid)
+        for descriptor in held:
+            os.close(descriptor)
+
+    def _check(self) -> None:
+        """Raises `NotWarmError` where a fork would not be as good as a fresh process."""
+        if code_state() != self.code:
+            raise NotWarmError("the code of dit or pipelines has changed")
+        if _threads():
+            os.waitpid(_fork_that_ends(), 0)  # OpenBLAS ends its threads before a fork; they start when they are needed
+        if threads := _threads():
+            raise NotWarmError(f"a library has started threads: {', '.join(threads)}")
+        if _has_used_a_gpu():
+            raise NotWarmError("a library has opened a GPU")
+
+    def _reap(self) -> None:
+        """Take leave of guards that have ended, so that the time that they and theirs used is counted."""
+        self.guards.difference_update([pid for pid in tuple(self.guards) if _has_ended(pid)])
+
+    def _guard(self, request: dict[str, Any], hold: int, output: int, status: int) -> NoReturn:
+        """What `guard.py` does. It tells `status` that it has begun, and its exit code: the server may have ended by then."""
+        os.setsid()
+        self.connection.close()
+        for descriptor, standard in ((hold, 0), (output, 1), (output, 2)):
+            os.dup2(descriptor, standard)
+        os.close(hold)
+        os.close(output)
+        settings = guard.settings(spare=True)
+        command = [sys.executable, "-P", atomic_dvc.__file__, *request["arguments"]]
+        name_process([sys.executable, "-P", guard.__file__, *settings, *command])
+        os.write(status, b"begun\n")
+        code = guard.watch(lambda: Forked(lambda: self._dvc(status, command, request["environment"])), *settings)
+        os.write(status, f"{code}\n".encode())
+        os._exit(0)
+
+    def _dvc(self, status: int, command: list[str], environment: dict[str, str]) -> None:
+        """DVC, which has a process that it has forked before run the stage's command."""
+        os.close(status)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.close(nothing)
+        imported = {name: value for name, value in os.environ.items() if self.environment.get(name) != value}
+        imported.pop(BY_NVML, None)
+        os.environ.clear()
+        os.environ.update({**self.environment, **environment})
+        read, write = os.pipe()
+        stage = Forked(lambda: _stage(read, write, imported))
+        os.close(read)
+        name_process(command)
+        sys.argv = command[2:]
+        atomic_dvc.install()
+        run_by(stage, write, self.modules)
+        end(import_module("dvc.cli").main(sys.argv[1:]))
+
+
+def end(code: str | int | None = 0) -> NoReturn:
+    """End this process as `sys.exit(code)` would, without the half second in which Python takes all modules apart."""
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python does, and as multiprocessing calls it
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if isinstance(code, str) else code or 0)
+
+
+def run_by(stage: Forked, channel: int, modules: list[str]) -> None:
+    """Have the DVC of this process run a command by `stage`, which waits for it, if that has imported its module."""
+    run: Any = import_module("dvc.stage.run")
+    by_shell = run._run
+    waiting = [stage]
+
+    def by_fork(executable: str | None, command: str, **options: Any) -> None:
+        found = MODULE_COMMAND.fullmatch(command)
+        if not (waiting and found and found[1] in modules and os.path.samefile(options["cwd"], os.curdir)):
+            by_shell(executable, command, **options)
+            return
+        request = {"module": found[1], "arguments": found[2].split(), "environment": options["env"]}
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as DVC does
+        try:
+            with suppress(BrokenPipeError), open(channel, "w") as file:  # one that was killed is told by its exit code
+                file.write(json.dumps(request) + "\n")
+            if code := waiting.pop().wait():
+                raise run.StageCmdFailedError(command, code)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    run._run = by_fork
+
+
+def _stage(read: int, write: int, imported: dict[str, str]) -> None:
+    """Wait for a stage's command, and run it as `python -m` would. `imported` are variables that imports have set."""
+    os.close(write)
+    name_process([sys.executable, "-m", "pipelines.stages"])
+    with open(read) as file:
+        text = file.read()
+    if not text.endswith("\n"):  # DVC has nothing to run, or was killed
+        os._exit(0)
+    request = json.loads(text)
+    words = ["-m", request["module"], *request["arguments"]]
+    name_process([sys.executable, *words])
+    os.environ.clear()
+    os.environ.update({**imported, **request["environment"]})
+    sys.argv, sys.orig_argv = words[1:], [sys.executable, *words]
+    sys.modules.pop(request["module"], None)  # it runs as __main__
+    try:
+        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    except SystemExit as wanted:
+        end(wanted.code)
+
+
+def code_state() -> dict[str, tuple[int, int]]:
+    """Times of change and sizes of the project's files: while they stay, the code in memory is that on disk."""
+    tops = (Path(guard.__file__).parent, *map(Path, import_module("dit").__path__))
+    files = [Path(folder, name) for top in tops for folder, _, names in os.walk(top) for name in names]
+    found = {str(file): file.stat() for file in files if file.suffix in (".py", ".yaml")}
+    return {name: (status.st_mtime_ns, status.st_size) for name, status in found.items()}
+
+
+def name_process(command: list[str]) -> None:
+    """Have `ps` show `command` for this process, by writing over its arguments, as far as there is room; zeros follow."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, stop = int(fields[45]), int(fields[46])  # arg_start and arg_end of proc_pid_stat(5), less the two before
+    text = b"".join(os.fsencode(word) + b"\0" for word in command)[: max(stop - start - 1, 0)]
+    ctypes.memmove(start, text.ljust(stop - start, b"\0"), stop - start)
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a child has ended; it is taken leave of."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] != 0
+    except ChildProcessError:
+        return True
+
+
+def _fork_that_ends() -> int:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    return pid
+
+
+def _threads() -> list[str]:
+    """The names of threads that are alive beside this one."""
+    names = {task.name: (task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
+    return [name for task, name in names.items() if int(task) != os.getpid() and name not in SPARED_THREADS]
+
+
+def _has_used_a_gpu() -> bool:
+    """Whether a device file of a GPU is open: a driver that is in use does not survive a fork."""
+    targets = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            targets.append(os.readlink(descriptor))
+    return any(target.startswith(GPUS) for target in targets)
+
+
+def main() -> None:
+    """Serve as `pipelines.warm` wants it, which closes its end or is killed when it is done."""
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    name_process([sys.executable, "-m", "pipelines.warm_server"])
+    guard.end_with_parent()  # else an import that does not end would outlive the study
+    try:
+        Server(connection, json.loads(connection.recv(MOST_BYTES))).serve()
+    except NotWarmError as error:
+        print(error, file=sys.stderr, flush=True)
+    connection.close()
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, 0):
+            pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
