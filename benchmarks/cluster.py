@@ -162,7 +162,7 @@ def flow_over(head: Path) -> dict[str, Any]:
     from prefect import flow
     from prefect.task_runners import ThreadPoolTaskRunner
 
-    from pipelines import flows
+    from pipelines import answer_first, flows
     from pipelines.cluster import engine
     from pipelines.stage_task import run_log
 
@@ -173,8 +173,9 @@ def flow_over(head: Path) -> dict[str, Any]:
     @flow(name="many", task_runner=ThreadPoolTaskRunner(), persist_result=False)
     def many() -> None:
         with dag.Processes(head, {}) as processes, engine.connected(head, shipped(), stages, None, run_log()) as cluster:
+            report = answer_first.PartialReport(processes, shipped(), stages, head / "report", print)
             before, begun = cpu_seconds(), time.perf_counter()
-            states = flows.run_all(stages, processes, cluster.places, cluster.is_current, cluster)
+            states = flows.run_all(stages, processes, cluster.places, cluster.is_current, report, cluster)
             after, seconds = cpu_seconds(), time.perf_counter() - begun
             assert all(state.is_completed() for state in states.values()), [
                 state.message for state in states.values() if not state.is_completed()
