@@ -130,6 +130,7 @@ class Node:
             config["cache"]["dir"] = str(shared_cache(shared) if shared else work / "cache")
             config["cache"]["type"] = ["reflink", "hardlink", "copy"]
             config["core"]["site_cache_dir"] = str(root / ".dvc" / "tmp" / "site")
+        (root / ".dvc" / "config.local").chmod(0o600)  # it may hold keys of the remote
 
     def _bundle(self) -> bytes:
         name = f"{self.study.commit}.bundle"
