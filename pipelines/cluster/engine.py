@@ -49,6 +49,8 @@ LOCAL = "local"
 Log = logging.Logger | logging.LoggerAdapter[Any]
 HERE = ("design", "best", "compare")
 """Stages that take seconds, and read or write what all others do."""
+TERMINAL = "pipelines.nodes"
+"""The logger of what nodes say: Prefect has it from the nodes, so it is none of Prefect's."""
 LOST = 3
 """How many nodes a stage may lose before it fails."""
 AHEAD = 4
@@ -214,7 +216,7 @@ def connected(
             "node" if len(have) == 1 else "nodes",
             resources.Need(cores, sum(node.gpus for node in have)),
         )
-        stack.enter_context(_heard(name, log))
+        stack.enter_context(_heard(name))
         stack.enter_context(_watched(log))
         design = yamlfile.read(workspace / DESIGN) if (workspace / DESIGN).exists() else {}
         yield Cluster(runner, study, results, stages, needs, places, design)
@@ -312,18 +314,20 @@ def _check_api(nodes: Collection[Mapping[str, Any]]) -> None:
 
 
 @contextmanager
-def _heard(name: str, log: Log) -> Iterator[None]:
+def _heard(name: str) -> Iterator[None]:
     """What stages say on the nodes is said here too, and how long they took is noted."""
     actor: Any = ray.remote(num_cpus=0)(voices.Listener)
     actor = actor.options(name=name, namespace=voices.NAMESPACE).remote()
     ray.get(actor.take.remote(0.0))
     ended = threading.Event()
+    terminal = logging.getLogger(TERMINAL)
+    terminal.setLevel(logging.INFO)
 
     def heard(line: voices.Line) -> None:
         if line.seconds is not None:
             note_duration(line.stage, line.seconds)
         else:
-            log.log(line.level, "%s", line.text, extra={"task_run_name": line.stage})
+            terminal.log(line.level, "%s", line.text, extra={"task_run_name": line.stage})
 
     thread = threading.Thread(target=voices.follow, args=(actor, heard, ended), daemon=True)
     thread.start()
