@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import subprocess
 import sys
 import tomllib
@@ -152,26 +151,35 @@ def test_every_setting_of_a_factor_is_estimated(monkeypatch: pytest.MonkeyPatch)
     assert line.startswith("train.batch_size = 5000"), line
 
 
+PEAK = """
+import atexit, pathlib, re, runpy, sys
+peak = lambda: re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]
+atexit.register(lambda: print("peak", peak(), file=sys.stderr))
+sys.argv = ["dit", "check"]
+runpy.run_module("dit.cli", run_name="__main__")
+"""
+"""Runs `dit check` and prints the most memory that it had, in kB. A parent may be told its own as that of a child."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read from /proc")
 @pytest.mark.parametrize(
     ("key", "value"), [("images.size", 4096), ("model.depth", 1000), ("model.depth", 10_000), ("train.batch_size", 10**9)]
 )
-def test_a_bad_file_takes_seconds_and_little_memory(key: str, value: Any, tmp_path: Path) -> None:
+def test_a_bad_file_is_told_in_little_memory_and_never_without_end(key: str, value: Any, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(override((ROOT / "params.yaml").read_text(), {key: value}))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dit.cli", "check"],
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK],
         cwd=tmp_path,
         env=environment(tmp_path),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
-    assert process.stderr
-    told = process.stderr.read().decode()
-    _, status, used = os.wait4(process.pid, 0)
     accepted = key == "model.depth" and value == 1000  # 319 million weights: what a machine holds
-    assert os.waitstatus_to_exitcode(status) in ((0, 2) if accepted else (2,)), told
-    assert "Traceback" not in told
-    assert used.ru_utime + used.ru_stime < 10  # on a machine that others use as well; 2 to 5 s alone
-    assert used.ru_maxrss < 2**20 * (1 if sys.platform != "darwin" else 1024)
+    assert done.returncode in ((0, 2) if accepted else (2,)), done.stderr
+    assert "Traceback" not in done.stderr
+    assert int(done.stderr.rpartition("peak ")[2]) < 2**20
 
 
 @pytest.mark.parametrize(
@@ -338,8 +346,9 @@ def test_the_workflow_adds_its_remote_and_its_tracking_server(
     monkeypatch.chdir(project)
     params = config.load()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    with (project / ".dvc" / "config").open("a") as file:
-        file.write(f"    remote = shared\n['remote \"shared\"']\n    url = {tmp_path / 'unmounted' / 'store'}\n")
+    assert (
+        command(project, "dvc", "remote", "add", "--default", "shared", str(tmp_path / "unmounted" / "store")).returncode == 0
+    )
     told = {finding.where.partition(" = ")[0]: finding for finding in workflow.check(project, params)}
     assert told["DVC remote shared"].severity == "warning"
     assert told["MLFLOW_TRACKING_URI"].severity == "warning"
