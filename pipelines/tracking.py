@@ -254,7 +254,7 @@ def _log_run(
         if run.analysis:
             _add_start(client, client.get_run(made), run.analysis)
         client.set_terminated(made, RunStatus.to_string(RunStatus.FINISHED), end)
-    except Exception:
+    except Exception:  # of whatever kind: it is raised again once no half run is left
         with suppress(Exception):  # what is wrong may be the store; then the next `sync` deletes it
             client.delete_run(made)
         raise

@@ -36,5 +36,5 @@ def check(params: Params, where: str = "params.yaml", stages: Collection[str] | 
 
 
 def errors(findings: Collection[Finding]) -> list[Finding]:
-    """Those for which the study cannot run."""
+    """The findings that stop a study: with any of them, it cannot run."""
     return [finding for finding in findings if finding.severity == "error"]

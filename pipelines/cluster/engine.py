@@ -12,8 +12,9 @@ import secrets
 import socket
 import threading
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -329,13 +330,8 @@ def _heard(name: str) -> Iterator[None]:
         else:
             terminal.log(line.level, "%s", line.text, extra={"task_run_name": line.stage})
 
-    thread = threading.Thread(target=voices.follow, args=(actor, heard, ended), daemon=True)
-    thread.start()
-    try:
+    with _beside(partial(voices.follow, actor, heard, ended), ended):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 @contextmanager
@@ -355,7 +351,14 @@ def _watched(log: Log) -> Iterator[None]:
                 log.warning("no node is left: the study waits for one")
             known = now
 
-    thread = threading.Thread(target=watch, daemon=True)
+    with _beside(watch, ended):
+        yield
+
+
+@contextmanager
+def _beside(work: Callable[[], None], ended: threading.Event) -> Iterator[None]:
+    """Run `work` in a thread, which is to return soon after `ended` is set."""
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
         yield

@@ -60,9 +60,9 @@ def _conditions(name: str, results: Results) -> str:
     steps = f"{lengths[0]:,}" if len(lengths) == 1 else f"{lengths[0]:,} to {lengths[-1]:,}"
     seeds = len({run.seed for run in results.runs})
     minutes = sum(one.minutes for one in made)
-    failed = sum(run.status != "finished" for run in results.runs)
+    failed = sum(run.status != "finished" for run in results.runs) or "none"
     return (
-        f"{first.network} on {first.data}, {steps} steps, {seeds} seeds: {len(results.runs)} runs, of which {failed} collapsed "
+        f"{first.network} on {first.data}, {steps} steps, {seeds} seeds, {len(results.runs)} runs; {failed} collapsed "
         f"or diverged. {minutes:.1f} minutes of one {made[0].device}, torch {made[0].torch}, {made[0].workers} runs at a time. "
         f"Latents `{made[0].data.get('data/latents', '')[:12]}`, code `{made[0].code[:12]}`. "
         f"Again: `python -m pipelines.evidence run {name}`."
