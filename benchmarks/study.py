@@ -2,7 +2,7 @@
 
 A micro study runs as `make study` does: with stages that start cold, then warm, then warm with one stage at a time, and then
 with nothing to do. Its stages run as plain function calls in one process as well: that is their own work. With `--shipped`,
-the study of `params.yaml` runs once instead, warm.
+the study of `params.yaml` runs once instead, warm; with `--profile gpu`, that of `profiles/gpu.yaml`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from measuring import Result, heading, machine, write
 from rich.console import Console
 from rich.table import Table
-from stages import MICRO, copy
+from stages import MICRO, ROOT, copy
+
+from dit import yamlfile
+from dit.devices import resolve_device
 
 OWN_WORK = """
 import json, time
@@ -53,22 +55,28 @@ WAYS = {"cold": {"DIT_WARM": "0"}, "warm": {}, "warm, one at a time": {"DIT_WORK
 
 def main(
     shipped: Annotated[bool, typer.Option(help="the study of params.yaml, once, instead of the micro study")] = False,
+    profile: Annotated[str | None, typer.Option(help="the same, with what this profile changes, such as gpu")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="stages at once  [default: as `make study`]")] = None,
     note: Annotated[str, typer.Option(help="what else is to be known of the machine, such as who shared it")] = "",
     output: Annotated[Path | None, typer.Option(help="where to write JSON")] = None,
 ) -> None:
     """Measure the time to the answer."""
-    report: Result = {"machine": machine(torch.device("cpu")), "cores": os.cpu_count(), "note": note, "studies": {}}
+    changes = yamlfile.read(ROOT / "profiles" / f"{profile}.yaml") if profile else {} if shipped else MICRO
+    once = shipped or bool(profile)
+    report: Result = {"machine": machine(resolve_device("auto")), "cores": os.cpu_count(), "note": note}
+    report |= {"study": profile or ("shipped" if shipped else "micro"), "workers": workers, "studies": {}}
+    given = {"DIT_WORKERS": str(workers)} if workers else {}
     with tempfile.TemporaryDirectory() as folder:
-        if not shipped:
+        if not once:
             report["own_seconds"] = own_work(copy(Path(folder) / "one-process"))
-        for way, variables in {"warm": WAYS["warm"]}.items() if shipped else WAYS.items():
-            root = copy(Path(folder) / way.replace(" ", "-"), {} if shipped else MICRO)
+        for way, own in {"warm": WAYS["warm"]}.items() if once else WAYS.items():
+            root, variables = copy(Path(folder) / way.replace(" ", "-"), changes), given | own
             report["studies"][way] = study(root, variables)
             write(report, output)
         report["studies"]["nothing to do"] = study(root, variables)
         write(report, output)
     Console().print(phases(report))
-    if not shipped:
+    if not once:
         Console().print(overhead(report))
 
 

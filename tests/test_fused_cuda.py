@@ -32,11 +32,15 @@ from dit.models.dit.network import DiT
 from dit.optim.ema import EMA
 from dit.optim.schedule import learning_rate
 from dit.sections import TrainParams
+from dit.sections.optim import SGDParams
+from dit.training import diagnosis
 from dit.training.engines import Eager, Fused
 from dit.training.loop import Trainer
 
 ROUNDING = 4e-3
 """Relative error of one operation whose inputs and outputs are bf16: one rounding is at most 2^-9 = 2e-3."""
+
+SGD = SGDParams(name="sgd", momentum=0.9, nesterov=False, weight_decay=0.0)
 
 Build = Callable[..., Trainer]
 
@@ -322,6 +326,26 @@ def test_a_run_repeats_and_resumes_bit_for_bit(trainer: Build, monkeypatch: pyte
     for other in (second, resumed):
         assert other.records == first.records
         assert all(torch.equal(first.ema.tensors[name], other.ema.tensors[name]) for name in first.ema.tensors)
+
+
+@pytest.mark.usefixtures("repeatable")
+@pytest.mark.parametrize("changes", [{"gradient_clip": 0.5}, {"backend": "eager"}, {"optimizer": SGD}], ids=str)
+def test_a_captured_diagnosis_finds_what_one_that_is_not_does(
+    trainer: Build, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
+) -> None:
+    captured = trainer(scratch="captured", diagnose_every=2, **changes)
+    captured.run("captured")
+    monkeypatch.setattr(diagnosis, "MOST_CAPTURED", 0)
+    plain = trainer(scratch="plain", diagnose_every=2, **changes)
+    plain.run("plain")
+    assert isinstance(captured.diagnosis._before, Captured)
+    assert not isinstance(plain.diagnosis._before, Captured)
+    assert captured.records.validation == plain.records.validation
+    for table in ("diagnostics", "stability", "gradient_noise"):
+        pairs = list(zip(getattr(captured.records, table), getattr(plain.records, table), strict=True))
+        assert pairs
+        for ours, theirs in pairs:
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-9)
 
 
 def test_the_fast_path_follows_the_plain_one(trainer: Build) -> None:

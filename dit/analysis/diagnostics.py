@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dit.analysis.symmetry import count_distinct
-from dit.models import Role, backbone_of
+from dit.models import backbone_of
 
 HEAD = "final.projection.weight"
 GATE = ".gate.weight"
@@ -37,54 +37,79 @@ class RoleState:
     gate_rms: float | None
 
 
-@torch.no_grad()
-def diagnose(model: nn.Module, update: Callable[[], None], timesteps: Tensor, labels: Tensor) -> list[RoleState]:
-    """Describe every role at this step, from the gradients that `model` holds, and call `update` to see what it changes.
+class RoleProbe:
+    """Reads what every role of `model` is when a step's gradients are known, and then how far the step moved it.
 
-    `timesteps` (B,) and `labels` (B,) are those of the step's batch. The host waits for the device once, at the end.
+    Both readings stay on the device and make the same calls every time, so that each of them can be one CUDA graph.
     """
-    backbone = backbone_of(model)
-    found = backbone.roles(model)
-    parameters = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
-    held = {
-        name: torch.zeros_like(weight) if weight.grad is None else weight.grad  # None where nothing uses the weight
-        for name, weight in model.named_parameters()
-        if weight.requires_grad
-    }
-    weights, gradients = _by_role(found, parameters), _by_role(found, held)
-    measured = [torch._foreach_norm(gradients), torch._foreach_norm(gradients, 0), torch._foreach_norm(weights)]
-    by_path = {role.path: weight for role, weight in zip(found, weights, strict=True)}
-    distinct = {path: count_distinct(units) for path, units in backbone.units(model).items()}
-    gates = {path: _rms(gate) for path, gate in backbone.gates(model, timesteps, labels).items()}
-    special = [distinct, _effective_ranks(by_path), gates]
-    changes = {name: weight.clone() for name, weight in parameters.items()}
-    update()
-    torch._foreach_sub_(list(changes.values()), list(parameters.values()))
-    measured.append(torch._foreach_norm(_by_role(found, changes)))
-    scalars = [value.float() for values in (*measured, *(values.values() for values in special)) for value in values]
-    read = iter(torch.stack(scalars).tolist())
-    columns = [[next(read) for _ in found] for _ in measured]
-    units, ranks, openness = ({path: next(read) for path in values} for values in special)
-    states = []
-    for role, size, *norms in zip(found, (weight.numel() for weight in weights), *columns, strict=True):
-        gradient, nonzero, weight, change = norms
-        states.append(
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.backbone = backbone_of(model)
+        self.roles = self.backbone.roles(model)
+        self.weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+        self._special: list[list[str]] = []
+        self._previous: list[Tensor] = []
+
+    @torch.no_grad()
+    def before(self, gradients: Sequence[Tensor | None], timesteps: Tensor, labels: Tensor) -> Tensor:
+        """What is known before the update, as a vector; `states` reads it.
+
+        `gradients` are those of `weights`, in their order, None where nothing uses the weight. `timesteps` (B,) and `labels`
+        (B,) are those of the step's batch.
+        """
+        pairs = zip(self.weights.items(), gradients, strict=True)
+        held = {name: torch.zeros_like(weight) if gradient is None else gradient for (name, weight), gradient in pairs}
+        of_weights, of_gradients = self._by_role(self.weights), self._by_role(held)
+        norms = [torch._foreach_norm(of_gradients), torch._foreach_norm(of_gradients, 0), torch._foreach_norm(of_weights)]
+        by_path = {role.path: weight for role, weight in zip(self.roles, of_weights, strict=True)}
+        distinct = {path: count_distinct(units) for path, units in self.backbone.units(self.model).items()}
+        gates = {path: _rms(gate) for path, gate in self.backbone.gates(self.model, timesteps, labels).items()}
+        special = [distinct, _effective_ranks(by_path), gates]
+        self._special = [list(values) for values in special]
+        self._previous = [weight.clone() for weight in self.weights.values()]
+        return _vector([*norms, *(list(values.values()) for values in special)])
+
+    @torch.no_grad()
+    def after(self) -> Tensor:
+        """How far each role has moved since `before`, as a vector."""
+        changes = torch._foreach_sub(self._previous, list(self.weights.values()))
+        return _vector([torch._foreach_norm(self._by_role(dict(zip(self.weights, changes, strict=True))))])
+
+    def forget(self) -> None:
+        """Free the copy of the weights that `before` made."""
+        self._previous = []
+
+    def states(self, read: Sequence[float]) -> list[RoleState]:
+        """Every role's state, from the numbers of `before` and then of `after`."""
+        values = iter(read)
+        gradients, nonzero, weights = ([next(values) for _ in self.roles] for _ in range(3))
+        units, ranks, openness = ({path: next(values) for path in paths} for paths in self._special)
+        changes = list(values)
+        sizes = (weight.numel() for weight in self._by_role(self.weights))
+        return [
             RoleState(
                 role=role.path,
                 gradient_rms=gradient / math.sqrt(size),
                 weight_rms=weight / math.sqrt(size),
                 update_ratio=change / weight if weight else None,
-                zero_gradient_fraction=1 - nonzero / size,
-                distinct_units=None if (count := _finite(units.get(role.path))) is None else int(count),
+                zero_gradient_fraction=1 - count / size,
+                distinct_units=None if (number := _finite(units.get(role.path))) is None else int(number),
                 effective_rank=_finite(ranks.get(role.path)),
                 gate_rms=openness.get(role.path),
             )
-        )
-    return states
+            for role, size, gradient, count, weight, change in zip(
+                self.roles, sizes, gradients, nonzero, weights, changes, strict=True
+            )
+        ]
+
+    def _by_role(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        return [role.of(tensors[role.parameter]) for role in self.roles]
 
 
-def _by_role(found: list[Role], tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    return [role.of(tensors[role.parameter]) for role in found]
+def _vector(columns: Iterable[Sequence[Tensor]]) -> Tensor:
+    """All scalars of the columns, one column after the other."""
+    return torch.stack([value.float() for values in columns for value in values])
 
 
 def _finite(value: float | None) -> float | None:

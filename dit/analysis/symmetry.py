@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +45,17 @@ def count_distinct(units: Tensor) -> Tensor:
     """
     units = units.detach().float()
     if min(units.shape) > SKETCH_SIZE:
-        width = units.shape[1]
-        draws = generator("symmetry", width, device=units.device)
-        units = units @ torch.randn(width, SKETCH_SIZE, generator=draws, device=units.device)
+        units = units @ _projections(units.shape[1], units.device)
     distances = torch.cdist(units, units, compute_mode="donot_use_mm_for_euclid_dist")
     close = distances <= UNIT_TOLERANCE * units.norm(dim=1).median()
     repeats = close.tril(-1).any(1)
     return torch.where(units.isfinite().all(), (~repeats).sum().float(), torch.nan)
+
+
+@cache
+def _projections(width: int, device: torch.device) -> Tensor:
+    """Random projections of `width` weights, (width, SKETCH_SIZE), which are drawn once: a CUDA graph can draw none."""
+    return torch.randn(width, SKETCH_SIZE, generator=generator("symmetry", width, device=device), device=device)
 
 
 def factors(linear: nn.Linear, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:

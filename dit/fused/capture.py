@@ -38,7 +38,8 @@ class Captured:
         if shapes not in self.graphs:
             self.graphs[shapes] = self._capture([tensor.clone() for tensor in inputs])
         captured = self.graphs[shapes]
-        torch._foreach_copy_(captured.inputs, list(inputs))
+        if inputs:
+            torch._foreach_copy_(captured.inputs, list(inputs))
         captured.graph.replay()
         return captured.output
 

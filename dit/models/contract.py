@@ -126,5 +126,7 @@ class Backbone:
     gradient_flow: Callable[[Any, Mapping[str, Pattern]], dict[str, Pattern]] | None = None
     """Maps the pattern of every role's weights to the pattern of its gradient; see `dit.models.gradient_flow`."""
     fast_path: FastPath | None = None
+    capturable: bool = False
+    """Whether a call of its networks can be a CUDA graph: it never waits for the device, nor asks it what to do next."""
     called_when_built: bool = False
     """Whether building calls the network. To check parameters it is then built on the meta device, where a call is cheap."""

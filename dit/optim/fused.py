@@ -40,6 +40,7 @@ class FusedAdamW:
         )
         self.ema_weight = 1 - ema.decay
         self.updates = 0
+        self._updates_on_device = torch.zeros((), device=network.flat.device)
         averages = [ema.tensors[name] for name in self.weights]
         moments = list(self.first_moment.values()), list(self.second_moment.values())
         self._update = AdamWEMA(
@@ -69,10 +70,10 @@ class FusedAdamW:
         )
 
     def second_moments(self) -> dict[str, SecondMoment]:
-        """As `dit.optim.optimizer.Optimizer`."""
-        decay = self.params.betas[1]
+        """As `dit.optim.optimizer.Optimizer`; all share one count of updates, always in the same place on the device."""
+        decay, updates = self.params.betas[1], self._updates_on_device.fill_(self.updates)
         moments = self.second_moment if self.updates else {}
-        return {name: SecondMoment(value, decay, self.updates, EPS) for name, value in moments.items()}
+        return {name: SecondMoment(value, decay, updates, EPS) for name, value in moments.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """All state, by the name of its weight and under the keys of `torch.optim.AdamW`."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dit.devices import autocast
-from dit.diffusion import Batch, Denoise, Diffusion
+from dit.diffusion import Batch, Denoise, Diffusion, Loss
 from dit.distributed import Ranks
 from dit.fused.capture import Captured
 from dit.models import fast_path_of
@@ -28,11 +29,11 @@ class Engine(Protocol):
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of all gradients, as a scalar tensor on the device; sharded as they are."""
 
-    def gradient_norm_of(self, loss: Tensor) -> Tensor:
-        """The norm of the gradient of `loss`, averaged over ranks, without a change of any gradient."""
+    def gradient_norm_of(self, batch: Batch, share: float) -> Tensor:
+        """The norm of the gradient of `share` times the loss of `batch`, averaged over ranks. Call it before `gradients`."""
 
-    def publish_gradients(self) -> None:
-        """Put the gradients into the model's own weights, until the next `step`."""
+    def weight_gradients(self) -> list[Tensor | None]:
+        """The gradients of all trained weights, in their order, until the next `step`; None where nothing uses a weight."""
 
     def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
         """Clip the gradients, which have this norm, update the weights, and update their moving average."""
@@ -73,6 +74,7 @@ class Eager:
         self.ema = ema
         self.ranks = ranks
         self.forward = plain_forward(self._prepared(model), diffusion.device, precision)
+        self.plain_forward = plain_forward(model, diffusion.device, precision)
         self.optimizer = Optimizer(model, params, precision)
 
     def _prepared(self, model: nn.Module) -> Denoise:
@@ -94,14 +96,16 @@ class Eager:
         weights = self.optimizer.weights.values()
         return nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
 
-    def gradient_norm_of(self, loss: Tensor) -> Tensor:
-        """As `Engine`."""
+    def gradient_norm_of(self, batch: Batch, share: float) -> Tensor:
+        """As `Engine`, by the network as it is: a compiled one would have to be made again for another size of batch."""
+        loss = self.diffusion.training_loss(self.plain_forward, batch).total.mean() * share
         gradients = self.optimizer.gradients_of(loss)
         self.ranks.average(gradients)
         return nn.utils.get_total_norm(gradients)
 
-    def publish_gradients(self) -> None:
-        """Nothing to do: the gradients are those of the model's own weights."""
+    def weight_gradients(self) -> list[Tensor | None]:
+        """As `Engine`."""
+        return [weight.grad for weight in self.optimizer.weights.values()]
 
     def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
         """As `Engine`."""
@@ -147,12 +151,14 @@ class Fused:
         self.optimizer = FusedAdamW(model, self.network, params, ema)
         self.unclipped = torch.ones((), device=diffusion.device)
         self._norm: Tensor | None = None
-        self._loss = torch.compile(diffusion.loss)
-        self._captured = Captured(self._own_gradients)
+        self._captured = Captured(partial(self._own_gradients, loss_of=torch.compile(diffusion.loss)))
+        self._captured_part = Captured(
+            partial(self._own_gradients, loss_of=diffusion.loss)
+        )  # one size of batch is compiled for
 
-    def _own_gradients(self, *parts: Tensor) -> Tensor:
+    def _own_gradients(self, *parts: Tensor, loss_of: Callable[..., Loss]) -> Tensor:
         """Set the gradients of this rank's rows of the batch. Returns their loss, squared error and gradient norm, (3,)."""
-        loss = self.diffusion.training_loss(self.network, Batch(*parts), self._loss)
+        loss = self.diffusion.training_loss(self.network, Batch(*parts), loss_of)
         total = loss.total.mean()
         total.backward()
         self.network.collect_gradients()
@@ -172,23 +178,23 @@ class Fused:
         """As `Engine`."""
         return self._norm_of_gradients() if self._norm is None else self._norm
 
-    def gradient_norm_of(self, loss: Tensor) -> Tensor:
-        """As `Engine`, by the model's own weights."""
-        gradients = [part.contiguous() for part in torch.autograd.grad(loss, list(self.optimizer.weights.values()))]
-        self.ranks.average(gradients)
-        return nn.utils.get_total_norm(gradients)
+    def gradient_norm_of(self, batch: Batch, share: float) -> Tensor:
+        """As `Engine`."""
+        _, _, norm = self._captured_part(*vars(batch).values()).unbind()
+        if self.ranks.size == 1:
+            return norm * share
+        self.network.flat.mul_(share)
+        self.ranks.mean(self.network.flat)
+        return self._norm_of_gradients()
 
-    def publish_gradients(self) -> None:
-        """As `Engine`, in float32."""
-        for weight, gradient in zip(self.optimizer.weights.values(), self.network.gradients(), strict=True):
-            weight.grad = gradient.float()
+    def weight_gradients(self) -> list[Tensor | None]:
+        """As `Engine`."""
+        return list(self.network.gradients())
 
     def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
         """As `Engine`."""
         limit = self.params.gradient_clip
         self.optimizer.step(learning_rate, self.unclipped if limit is None else clip_factor(gradient_norm, limit))
-        for weight in self.optimizer.weights.values():
-            weight.grad = None
 
     def second_moments(self) -> dict[str, SecondMoment]:
         """As `Engine`."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,33 +43,44 @@ class BlockState:
     clipped_share: float | None
 
 
+READINGS = ("max_attention_logit", "attention_entropy", "residual_rms", "second_moment_ratio")
+"""The fields of `BlockState` that are read from the device, in the order of `block_readings`."""
+
+
 @torch.no_grad()
-def block_states(
+def block_readings(
     model: nn.Module,
     inputs: tuple[Tensor, Tensor, Tensor],
     precision: torch.dtype,
+    gradients: Mapping[str, Tensor | None],
     moments: Mapping[str, SecondMoment],
     clip_factor: Tensor,
-    clipped_share: float | None,
-) -> list[BlockState]:
-    """Describe every block, and then the rest of the network, when the gradients of `model` are set but the step is not taken.
+) -> Tensor:
+    """Read every block, and then the rest of the network, before a step: (4, blocks + 1), NaN for what does not apply.
 
-    `inputs` are noisy latents, timesteps and labels, `moments` are the optimiser's second moments, and clipping will multiply
-    the gradients by `clip_factor`. The host waits for the device once.
+    `inputs` are noisy latents, timesteps and labels, `gradients` those of the step, float32, and `moments` the optimiser's
+    second moments, by the names of the weights; clipping will multiply the gradients by `clip_factor`. All stays on the
+    device, by the same calls every time, so that it can be a CUDA graph.
     """
     activations, training = _Activations(model), model.training
     model.eval()  # nothing is dropped, so that nothing is drawn
     with activations, autocast(inputs[0].device, precision):
         model(*inputs)
     model.train(training)
-    ratios = _second_moment_ratios(model, moments, clip_factor)
+    ratios = _second_moment_ratios(model, gradients, moments, clip_factor)
     blocks = [*activations.blocks, None]
     missing = inputs[0].new_full((), math.nan, dtype=torch.float32)
     found = (activations.logits, activations.entropies, activations.streams, ratios)
-    columns = [[values.get(block, missing).float() for block in blocks] for values in found]
-    read = torch.stack([torch.stack(column) for column in columns]).tolist()
-    logit, entropy, stream, ratio = ([value if math.isfinite(value) else None for value in column] for column in read)
-    return [BlockState(*values, clipped_share) for values in zip(blocks, logit, entropy, stream, ratio, strict=True)]
+    return torch.stack([values.get(block, missing).float() for values in found for block in blocks]).view(len(found), -1)
+
+
+def block_states(read: Sequence[float], clipped_share: float | None) -> list[BlockState]:
+    """The states of all blocks and of the rest of the network, from the numbers of `block_readings`."""
+    count = len(read) // len(READINGS)
+    finite = [value if math.isfinite(value) else None for value in read]
+    logits, entropies, streams, ratios = (finite[start : start + count] for start in range(0, len(read), count))
+    rows = zip([*range(count - 1), None], logits, entropies, streams, ratios, strict=True)
+    return [BlockState(block, logit, entropy, rms, ratio, clipped_share) for block, logit, entropy, rms, ratio in rows]
 
 
 ByBlock = dict[int | None, Tensor]
@@ -112,20 +124,35 @@ class _Activations:
         self.entropies[self._inside] = entropy
 
 
-def _second_moment_ratios(model: nn.Module, moments: Mapping[str, SecondMoment], clip_factor: Tensor) -> ByBlock:
+def _second_moment_ratios(
+    model: nn.Module, gradients: Mapping[str, Tensor | None], moments: Mapping[str, SecondMoment], clip_factor: Tensor
+) -> ByBlock:
     """`BlockState.second_moment_ratio`, where the optimiser has second moments."""
     blocks = {role.parameter: role.block for role in backbone_of(model).roles(model)}
-    sums: dict[int | None, list[Tensor]] = defaultdict(list)
-    sizes: dict[int | None, int] = defaultdict(int)
-    for name, weight in model.named_parameters():
-        if name in moments and weight.grad is not None:
-            sums[blocks[name]].append(_squared_ratios(weight.grad, moments[name], clip_factor).sum())
-            sizes[blocks[name]] += weight.numel()
-    return {block: (torch.stack(parts).sum() / sizes[block]).sqrt() for block, parts in sums.items()}
+    names: dict[int | None, list[str]] = defaultdict(list)
+    for name in moments:
+        if gradients[name] is not None:
+            names[blocks[name]].append(name)
+    found: ByBlock = {}
+    for block, some in names.items():
+        of_some = [cast("Tensor", gradients[name]) for name in some]
+        found[block] = _root_mean_ratio(of_some, [moments[name] for name in some], clip_factor)
+    return found
 
 
-def _squared_ratios(gradient: Tensor, moment: SecondMoment, clip_factor: Tensor) -> Tensor:
-    """g^2 / max(v, eps^2), with the v that the coming step will use: updated with g^2 and corrected for bias."""
-    square = (gradient.float() * clip_factor).square()
-    second_moment = torch.lerp(moment.value.float(), square, 1 - moment.decay) / (1 - moment.decay ** (moment.updates + 1))
-    return square / second_moment.clamp(min=moment.eps**2)
+def _root_mean_ratio(gradients: list[Tensor], moments: list[SecondMoment], clip_factor: Tensor) -> Tensor:
+    """The root mean square of g / max(sqrt(v), eps), with the v of the coming step: updated with g^2, its bias corrected."""
+    squares = torch._foreach_mul(gradients, clip_factor)
+    torch._foreach_mul_(squares, squares)
+    coming = torch._foreach_mul(squares, [1 - moment.decay for moment in moments])
+    torch._foreach_add_(coming, torch._foreach_mul([m.value.float() for m in moments], [m.decay for m in moments]))
+    torch._foreach_div_(coming, _bias_corrections(moments))
+    ratios = torch._foreach_div(squares, torch._foreach_maximum(coming, [moment.eps**2 for moment in moments]))
+    return (torch.stack(torch._foreach_norm(ratios, 1)).sum() / sum(ratio.numel() for ratio in ratios)).sqrt()
+
+
+def _bias_corrections(moments: list[SecondMoment]) -> Any:
+    """1 - decay^updates after the coming step, of each; computed once for those that share one count of updates."""
+    found = {(id(moment.updates), moment.decay): moment for moment in moments}
+    corrections = {key: 1 - moment.decay ** (moment.updates + 1) for key, moment in found.items()}
+    return [corrections[id(moment.updates), moment.decay] for moment in moments]

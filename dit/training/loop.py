@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dit import checkpoint
-from dit.analysis.diagnostics import diagnose, gradient_noise
+from dit.analysis.diagnostics import gradient_noise
 from dit.data.batches import Batches
 from dit.data.latents import LatentStore
 from dit.devices import name_of, resolve_precision
@@ -25,9 +25,9 @@ from dit.optim.fused import unserved
 from dit.optim.schedule import learning_rate
 from dit.progress import progress
 from dit.sections import TrainParams
-from dit.training.engines import ENGINES, clip_factor, plain_forward
+from dit.training.diagnosis import Diagnosis
+from dit.training.engines import ENGINES
 from dit.training.growing import GrowingTables
-from dit.training.indicators import SAMPLES, block_states
 from dit.training.kept import ENDED, Keeper, KeptRun, RunSettings, Shelf, describe, digest
 from dit.training.records import Divergence, Outcome, Records, outcome
 from dit.training.stability import Observation, Stability, observe
@@ -85,6 +85,7 @@ class Trainer:
         self.ema = EMA(self.model, params.ema_decay)
         engine = ENGINES[self.backend]
         self.engine = engine(self.model, diffusion, params, self.ema, self.ranks, self.precision)
+        self.diagnosis = Diagnosis(self.model, self.engine, diffusion, self.precision, params.gradient_clip)
         self.records = Records()
         self.growing = GrowingTables(scratch)
         self.stability = Stability(self.validation.target_second_moment)
@@ -168,11 +169,13 @@ class Trainer:
 
     def _train(self, step: int) -> None:
         batch = self.batches(step)
+        diagnosed = self._diagnosis_due(step)
+        of_part = self._gradient_norm_of_part(batch) if diagnosed else None
         losses = self.engine.gradients(batch)
         gradient_norm = self.engine.gradient_norm()
         self._pending.append(torch.cat([losses, whole(gradient_norm)[None]]))
-        if self._diagnosis_due(step):
-            self._diagnosed_update(step, batch, gradient_norm)
+        if diagnosed:
+            self._diagnosed_update(step, batch, gradient_norm, of_part)
         else:
             self._update(step, gradient_norm)
 
@@ -182,44 +185,30 @@ class Trainer:
     def _diagnosis_due(self, step: int) -> bool:
         return not self.sharded and (step < EARLY_DIAGNOSES or step % self.params.diagnose_every == 0)
 
-    def _diagnosed_update(self, step: int, batch: Batch, gradient_norm: Tensor) -> None:
+    def _diagnosed_update(self, step: int, batch: Batch, gradient_norm: Tensor, of_part: Tensor | None) -> None:
         """Take the step, and record what it does. Recording changes nothing that the run depends on."""
-        whole_size = self.params.batch_size
-        part = len(range(0, whole_size, NOISE_PART))
-        of_part = self._gradient_norm_of_part(batch, part) if part < whole_size else None
-        self.engine.publish_gradients()
-        everyone = Batch(*(self.ranks.gather(rows, whole_size) for rows in vars(batch).values()))
-        self._record_blocks(step, everyone.first(SAMPLES), gradient_norm)
-        states = diagnose(self.model, lambda: self._update(step, gradient_norm), everyone.timesteps, everyone.labels)
-        self.records.diagnostics += [{"step": step, **vars(state)} for state in states]
+        limit = self.params.gradient_clip
+        everyone = Batch(*(self.ranks.gather(rows, self.params.batch_size) for rows in vars(batch).values()))
+        clipped_share = None if limit is None else self.stability.clipped_share(limit)
+        found = self.diagnosis(everyone, gradient_norm, clipped_share, lambda: self._update(step, gradient_norm))
+        self.records.stability += [{"step": step, **vars(state)} for state in found.blocks]
+        self.records.diagnostics += [{"step": step, **vars(state)} for state in found.roles]
         if of_part is not None:
             whole_norm, part_norm = torch.stack([gradient_norm, of_part]).tolist()
-            noise = gradient_noise(whole_norm, part_norm, whole_size, part)
+            noise = gradient_noise(whole_norm, part_norm, self.params.batch_size, self._part_size)
             self.records.gradient_noise.append({"step": step, **vars(noise)})
 
-    def _record_blocks(self, step: int, batch: Batch, gradient_norm: Tensor) -> None:
-        limit = self.params.gradient_clip
-        x_t = self.diffusion.add_noise(batch.x0, batch.eps, batch.timesteps)
-        states = block_states(
-            self.model,
-            (x_t, batch.timesteps, batch.labels),
-            self.precision,
-            self.engine.second_moments(),
-            clip_factor(gradient_norm, limit),
-            self.stability.clipped_share(limit) if limit is not None else None,
-        )
-        self.records.stability += [{"step": step, **vars(state)} for state in states]
+    @property
+    def _part_size(self) -> int:
+        return len(range(0, self.params.batch_size, NOISE_PART))
 
-    def _gradient_norm_of_part(self, batch: Batch, part: int) -> Tensor:
-        """The norm of the gradient of `part` samples of the batch, whatever ranks they are on.
-
-        The plain network computes it: a compiled or captured one would have to be made again for this size.
-        """
+    def _gradient_norm_of_part(self, batch: Batch) -> Tensor | None:
+        """The norm of the gradient of every fourth sample, whatever ranks they are on; None for a batch of one."""
+        if self._part_size == self.params.batch_size:
+            return None
         own = batch.rows(slice(-self.ranks.local_slice(self.params.batch_size).start % NOISE_PART, None, NOISE_PART))
-        share = len(own.labels) * self.ranks.size / part  # 0 where all of the part is on other ranks
-        plain = plain_forward(self.model, self.diffusion.device, self.precision)
-        loss = self.diffusion.training_loss(plain, own if share else batch.first(1)).total.mean() * share
-        return self.engine.gradient_norm_of(loss)
+        share = len(own.labels) * self.ranks.size / self._part_size  # 0 where all of the part is on other ranks
+        return self.engine.gradient_norm_of(own if share else batch.first(1), share)
 
     def _reading_due(self, step: int) -> bool:
         """Losses stay on the device between these steps, so that it never waits for the host."""

@@ -54,6 +54,7 @@ BACKBONE = Backbone(
     units=units,
     gates=gates,
     resizable=True,
+    capturable=True,
     gradient_flow=gradient_flow,
     fast_path=FAST_PATH,
 )

@@ -51,6 +51,7 @@ BACKBONE = Backbone(
     units=units,
     gates=gates,
     resizable=True,
+    capturable=True,
     gradient_flow=gradient_flow,
     objectives=FLOW_ONLY,
     num_timesteps=FLOW_TIMESTEPS,

@@ -1,0 +1,108 @@
+"""A diagnosed step: what each role and each block of the network does in it. On a GPU, CUDA graphs measure small networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dit.analysis.diagnostics import RoleProbe, RoleState
+from dit.diffusion import Batch, Diffusion
+from dit.fused.capture import Captured
+from dit.models import backbone_of
+from dit.optim.optimizer import SecondMoment
+from dit.training.engines import Engine, clip_factor
+from dit.training.indicators import READINGS, SAMPLES, BlockState, block_readings, block_states
+
+MOST_CAPTURED = 2**27
+"""Parameters of the largest network whose diagnoses are captured. A larger one keeps the GPU busy without that."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a diagnosed step shows of every role, and of every block and the rest of the network."""
+
+    roles: list[RoleState]
+    blocks: list[BlockState]
+
+
+class Diagnosis:
+    """Diagnoses steps of `model`, which `engine` trains. Nothing that the run depends on changes.
+
+    A diagnosis is about a thousand small operations. A GPU computes them sooner than the host can launch them, so those before
+    the update are one CUDA graph, and those after it another. The graphs read weights, gradients and second moments where
+    these are: their addresses are fixed once a step was taken, so the first step is diagnosed without graphs.
+    """
+
+    def __init__(
+        self, model: nn.Module, engine: Engine, diffusion: Diffusion, precision: torch.dtype, gradient_clip: float | None
+    ) -> None:
+        self.model = model
+        self.engine = engine
+        self.diffusion = diffusion
+        self.precision = precision
+        self.gradient_clip = gradient_clip
+        self.probe = RoleProbe(model)
+        self._moments: dict[str, SecondMoment] = {}
+        self._gradients: list[Tensor | None] = []
+        self._memory: list[Tensor] = []
+        self._before: Callable[..., Tensor] = self._read_before
+        self._after: Callable[..., Tensor] = self.probe.after
+        self._any_yet = False
+        self._capturable = (
+            diffusion.device.type == "cuda"
+            and precision != torch.float16  # loss scaling lets the host decide whether to step
+            and backbone_of(model).capturable
+            and sum(weight.numel() for weight in model.parameters()) <= MOST_CAPTURED
+        )
+
+    def __call__(
+        self, batch: Batch, gradient_norm: Tensor, clipped_share: float | None, update: Callable[[], None]
+    ) -> Findings:
+        """Diagnose the step that `update` takes, when the engine holds its gradients, of `batch` and of this norm.
+
+        `clipped_share` goes into the findings as it is. The host waits for the device once, at the end.
+        """
+        self._moments = self.engine.second_moments()
+        stepped = bool(self._moments) or self._any_yet
+        if self._capturable and stepped and not isinstance(self._before, Captured):
+            self._before, self._after = Captured(self._read_before), Captured(self.probe.after)
+        self._any_yet = True
+        captured = isinstance(self._before, Captured)
+        self._gradients = self._held(self.engine.weight_gradients(), captured)
+        before = self._before(*vars(batch).values(), gradient_norm)
+        update()
+        after = self._after()
+        if not captured:
+            self.probe.forget()
+            self._gradients = []
+        read = torch.cat([before, after]).tolist()
+        of_blocks = len(READINGS) * (len(backbone_of(self.model).blocks(self.model)) + 1)
+        return Findings(self.probe.states(read[of_blocks:]), block_states(read[:of_blocks], clipped_share))
+
+    def _held(self, gradients: list[Tensor | None], captured: bool) -> list[Tensor | None]:
+        """The gradients in float32; always in the same memory where a graph reads them."""
+        if not captured:
+            return [None if gradient is None else gradient.float() for gradient in gradients]
+        found = [gradient for gradient in gradients if gradient is not None]
+        if not self._memory:
+            self._memory = [torch.empty_like(gradient, dtype=torch.float32) for gradient in found]
+        torch._foreach_copy_(self._memory, found)
+        return list(self._memory)
+
+    def _read_before(self, *given: Tensor) -> Tensor:
+        *parts, gradient_norm = given
+        batch = Batch(*parts)
+        some = batch.first(SAMPLES)
+        x_t = self.diffusion.add_noise(some.x0, some.eps, some.timesteps)
+        blocks = block_readings(
+            self.model,
+            (x_t, some.timesteps, some.labels),
+            self.precision,
+            dict(zip(self.probe.weights, self._gradients, strict=True)),
+            self._moments,
+            clip_factor(gradient_norm, self.gradient_clip),
+        )
+        return torch.cat([blocks.flatten(), self.probe.before(self._gradients, batch.timesteps, batch.labels)])
