@@ -40,7 +40,7 @@ from dit.training.loop import Trainer
 ROUNDING = 4e-3
 """Relative error of one operation whose inputs and outputs are bf16: one rounding is at most 2^-9 = 2e-3."""
 
-SGD = SGDParams(name="sgd", momentum=0.9, nesterov=False, weight_decay=0.0)
+SGD = SGDParams(name="sgd", momentum=0.9, nesterov=False, weight_decay=0.0, groups=())
 
 Build = Callable[..., Trainer]
 
