@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,7 @@ HEAD = "final.projection.weight"
 GATE = ".gate.weight"
 
 
-@dataclass(frozen=True)
-class RoleState:
+class RoleState(NamedTuple):
     """One role at one step. Root mean squares are over the role's entries; what does not apply to a role is None.
 
     - `update_ratio`: RMS of the update over that of the weights, None where all weights are zero.
@@ -40,7 +40,7 @@ class RoleState:
 class RoleProbe:
     """Reads what every role of `model` is when a step's gradients are known, and then how far the step moved it.
 
-    Both readings stay on the device and make the same calls every time, so that each of them can be one CUDA graph.
+    All readings stay on the device and make the same calls every time, so that they can be parts of CUDA graphs.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,59 +48,65 @@ class RoleProbe:
         self.backbone = backbone_of(model)
         self.roles = self.backbone.roles(model)
         self.weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+        self.sizes = [weight.numel() for weight in self._by_role(self.weights)]
         self._special: list[list[str]] = []
         self._previous: list[Tensor] = []
 
     @torch.no_grad()
-    def before(self, gradients: Sequence[Tensor | None], timesteps: Tensor, labels: Tensor) -> Tensor:
-        """What is known before the update, as a vector; `states` reads it.
+    def norms(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """Three numbers for each role, before the update: norm and entries of its gradient that are not zero, and its norm.
 
-        `gradients` are those of `weights`, in their order, None where nothing uses the weight. `timesteps` (B,) and `labels`
-        (B,) are those of the step's batch.
+        `gradients` are those of `weights`, in their order, None where nothing uses the weight.
         """
         pairs = zip(self.weights.items(), gradients, strict=True)
         held = {name: torch.zeros_like(weight) if gradient is None else gradient for (name, weight), gradient in pairs}
-        of_weights, of_gradients = self._by_role(self.weights), self._by_role(held)
-        norms = [torch._foreach_norm(of_gradients), torch._foreach_norm(of_gradients, 0), torch._foreach_norm(of_weights)]
-        by_path = {role.path: weight for role, weight in zip(self.roles, of_weights, strict=True)}
+        signs = dict(zip(held, torch._foreach_sign(list(held.values())), strict=True))
+        norms = [torch._foreach_norm(self._by_role(held)), torch._foreach_norm(self._by_role(signs), 1)]
+        self._previous = [torch.empty_like(weight) for weight in self.weights.values()]
+        torch._foreach_copy_(self._previous, list(self.weights.values()))
+        return _vector([*norms, torch._foreach_norm(self._by_role(self.weights))])
+
+    @torch.no_grad()
+    def symmetry(self, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """Before the update: distinct units, effective ranks and gates of the roles that have them, one after the other.
+
+        `timesteps` (B,) and `labels` (B,) are those of the step's batch.
+        """
+        by_path = {role.path: weight for role, weight in zip(self.roles, self._by_role(self.weights), strict=True)}
         distinct = {path: count_distinct(units) for path, units in self.backbone.units(self.model).items()}
         gates = {path: _rms(gate) for path, gate in self.backbone.gates(self.model, timesteps, labels).items()}
         special = [distinct, _effective_ranks(by_path), gates]
         self._special = [list(values) for values in special]
-        self._previous = [weight.clone() for weight in self.weights.values()]
-        return _vector([*norms, *(list(values.values()) for values in special)])
+        return _vector([list(values.values()) for values in special])
 
     @torch.no_grad()
-    def after(self) -> Tensor:
-        """How far each role has moved since `before`, as a vector."""
+    def changes(self) -> Tensor:
+        """The norm of each role's change since `norms`."""
         changes = torch._foreach_sub(self._previous, list(self.weights.values()))
         return _vector([torch._foreach_norm(self._by_role(dict(zip(self.weights, changes, strict=True))))])
 
     def forget(self) -> None:
-        """Free the copy of the weights that `before` made."""
+        """Free the copy of the weights that `norms` made."""
         self._previous = []
 
     def states(self, read: Sequence[float]) -> list[RoleState]:
-        """Every role's state, from the numbers of `before` and then of `after`."""
+        """Every role's state, from the numbers of `norms`, `symmetry` and `changes`, one after the other."""
         values = iter(read)
         gradients, nonzero, weights = ([next(values) for _ in self.roles] for _ in range(3))
         units, ranks, openness = ({path: next(values) for path in paths} for paths in self._special)
-        changes = list(values)
-        sizes = (weight.numel() for weight in self._by_role(self.weights))
+        columns = zip(self.roles, self.sizes, gradients, nonzero, weights, values, strict=True)
         return [
             RoleState(
                 role=role.path,
                 gradient_rms=gradient / math.sqrt(size),
                 weight_rms=weight / math.sqrt(size),
                 update_ratio=change / weight if weight else None,
-                zero_gradient_fraction=1 - count / size,
+                zero_gradient_fraction=1 - count / size if math.isfinite(gradient) else 0.0,
                 distinct_units=None if (number := _finite(units.get(role.path))) is None else int(number),
                 effective_rank=_finite(ranks.get(role.path)),
                 gate_rms=openness.get(role.path),
             )
-            for role, size, gradient, count, weight, change in zip(
-                self.roles, sizes, gradients, nonzero, weights, changes, strict=True
-            )
+            for role, size, gradient, count, weight, change in columns
         ]
 
     def _by_role(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:

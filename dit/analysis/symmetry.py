@@ -19,6 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from dit.devices import float64_device
 from dit.seeding import generator
 
 UNIT_TOLERANCE = 1e-3
@@ -42,12 +43,16 @@ def count_distinct(units: Tensor) -> Tensor:
 
     Projections keep equal units equal, and the distance of others to about a fifth (a standard deviation of 1 / sqrt(2 *
     SKETCH_SIZE) of it), far finer than what separates units that differ; comparing all weights of all pairs costs too much.
+    Distances come from inner products in float64, whose rounding is far below the tolerance.
     """
     units = units.detach().float()
     if min(units.shape) > SKETCH_SIZE:
         units = units @ _projections(units.shape[1], units.device)
-    distances = torch.cdist(units, units, compute_mode="donot_use_mm_for_euclid_dist")
-    close = distances <= UNIT_TOLERANCE * units.norm(dim=1).median()
+    units = units.to(float64_device(units.device)).double()
+    products = units @ units.T
+    squared_norms = products.diagonal()
+    squared_distances = squared_norms[:, None] + squared_norms - 2 * products
+    close = squared_distances <= UNIT_TOLERANCE**2 * squared_norms.median()
     repeats = close.tril(-1).any(1)
     return torch.where(units.isfinite().all(), (~repeats).sum().float(), torch.nan)
 

@@ -56,6 +56,25 @@ class Captured:
         return _Graph(inputs, output, graph)
 
 
+def side_by_side(*functions: Callable[[], Tensor]) -> list[Tensor]:
+    """What the functions return. In a graph that is being captured they become branches, which a GPU runs at the same time.
+
+    None of them may change what another one reads, and what they read must stay alive until all have returned.
+    """
+    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return [function() for function in functions]
+    here = torch.cuda.current_stream()
+    branches = [torch.cuda.Stream() for _ in functions]
+    found = []
+    for branch, function in zip(branches, functions, strict=True):
+        branch.wait_stream(here)
+        with torch.cuda.stream(branch):
+            found.append(function())
+    for branch in branches:
+        here.wait_stream(branch)
+    return found
+
+
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
     """Collect before the block, and not within it.

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from dit.analysis.diagnostics import RoleProbe, RoleState
 from dit.diffusion import Batch, Diffusion
-from dit.fused.capture import Captured
+from dit.fused.capture import Captured, side_by_side
 from dit.models import backbone_of
 from dit.optim.optimizer import SecondMoment
 from dit.training.engines import Engine, clip_factor
-from dit.training.indicators import READINGS, SAMPLES, BlockState, block_readings, block_states
+from dit.training.indicators import SAMPLES, BlockState, activations, block_states, second_moment_ratios
 
 MOST_CAPTURED = 2**27
 """Parameters of the largest network whose diagnoses are captured. A larger one keeps the GPU busy without that."""
@@ -49,7 +49,7 @@ class Diagnosis:
         self._gradients: list[Tensor | None] = []
         self._memory: list[Tensor] = []
         self._before: Callable[..., Tensor] = self._read_before
-        self._after: Callable[..., Tensor] = self.probe.after
+        self._after: Callable[..., Tensor] = self.probe.changes
         self._any_yet = False
         self._capturable = (
             diffusion.device.type == "cuda"
@@ -68,18 +68,17 @@ class Diagnosis:
         self._moments = self.engine.second_moments()
         stepped = bool(self._moments) or self._any_yet
         if self._capturable and stepped and not isinstance(self._before, Captured):
-            self._before, self._after = Captured(self._read_before), Captured(self.probe.after)
+            self._before, self._after = Captured(self._read_before), Captured(self.probe.changes)
         self._any_yet = True
         captured = isinstance(self._before, Captured)
         self._gradients = self._held(self.engine.weight_gradients(), captured)
         before = self._before(*vars(batch).values(), gradient_norm)
         update()
-        after = self._after()
+        read = torch.cat([before, self._after()]).tolist()
         if not captured:
             self.probe.forget()
             self._gradients = []
-        read = torch.cat([before, after]).tolist()
-        of_blocks = len(READINGS) * (len(backbone_of(self.model).blocks(self.model)) + 1)
+        of_blocks = 4 * len(backbone_of(self.model).blocks(self.model)) + 1
         return Findings(self.probe.states(read[of_blocks:]), block_states(read[:of_blocks], clipped_share))
 
     def _held(self, gradients: list[Tensor | None], captured: bool) -> list[Tensor | None]:
@@ -97,12 +96,12 @@ class Diagnosis:
         batch = Batch(*parts)
         some = batch.first(SAMPLES)
         x_t = self.diffusion.add_noise(some.x0, some.eps, some.timesteps)
-        blocks = block_readings(
-            self.model,
-            (x_t, some.timesteps, some.labels),
-            self.precision,
-            dict(zip(self.probe.weights, self._gradients, strict=True)),
-            self._moments,
-            clip_factor(gradient_norm, self.gradient_clip),
+        gradients = dict(zip(self.probe.weights, self._gradients, strict=True))
+        factor = clip_factor(gradient_norm, self.gradient_clip)
+        found = side_by_side(
+            lambda: activations(self.model, (x_t, some.timesteps, some.labels), self.precision),
+            lambda: second_moment_ratios(self.model, gradients, self._moments, factor),
+            lambda: self.probe.norms(self._gradients),
+            lambda: self.probe.symmetry(batch.timesteps, batch.labels),
         )
-        return torch.cat([blocks.flatten(), self.probe.before(self._gradients, batch.timesteps, batch.labels)])
+        return torch.cat(found)

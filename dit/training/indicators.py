@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,9 @@ from dit.training.attention import Attention
 
 SAMPLES = 16
 """The network is called on this many samples of the batch, because all their attention weights are held at once."""
+
+CHUNK = 2**26
+"""Entries of weights, 256 MiB of them, whose second moments are compared with gradients at a time."""
 
 
 @dataclass(frozen=True)
@@ -43,43 +46,88 @@ class BlockState:
     clipped_share: float | None
 
 
-READINGS = ("max_attention_logit", "attention_entropy", "residual_rms", "second_moment_ratio")
-"""The fields of `BlockState` that are read from the device, in the order of `block_readings`."""
+@torch.no_grad()
+def activations(model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], precision: torch.dtype) -> Tensor:
+    """The first three readings of every block, as a vector, one reading after the other; NaN for what does not apply.
+
+    `inputs` are noisy latents, timesteps and labels. All stays on the device, so that it can be a part of a CUDA graph.
+    """
+    seen, training = _Activations(model), model.training
+    model.eval()  # nothing is dropped, so that nothing is drawn
+    with seen, autocast(inputs[0].device, precision):
+        model(*inputs)
+    model.train(training)
+    missing = inputs[0].new_full((), math.nan, dtype=torch.float32)
+    found = [
+        values.get(block, missing).float() for values in (seen.logits, seen.entropies, seen.streams) for block in seen.blocks
+    ]
+    return torch.stack(found) if found else missing.new_empty(0)
 
 
 @torch.no_grad()
-def block_readings(
-    model: nn.Module,
-    inputs: tuple[Tensor, Tensor, Tensor],
-    precision: torch.dtype,
-    gradients: Mapping[str, Tensor | None],
-    moments: Mapping[str, SecondMoment],
-    clip_factor: Tensor,
+def second_moment_ratios(
+    model: nn.Module, gradients: Mapping[str, Tensor | None], moments: Mapping[str, SecondMoment], clip_factor: Tensor
 ) -> Tensor:
-    """Read every block, and then the rest of the network, before a step: (4, blocks + 1), NaN for what does not apply.
+    """`BlockState.second_moment_ratio` of every block and of the rest of the network, (blocks + 1,); NaN without moments.
 
-    `inputs` are noisy latents, timesteps and labels, `gradients` those of the step, float32, and `moments` the optimiser's
-    second moments, by the names of the weights; clipping will multiply the gradients by `clip_factor`. All stays on the
-    device, by the same calls every time, so that it can be a CUDA graph.
+    `gradients`, float32, and the optimiser's second moments `moments` are keyed by the names of the weights; clipping will
+    multiply the gradients by `clip_factor`. All stays on the device, so that it can be a part of a CUDA graph.
     """
-    activations, training = _Activations(model), model.training
-    model.eval()  # nothing is dropped, so that nothing is drawn
-    with activations, autocast(inputs[0].device, precision):
-        model(*inputs)
-    model.train(training)
-    ratios = _second_moment_ratios(model, gradients, moments, clip_factor)
-    blocks = [*activations.blocks, None]
-    missing = inputs[0].new_full((), math.nan, dtype=torch.float32)
-    found = (activations.logits, activations.entropies, activations.streams, ratios)
-    return torch.stack([values.get(block, missing).float() for values in found for block in blocks]).view(len(found), -1)
+    backbone = backbone_of(model)
+    of_weight = {role.parameter: role.block for role in backbone.roles(model)}
+    names = [name for name in moments if gradients[name] is not None]
+    sums: dict[int | None, list[Tensor]] = defaultdict(list)
+    sizes: Counter[int | None] = Counter()
+    for some in _chunks(names, {name: moments[name].value.numel() for name in names}):
+        of_some = [cast("Tensor", gradients[name]) for name in some]
+        for name, total in zip(some, _sums_of_ratios(of_some, [moments[name] for name in some], clip_factor), strict=True):
+            sums[of_weight[name]].append(total)
+            sizes[of_weight[name]] += moments[name].value.numel()
+    missing = clip_factor.new_full((), math.nan)
+    blocks = [*range(len(backbone.blocks(model))), None]
+    return torch.stack(
+        [(torch.stack(sums[block]).sum() / sizes[block]).sqrt() if block in sums else missing for block in blocks]
+    )
+
+
+def _chunks(names: Sequence[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The names in their order, in chunks of at most `CHUNK` entries, or of one name."""
+    chunk: list[str] = []
+    entries = 0
+    for name in names:
+        if chunk and entries + sizes[name] > CHUNK:
+            yield chunk
+            chunk, entries = [], 0
+        chunk.append(name)
+        entries += sizes[name]
+    if chunk:
+        yield chunk
+
+
+def _sums_of_ratios(gradients: list[Tensor], moments: list[SecondMoment], clip_factor: Tensor) -> Sequence[Tensor]:
+    """The sum of g^2 / max(v, eps^2) of each weight, with the v of the coming step: updated with g^2, its bias corrected."""
+    squares = torch._foreach_mul(gradients, clip_factor)
+    torch._foreach_mul_(squares, squares)
+    coming = torch._foreach_mul(squares, [1 - moment.decay for moment in moments])
+    torch._foreach_add_(coming, torch._foreach_mul([m.value.float() for m in moments], [m.decay for m in moments]))
+    torch._foreach_div_(coming, _bias_corrections(moments))
+    ratios = torch._foreach_div(squares, torch._foreach_maximum(coming, [moment.eps**2 for moment in moments]))
+    return torch._foreach_norm(ratios, 1)
+
+
+def _bias_corrections(moments: list[SecondMoment]) -> Any:
+    """1 - decay^updates after the coming step, of each; computed once for those that share one count of updates."""
+    found = {(id(moment.updates), moment.decay): moment for moment in moments}
+    corrections = {key: 1 - moment.decay ** (moment.updates + 1) for key, moment in found.items()}
+    return [corrections[id(moment.updates), moment.decay] for moment in moments]
 
 
 def block_states(read: Sequence[float], clipped_share: float | None) -> list[BlockState]:
-    """The states of all blocks and of the rest of the network, from the numbers of `block_readings`."""
-    count = len(read) // len(READINGS)
+    """The states of all blocks and of the rest of the network, from the numbers of `activations` and `second_moment_ratios`."""
+    count = (len(read) - 1) // 4  # of blocks
     finite = [value if math.isfinite(value) else None for value in read]
-    logits, entropies, streams, ratios = (finite[start : start + count] for start in range(0, len(read), count))
-    rows = zip([*range(count - 1), None], logits, entropies, streams, ratios, strict=True)
+    logits, entropies, streams = ([*finite[start : start + count], None] for start in range(0, 3 * count, count or 1))
+    rows = zip([*range(count), None], logits, entropies, streams, finite[3 * count :], strict=True)
     return [BlockState(block, logit, entropy, rms, ratio, clipped_share) for block, logit, entropy, rms, ratio in rows]
 
 
@@ -122,37 +170,3 @@ class _Activations:
         seen = self.logits.get(self._inside)
         self.logits[self._inside] = logit if seen is None else torch.maximum(seen, logit)
         self.entropies[self._inside] = entropy
-
-
-def _second_moment_ratios(
-    model: nn.Module, gradients: Mapping[str, Tensor | None], moments: Mapping[str, SecondMoment], clip_factor: Tensor
-) -> ByBlock:
-    """`BlockState.second_moment_ratio`, where the optimiser has second moments."""
-    blocks = {role.parameter: role.block for role in backbone_of(model).roles(model)}
-    names: dict[int | None, list[str]] = defaultdict(list)
-    for name in moments:
-        if gradients[name] is not None:
-            names[blocks[name]].append(name)
-    found: ByBlock = {}
-    for block, some in names.items():
-        of_some = [cast("Tensor", gradients[name]) for name in some]
-        found[block] = _root_mean_ratio(of_some, [moments[name] for name in some], clip_factor)
-    return found
-
-
-def _root_mean_ratio(gradients: list[Tensor], moments: list[SecondMoment], clip_factor: Tensor) -> Tensor:
-    """The root mean square of g / max(sqrt(v), eps), with the v of the coming step: updated with g^2, its bias corrected."""
-    squares = torch._foreach_mul(gradients, clip_factor)
-    torch._foreach_mul_(squares, squares)
-    coming = torch._foreach_mul(squares, [1 - moment.decay for moment in moments])
-    torch._foreach_add_(coming, torch._foreach_mul([m.value.float() for m in moments], [m.decay for m in moments]))
-    torch._foreach_div_(coming, _bias_corrections(moments))
-    ratios = torch._foreach_div(squares, torch._foreach_maximum(coming, [moment.eps**2 for moment in moments]))
-    return (torch.stack(torch._foreach_norm(ratios, 1)).sum() / sum(ratio.numel() for ratio in ratios)).sqrt()
-
-
-def _bias_corrections(moments: list[SecondMoment]) -> Any:
-    """1 - decay^updates after the coming step, of each; computed once for those that share one count of updates."""
-    found = {(id(moment.updates), moment.decay): moment for moment in moments}
-    corrections = {key: 1 - moment.decay ** (moment.updates + 1) for key, moment in found.items()}
-    return [corrections[id(moment.updates), moment.decay] for moment in moments]

@@ -192,7 +192,7 @@ class Trainer:
         clipped_share = None if limit is None else self.stability.clipped_share(limit)
         found = self.diagnosis(everyone, gradient_norm, clipped_share, lambda: self._update(step, gradient_norm))
         self.records.stability += [{"step": step, **vars(state)} for state in found.blocks]
-        self.records.diagnostics += [{"step": step, **vars(state)} for state in found.roles]
+        self.records.diagnostics += [{"step": step, **state._asdict()} for state in found.roles]
         if of_part is not None:
             whole_norm, part_norm = torch.stack([gradient_norm, of_part]).tolist()
             noise = gradient_noise(whole_norm, part_norm, self.params.batch_size, self._part_size)

@@ -78,6 +78,10 @@ class FusedDiT:
 
     def gradients(self) -> list[Tensor]:
         """The gradients of `copies`, as parts of `flat`."""
+        return self._gradients
+
+    @cached_property
+    def _gradients(self) -> list[Tensor]:
         parts = dict(zip(self._owners, self._parts, strict=True))
         split = {kind: parts[whole].split(self._rows) for kind, whole in self.modulation.items()}
         joined = {weight: split[kind][index] for weight, (kind, index) in self._joined.items()}
