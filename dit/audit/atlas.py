@@ -30,9 +30,9 @@ ORIGINS = {
 HEAD = """# Atlas: how the diffusion transformers of diffusers start
 
 This page shows the initial weights that you get if you train one of these networks from scratch. It lists every network of
-diffusers {version} with "Transformer" in its name that `dit audit` can call, and two others. Each was built by its constructor, at
-a small size (about two blocks), and then measured. Most constructors of diffusers use the defaults of torch, because a
-checkpoint usually replaces all weights.
+diffusers {version} with "Transformer" in its name that `dit audit` can call, and two others. Each was built by its
+constructor, at a small size (about two blocks), and then measured. Most constructors of diffusers use the defaults of torch,
+because a checkpoint usually replaces all weights.
 
 The most surprising networks come first: networks that start otherwise than in their original code, then networks with units
 that stay equal while they train, then networks with a high initial loss. The loss is the mean squared error against noise with
