@@ -69,7 +69,7 @@ def _dit(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Check and plan studies, look at initialisations, audit networks, continue runs, and sample or measure trained networks."""
+    """Check and plan studies, look at initialisations, audit networks, continue runs, and sample and measure networks."""
 
 
 def _found(params: Path | None) -> Path:
@@ -180,7 +180,7 @@ def audit(
 ) -> None:
     """Find out how a network is initialised, from what it does.
 
-        TARGET is diffusers:ClassName, strategy:NAME, a checkpoint file, a directory in diffusers format, or package.module:function,
+    TARGET is diffusers:ClassName, strategy:NAME, a checkpoint file, a diffusers directory, or package.module:function,
     where the function returns (model, batch) or (model, batch, loss).
     """
     with _user_errors_shown():

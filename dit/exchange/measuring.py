@@ -84,8 +84,8 @@ def evaluate(
 ) -> None:
     """Measure FID, sFID, Inception score, precision and recall of samples against a reference, as in published tables.
 
-        Samples are drawn, decoded and measured one batch at a time. Every figure is printed with its reference, the number of samples
-    and the number of reference images, because figures of different numbers of images cannot be compared.
+    Samples are drawn, decoded and measured one batch at a time. Every figure is printed with its reference, the number of
+    samples and the number of reference images, because figures of different numbers of images cannot be compared.
     """
     from dit.devices import make_deterministic, resolve_device
     from dit.distributed import joined
