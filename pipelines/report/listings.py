@@ -152,8 +152,8 @@ def delays(study: Study) -> Listing:
         [_delay(pair) for pair in study.findings.pairs],
         "Means over training with 95 % intervals over seeds. Whether there is a delay at all is corrected by Holm's method, "
         "once for all curves of declared strategies and once for all others; how the delay changes is not corrected. "
-        "Constant: it changes by no more than a quarter of its mean. A delay: the number of steps behind stays, and the gap in error "
-        "closes. A level: the gap in error stays.",
+        "Constant: it changes by no more than a quarter of its mean. A delay: the number of steps behind stays, and the gap in "
+        "error closes. A level: the gap in error stays.",
     )
 
 
