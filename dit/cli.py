@@ -210,7 +210,8 @@ def audit(
 @app.command("resume-from")
 def resume_from(
     run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="A run such as adaln_zero-0, or a folder with a checkpoint.")
+        str | None,
+        typer.Argument(metavar="[RUN]", help="A run of runs/train, such as adaln_zero-0, or a folder with a checkpoint."),
     ] = None,
     step: Annotated[int | None, typer.Option(min=0, help="The step of the checkpoint, if several are kept.")] = None,
     changes: Annotated[

@@ -13,7 +13,7 @@ from dit.errors import ConfigError
 Target = Annotated[
     str | None,
     typer.Argument(
-        metavar="[RUN]", help="A run such as adaln_zero-0 or its folder, a checkpoint file, or an exported directory."
+        metavar="[RUN]", help="A run of runs/train, such as adaln_zero-0, a checkpoint file, or an exported directory."
     ),
 ]
 Checkpoint = Annotated[
