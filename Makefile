@@ -1,8 +1,8 @@
-# Everything a person types. `make` alone lists it.
+# The commands that people type. `make` alone lists them.
 .DEFAULT_GOAL := help
 .PHONY: help install plan study mlflow report up down test chaos browser lint docs format bench
 
-# What a person gives is passed on as text, by the environment: neither make nor a shell acts on anything in it.
+# Values from the command line are passed on as text, in the environment: neither make nor a shell interprets anything in them.
 GIVEN := SET PROFILE TARGETS WORKERS TESTS BENCH MINUTES SEED CHROMIUM PREFECT_PORT MLFLOW_PORT ENGINE RAY_ADDRESS
 $(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
 export $(GIVEN)
@@ -19,20 +19,20 @@ help: ## List the targets
 install: $(INSTALLED) ## Make .venv from requirements.lock and install the project in it
 
 $(INSTALLED): requirements.lock pyproject.toml
-	@test -n "$(PYTHON)" || { echo "error: Python 3.11, 3.12 or 3.13 is needed; say which one: make PYTHON=/path/to/python" >&2; exit 2; }
-	@echo "installing what requirements.lock names into $(VENV): some minutes"
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; name one: make PYTHON=/path/to/python" >&2; exit 2; }
+	@echo "installing the packages of requirements.lock into $(VENV): this takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install -qq --disable-pip-version-check --requirement requirements.lock
 	$(RUN) pip install -qq --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-plan: $(INSTALLED) ## Say what the study would run and about how long it takes [SET=...] [PROFILE=gpu] [WORKERS=2]
+plan: $(INSTALLED) ## Show what the study would run, and about how long it would take [SET=...] [PROFILE=gpu] [WORKERS=2]
 	@DIT_SET="$$SET" DIT_PROFILE="$$PROFILE" DIT_WORKERS="$$WORKERS" $(RUN) pipelines plan
 
-study: $(INSTALLED) ## Run what is not up to date [SET="train.steps=300 study.seeds=[0]"] [PROFILE=gpu] [TARGETS=train] [WORKERS=2] [ENGINE=ray] [RAY_ADDRESS=...]
+study: $(INSTALLED) ## Run all stages that are not up to date [SET="train.steps=300 study.seeds=[0]"] [PROFILE=gpu] [TARGETS=train] [WORKERS=2] [ENGINE=ray] [RAY_ADDRESS=...]
 	@DIT_SET="$$SET" DIT_PROFILE="$$PROFILE" DIT_WORKERS="$$WORKERS" DIT_TARGETS="$$TARGETS" DIT_ENGINE="$$ENGINE" $(RUN) pipelines study
 
-mlflow: $(INSTALLED) ## Bring runs that MLflow does not have into it [MLFLOW_TRACKING_URI=...]
+mlflow: $(INSTALLED) ## Add runs that are missing in MLflow [MLFLOW_TRACKING_URI=...]
 	@$(RUN) pipelines mlflow
 
 report: $(INSTALLED) ## Open the report in a browser
@@ -49,7 +49,7 @@ down: $(INSTALLED) ## Stop what `make up` started
 test: $(INSTALLED) browser ## Run the tests [TESTS=tests/test_model.py] [TESTS='-m slow'] [CHROMIUM=/path/to/chrome]
 	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $$TESTS
 
-chaos: $(INSTALLED) ## Kill, stop and damage micro studies at random, and compare with an undisturbed one [MINUTES=30] [SEED=0]
+chaos: $(INSTALLED) ## Kill and damage small studies at random, and compare their results with an undisturbed one [MINUTES=30] [SEED=0]
 	@$(VENV)/bin/python tests/chaos --minutes "$${MINUTES:-30}" $${SEED:+--seed "$$SEED"}
 
 browser: # The report's page test opens it in Chromium or Chrome.
@@ -59,21 +59,21 @@ browser: # The report's page test opens it in Chromium or Chrome.
 	root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	$$root apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$root apt-get install -y -qq --no-install-recommends chromium >/dev/null
 
-bench: $(INSTALLED) ## Measure speed on this machine, into .scratch/bench [BENCH="train sample encode diagnostics stages study"]
+bench: $(INSTALLED) ## Measure the speed of this machine; results go to .scratch/bench [BENCH="train sample encode diagnostics stages study"]
 	@for name in $${BENCH:-train sample encode diagnostics stages study}; do \
 		$(VENV)/bin/python benchmarks/$$name.py --output .scratch/bench/$$name.json || exit; done
 
-docs: $(INSTALLED) ## Build the documentation as a site, into .scratch/site
+docs: $(INSTALLED) ## Build the documentation as a site, in .scratch/site
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 	@echo "to read it: $(VENV)/bin/python -m http.server --bind 127.0.0.1 --directory .scratch/site 8000"
 
-lint: $(INSTALLED) docs ## Check style, types, spelling, which way imports point, and the links of the documentation
+lint: $(INSTALLED) docs ## Check style, types, spelling, imports between packages, and the links of the documentation
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/python docs/spelling.py
 
-format: $(INSTALLED) ## Bring the code into style
+format: $(INSTALLED) ## Format the code
 	$(RUN) ruff check --fix-only --quiet .
 	$(RUN) ruff format --quiet .

@@ -1,4 +1,4 @@
-"""The console script `dit`: look at parameters, roles and initialisations, and continue runs that were kept.
+"""The console script `dit`: look at parameters, roles and initialisations, and continue kept runs.
 
 Torch, and all else that takes long to import, is imported by the command that needs it.
 """
@@ -36,7 +36,7 @@ EXTRAS = {
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-ParamsFile = Annotated[Path | None, typer.Option("--params", help="The parameter file. [default: params.yaml]")]
+ParamsFile = Annotated[Path | None, typer.Option("--params", help="The parameter file (default: params.yaml).")]
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def _dit(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Look at parameters, roles and initialisations, and continue runs that were kept."""
+    """Check and plan studies, look at initialisations, audit networks, continue runs, and sample and measure networks."""
 
 
 def _found(params: Path | None) -> Path:
@@ -98,20 +98,20 @@ def check(params: ParamsFile = None) -> None:
 
 @app.command("init")
 def show_init(
-    strategy: Annotated[str | None, typer.Option(metavar="NAME", help="Show what this strategy gives every role.")] = None,
+    strategy: Annotated[str | None, typer.Option(metavar="NAME", help="Show what this strategy draws for every role.")] = None,
     diff: Annotated[
-        tuple[str, str], typer.Option(metavar="A B", help="Show what strategy B draws differently from strategy A.")
+        tuple[str, str], typer.Option(metavar="A B", help="Show the roles that strategies A and B draw differently.")
     ] = ("", ""),
     name: Annotated[
-        str | None, typer.Option("--model", metavar="NAME", help="A network such as DiT-S/2. [default: the study's]")
+        str | None, typer.Option("--model", metavar="NAME", help="A network, such as DiT-S/2 (default: the study's).")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the values that --strategy shows.")] = 0,
-    every: Annotated[bool, typer.Option("--all", help="Show every block, also where blocks have the same rule.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="The seed of the values that --strategy shows.")] = 0,
+    every: Annotated[bool, typer.Option("--all", help="Show every block, even if blocks have the same rules.")] = False,
     params: ParamsFile = None,
 ) -> None:
-    """Show what strategies do: the library, one strategy's rule and values for each role, or how two strategies differ.
+    """List the strategies, show what one of them draws for each role, or show how two of them differ.
 
-    Without an option: the strategies of the parameter file, with what they are and where they come from.
+    Without options it lists all strategies of the library and the parameter file: what they do and where they come from.
     """
     with _user_errors_shown():
         if strategy and any(diff):
@@ -136,15 +136,15 @@ def _show(table: Table) -> None:
 @app.command()
 def wakeup(
     strategies: Annotated[
-        list[str] | None, typer.Argument(metavar="[STRATEGY]...", help="Strategies of the parameter file. [default: all]")
+        list[str] | None, typer.Argument(metavar="[STRATEGY]...", help="Names of strategies (default: all).")
     ] = None,
     name: Annotated[
-        str | None, typer.Option("--model", metavar="NAME", help="A network such as DiT-S/2. [default: the study's]")
+        str | None, typer.Option("--model", metavar="NAME", help="A network, such as DiT-S/2 (default: the study's).")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps to look at.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="How many optimiser steps to predict.")] = 5,
     params: ParamsFile = None,
 ) -> None:
-    """Predict, without running anything, from which optimiser step on each kind of weight receives a gradient."""
+    """Predict, without training, from which optimiser step on each kind of weight receives a gradient."""
     with _user_errors_shown():
         from dit import inspecting
 
@@ -156,22 +156,32 @@ def wakeup(
 def audit(
     target: Annotated[str, typer.Argument(help="What to audit: see docs/audit.md.", metavar="TARGET")],
     settings: Annotated[str, typer.Option("--config", help="Constructor arguments, as JSON or as a JSON file.")] = "{}",
-    name: Annotated[str | None, typer.Option("--model", help="For a strategy: a network. [default: the study's]")] = None,
-    weights: Annotated[Path | None, typer.Option(help="For a function: a file or directory that fills its network.")] = None,
-    key: Annotated[str, typer.Option(help="Of a file: where in it the weights are, such as ema. [default: found]")] = "",
-    prefix: Annotated[str | None, typer.Option(help="Of a file: what stands before names. [default: found]")] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="Of a file: tensors to leave out, such as 'projectors.*'.")] = None,
-    variant: Annotated[str, typer.Option(help="Of a diffusers directory: which weights, such as fp16.")] = "",
-    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Optimiser steps to watch.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Of a network that is built here.")] = 0,
-    expect: Annotated[str | None, typer.Option(help="Exit with 1 where the network is something else.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--model", help="If TARGET is a strategy: the network (default: the study's).")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="If TARGET is a function: a file or directory with weights for its network.")
+    ] = None,
+    key: Annotated[
+        str, typer.Option(help="The key under which the file has its weights, such as ema (default: found automatically).")
+    ] = "",
+    prefix: Annotated[
+        str | None, typer.Option(help="The prefix of tensor names in the file (default: found automatically).")
+    ] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Tensors of the file to leave out, such as 'projectors.*'.")] = None,
+    variant: Annotated[str, typer.Option(help="Which weights of a diffusers directory to read, such as fp16.")] = "",
+    steps: Annotated[int, typer.Option(min=1, max=10_000, help="How many optimiser steps to take and watch.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="The seed of the weights, if the audit builds the network.")] = 0,
+    expect: Annotated[
+        str | None, typer.Option(help="What the network should be, such as adaln-zero; if it is not, exit with code 1.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     params: ParamsFile = None,
 ) -> None:
     """Find out how a network is initialised, from what it does.
 
-    TARGET is diffusers:ClassName, strategy:NAME, a checkpoint, a diffusers directory, or package.module:function, which returns
-    (model, batch) or (model, batch, loss).
+    TARGET is diffusers:ClassName, strategy:NAME, a checkpoint file, a diffusers directory, or package.module:function,
+    where the function returns (model, batch) or (model, batch, loss).
     """
     with _user_errors_shown():
         from dit.audit import audit as run_audit, targets
@@ -200,25 +210,32 @@ def audit(
 @app.command("resume-from")
 def resume_from(
     run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="A run such as adaln_zero-0, or a folder with a checkpoint.")
+        str | None,
+        typer.Argument(metavar="[RUN]", help="A run of runs/train, such as adaln_zero-0, or a folder with a checkpoint."),
     ] = None,
-    step: Annotated[int | None, typer.Option(min=0, help="Of the checkpoint, where several are kept.")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="The step of the checkpoint, if several are kept.")] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="What to change, such as train.precision=fp32.")
     ] = None,
     several: Annotated[
         list[str] | None,
-        typer.Option("--variant", metavar="'NAME: KEY=VALUE, ...'", help="One of several continuations, compared at the end."),
+        typer.Option(
+            "--variant",
+            metavar="'NAME: KEY=VALUE, ...'",
+            help="Give this several times: all variants are trained and compared.",
+        ),
     ] = None,
-    control: Annotated[bool, typer.Option(help="Beside variants, also continue the run as it was.")] = True,
+    control: Annotated[
+        bool, typer.Option(help="Also continue the run without changes, to compare the variants with it.")
+    ] = True,
     steps: Annotated[int, typer.Option(min=1, help="How many steps to train.")] = 500,
-    output: Annotated[Path | None, typer.Option(help="A new folder for the tables; without it, none are written.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A new folder for the tables (default: no tables are written).")] = None,
     latents: Annotated[Path | None, typer.Option(help="Where the run's latents are, if they have moved.")] = None,
     scratch: Annotated[Path, typer.Option(help="The folder in which runs keep their checkpoints.")] = Path(".scratch"),
 ) -> None:
-    """Continue a run from a kept checkpoint under other parameters, to find what made it collapse: see docs/stability.md.
+    """Continue a run from a kept checkpoint with other parameters, to find out what made it collapse: see docs/stability.md.
 
-    Without RUN, list the checkpoints that are kept.
+    Without RUN, this command lists the kept checkpoints.
     """
     with _user_errors_shown():
         from dit.continuation.go_on import go_on

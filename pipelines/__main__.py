@@ -1,4 +1,4 @@
-"""The command line of the orchestration: `python -m pipelines plan | study | mlflow | up | down`; `make` calls it."""
+"""Plan and run studies, and start MLflow and Prefect. `make` calls these commands: see `make help`."""
 
 from __future__ import annotations
 
@@ -33,18 +33,24 @@ SET = typer.Option(
     "--set",
     metavar="KEY=VALUE",
     envvar="DIT_SET",
-    help="Another value of params.yaml, in an isolated experiment, such as train.steps=300.",
+    help="Replace a value of params.yaml, such as train.steps=300; the study then runs as an isolated experiment.",
 )
-TARGETS = typer.Argument(envvar="DIT_TARGETS", help="Only these stages and what they need, such as train; default: all.")
+TARGETS = typer.Argument(
+    envvar="DIT_TARGETS", help="Run only these stages and the stages that they need, such as train (default: all)."
+)
 PROFILE = typer.Option(
-    metavar="NAME", envvar="DIT_PROFILE", help="The values of profiles/NAME.yaml, in an isolated experiment, such as gpu."
+    metavar="NAME",
+    envvar="DIT_PROFILE",
+    help="Use the values of profiles/NAME.yaml, such as gpu; the study then runs as an isolated experiment.",
 )
 WORKERS = typer.Option(
-    metavar="NUMBER", envvar="DIT_WORKERS", help="Stages at the same time; default: what the machine has room for."
+    metavar="NUMBER",
+    envvar="DIT_WORKERS",
+    help="How many stages run at the same time (default: as many as the machine has room for).",
 )
 ENGINE = typer.Option(
     envvar="DIT_ENGINE",
-    help="Where stages run: local, or ray: the cluster at RAY_ADDRESS, by default one of this machine (docs/cluster.md).",
+    help="Where stages run: local; or ray, on the cluster at RAY_ADDRESS or else on this machine (docs/cluster.md).",
 )
 
 
@@ -59,7 +65,7 @@ def study(
     profile: Annotated[str | None, PROFILE] = None,
     engine: Annotated[Engine, ENGINE] = Engine.LOCAL,
 ) -> None:
-    """Run the study: whatever is not up to date, side by side, as a Prefect flow, and fill MLflow."""
+    """Run all stages of the study that are not up to date, as a Prefect flow, and add its runs to MLflow."""
     overrides, at_once = assignments(set_ or []), whole_number("WORKERS", workers)
     disk.check(Path.cwd())
     if not overrides and not profile and (found := up_to_date.nothing_to_do(Path.cwd(), targets)):
@@ -103,7 +109,7 @@ def _tell_of_end(text: str) -> None:
 
 @app.command()
 def mlflow() -> None:
-    """Bring the runs of the study that MLflow does not have into it, from DVC's outputs."""
+    """Add the study's runs that are missing in MLflow, from DVC's outputs."""
     from pipelines import tracking
 
     synced = tracking.sync(Path.cwd())
@@ -117,7 +123,7 @@ def up(
     prefect_port: Annotated[str, typer.Option(envvar="PREFECT_PORT")] = str(services.PREFECT_PORT),
     mlflow_port: Annotated[str, typer.Option(envvar="MLFLOW_PORT")] = str(services.MLFLOW_PORT),
 ) -> None:
-    """Start a Prefect server, a worker and the MLflow UI in the background, on 127.0.0.1."""
+    """Start a Prefect server, a Prefect worker and the MLflow UI in the background, on 127.0.0.1."""
     ports = _port("PREFECT_PORT", prefect_port), _port("MLFLOW_PORT", mlflow_port)
     if ports[0] == ports[1]:
         raise UserError(f"PREFECT_PORT and MLFLOW_PORT are both {ports[0]}: expected two different ports")

@@ -206,16 +206,16 @@ def _time(seconds: float) -> str:
 
 def command(
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", envvar="DIT_SET", help="Another value of params.yaml.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", envvar="DIT_SET", help="Replace a value of params.yaml.")
     ] = None,
     profile: Annotated[
-        str | None, typer.Option(metavar="NAME", envvar="DIT_PROFILE", help="The values of profiles/NAME.yaml.")
+        str | None, typer.Option(metavar="NAME", envvar="DIT_PROFILE", help="Use the values of profiles/NAME.yaml.")
     ] = None,
     workers: Annotated[
-        str | None, typer.Option(metavar="NUMBER", envvar="DIT_WORKERS", help="Stages at the same time.")
+        str | None, typer.Option(metavar="NUMBER", envvar="DIT_WORKERS", help="How many stages run at the same time.")
     ] = None,
 ) -> None:
-    """Say what the study would run, what is up to date, and about how long it takes, before anything starts."""
+    """Show what the study would run, what is up to date, and about how long it would take."""
     from pipelines import design, experiments
     from pipelines.overrides import assignments, whole_number
 

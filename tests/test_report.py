@@ -192,7 +192,7 @@ def test_a_verdict_that_rests_on_the_averaging_alone_is_pointed_out(workspace: W
     )
     assert found["strategies"]["adaln"]["difference"][f"validation_mse_step_{STEPS}"]["verdict"] == "not distinguishable"
     (warning,) = [text for text in found["headline"] if text.startswith("The EMA lags")]
-    assert "adaln is worse by the averaged weights, not distinguishable by the trained ones" in warning
+    assert "adaln is worse with the averaged weights, not distinguishable with the trained ones" in warning
 
 
 def test_the_figure_of_hidden_units_leaves_attention_heads_and_rows_of_the_head_out(workspace: Workspace) -> None:

@@ -29,15 +29,16 @@ ORIGINS = {
 
 HEAD = """# Atlas: how the diffusion transformers of diffusers start
 
-This page shows how networks start if you train them from scratch. It has every network of diffusers {version} with
-"Transformer" in its name that `dit audit` can call, and two others. Each was built by its constructor, at a small size (about
-two blocks), and measured. Most constructors of diffusers use the defaults of torch, because a checkpoint usually replaces all
-weights.
+This page shows the initial weights that you get if you train one of these networks from scratch. It lists every network of
+diffusers {version} with "Transformer" in its name that `dit audit` can call, and two others. Each was built by its
+constructor, at a small size (about two blocks), and then measured. Most constructors of diffusers use the defaults of torch,
+because a checkpoint usually replaces all weights.
 
-The first rows are the most surprising: first, starts that differ from the original code; then units that stay equal while they
-train; then high initial losses. The loss is the mean squared error against noise with mean square 1, so an output of zero has a
-loss of 1. *Wakes* are the steps at which the first weights receive a gradient: those of the head, of modulation, of the other
-layers in blocks, and of everything else. `python -m dit.audit.atlas > docs/atlas.md` makes this page.
+The most surprising networks come first: networks that start otherwise than in their original code, then networks with units
+that stay equal while they train, then networks with a high initial loss. The loss is the mean squared error against noise with
+mean square 1, so an output of zero has a loss of 1. The column *wakes* has four numbers: the steps at which the first weight
+receives a gradient in the head, in the modulation layers, in the other layers of the blocks, and in everything else.
+`python -m dit.audit.atlas > docs/atlas.md` makes this page.
 
 | network | output | blocks | block modulation | equal units | wakes: head, modulation, blocks, rest | loss | original code |
 |---|---|---|---|---|---|---|---|

@@ -18,11 +18,15 @@ def sample(
     vae: opts.Vae = None,
     output: Annotated[
         Path,
-        typer.Option("--output", "--sample-dir", help="NAME.npz: an archive; NAME.png: a grid; else a folder of PNG files."),
+        typer.Option(
+            "--output",
+            "--sample-dir",
+            help="NAME.npz writes an archive, NAME.png a grid, any other name a folder of PNG files.",
+        ),
     ] = Path("samples"),
     num_samples: Annotated[int, typer.Option("--num-samples", "--num-fid-samples", min=1, help="How many images.")] = 16,
     class_labels: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="Classes, in turn, such as 207,360,387. [default: all classes]")
+        str | None, typer.Option(metavar="N,N,...", help="Classes to draw in turn, such as 207,360,387 (default: all classes).")
     ] = None,
     scheduler: opts.Scheduler = None,
     steps: opts.Steps = None,
@@ -42,7 +46,7 @@ def sample(
 ) -> None:
     """Draw images from a run of a study, a published checkpoint, or an exported directory.
 
-    With torchrun, several GPUs share the work. Image i is the same whatever the batch size and the number of GPUs.
+    Started by torchrun, it uses several GPUs. Image i of a seed is the same for every batch size and number of GPUs.
     """
     from dit.devices import make_deterministic, resolve_device
     from dit.distributed import joined
@@ -81,10 +85,14 @@ def export(
     target: opts.Target = None,
     output: Annotated[Path | None, typer.Argument(metavar="DIRECTORY", help="A new directory.")] = None,
     checkpoint: opts.Checkpoint = None,
-    format: Annotated[str, typer.Option(help="diffusers: a DiTPipeline; safetensors: of any network.")] = "diffusers",
+    format: Annotated[
+        str, typer.Option(help="diffusers writes a DiTPipeline; safetensors works for any network.")
+    ] = "diffusers",
     any_steps: Annotated[
         bool,
-        typer.Option("--any-steps", help="Keep every tensor as trained; the pipeline then needs three lines of the README."),
+        typer.Option(
+            "--any-steps", help="Keep every tensor as trained; to use the pipeline, you then need three lines from its README."
+        ),
     ] = False,
     model: opts.Model = None,
     vae: opts.Vae = None,
@@ -100,7 +108,7 @@ def export(
     scratch: opts.Scratch = Path(".scratch"),
     params: opts.ParamsFile = Path("params.yaml"),
 ) -> None:
-    """Write a trained network as a directory for others, with a model card: see docs/checkpoints.md.
+    """Write a trained network as a directory that other programs can read, with a model card: see docs/checkpoints.md.
 
     DiTPipeline.from_pretrained(DIRECTORY) of diffusers loads it, and gives the images of `dit sample DIRECTORY`, with the same
     scheduler, steps, guidance and noise.

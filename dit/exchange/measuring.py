@@ -32,21 +32,22 @@ LABELS = {
 }
 
 Extractor = Annotated[
-    str | None, typer.Option(help="Feature network: inception, efficientnet_lite0. [default: the study's, or inception]")
+    str | None, typer.Option(help="Feature network: inception or efficientnet_lite0 (default: the study's, or inception).")
 ]
 FeatureWeights = Annotated[
     Path | None,
-    typer.Option("--feature-weights", help="Of inception: a local file of torch-fidelity's weights. [default: downloaded]"),
+    typer.Option("--feature-weights", help="A local file with torch-fidelity's weights of Inception (default: download them)."),
 ]
 
 
 def evaluate(
     target: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN]", help="What `dit sample` takes; or images: an .npz, or a folder of pictures."),
+        typer.Argument(metavar="[RUN]", help="What `dit sample` takes, or existing images: an .npz, or a folder of pictures."),
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="Statistics (.npz of guided-diffusion, or of `dit reference`), or a folder of pictures.")
+        Path | None,
+        typer.Option(help="A file of statistics (from guided-diffusion or `dit reference`), or a folder of pictures."),
     ] = None,
     checkpoint: opts.Checkpoint = None,
     model: opts.Model = None,
@@ -54,13 +55,16 @@ def evaluate(
     num_samples: Annotated[
         int | None,
         typer.Option(
-            "--num-samples", "--num-fid-samples", min=2, help="How many. [default: 50000, or all images that there are]"
+            "--num-samples",
+            "--num-fid-samples",
+            min=2,
+            help="How many samples to measure (default: 50000, or all existing images).",
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Also keep the samples, as an .npz.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the samples to this .npz file.")] = None,
     extractor: Extractor = None,
     feature_weights: FeatureWeights = None,
-    nearest_k: Annotated[int, typer.Option(min=1, help="Neighbours of precision and recall.")] = NEAREST_K,
+    nearest_k: Annotated[int, typer.Option(min=1, help="How many nearest neighbours precision and recall use.")] = NEAREST_K,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     scheduler: opts.Scheduler = None,
     steps: opts.Steps = None,
@@ -78,10 +82,10 @@ def evaluate(
     scratch: opts.Scratch = Path(".scratch"),
     params: opts.ParamsFile = Path("params.yaml"),
 ) -> None:
-    """Measure samples as published tables do: FID, sFID, Inception score, precision and recall, against a reference.
+    """Measure FID, sFID, Inception score, precision and recall of samples against a reference, as in published tables.
 
-    Samples are drawn, decoded and measured a batch at a time. Every figure is printed with its reference and both numbers of
-    images: figures of different numbers do not compare.
+    Samples are drawn, decoded and measured one batch at a time. Every figure is printed with its reference, the number of
+    samples and the number of reference images, because figures of different numbers of images cannot be compared.
     """
     from dit.devices import make_deterministic, resolve_device
     from dit.distributed import joined
@@ -136,9 +140,11 @@ def reference(
         Path, typer.Argument(help="Images: data/images of a study, an .npz with arr_0, or a folder of pictures.")
     ],
     output: Annotated[Path, typer.Argument(help="A new file, .safetensors or .npz.")],
-    split: Annotated[str, typer.Option(help="Of data/images: train or validation.")] = "train",
-    size: Annotated[int | None, typer.Option(min=8, help="Crop and scale pictures to it. [default: the first one's]")] = None,
-    num_images: Annotated[int | None, typer.Option(min=2, help="The first so many. [default: all]")] = None,
+    split: Annotated[str, typer.Option(help="Which split of data/images: train or validation.")] = "train",
+    size: Annotated[
+        int | None, typer.Option(min=8, help="Crop and scale pictures to this size (default: the size of the first one).")
+    ] = None,
+    num_images: Annotated[int | None, typer.Option(min=2, help="Use only the first so many images (default: all).")] = None,
     features: Annotated[bool, typer.Option(help="Keep the features of each image: precision and recall need them.")] = True,
     extractor: Extractor = None,
     feature_weights: FeatureWeights = None,
@@ -146,7 +152,7 @@ def reference(
     device: opts.Device = None,
     params: opts.ParamsFile = Path("params.yaml"),
 ) -> None:
-    """Make reference statistics of one's own: mean and covariance of the features of real images, for `dit evaluate`."""
+    """Make reference statistics for `dit evaluate` from your own images: mean and covariance of their features."""
     from dit.evaluation.pictures import first, open_pictures
     from dit.evaluation.statistics import measure, save
 

@@ -13,7 +13,7 @@ from dit.errors import ConfigError
 Target = Annotated[
     str | None,
     typer.Argument(
-        metavar="[RUN]", help="A run such as adaln_zero-0 or its folder, a checkpoint file, or an exported directory."
+        metavar="[RUN]", help="A run of runs/train, such as adaln_zero-0, a checkpoint file, or an exported directory."
     ),
 ]
 Checkpoint = Annotated[
@@ -23,47 +23,59 @@ Checkpoint = Annotated[
 Model = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="Of a file: its network, such as SiT-XL/2. [default: found; a SiT is not told from a DiT]"
+        metavar="NAME", help="The network of a file, such as SiT-XL/2 (default: found from the tensors; give it for a SiT)."
     ),
 ]
 Vae = Annotated[
     str | None,
     typer.Option(
         metavar="DIRECTORY",
-        help="The autoencoder: a directory in diffusers format, ema, mse, or a name on the hub. [default: the run's]",
+        help="The autoencoder: a directory in diffusers format, ema, mse, or a name on the hub (default: the run's).",
     ),
 ]
 Key = Annotated[
-    str, typer.Option(help="Of a file: where in it the weights are, such as ema or model. [default: found, ema first]")
+    str, typer.Option(help="The key under which the file has its weights, such as ema or model (default: ema, if it is there).")
 ]
-Step = Annotated[int | None, typer.Option(min=0, help="Of a run: the kept checkpoint of this step. [default: the end]")]
+Step = Annotated[
+    int | None, typer.Option(min=0, help="Take the run's kept checkpoint of this step (default: the run's final weights).")
+]
 Latents = Annotated[Path | None, typer.Option(help="Where the run's latents are, if they have moved.")]
 Autoencoder = Annotated[Path | None, typer.Option(help="Where the run's autoencoder is, if it has moved.")]
 Scratch = Annotated[Path, typer.Option(help="The folder in which runs keep their checkpoints.")]
-ParamsFile = Annotated[Path, typer.Option("--params", help="Whose section `evaluate` says how samples are drawn, for a run.")]
+ParamsFile = Annotated[
+    Path, typer.Option("--params", help="A parameter file; for a run, its section `evaluate` says how samples are drawn.")
+]
 Scheduler = Annotated[
-    str | None, typer.Option(help="ddpm, ddim, dpmsolver++; flow_euler, flow_heun. [default: the study's, or ddpm]")
+    str | None,
+    typer.Option(help="ddpm, ddim or dpmsolver++; for flows flow_euler or flow_heun (default: the study's, or ddpm)."),
 ]
 Steps = Annotated[
-    int | None, typer.Option("--steps", "--num-sampling-steps", min=1, help="Sampling steps. [default: the study's, or 250]")
+    int | None, typer.Option("--steps", "--num-sampling-steps", min=1, help="Sampling steps (default: the study's, or 250).")
 ]
 Spacing = Annotated[
-    str | None, typer.Option("--timestep-spacing", help="See docs/sampling.md. [default: the study's, or auto]")
+    str | None,
+    typer.Option(
+        "--timestep-spacing", help="Which timesteps are visited: see docs/sampling.md (default: the study's, or auto)."
+    ),
 ]
 Guidance = Annotated[
     float | None,
-    typer.Option("--guidance-scale", "--cfg-scale", min=1, help="1 is no guidance. [default: the study's, or 1.5]"),
+    typer.Option("--guidance-scale", "--cfg-scale", min=1, help="1 is no guidance (default: the study's, or 1.5)."),
 ]
 GuidanceChannels = Annotated[
-    str | None, typer.Option(help="Latent channels that guidance acts on: a number, or all. [default: the study's, or 3]")
+    str | None, typer.Option(help="How many latent channels are guided: a number, or all (default: the study's, or 3).")
 ]
-Seed = Annotated[int | None, typer.Option("--seed", "--global-seed", min=0, help="Of the noise. [default: the study's, or 0]")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", "--global-seed", min=0, help="The seed of the noise (default: the study's, or 0).")
+]
 BatchSize = Annotated[
     int | None,
-    typer.Option("--batch-size", "--per-proc-batch-size", min=1, help="Images at a time. [default: the study's, or 32]"),
+    typer.Option("--batch-size", "--per-proc-batch-size", min=1, help="Images at a time (default: the study's, or 32)."),
 ]
-Precision = Annotated[str | None, typer.Option(help="Of the network: fp32, bf16, fp16, auto. [default: the study's, or auto]")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, auto. [default: the study's, or auto]")]
+Precision = Annotated[
+    str | None, typer.Option(help="Precision of the network: fp32, bf16, fp16 or auto (default: the study's, or auto).")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto (default: the study's, or auto).")]
 
 
 def one(target: str | None, checkpoint: Path | None) -> str:

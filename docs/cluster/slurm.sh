@@ -14,20 +14,20 @@ port=$((20000 + SLURM_JOB_ID % 10000))
 PATH=$PWD/.venv/bin:$PATH
 umask 077
 
-# Passwords of this job, by the environment: no command line shows them. Ray refuses whoever does not know its token.
+# Passwords of this job are passed in the environment, so no command line shows them. Ray refuses whoever does not know its token.
 secret() { python -c 'import secrets; print(secrets.token_hex(32))'; }
 RAY_AUTH_TOKEN=$(secret)
 password=study:$(secret)
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN DIT_WORK=${DIT_WORK:-${TMPDIR:-/tmp}/dit-$SLURM_JOB_ID}
 
-# Prefect's API, where every node of the job reaches it. For thousands of runs, name a PostgreSQL database as well:
+# A Prefect API that every node of the job can reach. For thousands of runs, also give it a PostgreSQL database:
 # PREFECT_API_DATABASE_CONNECTION_URL=postgresql+asyncpg://...
 export PREFECT_HOME=$PWD/.scratch/prefect-$SLURM_JOB_ID PREFECT_SERVER_API_AUTH_STRING=$password PREFECT_SERVER_ANALYTICS_ENABLED=false
 PREFECT_API_URL= prefect server start --no-ui --host "$address" --port $((port + 1)) > ".scratch/prefect-$SLURM_JOB_ID.log" 2>&1 &
 server=$!
 export PREFECT_API_URL=http://$address:$((port + 1))/api PREFECT_API_AUTH_STRING=$password
 
-# A raylet on every node; Ray finds cores, and the GPUs that Slurm gave.
+# One raylet (Ray's process) on every node. Ray finds the cores, and the GPUs that Slurm gave to the job.
 srun --nodes 1 --nodelist "$head" ray start --head --block --node-ip-address "$address" --port "$port" \
   --include-dashboard false --disable-usage-stats &
 until ray health-check --address "$address:$port" > /dev/null 2>&1; do sleep 1; done

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A study on this machine and a few others: docs/cluster/ssh.sh 10.0.0.1 gpu1 gpu2 -- [arguments of `python -m pipelines study`]
-# The first argument is the address by which the others reach this machine; the others are hosts of ssh, each with the packages of
-# requirements.lock in the virtual environment DIT_VENV (default: ~/dit-venv) and the DVC remote's credentials, if it has any.
+# The first argument is the address at which the others reach this machine; the other arguments are names of hosts for ssh. Each host
+# needs the packages of requirements.lock in the virtual environment DIT_VENV (default: ~/dit-venv), and the credentials of the DVC
+# remote, if there are any.
 set -euo pipefail
 
 address=$1 port=${RAY_PORT:-6379}
@@ -29,7 +30,7 @@ started=("$server" $!)
 trap 'kill "${started[@]}" 2> /dev/null; wait 2> /dev/null' EXIT
 until ray health-check --address "$address:$port" > /dev/null 2>&1; do sleep 1; done
 for host in "${hosts[@]}"; do
-  # The token goes by standard input. Ray there ends with this ssh, because the shell there waits for that input to end.
+  # The token is sent by standard input. When this ssh ends, that input ends too, and the shell on the host then stops Ray there.
   { printf '%s\n' "$RAY_AUTH_TOKEN"; sleep infinity; } | ssh -o BatchMode=yes "$host" "
     read -r RAY_AUTH_TOKEN; export RAY_AUTH_TOKEN RAY_AUTH_MODE=token
     $remote_venv/bin/ray start --block --address $address:$port --disable-usage-stats & raylet=\$!

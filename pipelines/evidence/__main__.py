@@ -1,4 +1,4 @@
-"""The studies of docs/evidence: `python -m pipelines.evidence run NAME...` trains them, `write` makes pages of results."""
+"""The studies of docs/evidence: `python -m pipelines.evidence run NAME...` trains them, `write` makes the pages of results."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ def _main() -> None:
 
 @app.command()
 def run(
-    names: Annotated[list[str], typer.Argument(help="Studies: files of profiles/evidence, without .yaml.")],
+    names: Annotated[list[str], typer.Argument(help="Names of studies: the files of profiles/evidence, without .yaml.")],
     workers: Annotated[int, typer.Option(min=1, help="Runs at the same time, all on one GPU.")] = 14,
-    minutes: Annotated[float, typer.Option(min=0, help="Start no run after so many minutes; the next call goes on.")] = 1e6,
+    minutes: Annotated[
+        float, typer.Option(min=0, help="Start no run after so many minutes; repeat the command to continue.")
+    ] = 1e6,
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Another value of params.yaml, such as images.source.root=/path/to/files."
+            "--set", metavar="KEY=VALUE", help="Replace a value of params.yaml, such as images.source.root=/path/to/files."
         ),
     ] = None,
     scratch: Annotated[Path, typer.Option(help="Where the runs are kept.")] = Path(".scratch/evidence"),
     output: Annotated[Path, typer.Option(help="Where NAME.json is written.")] = results.RESULTS,
 ) -> None:
-    """Train the runs of some studies, many at a time, and write their results."""
+    """Train the runs of these studies, many at a time, and write their results."""
     started, faults, overrides = time.monotonic(), [], assignments(set_ or [])
     scratch.mkdir(parents=True, exist_ok=True)
     for name in names:

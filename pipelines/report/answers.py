@@ -25,7 +25,7 @@ def against(findings: Findings, name: str) -> str:
     `symmetric is worse at every learning rate (+5.0 % to +6.4 %, n = 3); exploratory`.
     """
     pairs = findings.of(name)
-    return f"{name} {standing(pairs)}" if pairs else f"{name} ran at no setting of {findings.question.baseline}"
+    return f"{name} {standing(pairs)}" if pairs else f"{name} did not run at any setting of {findings.question.baseline}"
 
 
 def standing(pairs: Sequence[Pair]) -> str:

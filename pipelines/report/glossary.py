@@ -10,18 +10,20 @@ GLOSSARY = {
     "Validation error": "Mean squared error of the network's prediction on pictures that it was not trained on, with the same "
     "noise for every run. Lower is better. It says how well noise is predicted, not how good generated pictures look.",
     "EMA weights": "An exponential moving average of the weights over training. Samples are usually drawn with these, so runs "
-    "are judged by them. The trained weights are those without averaging.",
+    'are judged by them. "Trained weights" means the weights without averaging.',
     "Head": "The last linear layer, final_layer.linear in the published code. It turns the last features into the prediction.",
     "adaLN": "Adaptive layer normalisation. A small layer in each block reads timestep and class, and decides how far "
     "features are shifted and scaled.",
-    "Gate": "A factor on what a block adds, also decided by timestep and class. While it is zero, the block passes its input "
-    "on unchanged.",
+    "Gate": "A factor that adaLN computes, too. It multiplies what attention or MLP adds to the features. While all gates of a "
+    "block are zero, the block passes its input on unchanged.",
     "adaLN-Zero": "The published start, here called adaln_zero. All adaLN layers, gates included, and the head are zero, so "
     "the untrained network predicts zero.",
-    "Seed": "The number from which all chance in a run is drawn. Runs with the same seed see the same batches and noise, so "
-    "strategies are compared seed by seed.",
-    "95 % interval": "The range of differences that agree with what these seeds show. Where zero is in it, the difference "
+    "Seed": "A number that determines all random draws of a run. Runs with the same seed see the same batches and noise, so "
+    "strategies are compared seed by seed; n is the number of seeds in a comparison.",
+    "95 % interval": "The range of differences that agree with what these seeds show. If zero lies in it, the difference "
     "cannot be told from chance.",
+    "Declared, exploratory": "Declared comparisons were chosen before the runs, and their verdicts are corrected together for "
+    "their number. All others are exploratory and not corrected, so some of them may be due to chance.",
     "Fréchet distance": "How far generated pictures are from real ones in the features of another network, as in FID. Lower is "
     "better. It needs many samples.",
 }

@@ -160,7 +160,7 @@ def _undecided(study: Study, found: Judgement) -> str:
     if bool(zero) != bool(random):
         lost, head, kept, answer = (RANDOM_HEAD, "random", "zero", "Yes") if zero else (ZERO_HEAD, "zero", "random", "No")
         ways = " or ".join(sorted({run.train.status for run in study.runs[lost].values()}, reverse=True))
-        return f"{answer}. With the {head} head every run {ways}; with the {kept} head training came to its end."
+        return f"{answer}. With the {head} head every run {ways}; with the {kept} head runs finished."
     if not found.n:
         return "Undecided. There is no seed at which both the zero head and the random head finished training."
     if len(asked.values) == 1:

@@ -77,15 +77,16 @@ def _family(study: Study) -> str:
     asked = [*(one.judgement for one in study.findings.at_best), *(one.judgement for one in study.findings.pairs)]
     declared = [one for one in asked if one.comparison.declared]
     text = (
-        "Paired t-tests over seeds, which assume that differences are about normal; three to five pairs cannot test that. "
+        "The p-values come from paired t-tests over seeds. These assume that differences are normally distributed, which three "
+        "to five pairs cannot test. "
         "A comparison in which a run failed, or with fewer than three pairs, has no verdict."
     )
     if not declared:
-        return f"{text} No comparison was declared before the runs (study.declared): all are exploratory, and uncorrected."
+        return f"{text} No comparison was declared before the runs (study.declared), so all are exploratory and not corrected."
     how = "each at its own best learning rate" if study.findings.at_best else "at every setting"
     return (
-        f"{text} Declared, {how}: {counted(len(declared), 'comparison')}, corrected together by Holm's method. The others are "
-        "exploratory, and uncorrected."
+        f"{text} {counted(len(declared), 'comparison')} {how} {'was' if len(declared) == 1 else 'were'} declared before the "
+        "runs and corrected together by Holm's method. All others are exploratory and not corrected."
     )
 
 
@@ -112,10 +113,10 @@ def responses(study: Study) -> Listing:
         "The learning rate of each strategy.",
         ["Strategy", "Where", "Best rate", "Error there", "Within 1 % of the best", "Largest stable rate", "Sensitivity"],
         [_response(one) for one in study.findings.tunings],
-        "Best rate: the vertex of the parabola through the mean log errors at the best measured rate and its neighbours, "
-        "with its 95 % interval (Fieller 1954). Stable: no run failed at this rate or any lower one. Sensitivity: the mean "
-        "over rates of the error above the best (Wortsman et al. 2023), in units of error, where a failed run counts as the "
-        "error of a zero output; it compares strategies over the same rates.",
+        "Best rate: the minimum of the parabola through the mean log errors at the best measured rate and its two neighbours, "
+        "with its 95 % interval (Fieller 1954). Largest stable rate: no run failed at this rate or a lower one. Sensitivity: "
+        "by how much the error is above the best one, on average over the rates (Wortsman et al. 2023), in units of error; a "
+        "failed run counts as the error of a zero output. Compare it only between strategies that ran at the same rates.",
     )
 
 
@@ -146,13 +147,13 @@ def _estimate(found: Estimate, form: str) -> str:
 def delays(study: Study) -> Listing:
     """Delay or level of every strategy at every setting."""
     return Listing(
-        f"Against {study.baseline} over training, at equal error: trained weights, from an eighth of training on.",
+        f"How far each strategy is behind {study.baseline} at equal error: trained weights, from an eighth of training on.",
         ["Strategy", "Where", "Steps behind", "The delay", "If it goes on, at the end", "The gap in error", "It is", "n"],
         [_delay(pair) for pair in study.findings.pairs],
-        "Means over training with 95 % intervals over seeds. Whether there is a delay at all is corrected by Holm's method "
-        "over all curves of declared strategies, and over those of all others; the course is not corrected. Constant: it "
-        "changes by no more than a quarter of its mean. A delay: the steps behind stay and the gap closes. A level: the gap "
-        "stays.",
+        "Means over training with 95 % intervals over seeds. Whether there is a delay at all is corrected by Holm's method, "
+        "once for all curves of declared strategies and once for all others; how the delay changes is not corrected. "
+        "Constant: it changes by no more than a quarter of its mean. A delay: the number of steps behind stays, and the gap in "
+        "error closes. A level: the gap in error stays.",
     )
 
 
@@ -187,9 +188,9 @@ def effects(study: Study) -> Listing:
         "Effects of the factors on final validation error: first alone, then in pairs.",
         columns,
         [_effect(one) for one in (*found.found.main, *found.found.interactions)],
-        "Ratios: an effect alone is an average over all levels of the other factors; that of a pair is how much more, as a "
-        "factor, the first change does together with the second. Exploratory: intervals are not corrected for their "
-        f"number.{left}{lost}",
+        "Effects are ratios of errors. The effect of one change is averaged over all levels of the other factors. The effect "
+        "of a pair says by how much more the first change multiplies the error if the second is made as well. All effects "
+        f"are exploratory: intervals are not corrected for their number.{left}{lost}",
     )
 
 
@@ -224,12 +225,12 @@ def failures(study: Study) -> Listing:
         found for found in study.histories.values() if any(one.spike_steps or one.failed_at is not None for one in found)
     ]
     return Listing(
-        "Spikes and failures, and what moved before them.",
-        ["Strategy", "Rate", "Runs", "Spiked", "Spikes, recovered", "Collapsed", "Diverged", "At step", "What moved before"],
+        "Spikes and failures, and what changed before them.",
+        ["Strategy", "Rate", "Runs", "Spiked", "Spikes, recovered", "Collapsed", "Diverged", "At step", "What changed before"],
         [_failure(found) for found in eventful],
-        "What moved before: how many steps ahead of the spike each quantity left its past and stayed away (gradient norm 2 "
-        "times, loss and error 1.5 times its median), median over runs; and the indicator of a block that had changed most "
-        "by the last diagnosis. A spike, a recovery, a collapse: docs/stability.md.",
+        "What changed before: how many steps before the spike each quantity rose above its earlier range and stayed there "
+        "(gradient norm above 2 times its median, loss and error above 1.5 times), as median over runs; and which quantity of "
+        "a block had changed most by the last diagnosis. docs/stability.md defines spike, recovery and collapse.",
     )
 
 
@@ -281,8 +282,8 @@ def steps_to(study: Study, summary: dict[str, Any]) -> Listing:
         f"{' and '.join(limits)}.",
         ["Strategy", *(f"To {limit:.3g}" for limit in limits.values())],
         rows if limits else [],
-        "Median over runs and its 95 % interval (Kaplan and Meier 1958; Brookmeyer and Crowley 1982), linear between "
-        "validations. A run that never reached the error is censored at the last step, not left out.",
+        "Median over runs and its 95 % interval (Kaplan and Meier 1958; Brookmeyer and Crowley 1982), interpolated between "
+        "validations. A run that never reached the error is not left out, but counts as censored at its last step.",
     )
 
 
@@ -304,7 +305,7 @@ def floors(summary: dict[str, Any]) -> Listing:
         rows.append([summary["metrics"][name]["label"], *(f"{value:.4g}" for value in found), spread, sentence])
     number = counted(references["count"], "image") if references else ""
     return Listing(
-        f"What the metrics say of images that no network generated, each time {number} against the same validation images.",
+        f"The sample metrics of images that no network generated: each time {number} compared with the same validation images.",
         ["Metric", "Real training images", "Their reconstructions", "Grey images", "Strategies", "Can it rank them?"],
         rows,
     )
@@ -332,6 +333,7 @@ def published(study: Study) -> Listing:
         single = "" if record.reference.features is None else f", {record.reference.features} of them for precision and recall"
         caption = (
             f"{record.num_generated} samples of each run against {record.reference.file} ({count}{single}), in the features of "
-            f"{record.features.extractor} at {record.features.size} px. Figures of other numbers of images do not compare."
+            f"{record.features.extractor} at {record.features.size} px. Figures of other numbers of images "
+            "cannot be compared with these."
         )
     return Listing(caption, ["Run", *PUBLISHED.values()], rows)

@@ -61,8 +61,8 @@ def wake_up(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> F
     plot.update_yaxes(autorange="reversed", showgrid=False, ticks="")
     finish(plot, height=80 + 24 * len(measured), hovermode="closest", margin={"t": 60, "l": 150})
     caption = (
-        "The optimiser step, counted from 0, at which all weights of a kind first receive a gradient, other than rounding; "
-        "never: not within the steps looked at. Measured in float64 with the study's optimiser, without weight decay. "
+        "The optimiser step, counted from 0, at which all weights of a kind first receive a gradient above rounding; "
+        "never: not within the steps that were examined. Measured in float64 with the study's optimiser, without weight decay. "
         + _prediction(starts)
     )
     return Figure("wake-up", "Wake-up schedule: the first step with a gradient", caption, plot)
@@ -82,7 +82,7 @@ def _prediction(starts: Sequence[Analysis]) -> str:
     agree = all(start.record.predicted_equals_measured for start in starts)
     verdict = "agrees for every role" if agree else "does not agree for every role (see the cells)"
     return (
-        "The prediction from the strategy and the architecture alone, where a product with a zero factor passes nothing back, "
+        "The prediction uses only the strategy and the architecture: a product with a zero factor passes no gradient back. It "
         f"{verdict}."
     )
 
@@ -209,8 +209,8 @@ def conditioning(study: Study, summary: dict[str, Any], styles: dict[str, Look])
     ]
     plot = _start_panels(study, styles, panels, "optimiser step")
     caption = (
-        "RMS change of the prediction when every sample is given another timestep, or another label, over the RMS of the "
-        "prediction, before each of the first optimiser steps. 0: conditioning has no effect yet."
+        "By how much the prediction changes (RMS, relative to its own RMS) if every sample gets another timestep, or another "
+        "label, before each of the first optimiser steps. At 0, conditioning has no effect yet."
     )
     return Figure("conditioning", "Conditioning in the first steps", caption, plot)
 
@@ -293,9 +293,9 @@ def updates(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> F
     plot = _panels(study, styles, panels)
     plot.update_yaxes(type="log", exponentformat="power", dtick=1)
     caption = (
-        "RMS of an update over that of the weights that it changes, mean over blocks. Noise scale: trace of the covariance of "
-        "a sample's gradient over the squared norm of the expected one (McCandlish et al. 2018), both averaged over "
-        f"{NOISE_WINDOW} diagnosed steps; left out where that is too few to tell. {band(study)}"
+        "RMS of an update divided by the RMS of the weights that it changes, mean over blocks. Noise scale: trace of the "
+        "covariance of a sample's gradient divided by the squared norm of the expected gradient (McCandlish et al. 2018), both "
+        f"averaged over {NOISE_WINDOW} diagnosed steps; it is missing where these are too few. {band(study)}"
     )
     return Figure("updates", "Updates and gradient noise", caption, plot)
 

@@ -64,7 +64,7 @@ def awake(summary: dict[str, Any]) -> Finding:
         never.append(name) if step is None else steps[step].append(name)
     parts = [f"from step {step} on in {listed(names)}" for step, names in sorted(steps.items())]
     sentences = [f"Every part of the network receives a gradient {listed(parts)}."] if parts else []
-    sentences += [f"In {listed(never)}, some part receives none in the first steps, which were examined."] if never else []
+    sentences += [f"In {listed(never)}, some part receives none in the first steps that were examined."] if never else []
     agrees = {name: entry["start"]["predicted_equals_measured"] for name, entry in summary["strategies"].items()}
     if wrong := [name for name, agreed in agrees.items() if agreed is False]:
         differs = f"For {listed(wrong)}, this differs from the steps predicted from the architecture."
@@ -161,7 +161,9 @@ def unsampled(summary: dict[str, Any]) -> Finding | None:
         if run["status"] == "finished" and run["sampling"] == "diverged"
     ]
     return (
-        Finding("warning", f"Sampling met values that are not finite in {listed(runs)}: no sample metrics.") if runs else None
+        Finding("warning", f"Sampling met values that are not finite in {listed(runs)}, so these have no sample metrics.")
+        if runs
+        else None
     )
 
 
@@ -192,7 +194,7 @@ def averaging(summary: dict[str, Any]) -> Finding | None:
         if name != summary["baseline"]:
             verdicts = [entry["difference"][metric]["verdict"] for metric in (ERROR.name, final)]
             if verdicts[0] != verdicts[1] and "no verdict" not in verdicts:
-                disputed.append(f"{name} is {verdicts[0]} by the averaged weights, {verdicts[1]} by the trained ones")
+                disputed.append(f"{name} is {verdicts[0]} with the averaged weights, {verdicts[1]} with the trained ones")
     sentences = []
     if lagging:
         sentences.append(
@@ -200,7 +202,9 @@ def averaging(summary: dict[str, Any]) -> Finding | None:
             f"early weights still count in the average. Train longer or lower train.ema_decay."
         )
     if disputed:
-        sentences.append(f"The two disagree after {summary['study']['steps']} steps: {'; '.join(disputed)}.")
+        sentences.append(
+            f"Averaged and trained weights disagree after {summary['study']['steps']} steps: {'; '.join(disputed)}."
+        )
     return Finding("warning", " ".join(sentences)) if sentences else None
 
 
@@ -209,7 +213,7 @@ def devices(summary: dict[str, Any]) -> Finding | None:
     used = summary["study"]["devices"]
     if len(used) == 1:
         return None
-    return Finding("warning", f"The runs used different devices ({listed(used)}), which alone makes them differ.")
+    return Finding("warning", f"The runs used different devices ({listed(used)}), which alone makes results differ.")
 
 
 def final_metric(summary: dict[str, Any]) -> str:

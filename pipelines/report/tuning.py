@@ -50,8 +50,8 @@ def response(study: Study, _summary: dict[str, Any], styles: dict[str, Look]) ->
     _finish(plot, len(places))
     caption = (
         "EMA weights. Circles: single runs; line: geometric mean over seeds; diamond: the interpolated optimum with its 95 % "
-        "interval, where it lies between measured rates. A cross stands at a rate at which runs collapsed or diverged, which "
-        f"has no mean.{_cut(len(places), len({one.place for one in tunings}), 'settings')}"
+        "interval, if it lies between measured rates. A cross marks a rate at which runs collapsed or diverged, so that there "
+        f"is no mean.{_cut(len(places), len({one.place for one in tunings}), 'settings')}"
     )
     return Figure("response", "Final error by learning rate", caption, plot)
 
@@ -134,9 +134,9 @@ def same_rate(study: Study, _summary: dict[str, Any], styles: dict[str, Look]) -
     plot.update_yaxes(title=f"error against {study.baseline}", col=1)
     _finish(plot, len(places))
     caption = (
-        f"Final validation error minus that of {study.baseline} at the same learning rate, in per cent of it, paired by "
-        "seed, with 95 % intervals. Above zero is worse. A rate at which runs failed has no verdict; its mean is over the "
-        f"pairs that ended well.{_cut(len(places), len({pair.place for pair in pairs}), 'settings')}"
+        f"By how many per cent the final validation error differs from that of {study.baseline} at the same learning rate, "
+        "paired by seed, with 95 % intervals. Above zero is worse. If runs failed at a rate, there is no verdict, and the mean "
+        f"is that of the pairs that ended well.{_cut(len(places), len({pair.place for pair in pairs}), 'settings')}"
     )
     return Figure("same-rate", "Each strategy at the same learning rate", caption, plot)
 
@@ -193,8 +193,8 @@ def at_best(study: Study, _summary: dict[str, Any], styles: dict[str, Look]) -> 
     finish(plot, height=130 + 34 * len(found), showlegend=False, hovermode="closest", margin={"t": 10})
     chosen = ", ".join(str(seed) for seed in study.params.study.choose_on)
     caption = (
-        f"Rates chosen on seeds {chosen}; errors of the other seeds, paired, with 95 % intervals. Right of zero is worse than "
-        f"{study.baseline}. An open square has no verdict; the table says why."
+        f"Seeds {chosen} chose the rates; the errors are those of the other seeds, paired, with 95 % intervals. Right of zero "
+        f"is worse than {study.baseline}. An open square has no verdict; the table says why."
     )
     return Figure("at-best", "Each strategy at its own best learning rate", caption, plot)
 
@@ -236,9 +236,9 @@ def delays(study: Study, _summary: dict[str, Any], _styles: dict[str, Look]) -> 
     _finish(plot, len(names))
     at = f" At {place_label(place)}." if place else ""
     caption = (
-        f"How many steps later a strategy reaches the error that {study.baseline} has at a step; bands: 95 % interval over "
-        "seeds, cut off by the axis where wide. A level line is a delay that stays; a line that rises is a difference that "
-        f"more training does not make up.{at}{_cut(len(names), len({pair.strategy for pair in pairs}), 'strategies')}"
+        f"How many steps later a strategy reaches the error that {study.baseline} has at a step. Bands: 95 % interval over "
+        "seeds, cut off by the axis where wide. If the line is level, the delay stays the same; if it rises, more training "
+        f"does not make up for the difference.{at}{_cut(len(names), len({pair.strategy for pair in pairs}), 'strategies')}"
     )
     return Figure("delays", f"Steps behind {study.baseline} at equal error", caption, plot)
 
@@ -276,8 +276,8 @@ def interactions(study: Study, _summary: dict[str, Any], styles: dict[str, Look]
     _finish(plot, len(others))
     left = f" Left out, as runs failed there: learning rate {listed(effects.left_out)}." if effects and effects.left_out else ""
     caption = (
-        "Means over seeds and all other factors. Parallel lines: the factor changes every strategy by the same ratio; lines "
-        f"that part or cross: it does not.{left}"
+        "Means over seeds and all other factors. If lines are parallel, the factor changes the error of every strategy by the "
+        f"same ratio; if they are not, it does not.{left}"
     )
     return Figure("interactions", "Does another factor change what a start does?", caption, plot)
 
@@ -346,11 +346,11 @@ def warnings(study: Study, _summary: dict[str, Any], _styles: dict[str, Look]) -
     plot.update_yaxes(title="over its median before", col=1)
     _finish(plot, len(names))
     caption = (
-        "The steps that training kept before a spike, each quantity over its median in the first half of them, geometric "
-        "mean over runs: the spike before the failure of each failed run, or where no run of a strategy failed, the first "
-        "spike of each run."
+        "The last steps before a spike. Each quantity is divided by its median in the first half of these steps; lines are "
+        "geometric means over runs. The spike is the one that led to the failure of a run, or if no run of a strategy failed, "
+        "the first spike of each run."
     )
-    return Figure("before-spikes", "What moved first before a spike", caption, plot)
+    return Figure("before-spikes", "What changed first before a spike", caption, plot)
 
 
 ANSWERS = [same_rate, at_best, delays, response, map_of_differences]
