@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dit.analysis.effects import Effect
+from dit.analysis.response import Point
 from dit.analysis.study import Findings, Pair, Place, Tuning
 from pipelines.evidence.judging import Answers, FactorialAnswers, survived
 from pipelines.evidence.results import Ended
@@ -50,12 +51,24 @@ def _responses(findings: Findings) -> Figure:
         for index, tuning in enumerate(one for one in findings.tunings if one.place == place):
             _response(axes, tuning, index)
         axes.set(xscale="log", xlabel="learning rate", title=_words(place))
+        axes.set_ylim(*_around([point.mean for one in findings.tunings if one.place == place for point in _points(one)]))
         rates = sorted({rate for one in findings.tunings for rate in one.errors})
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axes.minorticks_off()
     panels[0][0].set_ylabel("final validation error, mean over seeds")
-    panels[0][-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.legend(*panels[0][-1].get_legend_handles_labels(), frameon=False, loc="outside right upper")
     return figure
+
+
+def _points(tuning: Tuning) -> tuple[Point, ...]:
+    return () if tuning.response is None else tuning.response.points
+
+
+def _around(means: list[float | None]) -> tuple[float, float]:
+    """Limits of an axis that shows all means; a long interval of one of them is cut, so that the others are told apart."""
+    known = [mean for mean in means if mean is not None]
+    margin = 0.1 * (max(known) - min(known))
+    return min(known) - margin, max(known) + margin
 
 
 def _response(axes: Axes, tuning: Tuning, index: int) -> None:
@@ -68,8 +81,9 @@ def _response(axes: Axes, tuning: Tuning, index: int) -> None:
     above = [(point.high or mean) - mean for mean, point in zip(means, points, strict=True)]
     rates = [point.rate for point in points]
     axes.errorbar(rates, means, (below, above), label=tuning.strategy, markersize=4, linewidth=1.2, capsize=2, **style)
-    failed = [point.rate for point in tuning.response.points if point.failed]
-    axes.plot(failed, [0.99] * len(failed), "x", color=style["color"], clip_on=False, transform=axes.get_xaxis_transform())
+    failed = [point.rate * 1.03**index for point in tuning.response.points if point.failed]  # crosses side by side
+    if failed:
+        axes.plot(failed, [0.99] * len(failed), "x", color=style["color"], clip_on=False, transform=axes.get_xaxis_transform())
 
 
 def _lengths(findings: Findings) -> Figure:

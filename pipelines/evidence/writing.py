@@ -17,6 +17,8 @@ from pipelines.report.words import MINUS
 
 PAGE = RESULTS / "answers.md"
 NUMBERS = RESULTS / "answers.json"
+DIGITS = 8
+"""Of the numbers in `answers.json`."""
 FIGURES = RESULTS / "figures"
 HYPHEN = re.compile(r"(?<=[\s\[(])-(?=\d)")
 """One that stands for a minus."""
@@ -40,7 +42,7 @@ def write(root: Path) -> list[str]:
         draw(one, root / FIGURES / f"{name}.svg")
     sections = [_section(name, asked[name]["title"], one) for name, one in answers.items()]
     (root / PAGE).write_text("\n".join([HEAD, *sections]))
-    write_json(root / NUMBERS, {name: list(_declared(one)) for name, one in answers.items()})
+    write_json(root / NUMBERS, {name: [_rounded(one) for one in _declared(found)] for name, found in answers.items()})
     return list(answers)
 
 
@@ -92,6 +94,11 @@ def _sentences(answers: Answers) -> Iterator[str]:
 def _judged(findings: Findings) -> list[Judgement]:
     found: list[AtBest | Pair] = [*findings.at_best, *findings.pairs]
     return [one.judgement for one in found]
+
+
+def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with numbers of `DIGITS` digits: processors of other kinds add in another order, and differ after those."""
+    return {key: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value for key, value in values.items()}
 
 
 def _declared(answers: Answers) -> Iterator[Mapping[str, Any]]:
