@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from dit import checkpoint
-from dit.autoencoder.coding import to_tensor
-from dit.devices import resolve_device
+from dit.autoencoder.coding import scaled
+from dit.devices import resolve_device, send
 from dit.errors import ConfigError
+from dit.fused.capture import captured
 from dit.progress import progress
 from dit.sections import TrainedAutoencoder
 from dit.seeding import derive_seed, generator
@@ -24,6 +26,10 @@ MAX_NORM_GROUPS = 8
 """Group normalisation has the largest number of groups, up to this one, that divides all widths."""
 CHECKPOINT_EVERY = 250
 """Steps between checkpoints; the result does not depend on it."""
+LOSSES_READ_EVERY = 50
+"""Steps between two readings of losses on a GPU, which has to wait for each; on a CPU every loss is read at its step."""
+RESIDENT_SHARE = 0.2
+"""Images stay in the memory of a GPU where they fill at most this share of it."""
 
 
 def build(params: TrainedAutoencoder, size: int, image_channels: int = 3) -> AutoencoderKL:
@@ -52,12 +58,13 @@ def build(params: TrainedAutoencoder, size: int, image_channels: int = 3) -> Aut
 def train(params: TrainedAutoencoder, images: np.ndarray, scratch: Path) -> AutoencoderKL:
     """Train on `images` (N, size, size, C) uint8 and their mirror images: Adam, its learning rate falling to zero as a cosine.
 
-    It goes on from the checkpoint in `scratch`, if there is one, and ends as if it had never stopped. Raises `ConfigError`
-    where the loss stops being finite.
+    It goes on from the checkpoint in `scratch`, if there is one, and ends as if it had never stopped. On an NVIDIA GPU, loss and
+    gradients are one CUDA graph. All is float32, but PyTorch lets a GPU's convolutions round their inputs to TF32. Raises
+    `ConfigError` where the loss stops being finite, and names the first such step.
     """
     device = resolve_device(params.device)
     autoencoder = build(params, images.shape[1], images.shape[3]).to(device).train()
-    optimiser = torch.optim.Adam(autoencoder.parameters(), lr=params.learning_rate)
+    optimiser = torch.optim.Adam(autoencoder.parameters(), lr=params.learning_rate, fused=device.type == "cuda" or None)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, params.steps)
     state = {"model": autoencoder, "optimiser": optimiser, "schedule": schedule}
     first = 0
@@ -66,40 +73,84 @@ def train(params: TrainedAutoencoder, images: np.ndarray, scratch: Path) -> Auto
         for name, part in state.items():
             part.load_state_dict(saved[name])
         print(f"autoencoder: resumed at step {first}")
+    batches = _Batches(params, images, device)
+    gradients = captured(partial(_gradients, autoencoder, params.kl_weight), device)
+    read_every = LOSSES_READ_EVERY if device.type == "cuda" else 1
+    losses: list[Tensor] = []
     with progress(params.steps, "autoencoder", "step", done=first) as bar:
         for step in range(first, params.steps):
             if step > first and step % CHECKPOINT_EVERY == 0:
                 checkpoint.save(scratch, {"steps_done": step, **{name: part.state_dict() for name, part in state.items()}})
-            draws = generator("autoencoder", params.seed, step)
-            loss = _loss(autoencoder, _batch(images, params.batch_size, draws).to(device), params.kl_weight, draws)
-            if not loss.isfinite():
-                raise ConfigError(
-                    f"the autoencoder's loss is {loss.item()} at step {step}: "
-                    f"expected it to be finite; try autoencoder.learning_rate below {params.learning_rate}"
-                )
-            optimiser.zero_grad()
-            loss.backward()
+            losses.append(gradients(*batches(step)).clone())
             optimiser.step()
             schedule.step()
-            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-            bar.update()
+            done = step + 1
+            if len(losses) == read_every or done % CHECKPOINT_EVERY == 0 or done == params.steps:
+                last = _read(losses, done - len(losses), params.learning_rate)
+                bar.set_postfix(loss=f"{last:.4f}", refresh=False)
+                bar.update(len(losses))
+                losses.clear()
     checkpoint.remove(scratch)
+    optimiser.zero_grad()
     return autoencoder.eval().requires_grad_(False)
 
 
-def _batch(images: np.ndarray, batch_size: int, draws: torch.Generator) -> Tensor:
-    """Random images, each mirrored with probability 1/2: (B, C, H, W) in -1..1."""
-    rows = torch.randint(len(images), (batch_size,), generator=draws)
-    mirrored = torch.rand(batch_size, generator=draws) < 0.5
-    batch = to_tensor(images[rows.numpy()])
-    return torch.where(mirrored.view(-1, 1, 1, 1), batch.flip(3), batch)
+class _Batches:
+    """`batches(step)` is the batch of that step: a pure function of it and of the seed."""
+
+    def __init__(self, params: TrainedAutoencoder, images: np.ndarray, device: torch.device) -> None:
+        self.params, self.images, self.device = params, images, device
+        self.resident: Tensor | None = None
+        if device.type == "cuda" and images.nbytes <= RESIDENT_SHARE * torch.cuda.get_device_properties(device).total_memory:
+            self.resident = torch.tensor(images, device=device)
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels (B, H, W, C) uint8 of random images, which of them are mirrored (B,), and posterior noise (B, c, h, w).
+
+        All are drawn on the CPU and are on the device.
+        """
+        params = self.params
+        draws = generator("autoencoder", params.seed, step)
+        rows = torch.randint(len(self.images), (params.batch_size,), generator=draws)
+        mirrored = torch.rand(params.batch_size, generator=draws) < 0.5
+        height, width = (length // params.downsample for length in self.images.shape[1:3])
+        noise = torch.randn(params.batch_size, params.latent_channels, height, width, generator=draws)
+        return self._pixels(rows), send(mirrored, self.device), send(noise, self.device)
+
+    def _pixels(self, rows: Tensor) -> Tensor:
+        if self.resident is not None:
+            return self.resident[send(rows, self.device)]
+        return send(torch.from_numpy(np.array(self.images[rows.numpy()], order="C")), self.device)
 
 
-def _loss(autoencoder: AutoencoderKL, batch: Tensor, kl_weight: float, draws: torch.Generator) -> Tensor:
+def _gradients(autoencoder: AutoencoderKL, kl_weight: float, pixels: Tensor, mirrored: Tensor, noise: Tensor) -> Tensor:
+    """Set the gradients of the loss, which is returned."""
+    for weight in autoencoder.parameters():
+        weight.grad = None  # so that the backward pass of a graph puts its own memory here, the same at every step
+    loss = _loss(autoencoder, pixels, mirrored, noise, kl_weight)
+    loss.backward()
+    return loss.detach()
+
+
+def _loss(autoencoder: AutoencoderKL, pixels: Tensor, mirrored: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
     """Mean squared error plus `kl_weight` times the divergence from a standard normal, both per pixel and colour.
 
     Rombach et al. (2022), appendix G, without the perceptual and the adversarial term, which need networks of their own.
     """
+    batch = scaled(pixels)
+    batch = torch.where(mirrored.view(-1, 1, 1, 1), batch.flip(3), batch)
     posterior = autoencoder.encode(batch).latent_dist
-    reconstruction = autoencoder.decode(posterior.sample(draws)).sample
+    reconstruction = autoencoder.decode(posterior.mean + posterior.std * noise).sample
     return F.mse_loss(reconstruction, batch) + kl_weight * posterior.kl().sum() / batch.numel()
+
+
+def _read(losses: list[Tensor], first: int, learning_rate: float) -> float:
+    """The last of `losses`, which are those of the steps from `first` on; raises `ConfigError` where one is not finite."""
+    values: list[float] = torch.stack(losses).tolist()
+    for step, value in enumerate(values, first):
+        if not math.isfinite(value):
+            raise ConfigError(
+                f"the autoencoder's loss is {value} at step {step}: "
+                f"expected it to be finite; try autoencoder.learning_rate below {learning_rate}"
+            )
+    return values[-1]

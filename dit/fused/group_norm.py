@@ -1,4 +1,4 @@
-"""Triton kernels of `dit.fused.encoder`, whose class `EncoderReference` holds their formulas in plain PyTorch.
+"""Triton kernels of `dit.fused.residual`, whose class `ResidualReference` holds their formulas in plain PyTorch.
 
 Images are channels last, so that (B, C, H, W) is (B * H * W, C) in memory. All arithmetic is float32, whatever the tensors
 hold, and what is summed over pixels is added per chunk of them, in a fixed order and without atomics.
@@ -104,6 +104,25 @@ def _padded_sum(x, added, bias, out, width, height, C: tl.constexpr, BLOCK: tl.c
         tl.store(out + target + at, value.to(out.dtype.element_ty), at < (width + 1) * C)
 
 
+@triton.jit
+def _doubled_sum(x, added, bias, out, width, height, C: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+    """One program: one row of pixels of one image, which becomes two rows of twice as many."""
+    row, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    source = (image * height + row) * width * C
+    for start in tl.range(0, width * C, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < width * C
+        value = tl.load(x + source + at, inside, 0.0).to(tl.float32) + tl.load(bias + at % C, inside, 0.0).to(tl.float32)
+        if ADD:
+            value += tl.load(added + source + at, inside, 0.0).to(tl.float32)
+        rounded = value.to(out.dtype.element_ty)
+        to = out + 4 * source + (at // C) * 2 * C + at % C
+        tl.store(to, rounded, inside)
+        tl.store(to + C, rounded, inside)
+        tl.store(to + 2 * width * C, rounded, inside)
+        tl.store(to + 2 * width * C + C, rounded, inside)
+
+
 def group_norm(
     x: Tensor, added: Tensor | None, bias: Tensor | None, gain: Tensor, offset: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor]:
@@ -138,6 +157,19 @@ def padded_sum(x: Tensor, added: Tensor | None, bias: Tensor) -> Tensor:
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     block = min(STEP_ELEMENTS, triton.next_power_of_2((width + 1) * channels))
     _padded_sum[(height + 1, batch)](
+        x, added, bias, out, width, height, C=channels, BLOCK=block, ADD=added is not None, num_warps=4
+    )
+    return out
+
+
+def doubled_sum(x: Tensor, added: Tensor | None, bias: Tensor) -> Tensor:
+    """`x + added + bias` with each pixel four times: (B, C, H, W) -> (B, C, 2 * H, 2 * W)."""
+    batch, channels, height, width = x.shape
+    x, added = _channels_last(x), None if added is None else _channels_last(added)
+    shape = batch, channels, 2 * height, 2 * width
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    block = min(STEP_ELEMENTS, triton.next_power_of_2(width * channels))
+    _doubled_sum[(height, batch)](
         x, added, bias, out, width, height, C=channels, BLOCK=block, ADD=added is not None, num_warps=4
     )
     return out
