@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from dit import checkpoint
 from dit.autoencoder.coding import scaled
-from dit.devices import resolve_device, send
+from dit.devices import is_nvidia, resolve_device, send
 from dit.errors import ConfigError
-from dit.fused.capture import captured
+from dit.fused.capture import Captured
 from dit.progress import progress
 from dit.sections import TrainedAutoencoder
 from dit.seeding import derive_seed, generator
@@ -58,32 +59,26 @@ def build(params: TrainedAutoencoder, size: int, image_channels: int = 3) -> Aut
 def train(params: TrainedAutoencoder, images: np.ndarray, scratch: Path) -> AutoencoderKL:
     """Train on `images` (N, size, size, C) uint8 and their mirror images: Adam, its learning rate falling to zero as a cosine.
 
-    It goes on from the checkpoint in `scratch`, if there is one, and ends as if it had never stopped. On an NVIDIA GPU, loss and
-    gradients are one CUDA graph. All is float32, but PyTorch lets a GPU's convolutions round their inputs to TF32. Raises
-    `ConfigError` where the loss stops being finite, and names the first such step.
+    It goes on from the checkpoint in `scratch`, if there is one, and ends as if it had never stopped. On an NVIDIA GPU, loss
+    and gradients of a step are one CUDA graph. All is float32, but PyTorch lets a GPU's convolutions round what they multiply
+    to TF32. Raises `ConfigError` where the loss stops being finite, and names the first such step.
     """
     device = resolve_device(params.device)
-    autoencoder = build(params, images.shape[1], images.shape[3]).to(device).train()
-    optimiser = torch.optim.Adam(autoencoder.parameters(), lr=params.learning_rate, fused=device.type == "cuda" or None)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, params.steps)
-    state = {"model": autoencoder, "optimiser": optimiser, "schedule": schedule}
+    steps = Steps(params, images, device, graph=is_nvidia(device))
     first = 0
     if saved := checkpoint.load(scratch, device):
         first = saved["steps_done"]
-        for name, part in state.items():
+        for name, part in steps.state.items():
             part.load_state_dict(saved[name])
         print(f"autoencoder: resumed at step {first}")
-    batches = _Batches(params, images, device)
-    gradients = captured(partial(_gradients, autoencoder, params.kl_weight), device)
     read_every = LOSSES_READ_EVERY if device.type == "cuda" else 1
     losses: list[Tensor] = []
     with progress(params.steps, "autoencoder", "step", done=first) as bar:
         for step in range(first, params.steps):
             if step > first and step % CHECKPOINT_EVERY == 0:
-                checkpoint.save(scratch, {"steps_done": step, **{name: part.state_dict() for name, part in state.items()}})
-            losses.append(gradients(*batches(step)).clone())
-            optimiser.step()
-            schedule.step()
+                saved = {"steps_done": step, **{name: part.state_dict() for name, part in steps.state.items()}}
+                checkpoint.save(scratch, saved)
+            losses.append(steps(step))
             done = step + 1
             if len(losses) == read_every or done % CHECKPOINT_EVERY == 0 or done == params.steps:
                 last = _read(losses, done - len(losses), params.learning_rate)
@@ -91,8 +86,32 @@ def train(params: TrainedAutoencoder, images: np.ndarray, scratch: Path) -> Auto
                 bar.update(len(losses))
                 losses.clear()
     checkpoint.remove(scratch)
-    optimiser.zero_grad()
-    return autoencoder.eval().requires_grad_(False)
+    steps.optimiser.zero_grad()
+    return steps.autoencoder.eval().requires_grad_(False)
+
+
+class Steps:
+    """`steps(step)` takes that optimiser step; on an NVIDIA GPU its loss and gradients can be one CUDA `graph`.
+
+    `state` is what the next steps depend on, by name.
+    """
+
+    def __init__(self, params: TrainedAutoencoder, images: np.ndarray, device: torch.device, *, graph: bool) -> None:
+        self.autoencoder = build(params, images.shape[1], images.shape[3]).to(device).train()
+        fused = device.type == "cuda" or None
+        self.optimiser = torch.optim.Adam(self.autoencoder.parameters(), lr=params.learning_rate, fused=fused)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, params.steps)
+        self.state = {"model": self.autoencoder, "optimiser": self.optimiser, "schedule": self.schedule}
+        self.batches = _Batches(params, images, device)
+        gradients = partial(_gradients, self.autoencoder, params.kl_weight)
+        self.gradients: Callable[..., Tensor] = Captured(gradients) if graph else gradients
+
+    def __call__(self, step: int) -> Tensor:
+        """Returns the loss before the step, on the device."""
+        loss = self.gradients(*self.batches(step)).clone()  # the graph overwrites it at the next step
+        self.optimiser.step()
+        self.schedule.step()
+        return loss
 
 
 class _Batches:

@@ -1,0 +1,94 @@
+"""Training speed of the autoencoder, as stage `autoencoder` does it: `python benchmarks/autoencoder.py`.
+
+On an NVIDIA GPU with the sizes of profiles/gpu.yaml, launched kernel by kernel and as a CUDA graph; else with those of the
+default study. CPU figures are only ratios.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from measuring import Result, heading, kernel_times, machine, phase_table, shipped, wait, write
+from rich.console import Console
+from rich.table import Table
+
+from dit.autoencoder import training
+from dit.config import Params
+from dit.devices import is_nvidia, make_deterministic, resolve_device
+from pipelines.experiments import profile
+
+IMAGES = 4096
+
+
+def main(
+    steps: Annotated[int | None, typer.Option(min=2, help="steps that are timed [default: 400 on a GPU, 20 on a CPU]")] = None,
+    output: Annotated[Path | None, typer.Option(help="where to write JSON")] = None,
+) -> None:
+    """Tell optimiser steps per second."""
+    device = resolve_device("auto")
+    make_deterministic(torch.get_num_threads())
+    params = sized(device)
+    timed = steps or (20 if device.type == "cpu" else 400)
+    report: Result = {
+        "machine": machine(device),
+        "pixels": params.images.size,
+        "channels": params.autoencoder.channels,
+        "batch_size": params.autoencoder.batch_size,
+        "steps": timed,
+        "results": [],
+    }
+    size, channels = params.images.size, params.images.channels
+    images = np.random.default_rng(0).integers(0, 256, (IMAGES, size, size, channels), np.uint8)
+    for launched in ("eager", "graph") if is_nvidia(device) else ("eager",):
+        report["results"].append({"launched": launched, **measure(params, images, device, timed, launched == "graph")})
+        write(report, output)
+    console = Console(width=120)
+    console.print(table(report))
+    if phased := {row["launched"]: row for row in report["results"] if "phases" in row}:
+        console.print(phase_table(phased))
+
+
+def sized(device: torch.device) -> Params:
+    """The parameters whose sizes are measured, for `device`."""
+    values = profile(Path(__file__).parents[1], "gpu") if device.type == "cuda" else {}
+    kept = {key: value for key, value in values.items() if key.startswith(("images.size", "autoencoder."))}
+    return shipped().with_values(kept | {"autoencoder.device": device.type})
+
+
+def measure(params: Params, images: np.ndarray, device: torch.device, steps: int, graph: bool) -> Result:
+    """Steps per second once the first ones are over, the seconds until then, and on a GPU the kernel times of a step."""
+    started = time.perf_counter()
+    take = training.Steps(params.autoencoder, images, device, graph=graph)
+    for step in range(3):
+        take(step)
+    wait(device)
+    first = time.perf_counter() - started
+    started = time.perf_counter()
+    for step in range(3, 3 + steps):
+        take(step)
+    wait(device)
+    rate = steps / (time.perf_counter() - started)
+    found: Result = {"steps_per_second": rate, "seconds_to_first_steps": first}
+    return found | (kernel_times(partial(take, 0), 1) if device.type == "cuda" else {})
+
+
+def table(report: Result) -> Table:
+    """What was measured, for a terminal."""
+    shown = Table("launched", "steps/s", "x eager", "s to the third step")
+    sizes = f"{report['pixels']} pixels, channels {report['channels']}, batches of {report['batch_size']}"
+    shown.title = f"{heading(report)}; {sizes}"
+    plain = report["results"][0]["steps_per_second"]
+    for row in report["results"]:
+        rate = row["steps_per_second"]
+        shown.add_row(row["launched"], f"{rate:.4g}", f"{rate / plain:.2f}", f"{row['seconds_to_first_steps']:.1f}")
+    return shown
+
+
+if __name__ == "__main__":
+    typer.run(main)
