@@ -38,7 +38,7 @@ def main(
     batches: Annotated[int, typer.Option(min=2, help="batches that are timed")] = 16,
     output: Annotated[Path | None, typer.Option(help="where to write JSON")] = None,
 ) -> None:
-    """Tell images per second of the encoder, of the whole stage with what it writes to disk, and of the decoder; and its error."""
+    """Tell images per second of the encoder, of stage `latents` with what it writes, and of the decoder with its error."""
     device = resolve_device("auto")
     make_deterministic(torch.get_num_threads())
     peak = matmul_rate(device)

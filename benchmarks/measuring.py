@@ -135,8 +135,9 @@ def phase_table(results: dict[str, Result]) -> Table:
 
 
 def pixel_error(found: np.ndarray, exact: np.ndarray) -> Result:
-    """How far pixels are from the exact ones, both uint8: mean and largest difference in grey values, and the PSNR in dB, which is
-    None where they are the same.
+    """How far pixels are from the exact ones, both uint8: mean and largest difference in grey values, and the PSNR in dB.
+
+    Where they are the same, the PSNR is None.
     """
     difference = np.abs(found.astype(np.int64) - exact)
     mean_square = float(np.square(difference).mean())
