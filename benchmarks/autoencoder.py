@@ -1,7 +1,7 @@
 """Training speed of the autoencoder, as stage `autoencoder` does it: `python benchmarks/autoencoder.py`.
 
-On an NVIDIA GPU with the sizes of profiles/gpu.yaml, launched kernel by kernel and as a CUDA graph; else with those of the
-default study. CPU figures are only ratios.
+On an NVIDIA GPU with the sizes of profiles/gpu.yaml, by each backend that `dit.autoencoder.training` has; else with those of
+the default study. CPU figures are only ratios.
 """
 
 from __future__ import annotations
@@ -45,12 +45,13 @@ def main(
     }
     size, channels = params.images.size, params.images.channels
     images = np.random.default_rng(0).integers(0, 256, (IMAGES, size, size, channels), np.uint8)
-    for launched in ("eager", "graph") if is_nvidia(device) else ("eager",):
-        report["results"].append({"launched": launched, **measure(params, images, device, timed, launched == "graph")})
+    backends: list[training.Backend] = ["eager", "graph", "fused"] if is_nvidia(device) else ["eager"]
+    for backend in backends:
+        report["results"].append({"backend": backend, **measure(params, images, device, timed, backend)})
         write(report, output)
     console = Console(width=120)
     console.print(table(report))
-    if phased := {row["launched"]: row for row in report["results"] if "phases" in row}:
+    if phased := {row["backend"]: row for row in report["results"] if "phases" in row}:
         console.print(phase_table(phased))
 
 
@@ -61,10 +62,10 @@ def sized(device: torch.device) -> Params:
     return shipped().with_values(kept | {"autoencoder.device": device.type})
 
 
-def measure(params: Params, images: np.ndarray, device: torch.device, steps: int, graph: bool) -> Result:
+def measure(params: Params, images: np.ndarray, device: torch.device, steps: int, backend: training.Backend) -> Result:
     """Steps per second once the first ones are over, the seconds until then, and on a GPU the kernel times of a step."""
     started = time.perf_counter()
-    take = training.Steps(params.autoencoder, images, device, graph=graph)
+    take = training.Steps(params.autoencoder, images, device, backend)
     for step in range(3):
         take(step)
     wait(device)
@@ -80,13 +81,13 @@ def measure(params: Params, images: np.ndarray, device: torch.device, steps: int
 
 def table(report: Result) -> Table:
     """What was measured, for a terminal."""
-    shown = Table("launched", "steps/s", "x eager", "s to the third step")
+    shown = Table("backend", "steps/s", "x eager", "s to the third step")
     sizes = f"{report['pixels']} pixels, channels {report['channels']}, batches of {report['batch_size']}"
     shown.title = f"{heading(report)}; {sizes}"
     plain = report["results"][0]["steps_per_second"]
     for row in report["results"]:
         rate = row["steps_per_second"]
-        shown.add_row(row["launched"], f"{rate:.4g}", f"{rate / plain:.2f}", f"{row['seconds_to_first_steps']:.1f}")
+        shown.add_row(row["backend"], f"{rate:.4g}", f"{rate / plain:.2f}", f"{row['seconds_to_first_steps']:.1f}")
     return shown
 
 

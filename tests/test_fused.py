@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -82,3 +85,11 @@ def test_encoder_and_decoder_are_those_of_diffusers(widths: tuple[int, ...], siz
     latents = torch.randn(2, 4, size, size).double()
     assert decoder.supports(autoencoder)
     torch.testing.assert_close(FusedDecoder(autoencoder, torch.float64)(latents), autoencoder.decode(latents).sample)
+
+    def gradients(encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        loss = encode(images).square().mean() + decode(latents).square().mean()
+        return list(torch.autograd.grad(loss, list(autoencoder.parameters())))
+
+    exact = gradients(lambda x: autoencoder.encode(x).latent_dist.parameters, lambda z: autoencoder.decode(z).sample)
+    found = gradients(partial(encoder.encode, autoencoder), partial(decoder.decode, autoencoder))
+    torch.testing.assert_close(found, exact)

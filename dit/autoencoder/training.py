@@ -6,17 +6,20 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
 
 from dit import checkpoint
 from dit.autoencoder.coding import scaled
 from dit.devices import is_nvidia, resolve_device, send
 from dit.errors import ConfigError
+from dit.fused import decoder as fused_decoder, encoder as fused_encoder
 from dit.fused.capture import Captured
 from dit.progress import progress
 from dit.sections import TrainedAutoencoder
@@ -29,6 +32,10 @@ CHECKPOINT_EVERY = 250
 """Steps between checkpoints; the result does not depend on it."""
 LOSSES_READ_EVERY = 50
 """Steps between two readings of losses on a GPU, which has to wait for each; on a CPU every loss is read at its step."""
+Backend = Literal["eager", "graph", "fused"]
+"""How loss and gradients are computed: kernel by kernel, as a CUDA graph, or as a graph with the kernels of `dit.fused`."""
+Coding = Callable[[Tensor], Tensor]
+"""Images to moments of their posteriors, or latents to images."""
 RESIDENT_SHARE = 0.2
 """Images stay in the memory of a GPU where they fill at most this share of it."""
 
@@ -59,12 +66,12 @@ def build(params: TrainedAutoencoder, size: int, image_channels: int = 3) -> Aut
 def train(params: TrainedAutoencoder, images: np.ndarray, scratch: Path) -> AutoencoderKL:
     """Train on `images` (N, size, size, C) uint8 and their mirror images: Adam, its learning rate falling to zero as a cosine.
 
-    It goes on from the checkpoint in `scratch`, if there is one, and ends as if it had never stopped. On an NVIDIA GPU, loss
-    and gradients of a step are one CUDA graph. All is float32, but PyTorch lets a GPU's convolutions round what they multiply
-    to TF32. Raises `ConfigError` where the loss stops being finite, and names the first such step.
+    It goes on from the checkpoint in `scratch`, if there is one, and ends as if it had never stopped. All is float32, but
+    PyTorch lets a GPU's convolutions round what they multiply to TF32. Raises `ConfigError` where the loss stops being finite,
+    and names the first such step.
     """
     device = resolve_device(params.device)
-    steps = Steps(params, images, device, graph=is_nvidia(device))
+    steps = Steps(params, images, device)
     first = 0
     if saved := checkpoint.load(scratch, device):
         first = saved["steps_done"]
@@ -87,24 +94,32 @@ def train(params: TrainedAutoencoder, images: np.ndarray, scratch: Path) -> Auto
                 losses.clear()
     checkpoint.remove(scratch)
     steps.optimiser.zero_grad()
-    return steps.autoencoder.eval().requires_grad_(False)
+    return steps.autoencoder.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
 
 
 class Steps:
-    """`steps(step)` takes that optimiser step; on an NVIDIA GPU its loss and gradients can be one CUDA `graph`.
+    """`steps(step)` takes that optimiser step. `state` is what the next steps depend on, by name.
 
-    `state` is what the next steps depend on, by name.
+    `backend` is the fastest that there is for this device and autoencoder, unless one is given.
     """
 
-    def __init__(self, params: TrainedAutoencoder, images: np.ndarray, device: torch.device, *, graph: bool) -> None:
-        self.autoencoder = build(params, images.shape[1], images.shape[3]).to(device).train()
-        fused = device.type == "cuda" or None
-        self.optimiser = torch.optim.Adam(self.autoencoder.parameters(), lr=params.learning_rate, fused=fused)
+    def __init__(
+        self, params: TrainedAutoencoder, images: np.ndarray, device: torch.device, backend: Backend | None = None
+    ) -> None:
+        network = build(params, images.shape[1], images.shape[3]).to(device).train()
+        self.autoencoder: AutoencoderKL = network
+        backend = backend or _fastest(network, device)
+        if backend == "fused":
+            network.to(memory_format=torch.channels_last)
+        fused_adam = device.type == "cuda" or None
+        self.optimiser = torch.optim.Adam(network.parameters(), lr=params.learning_rate, fused=fused_adam)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, params.steps)
-        self.state = {"model": self.autoencoder, "optimiser": self.optimiser, "schedule": self.schedule}
+        self.state = {"model": network, "optimiser": self.optimiser, "schedule": self.schedule}
         self.batches = _Batches(params, images, device)
-        gradients = partial(_gradients, self.autoencoder, params.kl_weight)
-        self.gradients: Callable[..., Tensor] = Captured(gradients) if graph else gradients
+        encode, decode = _fused(network) if backend == "fused" else _plain(network)
+        loss = partial(_loss, encode, decode, params.kl_weight)
+        gradients = partial(_gradients, list(network.parameters()), loss)
+        self.gradients: Callable[..., Tensor] = gradients if backend == "eager" else Captured(gradients)
 
     def __call__(self, step: int) -> Tensor:
         """Returns the loss before the step, on the device."""
@@ -112,6 +127,22 @@ class Steps:
         self.optimiser.step()
         self.schedule.step()
         return loss
+
+
+def _fastest(autoencoder: AutoencoderKL, device: torch.device) -> Backend:
+    if not is_nvidia(device):
+        return "eager"
+    return "fused" if fused_encoder.supports(autoencoder) and fused_decoder.supports(autoencoder) else "graph"
+
+
+def _plain(autoencoder: AutoencoderKL) -> tuple[Coding, Coding]:
+    """Encoder and decoder as diffusers computes them."""
+    return lambda images: autoencoder.encode(images).latent_dist.parameters, lambda z: autoencoder.decode(z).sample
+
+
+def _fused(autoencoder: AutoencoderKL) -> tuple[Coding, Coding]:
+    """The same by the kernels of `dit.fused`."""
+    return partial(fused_encoder.encode, autoencoder), partial(fused_decoder.decode, autoencoder)
 
 
 class _Batches:
@@ -142,24 +173,24 @@ class _Batches:
         return send(torch.from_numpy(np.array(self.images[rows.numpy()], order="C")), self.device)
 
 
-def _gradients(autoencoder: AutoencoderKL, kl_weight: float, pixels: Tensor, mirrored: Tensor, noise: Tensor) -> Tensor:
+def _gradients(weights: list[nn.Parameter], loss_of: Callable[..., Tensor], *batch: Tensor) -> Tensor:
     """Set the gradients of the loss, which is returned."""
-    for weight in autoencoder.parameters():
+    for weight in weights:
         weight.grad = None  # so that the backward pass of a graph puts its own memory here, the same at every step
-    loss = _loss(autoencoder, pixels, mirrored, noise, kl_weight)
+    loss = loss_of(*batch)
     loss.backward()
     return loss.detach()
 
 
-def _loss(autoencoder: AutoencoderKL, pixels: Tensor, mirrored: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
+def _loss(encode: Coding, decode: Coding, kl_weight: float, pixels: Tensor, mirrored: Tensor, noise: Tensor) -> Tensor:
     """Mean squared error plus `kl_weight` times the divergence from a standard normal, both per pixel and colour.
 
     Rombach et al. (2022), appendix G, without the perceptual and the adversarial term, which need networks of their own.
     """
     batch = scaled(pixels)
     batch = torch.where(mirrored.view(-1, 1, 1, 1), batch.flip(3), batch)
-    posterior = autoencoder.encode(batch).latent_dist
-    reconstruction = autoencoder.decode(posterior.mean + posterior.std * noise).sample
+    posterior = DiagonalGaussianDistribution(encode(batch))
+    reconstruction = decode(posterior.mean + posterior.std * noise)
     return F.mse_loss(reconstruction, batch) + kl_weight * posterior.kl().sum() / batch.numel()
 
 

@@ -1,4 +1,4 @@
-"""The encoder of diffusers' `AutoencoderKL` in bf16."""
+"""The encoder of diffusers' `AutoencoderKL`, in bf16, or with gradients in any dtype."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit.fused.residual import Sum, consists_of, convolve, copied, group_norm, kernels, middle, resnet
+from dit.fused.residual import Module, Sum, consists_of, convolve, copied, group_norm, kernels, middle, padded, resnet
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -25,20 +25,33 @@ class FusedEncoder:
     def __call__(self, images: Tensor) -> Tensor:
         """The moments, in the dtype of the network."""
         with torch.autocast(images.device.type, enabled=False):  # every dtype is chosen here
-            encoder = self.encoder
-            h = convolve(encoder.conv_in, images.to(self.dtype, memory_format=torch.channels_last))
-            for block in encoder.down_blocks:
-                for each in block.resnets:
-                    h = resnet(each, h)
-                for downsampler in block.downsamplers or ():
-                    h = _downsample(downsampler.conv, h)
-            _, normed = group_norm(encoder.conv_norm_out, middle(encoder.mid_block, h))
-            return self.last(encoder.conv_out(normed))
+            h = convolve(self.encoder.conv_in, images.to(self.dtype, memory_format=torch.channels_last))
+            return self.last(_moments(self.encoder, h))
+
+
+def encode(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
+    """As `FusedEncoder`, by the autoencoder's own weights, channels last, in their dtype and with their gradients."""
+    encoder, last = autoencoder.encoder, autoencoder.quant_conv
+    h = Sum(padded(encoder.conv_in, images.contiguous(memory_format=torch.channels_last)), None, encoder.conv_in.bias)
+    found = _moments(encoder, h)
+    return found if last is None else last(found)
 
 
 def supports(autoencoder: AutoencoderKL) -> bool:
     """Whether `FusedEncoder` computes what the encoder of `autoencoder`, which may be of another class, does."""
     return consists_of(autoencoder, "encoder", "down_block_types", "DownEncoderBlock2D")
+
+
+def _moments(encoder: Module, h: Sum) -> Tensor:
+    """What the encoder computes of the output `h` of its first convolution."""
+    for block in encoder.down_blocks:
+        for each in block.resnets:
+            h = resnet(each, h)
+        for downsampler in block.downsamplers or ():
+            h = _downsample(downsampler.conv, h)
+    _, normed = group_norm(encoder.conv_norm_out, middle(encoder.mid_block, h))
+    out: Tensor = encoder.conv_out(normed)
+    return out
 
 
 def _downsample(conv: nn.Conv2d, h: Sum) -> Sum:

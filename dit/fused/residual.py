@@ -82,13 +82,30 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Sum:
     return Sum(F.conv2d(x, conv.weight, None, conv.stride, conv.padding), None, conv.bias)
 
 
+def padded(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution from or to the few channels of an image, without its bias.
+
+    It computes channels of zero beside them, so that a pixel has a multiple of 16 bytes: cuDNN's kernels for tensor cores need
+    that (NVIDIA, "Convolutional Layers User's Guide").
+    """
+    multiple = 16 // x.element_size()
+    more_in, more_out = -conv.in_channels % multiple, -conv.out_channels % multiple
+    weight = F.pad(conv.weight, (0, 0, 0, 0, 0, more_in, 0, more_out)).contiguous(memory_format=torch.channels_last)
+    wider = F.pad(x, (0, 0, 0, 0, 0, more_in)) if more_in else x  # without anything to add it would be a copy
+    return F.conv2d(wider, weight, None, conv.stride, conv.padding)[:, : conv.out_channels]
+
+
 def kernels(x: Tensor) -> Any:
     """What computes group norms and sums where `x` is: Triton's kernels, or their formulas."""
-    if x.is_cuda:
-        from dit.fused import group_norm
+    if not x.is_cuda:
+        return ResidualReference
+    if torch.is_grad_enabled():
+        from dit.fused import differentiable
 
-        return group_norm
-    return ResidualReference
+        return differentiable
+    from dit.fused import group_norm
+
+    return group_norm
 
 
 def _attention(block: Module, h: Sum) -> Sum:
