@@ -27,8 +27,8 @@ from dit.errors import ConfigError
 from dit.evaluation.features import load_extractor
 from dit.fused import cublaslt, differentiable, group_norm, kernels
 from dit.fused.capture import Captured
+from dit.fused.formulas import ResidualReference
 from dit.fused.operations import EPS, Reference
-from dit.fused.residual import ResidualReference
 from dit.models.dit.fast import FusedDiT
 from dit.models.dit.network import DiT
 from dit.optim.ema import EMA

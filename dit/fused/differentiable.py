@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit.fused.formulas import ResidualReference
 from dit.fused.group_norm import group_norm_backward, group_norm_forward
-from dit.fused.residual import ResidualReference
 
 padded_sum, doubled_sum = ResidualReference.padded_sum, ResidualReference.doubled_sum
 

@@ -1,4 +1,4 @@
-"""Triton kernels of `dit.fused.residual`, whose class `ResidualReference` holds their formulas in plain PyTorch.
+"""Triton kernels of `dit.fused.residual`; `dit.fused.formulas` has what they compute in plain PyTorch.
 
 Images are channels last, so that (B, C, H, W) is (B * H * W, C) in memory. All arithmetic is float32, whatever the tensors
 hold, and what is summed over pixels is added per chunk of them, in a fixed order and without atomics.
