@@ -62,7 +62,9 @@ BatchSize = Annotated[
     int | None,
     typer.Option("--batch-size", "--per-proc-batch-size", min=1, help="Images at a time. [default: the study's, or 32]"),
 ]
-Precision = Annotated[str | None, typer.Option(help="Of network and decoder: fp32, bf16, fp16, auto. [default: the study's, or auto]")]
+Precision = Annotated[
+    str | None, typer.Option(help="Of network and decoder: fp32, bf16, fp16, auto. [default: the study's, or auto]")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, auto. [default: the study's, or auto]")]
 
 
