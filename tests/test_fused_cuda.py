@@ -168,7 +168,7 @@ def test_decoding_in_bf16_against_float32(autoencoder: AutoencoderKL) -> None:
     for backend in ("fused", "compiled", "eager"):
         decoder = Decoder(autoencoder, torch.bfloat16, backend)
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-            assert error(decoder.images(latents), expected) < 3e-2
+            assert error(decoder.images(latents), expected) < 6e-2
         found = decoder(latents)
         assert found.shape == (4, 64, 64, 3)
         np.testing.assert_array_equal(decoder(latents), found)
