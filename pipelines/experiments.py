@@ -22,7 +22,7 @@ from dit import config, design as designs, yamlfile
 from dit.config import Params
 from dit.devices import resolve_backend, resolve_device, resolve_precision
 from dit.errors import ConfigError, UserError
-from dit.fused.encoder import NEEDS
+from dit.fused.residual import NEEDS
 from dit.models import backend_for
 from dit.optim.fused import unserved
 from pipelines import dag
