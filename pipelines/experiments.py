@@ -25,7 +25,7 @@ from dit.errors import ConfigError, UserError
 from dit.fused.encoder import NEEDS
 from dit.models import backend_for
 from dit.optim.fused import unserved
-from pipelines import dag, named_files
+from pipelines import dag, named_files, private_dvc
 from pipelines.overrides import layout, override
 
 EXPERIMENTS = Path(".scratch/experiments")
@@ -114,6 +114,7 @@ def workspace(root: Path, overrides: Mapping[str, Any], name: str, files: Collec
     `forget_stale`. The worktree is gone when the block is left, however it is left.
     """
     _remove_abandoned(root)
+    private_dvc.keep(root)
     paths = [path for _, path in files]
     own, room = root / EXPERIMENTS / f"{name}.{os.getpid()}", named_files.levels_up(paths)
     path = own.joinpath(*[named_files.UP] * room)
@@ -186,10 +187,11 @@ def _share_cache(root: Path, path: Path) -> None:
         shutil.copy2(local, path / ".dvc" / "config.local")
     with Repo(str(root)) as repo:
         cache = repo.cache.local_cache_dir
+    private_dvc.folder(path / private_dvc.PLACE)
     with Repo(str(path)) as repo, repo.config.edit("local") as settings:
         settings["cache"]["dir"] = cache
         settings["cache"]["type"] = ["reflink", "hardlink", "copy"]
-        settings["core"]["site_cache_dir"] = str(path / ".dvc" / "tmp" / "site")
+        settings["core"][private_dvc.KEY] = str(path / private_dvc.PLACE)
 
 
 def _remove_abandoned(root: Path) -> None:

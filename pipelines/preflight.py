@@ -15,7 +15,7 @@ from dit.preflight import Finding, resources
 from dit.preflight.deadline import within
 from dit.preflight.subject import Subject
 from dit.terminal import plain
-from pipelines import named_files, restorable
+from pipelines import named_files, private_dvc, restorable
 from pipelines.redaction import redacted, shown
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def check(root: Path, params: Params, stages: set[str] | None = None) -> list[Fi
     """What the workflow in `root` can tell; nothing where there is no DVC project. `dit check` calls it too."""
     if not (root / ".dvc").is_dir():
         return []
+    private_dvc.keep(root)
     return [*_not_here(root, params, stages), *_dvc(root, params, stages), *_tracking()]
 
 
