@@ -1,0 +1,84 @@
+"""No other user of the machine reads or writes DVC's index of a project."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dvc.repo import Repo
+from studies import git
+
+from pipelines import dag, experiments, private_dvc
+
+INDEX = private_dvc.PLACE / "repo"
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A committed DVC project of one stage, in which the place of the index is DVC's default."""
+    monkeypatch.delenv(private_dvc.VARIABLE, raising=False)
+    root = tmp_path / "project"
+    root.mkdir()
+    (root / "dvc.yaml").write_text("stages: {one: {cmd: echo 1 > one, outs: [one]}}\n")
+    (root / "params.yaml").write_text("a: {b: 1}\n")
+    (root / ".gitignore").write_text("/.scratch/\n")
+    git(root, "init", "--quiet")
+    subprocess.run([*dag.DVC, "init", "--quiet"], cwd=root, check=True, env={**os.environ, private_dvc.VARIABLE: str(tmp_path)})
+    git(root, "add", ".")
+    git(root, "commit", "--quiet", "--message", "project")
+    return root
+
+
+def indices(root: Path) -> list[Path]:
+    return list((root / INDEX).glob("*/hashes"))
+
+
+def test_the_index_is_in_the_project_also_for_dvc_as_a_person_types_it(project: Path) -> None:
+    dag.read(project)
+    assert len(indices(project)) == 1
+    shutil.rmtree(project / INDEX)
+    dag.dvc(project, "repro", "--quiet")
+    subprocess.run([sys.executable, "-m", "dvc", "status", "--quiet"], cwd=project, check=True)
+    assert len(indices(project)) == 1
+    assert (project / private_dvc.PLACE).stat().st_mode & 0o777 == 0o700
+    assert "site" not in git(project, "status", "--porcelain")
+
+
+def test_an_experiments_index_is_as_private(project: Path) -> None:
+    with experiments.workspace(project, {"a.b": 2}, "two") as workspace:
+        dag.read(workspace)
+        assert len(indices(workspace)) == 1
+        assert (workspace / private_dvc.PLACE).stat().st_mode & 0o777 == 0o700
+
+
+def test_a_copy_has_its_own_index_and_a_place_that_a_person_chose_stays(project: Path, tmp_path: Path) -> None:
+    dag.read(project)
+    copy = Path(shutil.copytree(project, tmp_path / "copy"))
+    shutil.rmtree(copy / INDEX)
+    dag.read(copy)
+    assert len(indices(copy)) == 1
+    chosen = Path(shutil.copytree(project, tmp_path / "chosen"))
+    with Repo(str(chosen)) as repo, repo.config.edit("local") as settings:
+        settings["core"][private_dvc.KEY] = str(tmp_path / "own")
+    shutil.rmtree(chosen / INDEX)
+    dag.read(chosen)
+    assert indices(chosen) == []
+    assert (tmp_path / "own" / "repo").is_dir()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_another_user_can_neither_read_nor_replace_the_index(project: Path, tmp_path: Path) -> None:
+    dag.read(project)
+    for folder in (project, *project.parents):
+        if folder.is_relative_to(tmp_path.parent.parent):
+            folder.chmod(0o755)
+    (index,) = indices(project)
+    commands = [["ls", str(index)], ["mv", str(index.parent), str(index.parent.with_name("mine"))], ["touch", str(index / "x")]]
+    for each in commands:
+        done = subprocess.run(each, user=65534, group=65534, extra_groups=[], capture_output=True, text=True, check=False)
+        assert done.returncode != 0
+        assert "Permission denied" in done.stderr
