@@ -86,12 +86,17 @@ def check(root: Path, params: Params, stages: set[str] | None = None) -> list[Fi
 
 
 def _not_here(root: Path, params: Params, stages: set[str] | None) -> Iterator[Finding]:
-    """Files that parameters name, and that DVC tracks, but that are not in the folder."""
+    """Files that parameters name, and that DVC tracks, but that are not in the folder, or not all of them."""
     named = [(key, path) for key, path in named_files.named_anywhere(params) if _read(key, stages)]
     keys = {path: key for key, path in reversed(named)}
-    for path, targets, cached in restorable.tracked(root, keys):
-        brings = f"`dvc {'checkout' if cached else 'pull'} {targets}`, which brings it"
-        yield Finding(WHAT, f"{keys[path]} = {path}", "tracked by DVC, and not here yet", brings, "error")
+    for each in restorable.tracked(root, keys):
+        where = f"{keys[each.path]} = {each.path}"
+        brings = f"`dvc {'checkout' if each.cached else 'pull'} {each.targets}`, which brings it"
+        if not each.here:
+            yield Finding(WHAT, where, "tracked by DVC, and not here yet", brings, "error")
+        else:
+            found = f"holds {each.here:,} files, and DVC tracks {each.recorded:,}"
+            yield Finding(WHAT, where, found, f"all of them ({brings}), or `dvc add` of what is here", "warning")
 
 
 def _read(key: str, stages: set[str] | None) -> bool:

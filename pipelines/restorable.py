@@ -105,26 +105,48 @@ def _in_cache(out: Any) -> bool:
     return not out.changed_cache()
 
 
-def tracked(root: Path, paths: Collection[str]) -> Iterator[tuple[str, str, bool]]:
-    """Of relative `paths` that are not in the folder `root`, those that DVC tracks.
+@dataclass(frozen=True)
+class Tracked:
+    """A path that DVC tracks and that is not in the folder, or only in part."""
 
-    Each comes with what `dvc pull` is told to bring it, and whether DVC's cache has it. Nothing where DVC cannot read the
-    project.
+    path: str
+    targets: str
+    """What `dvc pull` is told to bring it."""
+    cached: bool
+    """Whether DVC's cache on this machine has it."""
+    here: int
+    """Files of it that are in the folder."""
+    recorded: int
+    """Files that DVC notes."""
+
+
+def tracked(root: Path, paths: Collection[str]) -> Iterator[Tracked]:
+    """Of relative `paths` below `root`, those that DVC tracks and that are missing, or have another number of files.
+
+    Nothing where DVC cannot read the project.
     """
-    missing = [path for path in paths if not os.path.isabs(path) and not (root / path).exists()]
-    if not missing:
+    relative = [path for path in paths if not os.path.isabs(path)]
+    if not relative:
         return
     try:
         with Repo(str(root)) as repo:
-            outs = repo.index.outs
-            for path in missing:
+            outs = [out for out in repo.index.outs if out.hash_info]
+            for path in relative:
                 wanted = Path(os.path.normpath(root / path))
-                found = [out for out in outs if _overlap(wanted, Path(out.fs_path)) and out.hash_info]
-                if found:
-                    targets = dict.fromkeys(_target(out.stage, root) for out in found)
-                    yield path, " ".join(targets), all(map(_in_cache, found))
+                found = [out for out in outs if _overlap(wanted, Path(out.fs_path))]
+                whole = all(Path(out.fs_path).is_relative_to(wanted) for out in found)
+                recorded = sum(out.meta.nfiles or 1 for out in found)
+                here = _count(wanted)
+                if found and (not here or (whole and here != recorded)):
+                    targets = " ".join(dict.fromkeys(_target(out.stage, root) for out in found))
+                    yield Tracked(path, targets, all(map(_in_cache, found)), here, recorded)
     except DvcException:
         return
+
+
+def _count(path: Path) -> int:
+    """The files at `path` or below it."""
+    return sum(len(files) for _, _, files in os.walk(path)) if path.is_dir() else int(path.exists())
 
 
 def _target(stage: Any, root: Path) -> str:

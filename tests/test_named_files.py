@@ -40,6 +40,12 @@ def draw(root: Path, classes: tuple[str, ...] = ("cats", "dogs")) -> None:
             Image.fromarray(pixels).save(root / label / f"{index}.png")
 
 
+def told_of_pictures(root: Path) -> list[str]:
+    """What the pre-flight of the workflow in `root` says of the folder of pictures."""
+    found = preflight.check(root, config.load(root / "params.yaml"), {"images"})
+    return [finding.found for finding in found if finding.key == "images.source.root"]
+
+
 def refusal(root: Path) -> str:
     """What the pre-flight of a study of stage `images` in `root` says."""
     return preflight.refusal(root, dag.select(dag.read(root), OF_IMAGES), lambda _: None)
@@ -175,3 +181,6 @@ def test_inputs_that_dvc_tracks_are_told_with_the_command_that_brings_them(proje
     assert refusal(clone) == f"params.yaml: {told.format('checkout')}"
     dag.dvc(clone, "checkout", "--quiet", "pics.dvc")
     assert refusal(clone) == ""
+    assert told_of_pictures(clone) == []
+    (clone / "pics/cats/0.png").unlink()
+    assert told_of_pictures(clone) == ["holds 15 files, and DVC tracks 16"]

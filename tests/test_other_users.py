@@ -1,4 +1,4 @@
-"""No other user of the machine reads or writes DVC's index of a project."""
+"""No other user of the machine reads or writes DVC's index of a project, or what torch compiles for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from dvc.repo import Repo
-from studies import git
+from studies import ROOT, git
 
 from pipelines import dag, experiments, private_dvc
 
@@ -68,6 +68,16 @@ def test_a_copy_has_its_own_index_and_a_place_that_a_person_chose_stays(project:
     dag.read(chosen)
     assert indices(chosen) == []
     assert (tmp_path / "own" / "repo").is_dir()
+
+
+def test_what_torch_compiles_is_kept_in_the_project(tmp_path: Path) -> None:
+    script = "import pipelines, torch; from torch._inductor.runtime.cache_dir_utils import cache_dir; print(cache_dir())"
+    variables = {name: value for name, value in os.environ.items() if name not in ("TORCHINDUCTOR_CACHE_DIR", "DIT_SCRATCH")}
+    variables["PYTHONPATH"] = str(ROOT)
+    for scratch, place in ((None, ".scratch"), ("elsewhere", "elsewhere"), ("s3://bucket/scratch", ".scratch")):
+        own = variables | ({"DIT_SCRATCH": scratch} if scratch else {})
+        done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=own, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == str(tmp_path / place / "inductor")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
