@@ -80,6 +80,23 @@ def test_what_torch_compiles_is_kept_in_the_project(tmp_path: Path) -> None:
         assert done.stdout.strip() == str(tmp_path / place / "inductor")
 
 
+def test_the_sockets_of_a_ray_that_a_study_starts_are_in_a_folder_of_its_user_alone(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    script = (
+        "from pathlib import Path; import ray\n"
+        "from pipelines.cluster import engine\n"
+        "with engine._runner('listener'):\n"
+        "    place = Path(ray._private.worker._global_node.plasma_store_socket_name).parents[3]\n"
+        "    print(oct(place.stat().st_mode)[-3:], len(list(place.glob('ray/session_*/sockets/*'))) > 1)\n"
+        "print(place.exists())\n"
+    )
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split()[-3:] == ["700", "True", "False"], done.stderr[-2000:]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 def test_another_user_can_neither_read_nor_replace_the_index(project: Path, tmp_path: Path) -> None:
     dag.read(project)
