@@ -105,7 +105,7 @@ def show_init(
     name: Annotated[
         str | None, typer.Option("--model", metavar="NAME", help="A network such as DiT-S/2. [default: the study's]")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the values that --strategy shows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the values that --strategy shows.")] = 0,
     every: Annotated[bool, typer.Option("--all", help="Show every block, also where blocks have the same rule.")] = False,
     params: ParamsFile = None,
 ) -> None:
@@ -141,7 +141,7 @@ def wakeup(
     name: Annotated[
         str | None, typer.Option("--model", metavar="NAME", help="A network such as DiT-S/2. [default: the study's]")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps to look at.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, max=100, help="Optimiser steps to look at.")] = 5,
     params: ParamsFile = None,
 ) -> None:
     """Predict, without running anything, from which optimiser step on each kind of weight receives a gradient."""
@@ -163,7 +163,7 @@ def audit(
     ignore: Annotated[list[str] | None, typer.Option(help="Of a file: tensors to leave out, such as 'projectors.*'.")] = None,
     variant: Annotated[str, typer.Option(help="Of a diffusers directory: which weights, such as fp16.")] = "",
     steps: Annotated[int, typer.Option(min=1, max=10_000, help="Optimiser steps to watch.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Of a network that is built here.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of a network that is built here.")] = 0,
     expect: Annotated[str | None, typer.Option(help="Exit with 1 where the network is something else.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     params: ParamsFile = None,
