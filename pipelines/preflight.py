@@ -8,6 +8,8 @@ from contextlib import chdir
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dvc.exceptions import DvcException
+
 from dit import config, preflight
 from dit.config import Params
 from dit.errors import UserError
@@ -63,7 +65,10 @@ def _without_results(workspace: Path, params: Params, stages: Mapping[str, Stage
 
     If the study could run once the results on a remote are here, that is told too.
     """
-    had = restorable.results(workspace, params, stages)
+    try:
+        had = restorable.results(workspace, params, stages)
+    except DvcException:  # another program uses a file, say
+        return []
 
     def running(besides: frozenset[str]) -> set[str]:
         return {name.partition("@")[0] for name, stage in stages.items() if not stage.up_to_date and name not in besides}
@@ -106,7 +111,6 @@ def _read(key: str, stages: set[str] | None) -> bool:
 
 def _dvc(root: Path, params: Params, stages: set[str] | None) -> Iterator[Finding]:
     """The default remote, if there is one, and the disk of the cache, where that is another one."""
-    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     try:

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from dvc.config import Config
+from dvc.exceptions import DvcException
 
 VARIABLE = "DVC_SITE_CACHE_DIR"
 """The environment variable by which a person chooses another place."""
@@ -25,11 +26,14 @@ def keep(root: Path) -> None:
     if os.environ.get(VARIABLE) or not (root / ".dvc").is_dir():
         return
     place = (root / PLACE).absolute()
-    config = Config(str(root / ".dvc"))
+    try:
+        config = Config(str(root / ".dvc"))
+    except DvcException:  # who opens the project tells what is wrong
+        return
     chosen = config["core"].get(KEY)
     if chosen and not chosen.endswith(str(PLACE)):
         return
-    with suppress(PermissionError):  # of a folder that belongs to somebody else
+    with suppress(OSError):  # of a folder that cannot be written, or that belongs to somebody else
         folder(place)
         if chosen != str(place):  # none yet, or that of a folder from which this one was copied
             with config.edit("local") as settings:

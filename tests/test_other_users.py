@@ -12,6 +12,7 @@ import pytest
 from dvc.repo import Repo
 from studies import ROOT, git
 
+from dit.errors import ConfigError
 from pipelines import dag, experiments, private_dvc
 
 INDEX = private_dvc.PLACE / "repo"
@@ -68,6 +69,13 @@ def test_a_copy_has_its_own_index_and_a_place_that_a_person_chose_stays(project:
     dag.read(chosen)
     assert indices(chosen) == []
     assert (tmp_path / "own" / "repo").is_dir()
+
+
+@pytest.mark.parametrize("file", ["config", "config.local"])
+def test_a_configuration_that_dvc_cannot_read_is_one_message(file: str, project: Path) -> None:
+    (project / ".dvc" / file).write_text("[core\n")
+    with pytest.raises(ConfigError, match=r"dvc\.yaml: .*config"):
+        dag.read(project)
 
 
 def test_what_torch_compiles_is_kept_in_the_project(tmp_path: Path) -> None:
