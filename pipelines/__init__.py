@@ -5,7 +5,6 @@ scratch files: torch's own default is a folder of /tmp that any user of the mach
 """
 
 import os
-from pathlib import Path
 
 os.environ.setdefault("DO_NOT_TRACK", "true")  # prefect (client), mlflow and huggingface_hub all heed it
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -13,7 +12,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-_scratch = os.environ.get("DIT_SCRATCH", ".scratch")
 os.environ.setdefault(
-    "TORCHINDUCTOR_CACHE_DIR", str(Path(".scratch" if "://" in _scratch else _scratch, "inductor").absolute())
+    "TORCHINDUCTOR_CACHE_DIR",
+    os.path.abspath(
+        ".scratch/inductor" if "://" in os.environ.get("DIT_SCRATCH", "://") else f"{os.environ['DIT_SCRATCH']}/inductor"
+    ),
 )

@@ -8,8 +8,6 @@ from contextlib import chdir
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dvc.exceptions import DvcException
-
 from dit import config, preflight
 from dit.config import Params
 from dit.errors import UserError
@@ -17,7 +15,7 @@ from dit.preflight import Finding, resources
 from dit.preflight.deadline import within
 from dit.preflight.subject import Subject
 from dit.terminal import plain
-from pipelines import named_files, private_dvc, restorable
+from pipelines import named_files
 from pipelines.redaction import redacted, shown
 
 if TYPE_CHECKING:
@@ -65,6 +63,10 @@ def _without_results(workspace: Path, params: Params, stages: Mapping[str, Stage
 
     If the study could run once the results on a remote are here, that is told too.
     """
+    from dvc.exceptions import DvcException
+
+    from pipelines import restorable
+
     try:
         had = restorable.results(workspace, params, stages)
     except DvcException:  # another program uses a file, say
@@ -86,6 +88,8 @@ def check(root: Path, params: Params, stages: set[str] | None = None) -> list[Fi
     """What the workflow in `root` can tell; nothing where there is no DVC project. `dit check` calls it too."""
     if not (root / ".dvc").is_dir():
         return []
+    from pipelines import private_dvc
+
     private_dvc.keep(root)
     return [*_not_here(root, params, stages), *_dvc(root, params, stages), *_tracking()]
 
@@ -94,6 +98,10 @@ def _not_here(root: Path, params: Params, stages: set[str] | None) -> Iterator[F
     """Files that parameters name, and that DVC tracks, but that are not in the folder, or not all of them."""
     named = [(key, path) for key, path in named_files.named_anywhere(params) if _read(key, stages)]
     keys = {path: key for key, path in reversed(named)}
+    if not keys:
+        return
+    from pipelines import restorable
+
     for each in restorable.tracked(root, keys):
         where = f"{keys[each.path]} = {each.path}"
         brings = f"`dvc {'checkout' if each.cached else 'pull'} {each.targets}`, which brings it"
@@ -111,6 +119,7 @@ def _read(key: str, stages: set[str] | None) -> bool:
 
 def _dvc(root: Path, params: Params, stages: set[str] | None) -> Iterator[Finding]:
     """The default remote, if there is one, and the disk of the cache, where that is another one."""
+    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     try:
