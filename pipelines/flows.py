@@ -36,6 +36,7 @@ from pipelines import (
     experiments,
     form,
     live,
+    named_files,
     naming,
     preflight,
     recovery,
@@ -110,7 +111,7 @@ def study(
             overrides = {**experiments.only(root, strategies), **(overrides or {})}
         overrides = {**(experiments.profile(root, profile) if profile else {}), **(overrides or {})}
         params = experiments.parameters(root, overrides, here=engine == "local")
-        with _workspace(root, overrides) as (workspace, experiment):
+        with _workspace(root, overrides, params) as (workspace, experiment):
             design.write(workspace, config.load(workspace / "params.yaml"))
             trial = naming.trial(overrides)
             places = partial(_places, engine, params, workers)
@@ -120,7 +121,7 @@ def study(
 
 
 @contextmanager
-def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[Path, str | None]]:
+def _workspace(root: Path, overrides: dict[str, Any] | None, params: Params) -> Iterator[tuple[Path, str | None]]:
     """Where the stages run, and the name of the DVC experiment, if it is one."""
     if not overrides:
         with exclusively(root):
@@ -128,7 +129,7 @@ def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[P
             yield root, None
         return
     name = naming.experiment(runtime.flow_run.name, runtime.flow_run.id)
-    with experiments.workspace(root, overrides, name) as path:
+    with experiments.workspace(root, overrides, name, named_files.named_anywhere(params)) as path:
         yield path, name
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -282,6 +283,22 @@ print(made == ProcessJobConfiguration())
         [sys.executable, "-c", script], cwd=up.root, env=environment(up.root), capture_output=True, text=True, check=True
     )
     assert done.stdout == "True\n"
+
+
+def test_two_runs_of_the_deployment_at_once_queue(up: Up) -> None:
+    password = up.passwords["prefect"]
+    url = f"{up.prefect}/api/deployments/{deployment(up)}/create_flow_run"
+    ids = [json.loads(ask(url, {"parameters": {"targets": ["design"]}}, password)[1])["id"] for _ in range(2)]
+    ended = time.monotonic() + 180
+    runs: list[dict[str, Any]] = []
+    while time.monotonic() < ended and not (runs and all(run["end_time"] for run in runs)):
+        time.sleep(1)
+        runs = [json.loads(ask(f"{up.prefect}/api/flow_runs/{each}", None, password)[1]) for each in ids]
+    assert [run["state_type"] for run in runs] == ["COMPLETED"] * 2, [run["state"]["message"] for run in runs]
+    first, second = sorted(runs, key=lambda run: str(run["start_time"]))
+    assert second["start_time"] >= first["end_time"]
+    states = json.loads(ask(f"{up.prefect}/api/flow_run_states/?flow_run_id={second['id']}", None, password)[1])
+    assert "AwaitingConcurrencySlot" in {state["name"] for state in states}
 
 
 def test_passwords_are_on_no_command_line_and_in_no_log(up: Up) -> None:
