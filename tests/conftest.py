@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from dit.data.latents import LatentStore
 from dit.data.store import StoreWriter
 from dit.models.dit.network import DiT
 from dit.sections import ImagesParams
+from pipelines import guard, services
 
 ROOT = Path(__file__).parents[1]
+
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start need not compile everything anew
 
 collect_ignore = [] if torch.cuda.is_available() else ["test_fused_cuda.py"]
 
@@ -49,6 +53,18 @@ def _one_thread() -> None:
 def params() -> config.Params:
     """The shipped parameters, of a study without factors in which every run is sampled."""
     return config.load(ROOT / "params.yaml").with_values(ONE_SETTING)
+
+
+@pytest.fixture(scope="session")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Where a Prefect server answers that studies of several tests share; a study without these variables starts its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("prefect"))
+        server = services.prefect_server({})
+        server.wait()
+    yield {name: server.environment[name] for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")}
+    assert server.process
+    guard.stop(server.process)
 
 
 @pytest.fixture(scope="session")
