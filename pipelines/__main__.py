@@ -14,7 +14,7 @@ import typer
 
 from dit.errors import UserError
 from dit.terminal import plain
-from pipelines import disk, mlflow_store, plan, services, up_to_date
+from pipelines import disk, mlflow_store, plan, services
 from pipelines.overrides import assignments, whole_number
 from pipelines.redaction import redacted, shown
 
@@ -60,6 +60,8 @@ def study(
     engine: Annotated[Engine, ENGINE] = Engine.LOCAL,
 ) -> None:
     """Run the study: whatever is not up to date, side by side, as a Prefect flow, and fill MLflow."""
+    from pipelines import up_to_date  # with PyTorch, which `up` and `down` do without
+
     overrides, at_once = assignments(set_ or []), whole_number("WORKERS", workers)
     disk.check(Path.cwd())
     if not overrides and not profile and (found := up_to_date.nothing_to_do(Path.cwd(), targets)):

@@ -28,15 +28,21 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start ne
 collect_ignore = [] if torch.cuda.is_available() else ["test_fused_cuda.py"]
 
 LONG = (
-    "test_cluster.py",
     "test_flows.py",
-    "test_reruns.py",
-    "test_gate.py",
-    "test_external.py",
+    "test_cluster.py",
     "test_distributed.py",
+    "test_reruns.py",
+    "test_report.py",
+    "test_gate.py",
+    "test_wakeup.py",
+    "test_tracking.py",
+    "test_exchange.py",
+    "test_preflight.py",
     "test_dag.py",
+    "test_packaging.py",
+    "test_warm.py",
 )
-"""Files that run whole studies: they come first, so that no worker ends with one of them while another has nothing to do."""
+"""Files that take longest: they come first, so that no worker ends with one of them while another has nothing to do."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -195,7 +195,7 @@ def test_a_dvc_that_is_killed_is_noticed_at_once_and_leaves_nothing_beside_the_n
         next(process for process in stage.parents() if "atomic_dvc" in " ".join(process.cmdline())).kill()
         with pytest.raises(dag.StageError, match="killed by SIGKILL") as failure:
             running.result()
-        assert time.monotonic() - killed < 10
+        assert time.monotonic() - killed < 50  # the stage would sleep for 60
         assert failure.value.transient
         assert not stage.is_running()
         (project.parent / "again").touch()
@@ -320,7 +320,7 @@ def snapshot(root: Path) -> dict[str, bytes | str]:
     return {**files, "git": git(root, "status", "--porcelain"), "dvc": dag.dvc(root, "status")}
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -107,7 +107,7 @@ def up(project: Path) -> Iterator[Up]:
 def ask(url: str, body: Any = None, password: str = "", **headers: str) -> tuple[int, str]:
     """Status and text of the answer to a request, a POST if it has a `body`, with just these `headers`."""
     parts = urlsplit(url)
-    connection = HTTPConnection(parts.netloc, timeout=20)
+    connection = HTTPConnection(parts.netloc, timeout=60)
     own = {"Authorization": f"Basic {base64.b64encode(password.encode()).decode()}"} if password else {}
     own |= {} if body is None else {"Content-Type": "application/json"}
     sent = {**own, **{name.replace("_", "-"): value for name, value in headers.items()}}
@@ -123,7 +123,7 @@ def browse(url: str, profile: Path) -> str:
     assert CHROMIUM, MISSING
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
     options += [f"--user-data-dir={profile}", "--virtual-time-budget=10000", "--dump-dom"]
-    return subprocess.run([CHROMIUM, *options, url], capture_output=True, text=True, check=True, timeout=120).stdout
+    return subprocess.run([CHROMIUM, *options, url], capture_output=True, text=True, check=True, timeout=300).stdout
 
 
 def deployment(up: Up) -> str:
@@ -357,6 +357,6 @@ def test_the_server_of_one_study_wants_a_password_as_well(project: Path) -> None
         assert ask(url, {}, given["PREFECT_API_AUTH_STRING"]) == (200, "0")
         assert ask(url, {}, given["PREFECT_API_AUTH_STRING"], Origin="http://elsewhere.example")[0] == 403
     finally:
-        process.communicate("\n", timeout=60)
+        process.communicate("\n", timeout=300)
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", urlsplit(url).port or 0)) != 0

@@ -72,9 +72,14 @@ ROUNDS = {
         ],
         [*at("head_xavier", "0.001", "0.002"), *at("mine", "0.001", "0.002"), "all"],
     ),
-    "a comment": ([("dit/library.yaml", "head_xavier:\n", "head_xavier:  # the question\n")], []),
+    "a comment, and a value that factors replace": (
+        [
+            ("dit/library.yaml", "head_xavier:\n", "head_xavier:  # the question\n"),
+            ("params.yaml", "learning_rate: 1.0e-3", "learning_rate: 5.0e-3"),
+        ],
+        [],
+    ),
     "a description": ([("dit/library.yaml", "The question itself.", "The question.")], ["all"]),
-    "a value that the factor replaces": ([("params.yaml", "learning_rate: 1.0e-3", "learning_rate: 5.0e-3")], []),
     "a level more": (
         [("params.yaml", "[0.001, 0.002]", "[0.001, 0.002, 0.004]")],
         [name for strategy in ("adaln_zero", "head_xavier", "mine") for name in at(strategy, "0.004")] + ["all"],
@@ -95,9 +100,8 @@ def test_an_edit_reruns_its_own_stages_alone(
     project: Path, tmp_path: Path, prefect_api: dict[str, str], way: tuple[str, str]
 ) -> None:
     root = shutil.copytree(project, tmp_path / "project", symlinks=True)
-    rounds = (
-        ROUNDS if way[0] == "dvc" else {what: ROUNDS[what] for what in ("rules of two strategies", "a comment", "a level more")}
-    )
+    chosen = ("rules of two strategies", "a comment, and a value that factors replace", "a level more")
+    rounds = ROUNDS if way[0] == "dvc" else {what: ROUNDS[what] for what in chosen}
     for what, (edits, reruns) in rounds.items():
         for file, old, new in edits:
             text = (root / file).read_text()

