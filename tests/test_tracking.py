@@ -48,9 +48,18 @@ ROOT = Path(__file__).parents[1]
 STRATEGIES, SEEDS = ["adaln_zero", "symmetric"], [0, 1]
 
 
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The database of an MLflow that holds no run."""
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
 @pytest.fixture
-def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def study(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A study of 2 strategies and 2 seeds, evaluated; symmetric-1 has diverged. Its folder is the working directory."""
+    shutil.copy(empty_store, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("DIT_SCRATCH", raising=False)
@@ -349,6 +358,7 @@ def damage_by_cutting_off(store: Path) -> None:
 
 @pytest.mark.parametrize("damage", [damage_by_garbage, damage_by_cutting_off, Path.mkdir])
 def test_a_damaged_store_is_one_message_that_says_what_to_do(study: Path, damage: Callable[[Path], None]) -> None:
+    (study / "mlflow.db").unlink()
     damage(study / "mlflow.db")
     with pytest.raises(UnreachableError, match=r"mlflow\.db is damaged .*: move it away, and `make mlflow` fills") as error:
         tracking.sync(study)
