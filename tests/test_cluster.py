@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
@@ -340,17 +341,26 @@ def test_a_study_of_which_a_node_is_lost_in_training_ends_as_on_one_machine(
     with_remote(root, tmp_path / "remote")
     running = started(root, servers, TRAINED)
 
-    def trains() -> str | None:
-        """A host with a run of which others can see a checkpoint."""
-        kept = [manifest.read_text() for manifest in (tmp_path / "remote/scratch").glob("train@*/manifest.json")]
+    def trains() -> bool:
+        """Whether a host has a checkpoint of a run that still trains; it then waits for what comes."""
         for name in "ab":
-            for file in cluster.running[name].work.glob("studies/*/*.scratch/*/checkpoint.pt"):
-                if any(f'"{file.parent.name}/checkpoint.pt"' in listed for listed in kept):
-                    return name
-        return None
+            host = cluster.running[name]
+            if list(host.work.glob("studies/*/*.scratch/*/checkpoint.pt")):
+                for process in host.family:
+                    with suppress(psutil.NoSuchProcess):
+                        if "pipelines.stages.train" in process.cmdline():
+                            process.suspend()
+                            lost.append(name)
+        return bool(lost)
+
+    def kept() -> bool:
+        """Whether others can see a checkpoint."""
+        manifests = (tmp_path / "remote/scratch").glob("train@*/manifest.json")
+        return any("/checkpoint.pt" in manifest.read_text() for manifest in manifests)
 
     lost: list[str] = []
-    wait_until(lambda: lost.append(name) or lost if (name := trains()) else None, running)  # type: ignore[func-returns-value]
+    wait_until(trains, running)
+    wait_until(kept, running)
     cluster.running[lost[0]].kill()
     beside = command(alone, "pipelines", "study", TRAINED, **prefect_api)
     assert beside.returncode == 0, beside.stdout
