@@ -341,33 +341,36 @@ def test_a_study_of_which_a_node_is_lost_in_training_ends_as_on_one_machine(
     with_remote(root, tmp_path / "remote")
     running = started(root, servers, TRAINED)
 
-    def trains() -> bool:
-        """Whether a host has a checkpoint of a run that still trains; it then waits for what comes."""
-        for name in "ab":
-            host = cluster.running[name]
-            if list(host.work.glob("studies/*/*.scratch/*/checkpoint.pt")):
-                for process in host.family:
-                    with suppress(psutil.NoSuchProcess):
-                        if "pipelines.stages.train" in process.cmdline():
-                            process.suspend()
-                            lost.append(name)
-        return bool(lost)
+    said = (tmp_path / "study.log").read_text
+    held: dict[str, psutil.Process] = {}
+
+    def holds(name: str, files: str) -> bool:
+        """Whether a host that has such files trains; the training then waits."""
+        host = cluster.running[name]
+        for process in host.family if list(host.work.glob(files)) else ():
+            with suppress(psutil.NoSuchProcess):
+                if "pipelines.stages.train" in process.cmdline():
+                    process.suspend()
+                    held[name] = process
+        return name in held
 
     def kept() -> bool:
         """Whether others can see a checkpoint."""
         manifests = (tmp_path / "remote/scratch").glob("train@*/manifest.json")
         return any("/checkpoint.pt" in manifest.read_text() for manifest in manifests)
 
-    lost: list[str] = []
-    wait_until(trains, running)
+    wait_until(lambda: any(holds(name, "studies/*/*.scratch/*/checkpoint.pt") for name in "ab"), running)
     wait_until(kept, running)
-    cluster.running[lost[0]].kill()
+    (lost,) = held
+    cluster.running[lost].kill()
+    (other,) = {"a", "b"} - {lost}
+    wait_until(lambda: holds(other, "studies"), running)
+    wait_until(lambda: "was lost; what it ran goes on elsewhere" in said(), running)
+    held[other].resume()
     beside = command(alone, "pipelines", "study", TRAINED, **prefect_api)
     assert beside.returncode == 0, beside.stdout
-    said = (tmp_path / "study.log").read_text
     assert running.wait(500) == 0, said()
-    assert "was lost; what it ran goes on elsewhere" in said()
-    assert ": resumed at step " in said()
+    assert ": resumed at step " in said(), said()
     assert (root / "dvc.lock").read_bytes() == (alone / "dvc.lock").read_bytes()
     for file in (alone / "runs/train/symmetric-0").iterdir():
         assert (root / "runs/train/symmetric-0" / file.name).read_bytes() == file.read_bytes()
