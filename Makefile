@@ -47,7 +47,7 @@ down: $(INSTALLED) ## Stop what `make up` started
 	@$(RUN) pipelines down
 
 test: $(INSTALLED) browser ## Run the tests [TESTS=tests/test_model.py] [TESTS='-m slow'] [CHROMIUM=/path/to/chrome]
-	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $$TESTS
+	$(RUN) pytest -n 3 --dist loadfile --no-loadscope-reorder $$TESTS
 
 chaos: $(INSTALLED) ## Kill and damage small studies at random, and compare their results with an undisturbed one [MINUTES=30] [SEED=0]
 	@$(VENV)/bin/python tests/chaos --minutes "$${MINUTES:-30}" $${SEED:+--seed "$$SEED"}

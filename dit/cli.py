@@ -171,9 +171,7 @@ def audit(
     ignore: Annotated[list[str] | None, typer.Option(help="Tensors of the file to leave out, such as 'projectors.*'.")] = None,
     variant: Annotated[str, typer.Option(help="Which weights of a diffusers directory to read, such as fp16.")] = "",
     steps: Annotated[int, typer.Option(min=1, max=10_000, help="How many optimiser steps to take and watch.")] = 4,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="The seed of the weights, if the audit builds the network.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The seed of weights that the audit itself draws.")] = 0,
     expect: Annotated[
         str | None, typer.Option(help="What the network should be, such as adaln-zero; if it is not, exit with code 1.")
     ] = None,

@@ -26,7 +26,6 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field, WithJsonSchema
 
 from dit import config
-from dit.analysis.comparison import signed
 from dit.config import Params
 from dit.errors import UserError
 from pipelines import (
@@ -350,6 +349,8 @@ def _cell(strategy: Mapping[str, Any], metric: str) -> str:
 
     A verdict is exploratory, unless the study declared the comparison.
     """
+    from dit.analysis.comparison import signed  # with SciPy, for which no study is to wait at its start
+
     mean, found = strategy["mean"].get(metric), strategy.get("difference", {}).get(metric, {})
     if mean is None:
         return "-"

@@ -47,7 +47,7 @@ def test_what_no_person_writes_is_one_short_message(text: str, message: str) -> 
     begun = time.monotonic()
     with pytest.raises(ConfigError, match=message) as error:
         config.parse(yamlfile.parse(text, "params.yaml"))
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
     assert str(error.value).startswith("params.yaml: ")
     assert len(str(error.value).splitlines()) == 1
     assert len(str(error.value)) < 300

@@ -31,6 +31,7 @@ from prefect.tasks import Task
 from prefect.utilities.callables import get_call_parameters
 from prefect_ray.context import remote_options
 from prefect_ray.task_runners import RayTaskRunner
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dit import yamlfile
 from dit.config import Params
@@ -327,7 +328,8 @@ def _check_api(nodes: Collection[Mapping[str, Any]]) -> None:
 def _heard(name: str) -> Iterator[None]:
     """What stages say on the nodes is said here too, and how long they took is noted."""
     actor: Any = ray.remote(num_cpus=0)(voices.Listener)
-    actor = actor.options(name=name, namespace=voices.NAMESPACE).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # other nodes may be lost
+    actor = actor.options(name=name, namespace=voices.NAMESPACE, scheduling_strategy=here).remote()
     ray.get(actor.take.remote(0.0))
     ended = threading.Event()
     terminal = logging.getLogger(TERMINAL)
