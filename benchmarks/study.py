@@ -90,7 +90,10 @@ def own_work(root: Path) -> dict[str, float]:
 
 
 def study(root: Path, variables: dict[str, str]) -> Result:
-    """Run `make study` in `root`: when its stages began and ended, and when an answer was there, in seconds from its start. What it prints is shown."""
+    """Run `make study` in `root`: when its stages began and ended, and when an answer was there, in seconds from its start.
+
+    What it prints is shown as it comes.
+    """
     begun = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines", "study"],
