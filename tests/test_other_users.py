@@ -78,14 +78,20 @@ def test_a_configuration_that_dvc_cannot_read_is_one_message(file: str, project:
         dag.read(project)
 
 
-def test_what_torch_compiles_is_kept_in_the_project(tmp_path: Path) -> None:
-    script = "import pipelines, torch; from torch._inductor.runtime.cache_dir_utils import cache_dir; print(cache_dir())"
-    variables = {name: value for name, value in os.environ.items() if name not in ("TORCHINDUCTOR_CACHE_DIR", "DIT_SCRATCH")}
+def test_what_torch_and_matplotlib_keep_is_in_the_project_also_where_the_home_cannot_be_written(tmp_path: Path) -> None:
+    script = (
+        "import pipelines, matplotlib\n"
+        "from torch._inductor.runtime.cache_dir_utils import cache_dir\n"
+        "print(cache_dir(), matplotlib.get_configdir())"
+    )
+    unset = ("TORCHINDUCTOR_CACHE_DIR", "DIT_SCRATCH", "MPLCONFIGDIR")
+    variables = {name: value for name, value in os.environ.items() if name not in unset} | {"HOME": "/nonexistent"}
     variables["PYTHONPATH"] = str(ROOT)
     for scratch, place in ((None, ".scratch"), ("elsewhere", "elsewhere"), ("s3://bucket/scratch", ".scratch")):
         own = variables | ({"DIT_SCRATCH": scratch} if scratch else {})
         done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=own, capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == str(tmp_path / place / "inductor")
+        assert done.stdout.split() == [str(tmp_path / place / name) for name in ("inductor", "matplotlib")]
+        assert done.stderr == ""
 
 
 def test_the_sockets_of_a_ray_that_a_study_starts_are_in_a_folder_of_its_user_alone(tmp_path: Path) -> None:

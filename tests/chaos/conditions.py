@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -188,7 +189,7 @@ def _serve(store: Path, port: int) -> subprocess.Popen[bytes]:
     )
     until = time.monotonic() + LONGEST_START
     while time.monotonic() < until:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
             return server
         time.sleep(0.2)
     raise RuntimeError("the tracking server did not start")
