@@ -1,9 +1,10 @@
 """Orchestration: DVC stage entry points, Prefect flows, the MLflow view and the report. No science lives here.
 
-No tool that is used here sends usage data, unless its own switch says otherwise. What torch compiles is kept with the project's
-scratch files: torch's own default is a folder of /tmp that any user of the machine may make first, and fill with code. So are the
-settings of matplotlib, which torchmetrics imports: where it cannot write in the user's home, matplotlib makes a folder in /tmp, and
-each fork of the process that made it would remove it at its end.
+No tool that is used here sends usage data, unless its own switch says otherwise.
+
+What torch compiles is kept with the project's scratch files. Torch's default is a folder of /tmp that any user of the machine
+may make first, and fill with code. The settings of matplotlib, which torchmetrics imports, are kept there too. Where matplotlib
+cannot write in the user's home, it makes a folder in /tmp, and each fork of the process that made it would remove it.
 """
 
 import os
