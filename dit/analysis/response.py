@@ -213,7 +213,8 @@ def _limit(whose: str, errors: Errors, curve: _Curve) -> str:
     if edge := _edge(curve):
         return f"{whose} best rate may lie beyond {rate:.2g}, {edge}"
     cost = math.expm1(curve.means[curve.best] - math.log(_optimum(curve).error))
-    return f"at {whose} best measured rate, {rate:.2g}, the error is {100 * cost:.1f} % above that at the interpolated best rate"
+    above = f"{100 * cost:.1f} % above that at the interpolated best rate"
+    return f"at {whose} best measured rate, {rate:.2g}, the error is {above}"
 
 
 def _complete(errors: Errors, seeds: Collection[int] | None) -> list[int]:

@@ -30,15 +30,15 @@ would mean, was committed before it ran: [README.md](README.md). Only a declared
 else is exploratory, and its p-values are not corrected. Intervals are 95 %, by Student's t over seeds. "Error" is the final
 validation error of the averaged weights. "idx at 32 px" is Fashion-MNIST at 32 x 32 pixels; its files have the format idx.
 
-- **best learning rate**: the minimum of a parabola through three measured rates, over all seeds. The seeds that choose a rate for
-  a verdict are fewer, so their best rate may be another one.
+- **best learning rate**: the minimum of a parabola through three measured rates, over all seeds. The seeds that choose a rate
+  for a verdict are fewer, so their best rate may be another one.
 - **an effect**: the change of the error in %, or of the share of its steps that a run survives, if one factor changes and all
   others are averaged. *A combined with B* is an interaction: how much more the change A does if the change B is made, too. In
   `stability`, `5_percent` is a warm-up over 5 % of the steps.
 - **a delay**: how many more steps a start needs to reach the error at which the baseline ends; if negative, how many fewer.
-- **starts of `attribution`**: `gates0` has zero gates, `gates1` open gates, `outputs0` open gates with zero residual outputs. `mod0`
-  has zero shift and scale, `mod03` 0.3 RMS. `head0` has a zero head, `headx` a Xavier head. In `dead_blocks`, a control, the blocks
-  never learn.
+- **starts of `attribution`**: `gates0` has zero gates, `gates1` open gates, `outputs0` open gates with zero residual outputs.
+  `mod0` has zero shift and scale, `mod03` 0.3 RMS. `head0` has a zero head, `headx` a Xavier head. In `dead_blocks`, a control,
+  the blocks never learn.
 """
 
 
@@ -92,7 +92,7 @@ def _sentences(answers: Answers) -> Iterator[str]:
     for name, delays in (answers.delays or {}).items():
         for length, found in delays.items():
             if found is None:
-                yield f"Exploratory: at none of the lengths that were run does {name} reach the error of runs of {length:,} steps."
+                yield f"Exploratory: at none of the lengths does {name} reach the error of runs of {length:,} steps."
             else:
                 interval = "" if found.low is None or found.high is None else f" [{found.low:+,.0f}, {found.high:+,.0f}]"
                 yield (
@@ -166,14 +166,16 @@ def _of_failures(runs: list[Ended]) -> list[str]:
     for run in failed:
         sign = (run.warned.sign or {}).get("indicator", "nothing that was diagnosed") if run.warned else ""
         moved[sign] = moved.get(sign, 0) + 1
-    lines = [f"| what had changed most at the last diagnosis before a failure | runs, of {len(failed)} that failed |", "|---|---|"]
+    header = f"| what had changed most at the last diagnosis before a failure | runs, of {len(failed)} that failed |"
+    lines = [header, "|---|---|"]
     return lines + [f"| {name.replace('_', ' ')} | {count} |" for name, count in sorted(moved.items(), key=lambda one: -one[1])]
 
 
 def _of_optima(findings: Findings) -> list[str]:
     if not findings.tunings:
         return []
-    columns = ("start", "factors", "best learning rate", "rates within 1 % of the lowest error", "largest rate without a failure")
+    near = "rates within 1 % of the lowest error"
+    columns = ("start", "factors", "best learning rate", near, "largest rate without a failure")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for one in findings.tunings:
         cells = [one.problem or "", "", ""]
