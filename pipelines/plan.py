@@ -92,7 +92,7 @@ def plan(params: Params, done: Mapping[str, bool], workers: int | None) -> Plan:
             rows.append(Row(kind, waiting[kind], fresh[kind], seconds / waiting[kind], "some steps trained now"))
         else:
             known = remembered.get(kind, [])
-            source = f"{len(known)} earlier stages" if known else "no earlier stage"
+            source = f"earlier stages: {len(known)}" if known else "no earlier stage"
             rows.append(Row(kind, waiting[kind], fresh[kind], statistics.median(known) if known else None, source))
     return Plan(params, rows, device_pool(params, workers).max_parallel, memory)
 
@@ -181,9 +181,7 @@ def show(found: Plan) -> None:
     )
     print(f"study '{study.name}': {len(runs.runs)} runs of {counts}")
     print(f"factors: {levels or 'none'}")
-    print(
-        f"primary comparisons with {study.baseline}: {', '.join(study.primary) or 'none declared'}; samples from: {study.sample}"
-    )
+    print(f"primary comparisons with {study.baseline}: {', '.join(study.primary) or 'none declared'}; samples: {study.sample}")
     table = Table(box=SIMPLE)
     for title in ("stage", "to run", "up to date", "seconds each", "known from"):
         table.add_column(title, justify="left" if title in ("stage", "known from") else "right")
