@@ -126,7 +126,7 @@ def test_each_at_its_best_can_reverse_what_the_same_rate_says() -> None:
 
 
 def test_seeds_that_choose_the_rate_are_not_reported() -> None:
-    with pytest.raises(UserError, match=r"seeds \[2\] choose the learning rate and are reported at it"):
+    with pytest.raises(UserError, match=r"seeds \[2\] choose the learning rate and are also reported at it"):
         each_at_its_best(planted(2e-3), planted(2e-3), selection=[0, 1, 2], report=[2, 3])
 
 

@@ -180,9 +180,7 @@ def each_at_its_best(errors: Errors, baseline: Errors, selection: Collection[int
     overlap.
     """
     if both := sorted(set(selection) & set(report)):
-        raise UserError(
-            f"seeds {both} choose the learning rate and are reported at it: choose it on other seeds than those reported"
-        )
+        raise UserError(f"seeds {both} choose the learning rate and are also reported at it: let other seeds choose it")
     sides = [(side, _curve(side, _complete(side, selection))) for side in (errors, baseline)]
     values, baseline_values = (_at_optimum(side, curve, report) for side, curve in sides)
     if values and baseline_values:
