@@ -162,8 +162,8 @@ def _check_repeatable(probe: Probe) -> None:
         first, second = probe.predicted(probe.call()), probe.predicted(probe.call())
     if first.shape != second.shape or (second.isfinite().all() and relative_change(first, second) > SAME):
         raise UserError(
-            f"{type(probe.model).__name__} gives different outputs for the same batch; remove what it keeps between calls, such "
-            "as a cache, and random numbers that do not come from torch's own generator"
+            f"{type(probe.model).__name__} gives different outputs for the same batch; remove what it keeps between calls, "
+            "such as a cache, and random numbers that do not come from torch's own generator"
         )
 
 
