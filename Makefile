@@ -47,7 +47,7 @@ down: $(INSTALLED) ## Stop what `make up` started
 	@$(RUN) pipelines down
 
 test: $(INSTALLED) browser ## Run the tests [TESTS=tests/test_model.py] [TESTS='-m slow'] [CHROMIUM=/path/to/chrome]
-	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $$TESTS
+	$(RUN) pytest -n 3 --dist loadfile --no-loadscope-reorder $$TESTS
 
 chaos: $(INSTALLED) ## Kill and damage small studies at random, and compare their results with an undisturbed one [MINUTES=30] [SEED=0]
 	@$(VENV)/bin/python tests/chaos --minutes "$${MINUTES:-30}" $${SEED:+--seed "$$SEED"}
@@ -59,8 +59,8 @@ browser: # The report's page test opens it in Chromium or Chrome.
 	root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	$$root apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$root apt-get install -y -qq --no-install-recommends chromium >/dev/null
 
-bench: $(INSTALLED) ## Measure the speed of this machine; results go to .scratch/bench [BENCH="train sample encode diagnostics stages study"]
-	@for name in $${BENCH:-train sample encode diagnostics stages study}; do \
+bench: $(INSTALLED) ## Measure the speed of this machine; results go to .scratch/bench [BENCH="train sample encode autoencoder features diagnostics stages study"]
+	@for name in $${BENCH:-train sample encode autoencoder features diagnostics stages study}; do \
 		$(VENV)/bin/python benchmarks/$$name.py --output .scratch/bench/$$name.json || exit; done
 
 docs: $(INSTALLED) ## Build the documentation as a site, in .scratch/site

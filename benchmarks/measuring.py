@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 import time
@@ -31,7 +32,7 @@ COARSE = 4
 
 PHASES = {
     "attention": ("attention", "sdpa", "flash", "fmha"),
-    "convolutions": ("fprop", "conv2d", "convolve"),
+    "convolutions": ("fprop", "dgrad", "wgrad", "conv2d", "convolve", "nchwToNhwc", "nhwcToNchw"),
     "matrix products": ("nvjet", "gemm", "cutlass", "splitKreduce", "xmma", "_matmul_dgelu"),
     "norm, modulation, residual": (
         "_residual_norm",
@@ -39,6 +40,7 @@ PHASES = {
         "layer_norm",
         "_group_",
         "_padded_sum",
+        "_doubled_sum",
         "group_norm",
         "RowwiseMoments",
     ),
@@ -130,6 +132,17 @@ def phase_table(results: dict[str, Result]) -> Table:
         times.add_row(phase, *(f"{row['phases'][phase]:.2f}" for row in results.values()))
     times.add_row("together", *(f"{sum(row['phases'].values()):.2f}" for row in results.values()))
     return times
+
+
+def pixel_error(found: np.ndarray, exact: np.ndarray) -> Result:
+    """How far pixels are from the exact ones, both uint8: mean and largest difference in grey values, and the PSNR in dB.
+
+    Where they are the same, the PSNR is None.
+    """
+    difference = np.abs(found.astype(np.int64) - exact)
+    mean_square = float(np.square(difference).mean())
+    psnr = 10 * math.log10(255**2 / mean_square) if mean_square else None
+    return {"mean": float(difference.mean()), "largest": int(difference.max()), "psnr": psnr}
 
 
 def random_latents(directory: Path, size: int, train: int = 2048, validation: int = 64) -> LatentStore:

@@ -90,7 +90,10 @@ def own_work(root: Path) -> dict[str, float]:
 
 
 def study(root: Path, variables: dict[str, str]) -> Result:
-    """Run `make study` in `root`: when its stages began and ended, and when an answer was there, in seconds from its start."""
+    """Run `make study` in `root`: when its stages began and ended, and when an answer was there, in seconds from its start.
+
+    What it prints is shown as it comes.
+    """
     begun = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines", "study"],
@@ -100,17 +103,17 @@ def study(root: Path, variables: dict[str, str]) -> Result:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    started, ended, said = {}, {}, []
+    started, ended = {}, {}
     found: Result = {}
     for line in process.stdout or ():
         now = time.perf_counter() - begun
-        said.append(line)
+        print(line, end="", file=sys.stderr, flush=True)
         if match := LINE.match(line):
             (started if match[2] == "started" else ended)[match[1]] = now
         elif "first answer, from a part of the runs" in line:
             found["first answer"] = now
-    if process.wait():
-        sys.exit("".join(said))
+    if code := process.wait():
+        sys.exit(code)
     found["total"] = time.perf_counter() - begun
     if started:
         found |= {"first stage begins": min(started.values()), "report": ended["compare"]}

@@ -105,7 +105,7 @@ def show_init(
     name: Annotated[
         str | None, typer.Option("--model", metavar="NAME", help="A network, such as DiT-S/2 (default: the study's).")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The seed of the values that --strategy shows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The seed of the values that --strategy shows.")] = 0,
     every: Annotated[bool, typer.Option("--all", help="Show every block, even if blocks have the same rules.")] = False,
     params: ParamsFile = None,
 ) -> None:
@@ -141,7 +141,7 @@ def wakeup(
     name: Annotated[
         str | None, typer.Option("--model", metavar="NAME", help="A network, such as DiT-S/2 (default: the study's).")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="How many optimiser steps to predict.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, max=100, help="How many optimiser steps to predict.")] = 5,
     params: ParamsFile = None,
 ) -> None:
     """Predict, without training, from which optimiser step on each kind of weight receives a gradient."""
@@ -171,7 +171,7 @@ def audit(
     ignore: Annotated[list[str] | None, typer.Option(help="Tensors of the file to leave out, such as 'projectors.*'.")] = None,
     variant: Annotated[str, typer.Option(help="Which weights of a diffusers directory to read, such as fp16.")] = "",
     steps: Annotated[int, typer.Option(min=1, max=10_000, help="How many optimiser steps to take and watch.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="The seed of the weights, if the audit builds the network.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The seed of weights that the audit itself draws.")] = 0,
     expect: Annotated[
         str | None, typer.Option(help="What the network should be, such as adaln-zero; if it is not, exit with code 1.")
     ] = None,

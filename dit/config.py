@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
@@ -56,6 +57,17 @@ class _NoInitialisers(TorchFunctionMode):
 
 _SKELETONS: dict[str, Denoiser] = {}
 """The skeleton that was made last, by all that it follows from."""
+
+
+MOST_CLAIMS = 5_000_000
+"""Rules of all strategies of a study times roles of its network: to compare a rule with a role takes about a microsecond."""
+_FITTING: WeakKeyDictionary[Denoiser, set[str]] = WeakKeyDictionary()
+"""By skeleton, the strategies that were found to fit it: a network of a thousand blocks has 15,000 roles."""
+
+
+@lru_cache(maxsize=1)
+def _roles(skeleton: Denoiser) -> list[Role]:
+    return models.roles(skeleton)
 
 
 class Params(Section):
@@ -152,8 +164,8 @@ class Params(Section):
 
     @cached_property
     def roles(self) -> list[Role]:
-        """The roles of the study's network."""
-        return models.roles(self.own_skeleton)
+        """The roles of the study's network. Parameters that agree in its skeleton share them."""
+        return _roles(self.own_skeleton)
 
     def _check_latents(self) -> None:
         autoencoder, normalize = self.autoencoder, self.latents.normalize
@@ -207,11 +219,22 @@ class Params(Section):
                 if name not in self.strategies:
                     hint = did_you_mean(name, self.strategies) or f"; expected one of {', '.join(self.strategies)}"
                     raise ValueError(f"study.{key}: unknown strategy '{name}'{hint}")
+        rules = sum(len(self.strategies[name].rules) for name in self.study.strategies)
+        if rules * len(self.roles) > MOST_CLAIMS:
+            most = MOST_CLAIMS // len(self.roles)
+            raise ValueError(
+                f"study.strategies: they have {rules:,} rules, for {len(self.roles):,} roles; expected at most {most:,} rules"
+            )
+        fitting = _FITTING.setdefault(self.own_skeleton, set())
         for name in self.study.strategies:
+            written = repr(self.strategies[name])
+            if written in fitting:
+                continue
             try:
                 claims(self.strategies[name], self.roles)
             except ConfigError as error:
                 raise ValueError(f"strategies.{name}.{error}") from None
+            fitting.add(written)
 
     def _check_optimizer(self) -> None:
         try:

@@ -10,15 +10,20 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
+from math import prod
 from typing import Any
 
 from dit.config import Params
 from dit.errors import ConfigError
 from dit.sections import StudyParams
-from dit.sections.types import LEVEL_NAME
+from dit.sections.types import LEVEL_NAME, MOST_SETTINGS
 
 MOST_LETTERS = 200
 """In the name of a run, which names folders: file systems allow 255 bytes."""
+MOST_RUNS = 10_000
+"""In a study."""
+MOST_BLOCKS = 1500
+"""Blocks of all different networks of a study together. Each is built without values and checked, two milliseconds a block."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,12 @@ class Design:
 def design(study: StudyParams) -> Design:
     """The runs of a study.
 
-    Raises `ConfigError` where two settings have one name, a level needs a name and has none, or the name of a run is too long.
+    Raises `ConfigError` where two settings have one name, a level needs a name and has none, the name of a run is too long, or
+    there are more settings or runs than a study can have.
     """
+    count = sum(_count(study, strategy) for strategy in study.strategies) * len(study.seeds)
+    if count > MOST_RUNS:
+        raise ConfigError(f"study: its strategies, factors and seeds make {count:,} runs; expected at most {MOST_RUNS:,}")
     runs = tuple(
         Run(strategy, setting, seed)
         for strategy in study.strategies
@@ -122,11 +131,10 @@ def settings_of(study: StudyParams, strategy: str) -> list[Setting]:
 
     What `study.only` gives for this strategy replaces those levels; a single value there is the same at every setting.
     """
-    only, fixed = study.only.get(strategy, {}), study.fixed(strategy)
+    fixed = study.fixed(strategy)
     if study.settings:
         return [Setting(name, {**levels, **fixed}) for name, levels in study.settings.items()]
-    factors = {**study.factors, **{key: value for key, value in only.items() if key not in fixed}}
-    varied = {key: levels for key, levels in factors.items() if key not in fixed}
+    varied = _varied(study, strategy)
     words = _labels(varied)
     choices = [[(key, *named) for named in _levels(key, words[key], levels)] for key, levels in varied.items()]
     settings = [_setting(combination, fixed) for combination in product(*choices)]
@@ -136,13 +144,39 @@ def settings_of(study: StudyParams, strategy: str) -> list[Setting]:
     return settings
 
 
+def _varied(study: StudyParams, strategy: str) -> dict[str, Any]:
+    """The factors of a strategy with their levels."""
+    only, fixed = study.only.get(strategy, {}), study.fixed(strategy)
+    return {key: levels for key, levels in {**study.factors, **only}.items() if key not in fixed}
+
+
+def _count(study: StudyParams, strategy: str) -> int:
+    """How many settings a strategy has. Raises `ConfigError` for too many."""
+    count = len(study.settings) or prod(map(len, _varied(study, strategy).values()))
+    if count > MOST_SETTINGS:
+        of = "study.settings" if study.settings else "study.factors"
+        raise ConfigError(f"{of}: {count:,} settings of {strategy}; expected at most {MOST_SETTINGS}")
+    return count
+
+
 def check(params: Params, where: str = "params.yaml") -> dict[str, Params]:
-    """The parameters of every different combination of levels, by `Setting.values`. Raises `ConfigError` for a wrong one."""
+    """The parameters of every different combination of levels, by `Setting.values`.
+
+    Raises `ConfigError` for a wrong one, and where there are more of them, or larger networks, than can be checked.
+    """
     found: dict[str, Params] = {}
+    networks: dict[str, int] = {}
     for run in design(params.study).runs:
-        if run.setting.values not in found:
-            place = f"{where}: {run.strategy} at {run.setting.name or 'its own values'}" if run.setting.levels else where
-            found[run.setting.values] = params.with_values(run.setting.levels, place)
+        if run.setting.values in found:
+            continue
+        place = f"{where}: {run.strategy} at {run.setting.name or 'its own values'}" if run.setting.levels else where
+        setting = found[run.setting.values] = params.with_values(run.setting.levels, place)
+        networks[repr(setting.model)] = max((role.depth for role in setting.roles), default=0)
+        if len(found) > MOST_SETTINGS or sum(networks.values()) > MOST_BLOCKS:
+            raise ConfigError(
+                f"{where}: the first {len(found)} settings of the study have {sum(networks.values()):,} blocks in "
+                f"{len(networks)} networks; expected at most {MOST_SETTINGS} settings and {MOST_BLOCKS:,} blocks"
+            )
     return found
 
 

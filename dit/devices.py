@@ -46,14 +46,18 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast | nullc
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
+def is_nvidia(device: torch.device) -> bool:
+    """Whether `device` is an NVIDIA GPU, for which the kernels and CUDA graphs of `dit.fused` are made."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def resolve_backend(name: str, device: torch.device, precision: torch.dtype, supported: bool, section: str, needs: str) -> str:
     """`auto` is `fused` on an NVIDIA GPU in bf16 for a network that it supports, else `compiled` on a GPU, else `eager`.
 
     Raises `ConfigError` for `fused` where it cannot run; `section` is the one of `params.yaml` that asks for it, and `needs`
     says what a supported network is.
     """
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    can_fuse = nvidia and precision == torch.bfloat16 and supported
+    can_fuse = is_nvidia(device) and precision == torch.bfloat16 and supported
     if name == "fused" and not can_fuse:
         raise ConfigError(
             f"{section}.backend = 'fused' cannot run here; use auto, compiled or eager (fused needs an NVIDIA GPU, "

@@ -57,7 +57,7 @@ def findings(params: Path) -> list[Finding]:
     """What the pre-flight finds in all that a parameter file names, here and in what other packages add to it."""
     loaded = config.load(params)
     others = [point.load()(Path.cwd(), loaded) for point in entry_points(group="dit.checks")]
-    return [*preflight.check(loaded, str(params)), *chain.from_iterable(others)]
+    return preflight.merged(preflight.check(loaded, str(params)), list(chain.from_iterable(others)))
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:

@@ -14,7 +14,7 @@ import typer
 
 from dit.errors import UserError
 from dit.terminal import plain
-from pipelines import disk, mlflow_store, plan, services, up_to_date
+from pipelines import disk, mlflow_store, plan, services
 from pipelines.overrides import assignments, whole_number
 from pipelines.redaction import redacted, shown
 
@@ -66,6 +66,8 @@ def study(
     engine: Annotated[Engine, ENGINE] = Engine.LOCAL,
 ) -> None:
     """Run all stages of the study that are not up to date, as a Prefect flow, and add its runs to MLflow."""
+    from pipelines import up_to_date  # with PyTorch, which `up` and `down` do without
+
     overrides, at_once = assignments(set_ or []), whole_number("WORKERS", workers)
     disk.check(Path.cwd())
     if not overrides and not profile and (found := up_to_date.nothing_to_do(Path.cwd(), targets)):

@@ -29,7 +29,7 @@ from dvc.utils.serialize import modify_yaml
 
 from dit.errors import ConfigError, UserError
 from dit.terminal import plain
-from pipelines import atomic_dvc, disk, guard, warm
+from pipelines import atomic_dvc, disk, guard, private_dvc, warm
 from pipelines.targets import check, matching
 
 DVC = (sys.executable, "-P", str(Path(atomic_dvc.__file__).resolve()))
@@ -90,6 +90,7 @@ def read(root: Path) -> dict[str, Stage]:
     """All stages of the project in `root` in an order in which they can run. Raises `ConfigError` where DVC cannot read it."""
     if not (root / "dvc.yaml").exists():
         raise ConfigError(f"{root / 'dvc.yaml'}: no such file; run this in the folder that holds the study's dvc.yaml")
+    private_dvc.keep(root)
     try:
         with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
             graph = repo.index.graph
@@ -293,6 +294,7 @@ def _signal_number(code: int) -> int:
 
 def dvc(root: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
     """Run a DVC command in `root` and return what it printed. Raises `UserError` with its message where it fails."""
+    private_dvc.keep(root)
     variables = {**os.environ, **(environment or {})}
     done = subprocess.run([*DVC, *arguments], cwd=root, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -10,9 +10,9 @@ import fcntl
 import os
 import shutil
 import subprocess
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import psutil
@@ -22,10 +22,10 @@ from dit import config, design as designs, yamlfile
 from dit.config import Params
 from dit.devices import resolve_backend, resolve_device, resolve_precision
 from dit.errors import ConfigError, UserError
-from dit.fused.encoder import NEEDS
+from dit.fused.residual import NEEDS
 from dit.models import backend_for
 from dit.optim.fused import unserved
-from pipelines import dag
+from pipelines import dag, named_files, private_dvc
 from pipelines.overrides import layout, override
 
 EXPERIMENTS = Path(".scratch/experiments")
@@ -106,26 +106,32 @@ def _is_override(key: Any, value: Any) -> bool:
 
 
 @contextmanager
-def workspace(root: Path, overrides: Mapping[str, Any], name: str) -> Iterator[Path]:
+def workspace(root: Path, overrides: Mapping[str, Any], name: str, files: Collection[tuple[str, str]] = ()) -> Iterator[Path]:
     """A worktree with the files and outputs of `root` as they are, and `overrides` in its parameters.
 
+    `files` are the keys and paths of what parameters name: the worktree has it too, as links where git and DVC do not bring it.
     Outputs may be stale until stages have run, so that what is below an output that came out as it was holds still; then comes
     `forget_stale`. The worktree is gone when the block is left, however it is left.
     """
     _remove_abandoned(root)
-    path = root / EXPERIMENTS / f"{name}.{os.getpid()}"
+    private_dvc.keep(root)
+    paths = [path for _, path in files]
+    own, room = root / EXPERIMENTS / f"{name}.{os.getpid()}", named_files.levels_up(paths)
+    path = own.joinpath(*[named_files.UP] * room)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         _git(root, "worktree", "add", "--detach", "--quiet", str(path), "HEAD")
-        _copy_changes(root, path)
+        _copy_changes(root, path, paths)
         _share_cache(root, path)
         parameters_file = path / "params.yaml"
         parameters_file.write_text(override(parameters_file.read_text(), overrides))
         if (path / "dvc.lock").exists():
             dag.dvc(path, "checkout", "--quiet", "--allow-missing")
+        for key, file in files:
+            named_files.link({key: file}, root, path, room)
         yield path
     finally:
-        _remove(root, path)
+        _remove(root, own)
 
 
 def forget_stale(path: Path) -> None:
@@ -154,11 +160,16 @@ def save(root: Path, path: Path, name: str, stages: Collection[str]) -> None:
         dag.dvc(path, "exp", "save", "--quiet", "--force", "--name", name, *some, environment={} if known else IDENTITY)
 
 
-def _copy_changes(root: Path, path: Path) -> None:
-    """Uncommitted work: what git sees as changed or new and does not ignore."""
-    changed = _git(root, "diff", "--name-only", "--no-renames", "-z", "HEAD")
-    new = _git(root, "ls-files", "--others", "--exclude-standard", "-z")
-    for name in (changed + new).split("\0"):
+def _copy_changes(root: Path, path: Path, linked: Collection[str]) -> None:
+    """Uncommitted work: what git sees as changed or new and does not ignore, but for new folders that will be `linked`."""
+    _copy(root, path, _git(root, "diff", "--name-only", "--no-renames", "-z", "HEAD").split("\0"))
+    whole = [each for each in linked if not (path / each).exists()]
+    new = _git(root, "ls-files", "--others", "--exclude-standard", "-z").split("\0")
+    _copy(root, path, [name for name in new if not any(map(PurePath(name).is_relative_to, whole))])
+
+
+def _copy(root: Path, path: Path, names: Iterable[str]) -> None:
+    for name in names:
         if not name or name.endswith("/"):  # a repository inside this one
             continue
         source, target = root / name, path / name
@@ -176,10 +187,11 @@ def _share_cache(root: Path, path: Path) -> None:
         shutil.copy2(local, path / ".dvc" / "config.local")
     with Repo(str(root)) as repo:
         cache = repo.cache.local_cache_dir
+    private_dvc.folder(path / private_dvc.PLACE)
     with Repo(str(path)) as repo, repo.config.edit("local") as settings:
         settings["cache"]["dir"] = cache
         settings["cache"]["type"] = ["reflink", "hardlink", "copy"]
-        settings["core"]["site_cache_dir"] = str(path / ".dvc" / "tmp" / "site")
+        settings["core"][private_dvc.KEY] = str(path / private_dvc.PLACE)
 
 
 def _remove_abandoned(root: Path) -> None:

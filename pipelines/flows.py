@@ -26,7 +26,6 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field, WithJsonSchema
 
 from dit import config
-from dit.analysis.comparison import signed
 from dit.config import Params
 from dit.errors import UserError
 from pipelines import (
@@ -36,6 +35,7 @@ from pipelines import (
     experiments,
     form,
     live,
+    named_files,
     naming,
     preflight,
     recovery,
@@ -110,7 +110,7 @@ def study(
             overrides = {**experiments.only(root, strategies), **(overrides or {})}
         overrides = {**(experiments.profile(root, profile) if profile else {}), **(overrides or {})}
         params = experiments.parameters(root, overrides, here=engine == "local")
-        with _workspace(root, overrides) as (workspace, experiment):
+        with _workspace(root, overrides, params) as (workspace, experiment):
             design.write(workspace, config.load(workspace / "params.yaml"))
             trial = naming.trial(overrides)
             places = partial(_places, engine, params, workers)
@@ -120,7 +120,7 @@ def study(
 
 
 @contextmanager
-def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[Path, str | None]]:
+def _workspace(root: Path, overrides: dict[str, Any] | None, params: Params) -> Iterator[tuple[Path, str | None]]:
     """Where the stages run, and the name of the DVC experiment, if it is one."""
     if not overrides:
         with exclusively(root):
@@ -128,7 +128,7 @@ def _workspace(root: Path, overrides: dict[str, Any] | None) -> Iterator[tuple[P
             yield root, None
         return
     name = naming.experiment(runtime.flow_run.name, runtime.flow_run.id)
-    with experiments.workspace(root, overrides, name) as path:
+    with experiments.workspace(root, overrides, name, named_files.named_anywhere(params)) as path:
         yield path, name
 
 
@@ -349,6 +349,8 @@ def _cell(strategy: Mapping[str, Any], metric: str) -> str:
 
     A verdict is exploratory, unless the study declared the comparison.
     """
+    from dit.analysis.comparison import signed  # with SciPy, for which no study is to wait at its start
+
     mean, found = strategy["mean"].get(metric), strategy.get("difference", {}).get(metric, {})
     if mean is None:
         return "-"

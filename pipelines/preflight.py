@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import chdir
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from dit.preflight import Finding, resources
 from dit.preflight.deadline import within
 from dit.preflight.subject import Subject
 from dit.terminal import plain
+from pipelines import named_files
 from pipelines.redaction import redacted, shown
 
 if TYPE_CHECKING:
@@ -22,6 +24,14 @@ if TYPE_CHECKING:
 WHAT = "workflow"
 ANSWER_SECONDS = 5.0
 """How long a remote, or a tracking server, may take to answer."""
+READ_BY = {
+    "images": {"images"},
+    "autoencoder": {"autoencoder"},
+    "features": {"features", "evaluate"},
+    "evaluate": {"evaluate"},
+    "strategies": {"analyse", "train"},
+}
+"""The stages that read the files which each section names."""
 
 
 def refusal(workspace: Path, stages: Mapping[str, Stage], warn: Callable[[str], None]) -> str:
@@ -33,18 +43,78 @@ def refusal(workspace: Path, stages: Mapping[str, Stage], warn: Callable[[str], 
     if not running:
         return ""
     params = config.load(workspace / "params.yaml")
-    findings = [*preflight.check(params, "params.yaml", running), *check(workspace, params, running)]
+    findings = _findings(workspace, params, running)
+    if preflight.errors(findings):  # perhaps of what only stages need that DVC need not run
+        findings = _without_results(workspace, params, stages) or findings
     for finding in findings:
         if finding.severity == "warning":
             warn(plain(str(finding)))
     return "\n".join(f"params.yaml: {plain(str(finding))}" for finding in preflight.errors(findings))
 
 
+def _findings(workspace: Path, params: Params, running: set[str]) -> list[Finding]:
+    with chdir(workspace):  # where stages read relative paths
+        found = preflight.check(params, "params.yaml", running)
+    return preflight.merged(found, check(workspace, params, running))
+
+
+def _without_results(workspace: Path, params: Params, stages: Mapping[str, Stage]) -> list[Finding]:
+    """What is found where only those stages run whose results DVC's cache has not; empty where these are all.
+
+    If the study could run once the results on a remote are here, that is told too.
+    """
+    from dvc.exceptions import DvcException
+
+    from pipelines import restorable
+
+    try:
+        had = restorable.results(workspace, params, stages)
+    except DvcException:  # another program uses a file, say
+        return []
+
+    def running(besides: frozenset[str]) -> set[str]:
+        return {name.partition("@")[0] for name, stage in stages.items() if not stage.up_to_date and name not in besides}
+
+    findings = _findings(workspace, params, running(had.cached)) if had.cached else []
+    if had.elsewhere and not preflight.errors(_findings(workspace, params, running(had.cached | had.elsewhere))):
+        count = len(had.elsewhere)
+        found = f"has {count} result{'s' * (count > 1)} that DVC's cache on this machine lacks, and that would do instead"
+        told = Finding(WHAT, "dvc.lock", found, "`dvc pull`, where a remote has them", "error")
+        return [*(findings or _findings(workspace, params, running(frozenset()))), told]
+    return findings
+
+
 def check(root: Path, params: Params, stages: set[str] | None = None) -> list[Finding]:
     """What the workflow in `root` can tell; nothing where there is no DVC project. `dit check` calls it too."""
     if not (root / ".dvc").is_dir():
         return []
-    return [*_dvc(root, params, stages), *_tracking()]
+    from pipelines import private_dvc
+
+    private_dvc.keep(root)
+    return [*_not_here(root, params, stages), *_dvc(root, params, stages), *_tracking()]
+
+
+def _not_here(root: Path, params: Params, stages: set[str] | None) -> Iterator[Finding]:
+    """Files that parameters name, and that DVC tracks, but that are not in the folder, or not all of them."""
+    named = [(key, path) for key, path in named_files.named_anywhere(params) if _read(key, stages)]
+    keys = {path: key for key, path in reversed(named)}
+    if not keys:
+        return
+    from pipelines import restorable
+
+    for each in restorable.tracked(root, keys):
+        where = f"{keys[each.path]} = {each.path}"
+        brings = f"`dvc {'checkout' if each.cached else 'pull'} {each.targets}`, which brings it"
+        if not each.here:
+            yield Finding(WHAT, where, "tracked by DVC, and not here yet", brings, "error")
+        else:
+            found = f"holds {each.here:,} files, and DVC tracks {each.recorded:,}"
+            yield Finding(WHAT, where, found, f"all of them ({brings}), or `dvc add` of what is here", "warning")
+
+
+def _read(key: str, stages: set[str] | None) -> bool:
+    """Whether any of `stages` reads the file that this key names."""
+    return stages is None or bool(READ_BY[key.partition(".")[0]] & stages)
 
 
 def _dvc(root: Path, params: Params, stages: set[str] | None) -> Iterator[Finding]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,30 @@ from dit.data.latents import LatentStore
 from dit.data.store import StoreWriter
 from dit.models.dit.network import DiT
 from dit.sections import ImagesParams
+from pipelines import guard, services
 
 ROOT = Path(__file__).parents[1]
+
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start need not compile everything anew
 
 collect_ignore = [] if torch.cuda.is_available() else ["test_fused_cuda.py"]
 
 LONG = (
-    "test_cluster.py",
     "test_flows.py",
-    "test_reruns.py",
-    "test_gate.py",
-    "test_external.py",
+    "test_cluster.py",
     "test_distributed.py",
+    "test_reruns.py",
+    "test_report.py",
+    "test_gate.py",
+    "test_wakeup.py",
+    "test_tracking.py",
+    "test_exchange.py",
+    "test_preflight.py",
     "test_dag.py",
+    "test_packaging.py",
+    "test_warm.py",
 )
-"""Files that run whole studies: they come first, so that no worker ends with one of them while another has nothing to do."""
+"""Files that take longest: they come first, so that no worker ends with one of them while another has nothing to do."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,6 +59,18 @@ def _one_thread() -> None:
 def params() -> config.Params:
     """The shipped parameters, of a study without factors in which every run is sampled."""
     return config.load(ROOT / "params.yaml").with_values(ONE_SETTING)
+
+
+@pytest.fixture(scope="session")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Where a Prefect server answers that studies of several tests share; a study without these variables starts its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("prefect"))
+        server = services.prefect_server({})
+        server.wait()
+    yield {name: server.environment[name] for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")}
+    assert server.process
+    guard.stop(server.process)
 
 
 @pytest.fixture(scope="session")

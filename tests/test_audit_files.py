@@ -313,9 +313,11 @@ def test_a_hostile_checkpoint_is_refused_in_one_line(
     ("config", "message"),
     [
         ('{"patch_size": 0}', "DiTTransformer2DModel cannot be built: ZeroDivisionError"),
-        ('{"num_layers": 1000000000}', "num_layers = 1000000000; expected at most 4096"),
+        ('{"num_layers": 1000000000}', "num_layers = 1000000000; expected at most 256"),
         ('{"attention_head_dim": 1000000000000}', "is larger than the memory"),
         ('{"sample_size": 1000000}', "sample_size = 1000000; expected at most 512"),
+        ('{"in_channels": 1000000}', "in_channels = 1000000; expected at most 8192"),
+        ('{"axes_dims_rope": [1000000]}', "axes_dims_rope = 1000000; expected at most 8192"),
         ('{"num_layers": 1e400}', "num_layers is no size of a network"),
         ('{"num_layers": ' + "[" * 500 + "]" * 500 + "}", "nested deeper than 32"),
         ('{"num_layers": ' + "[" * 100_000, "the JSON is nested too deep"),

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from dit.autoencoder import (
     MAX_PSNR,
+    Decoder,
     Encoder,
     Pixels,
     build,
-    decode,
+    decoder_for,
     load_autoencoder,
     load_pretrained,
     make_autoencoder,
@@ -33,6 +34,7 @@ from dit.autoencoder import (
     training,
 )
 from dit.autoencoder.published import normalization
+from dit.config import Params
 from dit.errors import ConfigError, DataError
 from dit.sections import IdentityAutoencoder, PretrainedAutoencoder, TrainedAutoencoder
 
@@ -114,7 +116,7 @@ def test_killed_training_resumes_and_ends_bit_identical(
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_names_the_parameter(images: np.ndarray, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"loss is (nan|inf) at step \d+: .* try autoencoder\.learning_rate below"):
+    with pytest.raises(ConfigError, match=r"loss is (nan|inf) at step 1: .* try autoencoder\.learning_rate below"):
         train(settings(learning_rate=1e30), images, tmp_path)
 
 
@@ -146,7 +148,27 @@ def test_encoding_does_not_depend_on_randomness_and_gives_the_posterior(images: 
     low, _ = Encoder(autoencoder, torch.bfloat16)(images[:5])
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, mean, rtol=0.05, atol=0.05)
-    assert decode(autoencoder, mean).shape == (5, SIZE, SIZE, 3)
+    assert Decoder(autoencoder)(mean).shape == (5, SIZE, SIZE, 3)
+
+
+def test_the_decoder_of_an_evaluation_follows_its_precision_and_backend(
+    images: np.ndarray, published: Path, tiny: Path, params: Params
+) -> None:
+    """In fp16 as `needs_upcasting` in diffusers' pipelines."""
+    autoencoder = load_pretrained(pretrained(published))
+    latents, _ = Encoder(autoencoder)(images[:5])
+
+    def decoder(autoencoder: Any, precision: str, backend: str = "auto") -> Decoder:
+        settings = params.evaluate.model_copy(update={"precision": precision, "backend": backend})
+        return decoder_for(autoencoder, settings)
+
+    exact = to_pixels(autoencoder.decode(latents).sample)
+    for precision in ("auto", "fp32", "fp16"):
+        np.testing.assert_array_equal(decoder(autoencoder, precision)(latents), exact)
+    rounded = decoder(autoencoder, "bf16")(latents)
+    assert 0 < np.abs(rounded.astype(int) - exact).max() < 20
+    assert [decoder(autoencoder, "auto", backend).backend for backend in ("fused", "compiled")] == ["eager", "compiled"]
+    assert decoder(load_pretrained(pretrained(tiny)), "fp16").precision == torch.float16
 
 
 def test_pixels_survive_the_way_to_the_network_and_back() -> None:
@@ -277,7 +299,7 @@ def test_in_pixel_space_latents_are_the_pixels_and_come_back_exactly(images: np.
     assert torch.equal(mean, to_tensor(pixels))
     assert not std.any()
     assert Encoder(autoencoder).published is None
-    np.testing.assert_array_equal(decode(autoencoder, mean), pixels)
+    np.testing.assert_array_equal(Decoder(autoencoder, torch.bfloat16)(mean), pixels)
     quality = reconstruction_quality(autoencoder, pixels)
     assert (quality["psnr"], quality["ssim"]) == (pytest.approx(MAX_PSNR), pytest.approx(1))
 

@@ -8,14 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
-from dit import checksums
+from dit import checksums, config
 from dit.checksums import DamagedError
 from dit.data.images import load_images
 from dit.data.latents import LatentStore
 from dit.data.store import StoreWriter
-from pipelines.files import complete_directory
+from dit.design import design
+from pipelines.design import item_named
+from pipelines.files import complete_directory, write_json
 from pipelines.records.base import Timing
+from pipelines.stages.compare import read_autoencoder
+from pipelines.stages.evaluate import evaluated_run
 
 
 def flip(path: Path, where: int) -> None:
@@ -57,6 +62,32 @@ def test_a_flipped_bit_is_told_with_its_file_and_what_to_do(
     flip(folder / file, where)
     with pytest.raises(DamagedError, match=r"is damaged: its bytes are not those that were written; remove .*/out to have it"):
         read(folder)
+
+
+@pytest.mark.parametrize("file", ["metrics.json", "model/config.json", "reconstructions.png"])
+def test_what_the_report_shows_of_the_autoencoder_is_compared(file: str, tmp_path: Path) -> None:
+    with complete_directory(tmp_path / "autoencoder") as out:
+        (out / "model").mkdir()
+        for name in ("metrics.json", "model/config.json", "reconstructions.png"):
+            (out / name).write_text('{"psnr": 20.5}')
+    assert read_autoencoder(tmp_path / "autoencoder")
+    flip(tmp_path / "autoencoder" / file, 10)
+    with pytest.raises(DamagedError, match=f"{file} is damaged"):
+        read_autoencoder(tmp_path / "autoencoder")
+
+
+def test_the_choice_of_the_best_setting_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    params = config.load(ROOT / "params.yaml")
+    run = design(params.study).runs[0]
+    chosen = {"setting": run.setting.name, "runs": {"0": run.name}}
+    with complete_directory("runs/best") as out:
+        write_json(out / "adaln_zero.json", chosen)
+    item = item_named(params, "evaluate", "adaln_zero-best-0")
+    assert evaluated_run(params, item) == run
+    flip(tmp_path / "runs/best/adaln_zero.json", -20)
+    with pytest.raises(DamagedError, match=r"adaln_zero\.json is damaged"):
+        evaluated_run(params, item)
 
 
 def test_latents_and_images_are_compared_when_they_are_opened(tmp_path: Path) -> None:

@@ -222,3 +222,11 @@ def test_numbers_that_no_machine_can_serve_are_refused_by_name(key: str, value: 
         config.parse(with_value(key, value))
     assert str(error.value).startswith(f"params.yaml: {key}")
     assert len(str(error.value)) < 1200
+
+
+def test_more_rules_than_can_be_compared_with_the_network_are_refused() -> None:
+    rules = [{"role": "all", "init": "zeros"}] * 3000
+    values = {**with_value("model.depth", 1000), "strategies": {"long": {"description": "", "source": "", "rules": rules}}}
+    values["study"] = {**values["study"], "strategies": ["adaln_zero", "long"], "declared": []}
+    with pytest.raises(ConfigError, match=r"study.strategies: they have 3,0\d\d rules, for 24,013 roles; expected at most 208"):
+        config.parse(values)

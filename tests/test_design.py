@@ -109,6 +109,16 @@ def test_one_strategy_may_have_levels_or_a_value_of_its_own() -> None:
         ({"factors": {"train.steps": {"x" * 190: 1}}}, "which is longer than 200 letters; name the levels"),
         ({"only": {"nobody": {"train.steps": 1}}}, "study.only: unknown strategy 'nobody'; expected one of adaln_zero"),
         ({"declared": ["adaln_zero"]}, "declared: 'adaln_zero' is the baseline"),
+        ({"factors": {"train.steps": list(range(1, 1002))}}, r"factors\.train\.steps has 1,001 levels: expected at most 1000"),
+        (
+            {"factors": {key: list(range(1, 101)) for key in ("train.steps", "train.batch_size", "train.log_every")}},
+            "study.factors: 1,000,000 settings of adaln_zero; expected at most 1000",
+        ),
+        ({"seeds": list(range(6000))}, "its strategies, factors and seeds make 12,000 runs; expected at most 10,000"),
+        (
+            {"factors": {"model.depth": [800, 801, 802]}},
+            "the first 2 settings of the study have 1,601 blocks in 2 networks; expected at most 1000 settings and 1,500",
+        ),
         ({"choose_on": [0]}, r"choose_on = \[0\] leaves 1 of the seeds \[0, 1\] to report: expected at least 3"),
     ],
 )

@@ -48,7 +48,13 @@ SMALL = {
     "train.validation.samples": 16,
 }
 
-Start = Callable[..., subprocess.Popen[str]]
+FORKS = torch.multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["dit.data.latents", "dit.sampling", "dit.training.loop"])
+
+
+def on_two_ranks(function: Callable[..., None], *arguments: Any) -> None:
+    """Run `function` in two processes, which are given their rank and then `arguments`."""
+    torch.multiprocessing.start_processes(function, arguments, nprocs=2, start_method="forkserver")
 
 
 @pytest.fixture
@@ -94,13 +100,13 @@ def write_identity(workspace: Path) -> None:
 
 
 def refused(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 2, output
     return output
 
 
 def finished(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
 
@@ -150,23 +156,19 @@ def test_muon_takes_the_same_steps_on_sharded_weights_up_to_the_rounding_of_bf16
     np.testing.assert_allclose(*found, rtol=1e-2)
 
 
-def test_a_killed_process_ends_the_stage_and_another_number_of_them_goes_on(workspace: Path, alone: Path) -> None:
+def test_a_killed_process_ends_the_stage_and_the_next_run_may_shard_the_weights(workspace: Path, alone: Path) -> None:
     begun = train(workspace, 2)
     os.kill(ranks_after_a_checkpoint(begun, workspace)[-1].pid, signal.SIGKILL)
-    output, _ = begun.communicate(timeout=60)
+    output, _ = begun.communicate(timeout=300)
     assert begun.returncode == os.EX_TEMPFAIL, output
     assert "was killed by SIGKILL; the others were ended, and no output was written" in output
     assert not (workspace / "runs" / "train").exists()
-    kept = shutil.copytree(workspace / ".scratch", workspace / "kept")
-    for processes, parallel in ((1, "ddp"), (2, "fsdp")):
-        shutil.rmtree(workspace / ".scratch")
-        shutil.copytree(kept, workspace / ".scratch")
-        assert "resumed at step" in finished(train(workspace, processes, parallel))
-        np.testing.assert_allclose(losses(workspace), losses(alone), rtol=1e-5)
+    assert "resumed at step" in finished(train(workspace, 2, "fsdp"))
+    np.testing.assert_allclose(losses(workspace), losses(alone), rtol=1e-5)
 
 
 def ranks_after_a_checkpoint(process: subprocess.Popen[str], workspace: Path) -> list[psutil.Process]:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list(workspace.glob(".scratch/*/checkpoint.pt")):
         assert time.monotonic() < deadline
         assert process.poll() is None
@@ -174,9 +176,11 @@ def ranks_after_a_checkpoint(process: subprocess.Popen[str], workspace: Path) ->
     return psutil.Process(process.pid).children()
 
 
-@pytest.mark.parametrize(("signal_of", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, os.EX_TEMPFAIL)])
-def test_ranks_end_with_their_launcher_and_the_next_run_goes_on(
-    workspace: Path, alone: Path, signal_of: signal.Signals, code: int
+@pytest.mark.parametrize(
+    ("signal_of", "code", "processes"), [(signal.SIGKILL, -signal.SIGKILL, 2), (signal.SIGTERM, os.EX_TEMPFAIL, 1)]
+)
+def test_ranks_end_with_their_launcher_and_any_number_of_them_goes_on(
+    workspace: Path, alone: Path, signal_of: signal.Signals, code: int, processes: int
 ) -> None:
     begun = train(workspace, 2, TMPDIR=str(workspace))
     ranks = ranks_after_a_checkpoint(begun, workspace)
@@ -184,17 +188,17 @@ def test_ranks_end_with_their_launcher_and_the_next_run_goes_on(
     open_to = {each.laddr.ip for each in ranks[0].net_connections() if each.status == psutil.CONN_LISTEN}
     begun.send_signal(signal_of)
     assert open_to <= {"127.0.0.1", "::1"}
-    output, _ = begun.communicate(timeout=60)
+    output, _ = begun.communicate(timeout=300)
     assert begun.returncode == code, output
-    assert psutil.wait_procs(ranks, timeout=5)[1] == []
+    assert psutil.wait_procs(ranks, timeout=60)[1] == []
     assert not (workspace / "runs" / "train").exists()
     assert not list(workspace.glob("torchelastic*"))
-    assert "resumed at step" in finished(train(workspace, 2))
+    assert "resumed at step" in finished(train(workspace, processes))
     np.testing.assert_allclose(losses(workspace), losses(alone), rtol=1e-5)
 
 
 def test_hosts_that_do_not_share_their_checkpoints_are_refused(tmp_path: Path, latents_directory: Path) -> None:
-    torch.multiprocessing.spawn(resume_apart, (tmp_path, latents_directory), nprocs=2)
+    on_two_ranks(resume_apart, tmp_path, latents_directory)
 
 
 def resume_apart(rank: int, directory: Path, latents_directory: Path) -> None:
@@ -217,8 +221,6 @@ def resume_apart(rank: int, directory: Path, latents_directory: Path) -> None:
 
 
 def test_a_wrong_number_of_processes_is_one_error_before_any_work(workspace: Path) -> None:
-    expected = "error: params.yaml: train: batch_size = 8; it should be a multiple of processes = 3\n"
-    assert refused(train(workspace, 3)) == expected
     group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
     expected = "error: train.processes = 1, but torchrun started 2 processes\n"
     assert refused(train(workspace, 1, **group)) == expected
@@ -249,7 +251,7 @@ def test_a_batch_that_cannot_be_shared_is_refused() -> None:
 
 def test_samples_and_latents_are_those_of_one_process(tmp_path: Path) -> None:
     sample_and_encode(0, 1, tmp_path)
-    torch.multiprocessing.spawn(sample_and_encode, (2, tmp_path), nprocs=2)
+    on_two_ranks(sample_and_encode, 2, tmp_path)
     alone, together = (tmp_path / "1", tmp_path / "2")
     torch.testing.assert_close(torch.load(alone / "samples.pt"), torch.load(together / "samples.pt"), rtol=1e-4, atol=1e-5)
     for file in sorted((alone / "latents").glob("*.bin")):

@@ -1,6 +1,9 @@
-"""The fast path computes the network of `dit.model`, every gradient of it, and diffusers' encoder; in float64, anywhere."""
+"""The fast path computes the network of `dit.model`, every gradient of it, and diffusers' autoencoder; in float64, anywhere."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +11,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from dit import init
-from dit.fused.encoder import FusedEncoder, supports
+from dit.fused import decoder, encoder
+from dit.fused.decoder import FusedDecoder
+from dit.fused.encoder import FusedEncoder
 from dit.models.dit.fast import ALIGNMENT, FusedDiT
 from dit.models.dit.network import DiT
 
@@ -62,7 +67,7 @@ def test_gradients_lie_in_one_piece_of_memory_for_good() -> None:
 
 
 @pytest.mark.parametrize(("widths", "size"), [((8, 16, 16), 16), ((16, 16), 12), ((8,), 5)])
-def test_the_encoder_is_that_of_diffusers(widths: tuple[int, ...], size: int) -> None:
+def test_encoder_and_decoder_are_those_of_diffusers(widths: tuple[int, ...], size: int) -> None:
     levels = len(widths)
     autoencoder = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -74,6 +79,17 @@ def test_the_encoder_is_that_of_diffusers(widths: tuple[int, ...], size: int) ->
     for weight in autoencoder.parameters():
         torch.nn.init.normal_(weight, std=0.2)
     images = torch.rand(2, 3, size, size).double() * 2 - 1
-    assert supports(autoencoder)
+    assert encoder.supports(autoencoder)
     expected = autoencoder.encode(images).latent_dist.parameters
     torch.testing.assert_close(FusedEncoder(autoencoder, torch.float64)(images), expected)
+    latents = torch.randn(2, 4, size, size).double()
+    assert decoder.supports(autoencoder)
+    torch.testing.assert_close(FusedDecoder(autoencoder, torch.float64)(latents), autoencoder.decode(latents).sample)
+
+    def gradients(encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        loss = encode(images).square().mean() + decode(latents).square().mean()
+        return list(torch.autograd.grad(loss, list(autoencoder.parameters())))
+
+    exact = gradients(lambda x: autoencoder.encode(x).latent_dist.parameters, lambda z: autoencoder.decode(z).sample)
+    found = gradients(partial(encoder.encode, autoencoder), partial(decoder.decode, autoencoder))
+    torch.testing.assert_close(found, exact)

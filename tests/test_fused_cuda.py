@@ -16,22 +16,24 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from dit import init
-from dit.autoencoder import Encoder
+from dit.autoencoder import Decoder, Encoder, to_pixels, train, training
 from dit.config import Params
 from dit.data import batches
 from dit.data.batches import Batches
 from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
 from dit.distributed import Ranks
-from dit.fused import cublaslt, group_norm, kernels
+from dit.errors import ConfigError
+from dit.evaluation.features import load_extractor
+from dit.fused import cublaslt, differentiable, group_norm, kernels
 from dit.fused.capture import Captured
-from dit.fused.encoder import EncoderReference
+from dit.fused.formulas import ResidualReference
 from dit.fused.operations import EPS, Reference
 from dit.models.dit.fast import FusedDiT
 from dit.models.dit.network import DiT
 from dit.optim.ema import EMA
 from dit.optim.schedule import learning_rate
-from dit.sections import TrainParams
+from dit.sections import FeaturesParams, TrainedAutoencoder, TrainParams
 from dit.sections.optim import SGDParams
 from dit.training import diagnosis
 from dit.training.engines import Eager, Fused
@@ -113,20 +115,45 @@ def test_group_norm_and_what_it_adds_first(channels: int, height: int, width: in
     settings = 8, 1e-6, silu
     total, normed = group_norm.group_norm(*inputs, gain, offset, *settings)
     affine = gain.double(), offset.double(), *settings
-    assert error(total, EncoderReference.group_norm(*exact, *affine)[0]) < ROUNDING
+    assert error(total, ResidualReference.group_norm(*exact, *affine)[0]) < ROUNDING
     rounded = total.double(), None, None if summed else exact[2]
-    assert error(normed, EncoderReference.group_norm(*rounded, *affine)[1]) < ROUNDING
-    assert error(group_norm.padded_sum(*inputs), EncoderReference.padded_sum(*exact)) < ROUNDING
+    assert error(normed, ResidualReference.group_norm(*rounded, *affine)[1]) < ROUNDING
+    for name in ("padded_sum", "doubled_sum"):
+        assert error(getattr(group_norm, name)(*inputs), getattr(ResidualReference, name)(*exact)) < ROUNDING
+
+
+@pytest.mark.parametrize(("channels", "height", "width"), [(8, 5, 7), (32, 64, 64), (128, 16, 16), (512, 8, 24)])
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
+def test_gradients_of_the_group_norm_and_of_what_it_adds(
+    channels: int, height: int, width: int, summed: bool, silu: bool
+) -> None:
+    shape = 3, channels, height, width
+    x, added, d_total, d_normed = (
+        torch.randn(shape, device="cuda").contiguous(memory_format=torch.channels_last) for _ in range(4)
+    )
+    bias, gain, offset = torch.randn(3, channels, device="cuda")
+    found, exact = [], []
+    for kind, dtype, into in ((differentiable, torch.float32, found), (ResidualReference, torch.float64, exact)):
+        parts = [part.to(dtype).requires_grad_() for part in (x + 1, added, bias, gain, offset)]
+        total, normed = kind.group_norm(parts[0], parts[1] if summed else None, *parts[2:], 4, 1e-6, silu)
+        (total * d_total + normed * d_normed).sum().backward()
+        into += [total, normed, *(part.grad for part in parts if part.grad is not None)]
+    assert max(map(error, found, exact)) < 1e-4
+
+
+@pytest.fixture
+def autoencoder() -> AutoencoderKL:
+    """A narrow one of three resolutions, with random weights."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 128), layers_per_block=2,
+    ).cuda().eval()  # fmt: skip
 
 
 @pytest.mark.usefixtures("repeatable")
-def test_encoding_in_bf16_against_float32() -> None:
-    levels = 3
-    torch.manual_seed(0)
-    autoencoder = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=(32, 64, 128), layers_per_block=2,
-    ).cuda().eval()  # fmt: skip
+def test_encoding_in_bf16_against_float32(autoencoder: AutoencoderKL) -> None:
     images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
     expected = Encoder(autoencoder)(images)
     for backend in ("fused", "compiled", "eager"):
@@ -134,6 +161,99 @@ def test_encoding_in_bf16_against_float32() -> None:
         found = encoder(images)
         assert max(map(error, found, expected)) < 3e-2
         assert all(map(torch.equal, encoder(images), found))
+
+
+@pytest.mark.usefixtures("repeatable")
+def test_decoding_in_bf16_against_float32(autoencoder: AutoencoderKL) -> None:
+    latents = torch.randn(4, 4, 16, 16, device="cuda")
+    with torch.no_grad():
+        expected = autoencoder.decode(latents).sample
+    np.testing.assert_array_equal(Decoder(autoencoder)(latents), to_pixels(expected))
+    for backend in ("fused", "compiled", "eager"):
+        decoder = Decoder(autoencoder, torch.bfloat16, backend)
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            assert error(decoder.images(latents), expected) < 6e-2
+        found = decoder(latents)
+        assert found.shape == (4, 64, 64, 3)
+        np.testing.assert_array_equal(decoder(latents), found)
+
+
+@pytest.fixture
+def small() -> TrainedAutoencoder:
+    """Ten steps of the smallest autoencoder on images of 16 pixels."""
+    values = {"kind": "train", "latent_channels": 4, "downsample": 2, "channels": [8, 16], "steps": 10, "batch_size": 4}
+    more = {"learning_rate": 2e-3, "kl_weight": 1e-6, "seed": 0, "threads": 1, "device": "cuda"}
+    return TrainedAutoencoder.model_validate(values | more)
+
+
+PICTURES = np.random.default_rng(0).integers(0, 256, (48, 16, 16, 3), np.uint8)
+
+
+@pytest.mark.usefixtures("repeatable")
+@pytest.mark.parametrize("backend", ["graph", "fused"])
+def test_gradients_of_an_autoencoder_in_a_graph_are_those_of_every_batch(
+    small: TrainedAutoencoder, backend: training.Backend
+) -> None:
+    in_graph = training.Steps(small, PICTURES, torch.device("cuda"), backend)
+    eager = training.Steps(small, PICTURES, torch.device("cuda"), "eager")
+    on_cpu = training.Steps(small, PICTURES, torch.device("cpu"))
+    for step in range(3):
+        losses, gradients = [], []
+        for each in (in_graph, eager, on_cpu):
+            losses.append(each.gradients(*each.batches(step)).item())
+            gradients.append(torch.cat([weight.grad.cpu().flatten() for weight in each.autoencoder.parameters()]))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6 if backend == "graph" else 1e-2)
+        assert losses[0] == pytest.approx(losses[2], rel=1e-2)
+        assert error(gradients[0], gradients[1]) < (1e-5 if backend == "graph" else 3e-2)
+        assert error(gradients[0], gradients[2]) < 3e-2
+
+
+def test_an_autoencoder_trains_by_the_fastest_way_that_there_is(small: TrainedAutoencoder) -> None:
+    cuda = torch.device("cuda")
+    assert training._fastest(training.build(small, 16), cuda) == "fused"
+    odd = training.build(small.model_copy(update={"channels": [12, 18]}), 16)
+    assert training._fastest(odd, cuda) == "graph"
+    assert training._fastest(odd, torch.device("cpu")) == "eager"
+
+
+@pytest.mark.usefixtures("repeatable")
+@pytest.mark.parametrize("resident", [True, False])
+def test_an_autoencoder_trained_in_a_graph_repeats_and_resumes_bit_for_bit(
+    small: TrainedAutoencoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident: bool
+) -> None:
+    whole = train(small, PICTURES, tmp_path / "whole").state_dict()
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 4)
+    if not resident:
+        monkeypatch.setattr(training, "RESIDENT_SHARE", 0)
+    batches = training._Batches.__call__
+
+    def batches_until_killed(self: Any, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        if step == 6:
+            raise KilledError
+        return batches(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Batches, "__call__", batches_until_killed)
+        with pytest.raises(KilledError):
+            train(small, PICTURES, tmp_path / "killed")
+    resumed = train(small, PICTURES, tmp_path / "killed").state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_step_whose_loss_was_not_finite_is_named_although_losses_are_read_later(
+    small: TrainedAutoencoder, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"loss is (nan|inf) at step 1: .* try autoencoder\.learning_rate below"):
+        train(small.model_copy(update={"learning_rate": 1e30}), PICTURES, tmp_path)
+
+
+def test_features_from_a_graph_are_those_of_the_network(params: Params) -> None:
+    extractor = load_extractor(FeaturesParams.model_validate(params.features.model_dump()), torch.device("cuda"))
+    with torch.inference_mode():
+        for count, channels in ((5, 3), (2, 3), (5, 3), (5, 1)):
+            images = np.random.default_rng(count).integers(0, 256, (count, 32, 32, channels), np.uint8)
+            expected = extractor.network(extractor._pixels(images))
+            torch.testing.assert_close(extractor(images), expected.cpu(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [64, 384, 768, 1152])

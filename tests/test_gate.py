@@ -6,11 +6,11 @@ import base64
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -107,7 +107,7 @@ def up(project: Path) -> Iterator[Up]:
 def ask(url: str, body: Any = None, password: str = "", **headers: str) -> tuple[int, str]:
     """Status and text of the answer to a request, a POST if it has a `body`, with just these `headers`."""
     parts = urlsplit(url)
-    connection = HTTPConnection(parts.netloc, timeout=20)
+    connection = HTTPConnection(parts.netloc, timeout=60)
     own = {"Authorization": f"Basic {base64.b64encode(password.encode()).decode()}"} if password else {}
     own |= {} if body is None else {"Content-Type": "application/json"}
     sent = {**own, **{name.replace("_", "-"): value for name, value in headers.items()}}
@@ -123,7 +123,7 @@ def browse(url: str, profile: Path) -> str:
     assert CHROMIUM, MISSING
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
     options += [f"--user-data-dir={profile}", "--virtual-time-budget=10000", "--dump-dom"]
-    return subprocess.run([CHROMIUM, *options, url], capture_output=True, text=True, check=True, timeout=120).stdout
+    return subprocess.run([CHROMIUM, *options, url], capture_output=True, text=True, check=True, timeout=300).stdout
 
 
 def deployment(up: Up) -> str:
@@ -284,6 +284,22 @@ print(made == ProcessJobConfiguration())
     assert done.stdout == "True\n"
 
 
+def test_two_runs_of_the_deployment_at_once_queue(up: Up) -> None:
+    password = up.passwords["prefect"]
+    url = f"{up.prefect}/api/deployments/{deployment(up)}/create_flow_run"
+    ids = [json.loads(ask(url, {"parameters": {"targets": ["design"]}}, password)[1])["id"] for _ in range(2)]
+    ended = time.monotonic() + 180
+    runs: list[dict[str, Any]] = []
+    while time.monotonic() < ended and not (runs and all(run["end_time"] for run in runs)):
+        time.sleep(1)
+        runs = [json.loads(ask(f"{up.prefect}/api/flow_runs/{each}", None, password)[1]) for each in ids]
+    assert [run["state_type"] for run in runs] == ["COMPLETED"] * 2, [run["state"]["message"] for run in runs]
+    first, second = sorted(runs, key=lambda run: str(run["start_time"]))
+    assert second["start_time"] >= first["end_time"]
+    states = json.loads(ask(f"{up.prefect}/api/flow_run_states/?flow_run_id={second['id']}", None, password)[1])
+    assert "AwaitingConcurrencySlot" in {state["name"] for state in states}
+
+
 def test_passwords_are_on_no_command_line_and_in_no_log(up: Up) -> None:
     folder = up.root / ".scratch/services"
     texts = [up.output, *(log.read_text() for log in folder.glob("*.log"))]
@@ -333,30 +349,8 @@ def test_a_program_that_takes_the_port_first_is_not_taken_for_the_server(
     assert asked == []
 
 
-def test_the_server_of_one_study_wants_a_password_as_well(project: Path) -> None:
-    script = (
-        "import json; from pipelines import services\n"
-        "server = services.prefect_server({})\n"
-        "server.wait()\n"
-        "print(json.dumps(server.environment), flush=True); input()"
-    )
-    (project / "empty").mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        cwd=project / "empty",
-        env=environment(project),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout
-    given = json.loads(process.stdout.readline())
-    url = f"{given['PREFECT_API_URL']}/flow_runs/count"
-    try:
-        assert ask(url, {})[0] == 401
-        assert ask(url, {}, given["PREFECT_API_AUTH_STRING"]) == (200, "0")
-        assert ask(url, {}, given["PREFECT_API_AUTH_STRING"], Origin="http://elsewhere.example")[0] == 403
-    finally:
-        process.communicate("\n", timeout=60)
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", urlsplit(url).port or 0)) != 0
+def test_the_server_of_one_study_wants_a_password_as_well(prefect_api: dict[str, str]) -> None:
+    url, password = f"{prefect_api['PREFECT_API_URL']}/flow_runs/count", prefect_api["PREFECT_API_AUTH_STRING"]
+    assert ask(url, {})[0] == 401
+    assert ask(url, {}, password)[0] == 200
+    assert ask(url, {}, password, Origin="http://elsewhere.example")[0] == 403

@@ -327,11 +327,11 @@ def project(tmp_path: Path) -> Path:
     return micro_project(tmp_path / "study")
 
 
-def test_a_study_that_cannot_end_well_does_not_start(project: Path) -> None:
+def test_a_study_that_cannot_end_well_does_not_start(project: Path, prefect_api: dict[str, str]) -> None:
     values = {"images.source": {"kind": "folder", "root": "/nope", **HELD_OUT}, "train.batch_size": 10**9}
     text = override((project / "params.yaml").read_text(), values)
     (project / "params.yaml").write_text(text)
-    done = command(project, "pipelines", "study")
+    done = command(project, "pipelines", "study", **prefect_api)
     assert done.returncode == 2, done.stdout
     assert "error: params.yaml: images.source.root = /nope: no such folder" in done.stdout
     assert "params.yaml: train.batch_size = 1000000000: training runs" in done.stdout

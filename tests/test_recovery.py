@@ -174,7 +174,7 @@ def test_a_file_is_not_in_use_by_a_process_that_only_has_the_id_of_a_dvc(project
             process.wait()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

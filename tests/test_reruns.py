@@ -6,15 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-from studies import MICRO, ROOT, command, git, micro_project
+from studies import MICRO, ROOT, command, git
 
 from dit.config import Params
 from dit.errors import InputError
 from pipelines import design
 from pipelines.overrides import override
-from pipelines.records.evaluation import EvaluateRecord
 from pipelines.stages.design import write_design
 
 STAGES = """
@@ -46,7 +44,7 @@ RUNS = 6
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(tmp_path_factory: pytest.TempPathFactory, prefect_api: dict[str, str]) -> Path:
     """Three strategies at two learning rates. Stages note in `log` that they run; all have run."""
     root = tmp_path_factory.mktemp("reruns")
     for package in ("dit", "pipelines"):
@@ -57,7 +55,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / ".dvcignore").write_text("__pycache__\n")
     git(root, "init", "--quiet")
     assert command(root, "dvc", "init", "--quiet", "--force").returncode == 0
-    done = command(root, "pipelines", "study")
+    done = command(root, "pipelines", "study", **prefect_api)
     assert done.returncode == 0, done.stdout
     return root
 
@@ -74,9 +72,14 @@ ROUNDS = {
         ],
         [*at("head_xavier", "0.001", "0.002"), *at("mine", "0.001", "0.002"), "all"],
     ),
-    "a comment": ([("dit/library.yaml", "head_xavier:\n", "head_xavier:  # the question\n")], []),
+    "a comment, and a value that factors replace": (
+        [
+            ("dit/library.yaml", "head_xavier:\n", "head_xavier:  # the question\n"),
+            ("params.yaml", "learning_rate: 1.0e-3", "learning_rate: 5.0e-3"),
+        ],
+        [],
+    ),
     "a description": ([("dit/library.yaml", "The question itself.", "The question.")], ["all"]),
-    "a value that the factor replaces": ([("params.yaml", "learning_rate: 1.0e-3", "learning_rate: 5.0e-3")], []),
     "a level more": (
         [("params.yaml", "[0.001, 0.002]", "[0.001, 0.002, 0.004]")],
         [name for strategy in ("adaln_zero", "head_xavier", "mine") for name in at(strategy, "0.004")] + ["all"],
@@ -93,22 +96,23 @@ ROUNDS = {
 
 
 @pytest.mark.parametrize("way", [("dvc", "repro"), ("pipelines", "study")])
-def test_an_edit_reruns_its_own_stages_alone(project: Path, tmp_path: Path, way: tuple[str, str]) -> None:
+def test_an_edit_reruns_its_own_stages_alone(
+    project: Path, tmp_path: Path, prefect_api: dict[str, str], way: tuple[str, str]
+) -> None:
     root = shutil.copytree(project, tmp_path / "project", symlinks=True)
-    rounds = (
-        ROUNDS if way[0] == "dvc" else {what: ROUNDS[what] for what in ("rules of two strategies", "a comment", "a level more")}
-    )
+    chosen = ("rules of two strategies", "a comment, and a value that factors replace", "a level more")
+    rounds = ROUNDS if way[0] == "dvc" else {what: ROUNDS[what] for what in chosen}
     for what, (edits, reruns) in rounds.items():
         for file, old, new in edits:
             text = (root / file).read_text()
             assert text.count(old) == 1, what
             (root / file).write_text(text.replace(old, new))
         (root / "log").write_text("")
-        done = command(root, *way)
+        done = command(root, *way, **prefect_api)
         if "did not list the runs of params.yaml. It does now" in done.stdout:  # DVC has read the old list by then
             assert way[0] == "dvc"
             assert done.returncode
-            done = command(root, *way)
+            done = command(root, *way, **prefect_api)
         assert done.returncode == 0, done.stdout
         assert sorted((root / "log").read_text().split()) == sorted(reruns), what
         if way[0] == "pipelines":  # whatever has nothing to do starts no process
@@ -131,32 +135,3 @@ def test_a_run_refuses_parameters_and_rules_other_than_those_that_dvc_tracks(
         item.identity_file.write_text(json.dumps(other))
         with pytest.raises(InputError, match=rf"was written for other {key} than train@adaln_zero-0 has now"):
             design.checked_identity(params, item)
-
-
-def reference(path: Path, mean: float) -> None:
-    """Statistics in the features of the micro study, as guided-diffusion writes them."""
-    np.savez(path, mu=np.full(1280, mean), sigma=np.eye(1280))
-
-
-def test_other_reference_statistics_are_another_evaluation_and_no_other_training(tmp_path: Path) -> None:
-    root = micro_project(tmp_path / "study")
-    reference(tmp_path / "reference.npz", 0.0)
-    few = {"study.seeds": [0], "train.steps": 10, "train.validate_every": 10, "train.diagnose_every": 10}
-    values = {**few, "evaluate.reference": str(tmp_path / "reference.npz")}
-    (root / "params.yaml").write_text(override((root / "params.yaml").read_text(), values))
-    first = command(root, "pipelines", "study")
-    assert first.returncode == 0, first.stdout
-    record = root / "runs" / "evaluate" / "adaln_zero-0" / EvaluateRecord.FILE
-    before = json.loads(record.read_text())
-    assert before["reference"]["file"] == "reference.npz"
-    assert before["metrics"]["reference_fid"] > 0
-
-    reference(tmp_path / "reference.npz", 1.0)
-    again = command(root, "pipelines", "study")
-    assert again.returncode == 0, again.stdout
-    ran = {line.split(" | ")[0].strip() for line in again.stdout.splitlines() if line.endswith("| started")}
-    assert ran == {"evaluate@adaln_zero-0", "evaluate@symmetric-0", "compare"}
-    after = json.loads(record.read_text())
-    assert after["reference"]["sha256"] != before["reference"]["sha256"]
-    assert after["metrics"]["reference_fid"] != before["metrics"]["reference_fid"]
-    assert "Data and pipelines are up to date" in command(root, "dvc", "status").stdout

@@ -94,11 +94,11 @@ def small_dit(shape: dict[str, Any], objective: str = "eps") -> DiT:
 
 @pytest.mark.parametrize("name", named_strategies())
 def test_every_named_strategy_wakes_up_as_predicted(params: Params, name: str) -> None:
-    for shape in SHAPES:
-        for objective, optimizer in (("v", "AdamW"), *(("eps", optimizer) for optimizer in OPTIMIZERS)):
-            expected = predicted(named(name), small_dit(shape, objective), optimizer)
-            found = measured(params, named(name), small_dit(shape, objective), objective, optimizer)
-            assert found == expected, (shape, objective, optimizer)
+    cases = [(shape, "eps", optimizer) for shape in SHAPES for optimizer in OPTIMIZERS]
+    for shape, objective, optimizer in [*cases, (SHAPES[0], "v", "AdamW")]:
+        expected = predicted(named(name), small_dit(shape, objective), optimizer)
+        found = measured(params, named(name), small_dit(shape, objective), objective, optimizer)
+        assert found == expected, (shape, objective, optimizer)
 
 
 MATRICES: list[dict[str, Any]] = [

@@ -141,7 +141,7 @@ def begun(project: Path) -> psutil.Process:
     return psutil.Process(int((project.parent / "pid").read_text()))
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -212,7 +212,7 @@ def test_a_process_that_is_killed_is_noticed_and_the_stage_tried_again(
         if who == "guard":  # DVC finishes what it does
             go(project)
         with pytest.raises(dag.StageError, match="killed by SIGKILL") as failure:
-            running.result(60)
+            running.result(120)
         assert failure.value.transient
     assert not stage.is_running()
     go(project)

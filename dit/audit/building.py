@@ -20,6 +20,9 @@ from dit.models.external.sources import built
 MAX_NUMBER = 2**40
 """The largest number in a configuration."""
 
+MAX_CHANNELS = 2**13
+"""Channels of a sample, and the largest number in a list: these are widths, and sizes of positions along several sides."""
+
 MAX_DEPTH = 32
 """Lists and mappings inside one another in a configuration."""
 
@@ -29,11 +32,11 @@ MAX_ENTRIES = 100_000
 MAX_SIDE = 512
 """Positions along a side of a sample or of a table of positions: such a table is computed, not only described."""
 
-MAX_LAYERS = 4096
+MAX_LAYERS = 256
 """Blocks of a network."""
 
-MAX_MODULES = 30_000
-"""Modules of a network: a thousand blocks of thirty."""
+MAX_MODULES = 10_000
+"""Modules of a network: 256 blocks of forty."""
 
 SIDES = ("sample_size", "sample_width", "sample_height", "pos_embed_max_size", "sample_frames", "image_size", "input_size")
 
@@ -50,11 +53,14 @@ def check_config(name: str, config: Mapping[str, Any]) -> None:
         if depth > MAX_DEPTH or count > MAX_ENTRIES:
             raise ConfigError(f"--config of {name}: nested deeper than {MAX_DEPTH}, or more than {MAX_ENTRIES:,} values")
         number = isinstance(value, int | float) and not isinstance(value, bool)
+        shown = path[1:].removesuffix("[]")
         if number and (not math.isfinite(value) or abs(value) > MAX_NUMBER):
-            raise ConfigError(f"--config of {name}: {path[1:]} is no size of a network; expected at most 2^40")
-        most = MAX_SIDE if path[1:] in SIDES else MAX_LAYERS if LAYERS.fullmatch(path[1:]) else MAX_NUMBER
+            raise ConfigError(f"--config of {name}: {shown} is no size of a network; expected at most 2^40")
+        most = MAX_SIDE if shown in SIDES else MAX_LAYERS if LAYERS.fullmatch(shown) else MAX_NUMBER
+        if path.endswith("[]") or shown.endswith("channels"):
+            most = min(most, MAX_CHANNELS)
         if number and value > most:
-            raise ConfigError(f"--config of {name}: {path[1:]} = {value}; expected at most {most}")
+            raise ConfigError(f"--config of {name}: {shown} = {value}; expected at most {most}")
 
 
 def _values(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Any, int]]:
@@ -66,7 +72,7 @@ def _values(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, A
             yield from _values(item, f"{path}.{key}", depth + 1)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _values(item, path, depth + 1)
+            yield from _values(item, path if path.endswith("[]") else f"{path}[]", depth + 1)
 
 
 def made(constructor: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dit.autoencoder.coding import Encoder, decode, reconstruct, to_pixels, to_tensor
+from dit.autoencoder.coding import Decoder, Encoder, decoder_for, reconstruct, to_pixels, to_tensor
 from dit.autoencoder.files import load_autoencoder, save
 from dit.autoencoder.kinds import Autoencoder, Pixels
 from dit.autoencoder.published import load_pretrained
@@ -22,10 +22,11 @@ from dit.sections import IdentityAutoencoder, PretrainedAutoencoder, TrainedAuto
 __all__ = [
     "MAX_PSNR",
     "Autoencoder",
+    "Decoder",
     "Encoder",
     "Pixels",
     "build",
-    "decode",
+    "decoder_for",
     "load_autoencoder",
     "load_pretrained",
     "make_autoencoder",

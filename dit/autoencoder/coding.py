@@ -13,8 +13,11 @@ from torch import Tensor
 
 from dit.autoencoder.kinds import Autoencoder, Pixels
 from dit.autoencoder.published import normalization
-from dit.devices import autocast, send
+from dit.devices import autocast, is_nvidia, resolve_precision, send
+from dit.fused import decoder as fused_decoder
+from dit.fused.decoder import FusedDecoder
 from dit.fused.encoder import FusedEncoder
+from dit.sections import EvaluateParams
 
 BATCH_SIZE = 16
 """Images reconstructed together. It bounds memory; results depend on it only by rounding."""
@@ -75,22 +78,60 @@ class Encoder:
         return posterior.mean.float(), posterior.logvar.float().mul(0.5).exp()
 
 
-@torch.no_grad()
-def decode(autoencoder: Autoencoder, latents: Tensor) -> np.ndarray:
-    """Raw latents (B, C, h, w), on any device -> pixels (B, H, W, C) uint8."""
-    return to_pixels(autoencoder.decode(latents.to(autoencoder.device, torch.float32)).sample)
+class Decoder:
+    """The decoder of `autoencoder`, in `precision`, by `backend`, as in `Encoder`."""
+
+    def __init__(self, autoencoder: Autoencoder, precision: torch.dtype = torch.float32, backend: str = "eager") -> None:
+        self.device, self.precision, self.backend = autoencoder.device, precision, backend
+
+        def plain(latents: Tensor) -> Tensor:
+            return autoencoder.decode(latents).sample
+
+        ways: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+            "fused": lambda: FusedDecoder(autoencoder),
+            "compiled": lambda: torch.compile(plain),
+            "eager": lambda: plain,
+        }
+        self.images = plain if isinstance(autoencoder, Pixels) else ways[backend]()
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> np.ndarray:
+        """Raw latents (B, C, h, w), on any device -> pixels (B, H, W, C) uint8."""
+        with autocast(self.device, self.precision):
+            images = self.images(latents.to(self.device, torch.float32))
+        return to_pixels(images)
+
+
+def decoder_for(autoencoder: Autoencoder, settings: EvaluateParams) -> Decoder:
+    """The decoder in the precision and by the backend with which `settings` have samples drawn.
+
+    `auto` and `fused` are the fused decoder in bf16 on an NVIDIA GPU, for an autoencoder that it supports, else eager. In place
+    of fp16, in which some overflow, an autoencoder whose config says `force_upcast` has float32, as in diffusers' pipelines.
+    """
+    device = autoencoder.device
+    precision = resolve_precision(settings.precision, device)
+    if precision == torch.float16 and getattr(autoencoder.config, "force_upcast", False):
+        precision = torch.float32
+    if settings.backend in ("compiled", "eager"):
+        return Decoder(autoencoder, precision, settings.backend)
+    can_fuse = is_nvidia(device) and precision == torch.bfloat16 and fused_decoder.supports(autoencoder)
+    return Decoder(autoencoder, precision, "fused" if can_fuse else "eager")
 
 
 def reconstruct(autoencoder: Autoencoder, images: np.ndarray) -> np.ndarray:
     """Pixels (N, H, W, C) uint8 -> the same, encoded and decoded, a few at a time."""
-    encoder = Encoder(autoencoder)
+    encoder, decoder = Encoder(autoencoder), Decoder(autoencoder)
     batches = [images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE)]
-    return np.concatenate([decode(autoencoder, encoder(batch)[0]) for batch in batches])
+    return np.concatenate([decoder(encoder(batch)[0]) for batch in batches])
 
 
 def to_tensor(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """Pixels (B, H, W, C) uint8 -> (B, C, H, W) float32 in -1..1, on `device`, where they arrive as bytes."""
-    pixels = send(torch.from_numpy(np.array(images, order="C")), torch.device(device))
+    return scaled(send(torch.from_numpy(np.array(images, order="C")), torch.device(device)))
+
+
+def scaled(pixels: Tensor) -> Tensor:
+    """Pixels (B, H, W, C) uint8 -> (B, C, H, W) float32 in -1..1."""
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
 
 from dit import checkpoint
-from dit.autoencoder.coding import to_tensor
-from dit.devices import resolve_device
+from dit.autoencoder.coding import scaled
+from dit.devices import is_nvidia, resolve_device, send
 from dit.errors import ConfigError
+from dit.fused import decoder as fused_decoder, encoder as fused_encoder
+from dit.fused.capture import Captured
 from dit.progress import progress
 from dit.sections import TrainedAutoencoder
 from dit.seeding import derive_seed, generator
@@ -24,6 +30,14 @@ MAX_NORM_GROUPS = 8
 """Group normalisation has the largest number of groups, up to this one, that divides all widths."""
 CHECKPOINT_EVERY = 250
 """Steps between checkpoints; the result does not depend on it."""
+LOSSES_READ_EVERY = 50
+"""Steps between two readings of losses on a GPU, which has to wait for each; on a CPU every loss is read at its step."""
+Backend = Literal["eager", "graph", "fused"]
+"""How loss and gradients are computed: kernel by kernel, as a CUDA graph, or as a graph with the kernels of `dit.fused`."""
+Coding = Callable[[Tensor], Tensor]
+"""Images to moments of their posteriors, or latents to images."""
+RESIDENT_SHARE = 0.2
+"""Images stay in the memory of a GPU where they fill at most this share of it."""
 
 
 def build(params: TrainedAutoencoder, size: int, image_channels: int = 3) -> AutoencoderKL:
@@ -52,54 +66,141 @@ def build(params: TrainedAutoencoder, size: int, image_channels: int = 3) -> Aut
 def train(params: TrainedAutoencoder, images: np.ndarray, scratch: Path) -> AutoencoderKL:
     """Train on `images` (N, size, size, C) uint8 and their mirror images: Adam, its learning rate falling to zero as a cosine.
 
-    It goes on from the checkpoint in `scratch`, if there is one, and ends as if it had never stopped. Raises `ConfigError`
-    where the loss stops being finite.
+    It goes on from the checkpoint in `scratch`, if there is one, and ends as if it had never stopped. All is float32, but
+    PyTorch lets a GPU's convolutions round what they multiply to TF32. Raises `ConfigError` where the loss stops being finite,
+    and names the first such step.
     """
     device = resolve_device(params.device)
-    autoencoder = build(params, images.shape[1], images.shape[3]).to(device).train()
-    optimiser = torch.optim.Adam(autoencoder.parameters(), lr=params.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, params.steps)
-    state = {"model": autoencoder, "optimiser": optimiser, "schedule": schedule}
+    steps = Steps(params, images, device)
     first = 0
     if saved := checkpoint.load(scratch, device):
         first = saved["steps_done"]
-        for name, part in state.items():
+        for name, part in steps.state.items():
             part.load_state_dict(saved[name])
         print(f"autoencoder: resumed at step {first}")
+    read_every = LOSSES_READ_EVERY if device.type == "cuda" else 1
+    losses: list[Tensor] = []
     with progress(params.steps, "autoencoder", "step", done=first) as bar:
         for step in range(first, params.steps):
             if step > first and step % CHECKPOINT_EVERY == 0:
-                checkpoint.save(scratch, {"steps_done": step, **{name: part.state_dict() for name, part in state.items()}})
-            draws = generator("autoencoder", params.seed, step)
-            loss = _loss(autoencoder, _batch(images, params.batch_size, draws).to(device), params.kl_weight, draws)
-            if not loss.isfinite():
-                raise ConfigError(
-                    f"the autoencoder's loss is {loss.item()} at step {step}: "
-                    f"expected it to be finite; try autoencoder.learning_rate below {params.learning_rate}"
-                )
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-            bar.update()
+                saved = {"steps_done": step, **{name: part.state_dict() for name, part in steps.state.items()}}
+                checkpoint.save(scratch, saved)
+            losses.append(steps(step))
+            done = step + 1
+            if len(losses) == read_every or done % CHECKPOINT_EVERY == 0 or done == params.steps:
+                last = _read(losses, done - len(losses), params.learning_rate)
+                bar.set_postfix(loss=f"{last:.4f}", refresh=False)
+                bar.update(len(losses))
+                losses.clear()
     checkpoint.remove(scratch)
-    return autoencoder.eval().requires_grad_(False)
+    steps.optimiser.zero_grad()
+    return steps.autoencoder.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
 
 
-def _batch(images: np.ndarray, batch_size: int, draws: torch.Generator) -> Tensor:
-    """Random images, each mirrored with probability 1/2: (B, C, H, W) in -1..1."""
-    rows = torch.randint(len(images), (batch_size,), generator=draws)
-    mirrored = torch.rand(batch_size, generator=draws) < 0.5
-    batch = to_tensor(images[rows.numpy()])
-    return torch.where(mirrored.view(-1, 1, 1, 1), batch.flip(3), batch)
+class Steps:
+    """`steps(step)` takes that optimiser step. `state` is what the next steps depend on, by name.
+
+    `backend` is the fastest that there is for this device and autoencoder, unless one is given.
+    """
+
+    def __init__(
+        self, params: TrainedAutoencoder, images: np.ndarray, device: torch.device, backend: Backend | None = None
+    ) -> None:
+        network = build(params, images.shape[1], images.shape[3]).to(device).train()
+        self.autoencoder: AutoencoderKL = network
+        backend = backend or _fastest(network, device)
+        if backend == "fused":
+            network.to(memory_format=torch.channels_last)
+        fused_adam = device.type == "cuda" or None
+        self.optimiser = torch.optim.Adam(network.parameters(), lr=params.learning_rate, fused=fused_adam)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, params.steps)
+        self.state = {"model": network, "optimiser": self.optimiser, "schedule": self.schedule}
+        self.batches = _Batches(params, images, device)
+        encode, decode = _fused(network) if backend == "fused" else _plain(network)
+        loss = partial(_loss, encode, decode, params.kl_weight)
+        gradients = partial(_gradients, list(network.parameters()), loss)
+        self.gradients: Callable[..., Tensor] = gradients if backend == "eager" else Captured(gradients)
+
+    def __call__(self, step: int) -> Tensor:
+        """Returns the loss before the step, on the device."""
+        loss = self.gradients(*self.batches(step)).clone()  # the graph overwrites it at the next step
+        self.optimiser.step()
+        self.schedule.step()
+        return loss
 
 
-def _loss(autoencoder: AutoencoderKL, batch: Tensor, kl_weight: float, draws: torch.Generator) -> Tensor:
+def _fastest(autoencoder: AutoencoderKL, device: torch.device) -> Backend:
+    if not is_nvidia(device):
+        return "eager"
+    return "fused" if fused_encoder.supports(autoencoder) and fused_decoder.supports(autoencoder) else "graph"
+
+
+def _plain(autoencoder: AutoencoderKL) -> tuple[Coding, Coding]:
+    """Encoder and decoder as diffusers computes them."""
+    return lambda images: autoencoder.encode(images).latent_dist.parameters, lambda z: autoencoder.decode(z).sample
+
+
+def _fused(autoencoder: AutoencoderKL) -> tuple[Coding, Coding]:
+    """The same by the kernels of `dit.fused`."""
+    return partial(fused_encoder.encode, autoencoder), partial(fused_decoder.decode, autoencoder)
+
+
+class _Batches:
+    """`batches(step)` is the batch of that step: a pure function of it and of the seed."""
+
+    def __init__(self, params: TrainedAutoencoder, images: np.ndarray, device: torch.device) -> None:
+        self.params, self.images, self.device = params, images, device
+        self.resident: Tensor | None = None
+        if device.type == "cuda" and images.nbytes <= RESIDENT_SHARE * torch.cuda.get_device_properties(device).total_memory:
+            self.resident = torch.tensor(images, device=device)
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels (B, H, W, C) uint8 of random images, which of them are mirrored (B,), and posterior noise (B, c, h, w).
+
+        All are drawn on the CPU and are on the device.
+        """
+        params = self.params
+        draws = generator("autoencoder", params.seed, step)
+        rows = torch.randint(len(self.images), (params.batch_size,), generator=draws)
+        mirrored = torch.rand(params.batch_size, generator=draws) < 0.5
+        height, width = (length // params.downsample for length in self.images.shape[1:3])
+        noise = torch.randn(params.batch_size, params.latent_channels, height, width, generator=draws)
+        return self._pixels(rows), send(mirrored, self.device), send(noise, self.device)
+
+    def _pixels(self, rows: Tensor) -> Tensor:
+        if self.resident is not None:
+            return self.resident[send(rows, self.device)]
+        return send(torch.from_numpy(np.array(self.images[rows.numpy()], order="C")), self.device)
+
+
+def _gradients(weights: list[nn.Parameter], loss_of: Callable[..., Tensor], *batch: Tensor) -> Tensor:
+    """Set the gradients of the loss, which is returned."""
+    for weight in weights:
+        weight.grad = None  # so that the backward pass of a graph puts its own memory here, the same at every step
+    loss = loss_of(*batch)
+    loss.backward()
+    return loss.detach()
+
+
+def _loss(encode: Coding, decode: Coding, kl_weight: float, pixels: Tensor, mirrored: Tensor, noise: Tensor) -> Tensor:
     """Mean squared error plus `kl_weight` times the divergence from a standard normal, both per pixel and colour.
 
     Rombach et al. (2022), appendix G, without the perceptual and the adversarial term, which need networks of their own.
     """
-    posterior = autoencoder.encode(batch).latent_dist
-    reconstruction = autoencoder.decode(posterior.sample(draws)).sample
+    batch = scaled(pixels)
+    batch = torch.where(mirrored.view(-1, 1, 1, 1), batch.flip(3), batch)
+    posterior = DiagonalGaussianDistribution(encode(batch))
+    reconstruction = decode(posterior.mean + posterior.std * noise)
     return F.mse_loss(reconstruction, batch) + kl_weight * posterior.kl().sum() / batch.numel()
+
+
+def _read(losses: list[Tensor], first: int, learning_rate: float) -> float:
+    """The last of `losses`, which are those of the steps from `first` on; raises `ConfigError` where one is not finite."""
+    values: list[float] = torch.stack(losses).tolist()
+    for step, value in enumerate(values, first):
+        if not math.isfinite(value):
+            raise ConfigError(
+                f"the autoencoder's loss is {value} at step {step}: "
+                f"expected it to be finite; try autoencoder.learning_rate below {learning_rate}"
+            )
+    return values[-1]

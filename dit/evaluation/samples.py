@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dit import checksums
-from dit.autoencoder import Autoencoder, decode
+from dit.autoencoder import Autoencoder, decoder_for
 from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.devices import resolve_precision
@@ -86,9 +86,10 @@ def look(
     keep, size = rows * num_classes, params.batch_size * ranks.size
     features, shown = [], []
     gathered = Gathered()
+    decode = decoder_for(autoencoder, params)
 
     def decoded(batch: Tensor) -> tuple[Tensor, ...]:
-        images = decode(autoencoder, batch)
+        images = decode(batch)
         seen = extractor.outputs(images) if measure else Outputs(extractor(images))
         others = (seen.spatial, seen.logits) if seen.spatial is not None and seen.logits is not None else ()
         return torch.from_numpy(images), seen.features, *others

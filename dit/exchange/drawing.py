@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from dit.autoencoder import decode
+from dit.autoencoder import decoder_for
 from dit.devices import resolve_precision
 from dit.distributed import Ranks
 from dit.errors import ConfigError, DataError, explain
@@ -107,7 +107,7 @@ def images(trained: Trained, labels: Tensor, settings: EvaluateParams, ranks: Ra
         )
     precision = resolve_precision(settings.precision, ranks.device)
     network = trained.network.to(ranks.device)
-    autoencoder = trained.autoencoder.to(ranks.device)
+    decode = decoder_for(trained.autoencoder.to(ranks.device), settings)
     backend = backend_for(network, settings.backend, ranks.device, precision, "evaluate")
     drawn = 0
     for latents in sampled(
@@ -125,7 +125,7 @@ def images(trained: Trained, labels: Tensor, settings: EvaluateParams, ranks: Ra
         raw = trained.denormalize(latents)
 
         def decoded(own: slice, raw: Tensor = raw) -> tuple[Tensor]:
-            return (torch.from_numpy(decode(autoencoder, raw[own])).to(ranks.device),)
+            return (torch.from_numpy(decode(raw[own])).to(ranks.device),)
 
         drawn += len(latents)
         yield ranks.split(decoded, len(raw))[0].cpu().numpy()

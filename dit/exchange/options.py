@@ -73,7 +73,7 @@ BatchSize = Annotated[
     typer.Option("--batch-size", "--per-proc-batch-size", min=1, help="Images at a time (default: the study's, or 32)."),
 ]
 Precision = Annotated[
-    str | None, typer.Option(help="Precision of the network: fp32, bf16, fp16 or auto (default: the study's, or auto).")
+    str | None, typer.Option(help="Precision of network and decoder: fp32, bf16, fp16 or auto (default: the study's, or auto).")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto (default: the study's, or auto).")]
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dit.devices import is_nvidia
+
 WARM_UPS = 2
 """Calls before the capture: compilation, handles and workspaces belong to them."""
 
@@ -19,6 +21,11 @@ class _Graph:
     inputs: list[Tensor]
     output: Tensor
     graph: torch.cuda.CUDAGraph
+
+
+def captured(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    """`function` as `Captured` on an NVIDIA GPU, elsewhere as it is."""
+    return Captured(function) if is_nvidia(device) else function
 
 
 class Captured:

@@ -13,7 +13,7 @@ from dit.preflight import autoencoder, evaluation, images, model, resources
 from dit.preflight.finding import Finding, Severity
 from dit.preflight.subject import Subject
 
-__all__ = ["CHECKS", "Finding", "Severity", "check", "errors"]
+__all__ = ["CHECKS", "Finding", "Severity", "check", "errors", "merged"]
 
 CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     images.check,
@@ -33,6 +33,12 @@ def check(params: Params, where: str = "params.yaml", stages: Collection[str] | 
     """
     subject = Subject.of(params, where, stages)
     return list(dict.fromkeys(finding for each in CHECKS for finding in each(subject)))
+
+
+def merged(findings: Collection[Finding], others: Collection[Finding]) -> list[Finding]:
+    """`findings` and `others`. Where others find a key of the parameters wrong, what `findings` say of it is left out."""
+    told = {finding.key for finding in others if finding.severity == "error"}
+    return [*(finding for finding in findings if finding.key not in told), *others]
 
 
 def errors(findings: Collection[Finding]) -> list[Finding]:

@@ -21,6 +21,11 @@ class Finding:
     expected: str = ""
     severity: Severity = "fine"
 
+    @property
+    def key(self) -> str:
+        """The key of the parameters that `where` names, or the file."""
+        return self.where.partition(" = ")[0]
+
     def __str__(self) -> str:
         """As one sentence."""
         return f"{self.where}: {self.found}{f'; expected {self.expected}' if self.expected else ''}"
@@ -30,7 +35,9 @@ def of_error(what: str, where: str, error: BaseException, severity: Severity = "
     """What an error says; `where` stands for the key and value where its message does not begin with them."""
     head, _, expected = " ".join(str(error).split()).partition("expected ")
     if named := _NAMED.match(head):
-        where = named[0]
+        key = named[0].partition(" = ")[0]
+        if not where.partition(" = ")[0].endswith(f".{key}"):  # else it says which of several
+            where = named[0]
         head = head[named.end() :]
     found = head.strip(" :;,").removeprefix("but ")
     return Finding(what, where.rstrip(" :;,"), found or "does not fit", expected, severity)

@@ -34,6 +34,7 @@ from dit.sections.optim import ConstantSchedule, DecaySchedule, OptimizerParams,
 from dit.sections.types import (
     LARGEST,
     MOST_PIXELS,
+    MOST_SETTINGS,
     Backend,
     Device,
     FilePath,
@@ -121,6 +122,8 @@ class StudyParams(Section):
                     raise ValueError(f"{where}.{key}: expected a dotted key of params.yaml, such as train.learning_rate")
         for key, levels in self.factors.items():
             values = list(levels.values()) if isinstance(levels, dict) else levels
+            if len(values) > MOST_SETTINGS:
+                raise ValueError(f"factors.{key} has {len(values):,} levels: expected at most {MOST_SETTINGS}")
             if not values or any(value in values[:index] for index, value in enumerate(values)):
                 raise ValueError(f"factors.{key} = {levels}: expected at least one level, and each level once")
 

@@ -28,6 +28,8 @@ MOST_PIXELS = 4096
 """Height and width of an image."""
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 FilePath = Annotated[Path, Field(strict=False)]
+MOST_SETTINGS = 1000
+"""Combinations of levels in a study. Each is checked beforehand, which takes a millisecond or more."""
 LEVEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", re.ASCII)
 """A level of a factor as part of the names of runs, folders and stages: 0.001, 1e-05, DiT-S_4."""
 LevelName = Annotated[str, Field(pattern=f"^{LEVEL_NAME.pattern}$")]

@@ -9,7 +9,9 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import socket
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -29,6 +31,7 @@ from prefect.tasks import Task
 from prefect.utilities.callables import get_call_parameters
 from prefect_ray.context import remote_options
 from prefect_ray.task_runners import RayTaskRunner
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dit import yamlfile
 from dit.config import Params
@@ -248,7 +251,11 @@ def _pinned(workspace: Path) -> set[str]:
 
 @contextmanager
 def _runner(listener: str) -> Iterator[RayTaskRunner[Any]]:
-    """Prefect's task runner, connected. The dashboard is off where Ray is started here, and Ray asks for a password."""
+    """Prefect's task runner, connected.
+
+    Where Ray is started here, its dashboard is off and it asks for a password; its sockets are in a folder that only this user
+    may enter, since by default every user of the machine may use them.
+    """
     address = os.environ.get(ADDRESS) or None
     options: dict[str, Any] = {
         "log_to_driver": False,
@@ -267,7 +274,8 @@ def _runner(listener: str) -> Iterator[RayTaskRunner[Any]]:
         if not token.exists():
             write_private(token, secrets.token_hex(32))
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token.resolve())  # a Ray that is started here asks for it by itself
-        options |= {"include_dashboard": False, "num_cpus": _cores()}
+        place = tempfile.mkdtemp(prefix="dit-ray-")  # of mode 0700; the folder in it Ray opens to everybody
+        options |= {"include_dashboard": False, "num_cpus": _cores(), "_temp_dir": f"{place}/ray"}
     logging.getLogger("ray").setLevel(logging.ERROR)
     runner: RayTaskRunner[Any] = RayTaskRunner(address or LOCAL, options)
     ray._private.worker.print_to_stdstream = lambda *_, **__: None  # Ray's own words on lost nodes, which no option turns off
@@ -280,6 +288,8 @@ def _runner(listener: str) -> Iterator[RayTaskRunner[Any]]:
         yield runner
     finally:
         runner.__exit__(None, None, None)
+        if not address:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _check_address(address: str) -> None:
@@ -318,7 +328,8 @@ def _check_api(nodes: Collection[Mapping[str, Any]]) -> None:
 def _heard(name: str) -> Iterator[None]:
     """What stages say on the nodes is said here too, and how long they took is noted."""
     actor: Any = ray.remote(num_cpus=0)(voices.Listener)
-    actor = actor.options(name=name, namespace=voices.NAMESPACE).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # other nodes may be lost
+    actor = actor.options(name=name, namespace=voices.NAMESPACE, scheduling_strategy=here).remote()
     ray.get(actor.take.remote(0.0))
     ended = threading.Event()
     terminal = logging.getLogger(TERMINAL)

@@ -28,7 +28,7 @@ HEAD = """\
 `python -m pipelines.evidence write` makes this page from the results in this folder. What each study asks, and what its answers
 would mean, was committed before it ran: [README.md](README.md). Only a declared comparison or effect has a verdict. Everything
 else is exploratory, and its p-values are not corrected. Intervals are 95 %, by Student's t over seeds. "Error" is the final
-validation error of the averaged weights. "idx at 32 px" is Fashion-MNIST at 32 x 32 pixels; its files have the format idx.
+validation error of the averaged weights.
 
 - **best learning rate**: the minimum of a parabola through three measured rates, over all seeds. The seeds that choose a rate
   for a verdict are fewer, so their best rate may be another one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -79,6 +80,7 @@ def _curve(run: Run) -> pd.Series:
     return run.validation("model")["mse"]
 
 
+@cache
 def template() -> str:
     """A template for the page that `dvc plots show` writes, with Vega inside."""
     return PAGE % vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE)

@@ -10,7 +10,7 @@ from typing import Any
 from dit.analysis.study import Place
 from dit.config import Params
 from dit.design import Run, Setting
-from dit.sections import FolderSource, HuggingFaceSource
+from dit.sections import FolderSource, HuggingFaceSource, IdxSource, UnlabelledSource
 
 LEARNING_RATE = "train.learning_rate"
 
@@ -42,12 +42,14 @@ def level_of(setting: Setting, key: str) -> str:
 
 
 def data_of(params: Params, levels: Mapping[str, Any]) -> str:
-    """The images of a run in words: `photos at 32 px`."""
+    """The images of a run in words, such as `photos at 32 px`; those of a folder are called by its name."""
     images = params.with_values({key: level for key, level in levels.items() if key.startswith("images.")}).images
     source = images.source
-    name: str = source.kind
-    if isinstance(source, FolderSource):
-        name = Path(source.root).name
-    elif isinstance(source, HuggingFaceSource):
-        name = source.path
+    match source:
+        case FolderSource() | UnlabelledSource() | IdxSource():
+            name = Path(source.root).name
+        case HuggingFaceSource():
+            name = source.path
+        case _:
+            name = source.kind
     return f"{name} at {images.size} px"

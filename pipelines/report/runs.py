@@ -10,7 +10,7 @@ from typing import Literal
 
 import pandas as pd
 
-from dit import design as designs
+from dit import checksums, design as designs
 from dit.analysis.failures import History
 from dit.analysis.study import Findings, Question, Trained, find
 from dit.config import Params
@@ -125,8 +125,9 @@ class Sampled:
 
     @property
     def grid(self) -> bytes | None:
-        """The PNG of the samples, if there is any."""
+        """The PNG of the samples, if there is any. Raises `DamagedError` where it was changed."""
         path = self.folder / "grid.png"
+        checksums.verify(path)
         return path.read_bytes() if path.exists() else None
 
 

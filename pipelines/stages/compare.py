@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dit import checksums
 from dit.config import Params
 from dit.data.images import load_images
 from pipelines.design import Item, data_folder
@@ -72,12 +73,11 @@ def drop_departed(study: Study) -> None:
 
 
 def read_autoencoder(directory: Path) -> Autoencoder:
-    """What stage `autoencoder` wrote beside its model."""
-
-    def read(path: str) -> dict[str, Any]:
-        return json.loads((directory / path).read_text())
-
-    return Autoencoder(read("metrics.json"), read("model/config.json"), (directory / "reconstructions.png").read_bytes())
+    """What stage `autoencoder` wrote beside its model. Raises `DamagedError` for a file that was changed."""
+    metrics, about, picture = (directory / path for path in ("metrics.json", "model/config.json", "reconstructions.png"))
+    for path in (metrics, about, picture):
+        checksums.verify(path)
+    return Autoencoder(json.loads(metrics.read_text()), json.loads(about.read_text()), picture.read_bytes())
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import typer
 
 from dit.config import Params, load
 from dit.errors import InputError, UserError
-from pipelines import design
+from pipelines import design, named_files
 from pipelines.design import Item
 from pipelines.disk import FullDiskError, full_path
 from pipelines.stages.launch import WRONG_INPUT, check_devices, in_group, join_group, run_group
@@ -46,6 +46,7 @@ def run_dvc_stage(stage: Stage, name: str, section: str = "") -> None:
             params = load()
             item = design.item_named(params, name, key)
             params = params.with_values(item.setting.levels)
+            named_files.link_from_home(params, Path.cwd())
             settings = getattr(params, section) if section else None
             if in_group():
                 join_group(section, settings)

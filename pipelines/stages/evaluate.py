@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dit import design as designs
+from dit import checksums, design as designs
 from dit.autoencoder import load_autoencoder
 from dit.checksums import sha256
 from dit.config import Params
@@ -112,6 +112,7 @@ def evaluated_run(params: Params, item: Item) -> Run:
         return runs.named(chosen.name)
     if not chosen.is_file():
         raise InputError(chosen)
+    checksums.verify(chosen)
     return runs.named(json.loads(chosen.read_text())["runs"][str(item.seed)])
 
 

@@ -11,7 +11,8 @@ from dit.data.images import load_images
 from dit.data.latents import write_latents
 from dit.devices import make_deterministic, resolve_backend, resolve_device, resolve_precision
 from dit.distributed import Ranks, joined
-from dit.fused.encoder import NEEDS, supports
+from dit.fused.encoder import supports
+from dit.fused.residual import NEEDS
 from dit.sections import LatentsParams
 from pipelines.design import Item
 from pipelines.files import complete_directory

@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 from studies import environment, free_port
 
-from chaos.micro import NOBODY, Study
+from chaos.micro import NOBODY, SOMEBODY, Study, differences
 
 Hit = Callable[[subprocess.Popen[str]], str | None]
 """Disturbs the running study in the way of the condition; says what it did, or None where it could do nothing."""
@@ -235,6 +236,60 @@ def two_studies(study: Study, _draws: random.Random) -> Iterator[Hit]:
     yield hit
 
 
+READ = """
+import os, sys
+for path in sys.argv[1:]:
+    for mode in ("rb", "r+b"):
+        try:
+            open(path, mode)
+            print(mode, path)
+        except OSError:
+            pass
+"""
+"""Tells which of some files its user can read or write."""
+PRIVATE = (".scratch/services/**/*", ".scratch/prefect/**/*", ".dvc/tmp/site/**/*")
+"""What no other user may read."""
+
+
+@contextmanager
+def two_users(study: Study, _draws: random.Random) -> Iterator[Hit]:
+    """Somebody else runs the same study in a folder of their own at the same time; none sees or changes what is the other's."""
+    before = _own_files(NOBODY, SOMEBODY)
+    other = Study(study.root.with_name(f"{study.root.name}.other"), study.log.with_suffix(".other.log"))
+    shutil.copytree(study.root, other.root, symlinks=True)
+    for each, user in ((study, NOBODY), (other, SOMEBODY)):
+        each.own(user)
+        each.variables |= {
+            "USER": str(user),
+            "DVC_SITE_CACHE_DIR": "",
+            "HOME": str(each.root / ".scratch"),
+            "XDG_CACHE_HOME": "",
+        }
+    process = other.start()
+    yield _nothing
+    if process.wait():
+        raise AssertionError(f"the study of another user ended with an error: {other.said()[-500:]}")
+    if different := differences(study.outputs(), other.outputs()):
+        raise AssertionError(f"the study of another user has other outputs: {different[:5]}")
+    for own, reader in ((study, SOMEBODY), (other, NOBODY)):
+        files = [str(file) for pattern in PRIVATE for file in own.root.glob(pattern) if file.is_file()]
+        script = [sys.executable, "-c", READ, *files]
+        who: dict[str, Any] = {"user": reader, "group": reader, "extra_groups": []}
+        told = subprocess.run(script, **who, capture_output=True, text=True, check=False)
+        if not files or told.returncode or told.stdout:
+            raise AssertionError(f"another user gets at {told.stdout or told.stderr or 'nothing, since there is none'}")
+    if left := _own_files(NOBODY, SOMEBODY) - before:
+        raise AssertionError(f"left in folders that all users share: {sorted(left)[:5]}")
+    shutil.rmtree(other.root)
+
+
+def _own_files(*users: int) -> set[str]:
+    """What these users have in folders that all users of the machine write."""
+    places = [Path(name) for name in ("/tmp", "/var/tmp", "/dev/shm")]
+    there = [each for place in places if place.is_dir() for each in (*place.glob("*"), *place.glob("dvc/repo/*"))]
+    return {str(each) for each in there if each.lstat().st_uid in users}
+
+
 CONDITIONS: dict[str, Condition] = {
     "plain": plain,
     "ordinary user": ordinary_user,
@@ -244,6 +299,7 @@ CONDITIONS: dict[str, Condition] = {
     "server that goes": server_that_goes,
     "server that drips": server_that_drips,
     "two studies": two_studies,
+    "two users": two_users,
 }
 
 
@@ -252,6 +308,7 @@ def possible() -> list[str]:
     root = os.geteuid() == 0
     needs = {
         "ordinary user": root and _runs_python(NOBODY),
+        "two users": root and _runs_python(NOBODY),
         "small disk": root,
         "little memory": root and os.access(CGROUP / "cgroup.procs", os.W_OK),
     }

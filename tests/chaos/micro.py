@@ -25,6 +25,8 @@ KINDS = {
     "warm server": ("pipelines.warm_server",),
 }
 """Processes of a study, by words of their command."""
+SOMEBODY = 65533
+"""Another user, whom the system need not know."""
 NOBODY = 65534
 """The user and group of nobody (Linux Standard Base, users and groups)."""
 

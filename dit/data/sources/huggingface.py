@@ -77,7 +77,7 @@ def first_pictures(source: HuggingFaceSource, count: int) -> list[Encoded]:
 def _open(source: HuggingFaceSource, key: str, split: str, streamed: bool = False) -> Any:
     """One split, its columns checked, from a directory that `save_to_disk` wrote, or from whatever `load_dataset` reads.
 
-    It is a `Dataset`, or an iterable one if it is `streamed`, of which only what is asked for is read.
+    Returns a `Dataset`. If `streamed`, returns an `IterableDataset`, which reads rows only as they are asked for.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
