@@ -57,7 +57,7 @@ class Loss:
 
 
 class Diffusion:
-    """Noising, targets and loss of one training objective, on one device."""
+    """The noising, the target and the loss of one training objective, on one device."""
 
     def __init__(self, params: DiffusionParams, device: torch.device | str = "cpu") -> None:
         self.objective = params.objective
@@ -88,10 +88,10 @@ class Diffusion:
         return values.float().to(self.device)
 
     def draw_timesteps(self, count: int, generator: Generator) -> Tensor:
-        """Timesteps (count,) of a training batch, from `generator` alone: int64, or float32 for flow matching.
+        """Timesteps (count,) of a training batch, which depend on `generator` alone: int64, or float32 for flow matching.
 
-        `uniform`, or `logit_normal`: the sigmoid of normal numbers, as fractions of the noising time, so that a mean above zero
-        prefers noise; Esser et al. (2024), section 3.1, where it is proposed for flow matching.
+        They are uniform, or `logit_normal`: the sigmoid of normal numbers gives t / num_timesteps, so with a mean above zero
+        noisy timesteps are more frequent. Esser et al. (2024), section 3.1, propose this for flow matching.
         """
         if self.timestep_sampling == "uniform":
             return self.timesteps_at(torch.rand(count, generator=generator, device=self.device))
@@ -100,7 +100,7 @@ class Diffusion:
         return self.timesteps_at(fraction.clamp(max=BELOW_ONE))
 
     def timesteps_at(self, fraction: Tensor) -> Tensor:
-        """Fractions (B,) of the noising time, in [0, 1) -> timesteps (B,)."""
+        """Fractions t / num_timesteps (B,) in [0, 1) -> timesteps (B,)."""
         t = fraction * self.num_timesteps
         return t if self.objective == "flow" else t.long().clamp(max=self.num_timesteps - 1)
 
@@ -117,9 +117,9 @@ class Diffusion:
         return signal * x0 + noise * eps
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the first C channels of the network should be, (B, C, H, W).
+        """What the first C channels of the network's output should be, (B, C, H, W).
 
-        v is that of Salimans & Ho (2022), section 4; the flow's velocity is d x_s / d s.
+        The v of objective `v` is that of Salimans & Ho (2022), section 4. The target of `flow` is the velocity d x_s / d s.
         """
         if self.objective == "eps":
             return eps
@@ -132,20 +132,21 @@ class Diffusion:
 
     @property
     def zero_output_error(self) -> float:
-        """Expected squared error of an output that is zero, E[target^2], for latents of unit variance.
+        """The expected squared error of a zero output, E[target^2], for latents of unit variance.
 
-        1 for eps and x0; for v, signal^2 + noise^2 = 1 at every timestep; 2 for flow, whose target is a difference of two.
+        It is 1 for eps and x0. For v it is signal^2 + noise^2, which is 1 at every timestep. For flow it is 2, because the
+        target is the difference of noise and latent.
         """
         return 2.0 if self.objective == "flow" else 1.0
 
     def training_loss(self, model: Denoise, batch: Batch, loss: Callable[..., Loss] | None = None) -> Loss:
-        """Noise a batch, call the network, and compute its loss. `loss` may be a compiled version of `self.loss`."""
+        """Add noise to a batch, call the network, and compute its loss. `loss` may be a compiled version of `self.loss`."""
         x_t = self.add_noise(batch.x0, batch.eps, batch.timesteps)
         output = model(x_t, batch.timesteps, batch.labels)
         return (loss or self.loss)(output, batch.x0, batch.eps, batch.timesteps, x_t)
 
     def loss(self, output: Tensor, x0: Tensor, eps: Tensor, t: Tensor, x_t: Tensor) -> Loss:
-        """The loss of the network's output (B, C or 2C, H, W): of its prediction and, if learned, of its sigma."""
+        """The loss of the network's output (B, C or 2C, H, W): that of its prediction and of its sigma, if learned."""
         output = output.float()
         if not self.learn_sigma:
             mse = _mean((output - self.target(x0, eps, t)) ** 2)

@@ -23,9 +23,9 @@ Location = tuple[int | str, ...]
 
 
 class UserError(Exception):
-    """Something that the user gave is wrong. The message says what, where, and what is expected.
+    """Something that the user gave is wrong. The message says what is wrong, where, and what is expected.
 
-    As text it is safe to print and not too long, whatever names or values of the user's it quotes.
+    `str` of the error is safe to print and not too long, whatever names or values it quotes.
     """
 
     def __str__(self) -> str:
@@ -49,9 +49,9 @@ class DataError(UserError):
 
 
 class InputError(DataError):
-    """A file or folder that an earlier step makes is not there, or was made with other parameters; `path` is where it lies.
+    """A file or folder that an earlier step makes is missing, or was made with other parameters.
 
-    The message says what is wrong with it. Whoever knows the earlier steps can say from `path` which one makes it.
+    The message says what is wrong with it. `path` is its path, from which a caller can find out which step makes it.
     """
 
     def __init__(self, path: str | Path, problem: str = "not found") -> None:

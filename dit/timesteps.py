@@ -60,7 +60,7 @@ def published_ddim(num_timesteps: int, steps: int) -> list[int]:
         below, above = max((n for n in counts if n < steps), default=None), min((n for n in counts if n > steps), default=None)
         nearest = " or ".join(str(n) for n in (below, above) if n is not None)
         raise ValueError(
-            f"no whole stride takes {num_timesteps} timesteps in {steps} steps; expected another number, such as {nearest}"
+            f"no whole stride gives {steps} of {num_timesteps} timesteps; expected another number of steps, such as {nearest}"
         )
     return list(range(0, num_timesteps, counts[steps]))[::-1]
 

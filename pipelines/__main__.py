@@ -122,8 +122,8 @@ def mlflow() -> None:
 
 @app.command()
 def up(
-    prefect_port: Annotated[str, typer.Option(envvar="PREFECT_PORT")] = str(services.PREFECT_PORT),
-    mlflow_port: Annotated[str, typer.Option(envvar="MLFLOW_PORT")] = str(services.MLFLOW_PORT),
+    prefect_port: Annotated[str, typer.Option(envvar="PREFECT_PORT", help="The port of Prefect.")] = str(services.PREFECT_PORT),
+    mlflow_port: Annotated[str, typer.Option(envvar="MLFLOW_PORT", help="The port of MLflow.")] = str(services.MLFLOW_PORT),
 ) -> None:
     """Start a Prefect server, a Prefect worker and the MLflow UI in the background, on 127.0.0.1."""
     ports = _port("PREFECT_PORT", prefect_port), _port("MLFLOW_PORT", mlflow_port)

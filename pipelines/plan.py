@@ -89,10 +89,10 @@ def plan(params: Params, done: Mapping[str, bool], workers: int | None) -> Plan:
     rows = []
     for kind in dict.fromkeys(name.partition("@")[0] for name in done):
         if kind == "train" and waiting[kind]:
-            rows.append(Row(kind, waiting[kind], fresh[kind], seconds / waiting[kind], "a probe of some steps"))
+            rows.append(Row(kind, waiting[kind], fresh[kind], seconds / waiting[kind], "some steps trained now"))
         else:
             known = remembered.get(kind, [])
-            source = f"{len(known)} earlier ones" if known else "no earlier one"
+            source = f"earlier stages: {len(known)}" if known else "no earlier stage"
             rows.append(Row(kind, waiting[kind], fresh[kind], statistics.median(known) if known else None, source))
     return Plan(params, rows, device_pool(params, workers).max_parallel, memory)
 
@@ -181,9 +181,9 @@ def show(found: Plan) -> None:
     )
     print(f"study '{study.name}': {len(runs.runs)} runs of {counts}")
     print(f"factors: {levels or 'none'}")
-    print(f"primary comparisons with {study.baseline}: {', '.join(study.primary) or 'none declared'}; sampled: {study.sample}")
+    print(f"primary comparisons with {study.baseline}: {', '.join(study.primary) or 'none declared'}; samples: {study.sample}")
     table = Table(box=SIMPLE)
-    for title in ("stage", "to run", "up to date", "seconds of one", "known from"):
+    for title in ("stage", "to run", "up to date", "seconds each", "known from"):
         table.add_column(title, justify="left" if title in ("stage", "known from") else "right")
     for row in found.rows:
         one = "?" if row.seconds is None else f"{row.seconds:.0f}"
@@ -193,10 +193,11 @@ def show(found: Plan) -> None:
         print("nothing to run: all is up to date")
         return
     print(
-        f"about {_time(found.seconds)} with {found.parallel} stages at once, {found.memory / 2**30:.2g} GiB for a training run"
+        f"about {_time(found.seconds)}, with {found.parallel} stages at a time; a training run needs "
+        f"{found.memory / 2**30:.2g} GiB of memory"
     )
     if unknown := [row.kind for row in found.rows if row.to_run and row.seconds is None]:
-        print(f"no earlier {', '.join(unknown)} tells how long one takes: counted as {START_SECONDS:.0f} s each")
+        print(f"no earlier stage tells how long these take, so each counts as {START_SECONDS:.0f} s: {', '.join(unknown)}")
 
 
 def _time(seconds: float) -> str:

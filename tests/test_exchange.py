@@ -212,7 +212,7 @@ def test_what_diffusers_cannot_express_is_refused_with_what_to_do_instead(study:
     in_published_layout("SiT-Micro/2", Path("sit.pt"))
     options = ("--checkpoint", "sit.pt", "--model", "SiT-Micro/2", "--vae", "vae")
     message = refused("export", *options, "exported")
-    assert "is a SiT, for which diffusers has no class with this arithmetic" in message
+    assert "is a SiT, and diffusers has no class that computes the same" in message
     assert "--format safetensors" in message
     run("export", *options, "exported", "--format", "safetensors")
     assert type(load("exported", Where()).network).__name__ == "SiT"

@@ -122,11 +122,11 @@ def test_each_at_its_best_can_reverse_what_the_same_rate_says() -> None:
     assert tuned.difference is not None
     assert (same.sign, tuned.difference.sign) == (-1, 1)
     assert tuned.difference.n == 3
-    assert str(tuned) == "each at its own best rate (interpolated, 0.002 against 0.005)"
+    assert str(tuned) == "each at its own best rate (0.002 against 0.005, interpolated)"
 
 
 def test_seeds_that_choose_the_rate_are_not_reported() -> None:
-    with pytest.raises(UserError, match=r"seeds \[2\] choose the learning rate and are reported at it"):
+    with pytest.raises(UserError, match=r"seeds \[2\] choose the learning rate and are also reported at it"):
         each_at_its_best(planted(2e-3), planted(2e-3), selection=[0, 1, 2], report=[2, 3])
 
 
@@ -137,7 +137,7 @@ def test_seeds_to_report_may_have_run_only_at_the_best_rate_and_what_its_spacing
     assert not tuned.interpolated
     assert tuned.difference is not None
     assert tuned.difference.n == 3
-    assert "0.002 costs 0.6 % of error against the interpolated optimum" in str(tuned)
+    assert "at its best measured rate, 0.002, the error is 0.6 % above that at the interpolated best rate" in str(tuned)
     with pytest.raises(UserError, match=r"runs are missing: seed 1 at 0\.0005"):
         best_rate(fewer, [0, 1])
 
@@ -145,4 +145,4 @@ def test_seeds_to_report_may_have_run_only_at_the_best_rate_and_what_its_spacing
 def test_a_best_rate_at_an_edge_is_reported_as_measured() -> None:
     tuned = each_at_its_best(planted(1e-1), planted(2e-3), selection=[0, 1], report=[2, 3, 4])
     assert not tuned.interpolated
-    assert tuned.limits == ("the best rate may lie beyond 0.016, the highest rate measured", *tuned.limits[1:])
+    assert tuned.limits == ("its best rate may lie beyond 0.016, the highest rate measured", *tuned.limits[1:])

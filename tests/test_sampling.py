@@ -224,7 +224,7 @@ def test_published_ddim_timesteps_are_multiples_of_the_smallest_fitting_stride_f
         if steps in lists:
             assert sampled_timesteps("ddim", "published", 1000, steps) == list(reversed(lists[steps]))
         else:
-            with pytest.raises(ValueError, match=f"no whole stride takes 1000 timesteps in {steps} steps"):
+            with pytest.raises(ValueError, match=f"no whole stride gives {steps} of 1000 timesteps"):
                 sampled_timesteps("ddim", "published", 1000, steps)
 
 

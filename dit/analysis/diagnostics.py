@@ -77,7 +77,8 @@ class RoleProbe:
         gates = {path: _rms(gate) for path, gate in self.backbone.gates(self.model, timesteps, labels).items()}
         special = [distinct, _effective_ranks(by_path), gates]
         self._special = [list(values) for values in special]
-        return _vector([list(values.values()) for values in special])
+        scalars = [list(values.values()) for values in special]
+        return _vector(scalars) if any(scalars) else torch.empty(0, device=timesteps.device)  # a network without such roles
 
     @torch.no_grad()
     def changes(self) -> Tensor:

@@ -167,7 +167,7 @@ class Tuned:
         if self.rate is None or self.baseline_rate is None:
             return "no rate at which all runs that choose it end well"
         how = "interpolated" if self.interpolated else "measured"
-        text = f"each at its own best rate ({how}, {self.rate:.2g} against {self.baseline_rate:.2g})"
+        text = f"each at its own best rate ({self.rate:.2g} against {self.baseline_rate:.2g}, {how})"
         return "; ".join([text, *self.limits])
 
 
@@ -180,17 +180,16 @@ def each_at_its_best(errors: Errors, baseline: Errors, selection: Collection[int
     overlap.
     """
     if both := sorted(set(selection) & set(report)):
-        raise UserError(
-            f"seeds {both} choose the learning rate and are reported at it: choose it on other seeds than those reported"
-        )
+        raise UserError(f"seeds {both} choose the learning rate and are also reported at it: let other seeds choose it")
     sides = [(side, _curve(side, _complete(side, selection))) for side in (errors, baseline)]
     values, baseline_values = (_at_optimum(side, curve, report) for side, curve in sides)
     if values and baseline_values:
         optima = [_optimum(curve).rate for _, curve in sides if curve]
         return Tuned(optima[0], optima[1], values, baseline_values, True, ())
     rate, baseline_rate = (sorted(side)[curve.best] if curve else None for side, curve in sides)
-    limits = dict.fromkeys(_limit(side, curve) for side, curve in sides if curve)
-    return Tuned(rate, baseline_rate, _at(errors, rate, report), _at(baseline, baseline_rate, report), False, tuple(limits))
+    named = zip(("its", "the baseline's"), sides, strict=True)
+    limits = tuple(_limit(whose, side, curve) for whose, (side, curve) in named if curve)
+    return Tuned(rate, baseline_rate, _at(errors, rate, report), _at(baseline, baseline_rate, report), False, limits)
 
 
 def _at_optimum(errors: Errors, curve: _Curve | None, seeds: Collection[int]) -> dict[int, float] | None:
@@ -206,13 +205,14 @@ def _at_optimum(errors: Errors, curve: _Curve | None, seeds: Collection[int]) ->
     return dict(zip(seeds, found.tolist(), strict=True))
 
 
-def _limit(errors: Errors, curve: _Curve) -> str:
-    """What is in doubt where a strategy is reported at its best measured rate."""
+def _limit(whose: str, errors: Errors, curve: _Curve) -> str:
+    """What is in doubt if a strategy is reported at its best measured rate; `whose` names the strategy."""
     rate = sorted(errors)[curve.best]
     if edge := _edge(curve):
-        return f"the best rate may lie beyond {rate:.2g}, {edge}"
+        return f"{whose} best rate may lie beyond {rate:.2g}, {edge}"
     cost = math.expm1(curve.means[curve.best] - math.log(_optimum(curve).error))
-    return f"{rate:.2g} costs {100 * cost:.1f} % of error against the interpolated optimum"
+    above = f"{100 * cost:.1f} % above that at the interpolated best rate"
+    return f"at {whose} best measured rate, {rate:.2g}, the error is {above}"
 
 
 def _complete(errors: Errors, seeds: Collection[int] | None) -> list[int]:

@@ -215,7 +215,8 @@ class _Table:
         """The conditions of the baseline, and whatever parameters the strategy alone has."""
         first = next(iter(next(iter(self.found[self.question.baseline, place].values())).values()))
         own = next(iter(next(iter(self.found[name, place].values())).values())).own
-        network = " with ".join(filter(None, (first.network, ", ".join(f"{factor} {level}" for factor, level in place))))
+        levels = ", ".join(f"{factor} {level}" for factor, level in place if factor != "steps")  # conditions name steps last
+        network = " with ".join(filter(None, (first.network, levels)))
         return Conditions(first.data, network, first.length, f"{rate} ({name} with {own})" if own else rate)
 
 
@@ -274,10 +275,10 @@ def _at_best(table: _Table) -> list[tuple[str, Place, Tuned]]:
 
 
 def _asked_at_best(table: _Table, name: str, place: Place, tuned: Tuned) -> Comparison:
-    how = "interpolated" if tuned.interpolated else "measured"
+    how = "interpolated" if tuned.interpolated else "chosen from the measured rates"
     words = "each at its own best rate"
     if tuned.rate is not None and tuned.baseline_rate is not None:
-        words += f" ({how} on other seeds, {tuned.rate:.2g} against {tuned.baseline_rate:.2g})"
+        words += f" ({tuned.rate:.2g} against {tuned.baseline_rate:.2g}, {how} on other seeds)"
     return Comparison(
         name,
         table.question.baseline,

@@ -17,10 +17,11 @@ DATA = "the given latents"
 
 @dataclass(frozen=True)
 class Comparison:
-    """The answer: `str` gives sentences, `table` a row for each strategy, `findings` all that the runs allow to say.
+    """The answer of `dit.compare`. `str` of it gives a sentence for each comparison, and `table` a row for each strategy.
 
-    `mean_difference`, `low` and `high` of the table are the difference to the baseline in final validation error of the
-    averaged weights and its 95 % interval, as fractions of the baseline's mean.
+    In the table, `mean_difference` is the difference to the baseline in final validation error of the averaged weights; `low`
+    and `high` are its 95 % interval. All three are fractions of the baseline's mean error. `p` is corrected. `findings` holds
+    everything that a study would find in these runs, such as delays.
     """
 
     findings: Findings
@@ -31,11 +32,12 @@ class Comparison:
 
 
 def compare(runs: Mapping[str, Sequence[Run]], baseline: str | None = None) -> Comparison:
-    """Compare the runs of each name with those of `baseline`, the first name where none is given, paired by seed.
+    """Compare runs of several strategies with those of a baseline, paired by seed.
 
-    All comparisons count as declared: verdicts are corrected for their number by Holm's method, and need three seeds. Raises
-    `ConfigError` for fewer than two names, a name without runs, a seed twice, and runs of different lengths, networks or
-    latents.
+    `runs` maps a name to the runs of one strategy. `baseline` is one of these names; by default it is the first. All
+    comparisons count as declared before the runs, so verdicts are corrected for their number by Holm's method. A verdict needs
+    three seeds. Raises `ConfigError` if there are fewer than two names, if a name has no run or two runs of one seed, or if
+    runs differ in length, network, objective or latents.
     """
     names = list(runs)
     first = names[0] if baseline is None and names else baseline

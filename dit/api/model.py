@@ -1,4 +1,4 @@
-"""A network with what it takes to sample from it: its parameters, the noise it was trained with, how latents are normalised."""
+"""A trained network, and what is needed to sample from it: its parameters, its noise, and how its latents are normalised."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class ModelConfig(Section):
-    """What `config.json` holds: the `model` and `diffusion` sections, sizes, and the shift and scale of each channel."""
+    """The content of `config.json`: sections `model` and `diffusion`, sizes, and the shift and scale of each channel."""
 
     model: ModelParams
     diffusion: DiffusionParams
@@ -37,13 +37,17 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True)
 class Model:
-    """A trained network. `network(x, t, y)` works on normalised latents, `(z - shift) * scale`; see `dit.models.Denoiser`."""
+    """A trained network, and what is needed to sample from it.
+
+    `network(x, t, y)` takes normalised latents, `(z - shift) * scale`; see `dit.models.Denoiser`. `config` holds its
+    parameters, and the shift and scale of each channel.
+    """
 
     network: Denoiser = field(repr=False)
     config: ModelConfig
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into `directory`, which is made where it is missing."""
+        """Write `config.json` and `model.safetensors` into `directory`, and make this directory if it is missing."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
@@ -52,9 +56,9 @@ class Model:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Model:
-        """Read what `save_pretrained` wrote; on the CPU, in eval mode.
+        """Read what `save_pretrained` wrote. The network is on the CPU, in eval mode.
 
-        Raises `InputError` where a file is missing, `DataError` or `ConfigError` where one is damaged or does not fit.
+        Raises `InputError` if a file is missing, and `DataError` or `ConfigError` if one is damaged or does not fit.
         """
         folder = Path(directory)
         for name in (CONFIG, WEIGHTS):
@@ -84,10 +88,12 @@ def sample(
     batch_size: int | None = None,
     device: str | None = None,
 ) -> Tensor:
-    """One latent for each of `labels` (N,) -> (N, C, H, W) float32, in the units of the latents that the model was trained on.
+    """Draw one latent for each of `labels` (N,) -> (N, C, H, W) float32, in the units of the latents of training.
 
-    What is left out has the value of section `evaluate` of `params.yaml`; where its scheduler does not fit the objective, the
-    first that fits is used. Raises `ConfigError` for values that do not fit, and `DataError` for a label that is no class.
+    An argument that you leave out has the value in section `evaluate` of the package's `params.yaml`. If the scheduler there
+    does not fit the network's objective, the first one that fits is used. If the network was trained without label dropout,
+    guidance is off by default. Raises `ConfigError` for a value that does not fit, and `DataError` for a label that is no
+    class.
     """
     wanted = torch.as_tensor(labels)
     classes = model.config.sizes["num_classes"]
@@ -135,9 +141,10 @@ def _sampler(model: Model, given: dict[str, Any]) -> EvaluateParams:
 
 
 def audit_model(model: Model | nn.Module, *, steps: int = 4) -> AuditReport:
-    """How a network is initialised, from what it does; `dit.audit.audit` audits others, with a batch of yours.
+    """Find out how a network of this project is initialised, from what it does.
 
-    `steps` are optimiser steps of a copy. Raises `ConfigError` for a module that `dit.models` did not make.
+    The audit trains a copy for `steps` optimiser steps, and leaves the network as it is. Raises `ConfigError` if `dit.models`
+    did not make the network: for such a network call `dit.audit.audit` with a batch of your own.
     """
     network = model.network if isinstance(model, Model) else model
     if not isinstance(network, Denoiser):

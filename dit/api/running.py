@@ -1,4 +1,4 @@
-"""One training run, from arrays or a store to a model and what was measured on the way."""
+"""One training run: from arrays or a store of latents to a trained model, and what was measured during training."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ OWN = "given"
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has ended. `model` has the averaged weights (EMA).
+    """A run that has ended.
 
-    `history` has a row for each validated step: `step`, `validation_mse` of the trained weights and `ema_validation_mse`.
-    `losses`, `diagnostics`, `stability` and `events` are as `dit.training.records.Records` describes them. `outcome` says
-    whether the run finished, diverged or collapsed; such a run raises no error.
+    `model` has the averaged weights (EMA). `history` has a row for each step with a validation: `step`, the error
+    `validation_mse` of the weights without averaging, and the error `ema_validation_mse` of the averaged ones. `outcome` says
+    whether the run finished, collapsed or diverged; a collapse or divergence raises no error.
+    `dit.training.records.Records` describes the tables `losses`, `diagnostics`, `stability` and `events`.
     """
 
     strategy: str
@@ -68,10 +69,13 @@ def train(
 ) -> Run:
     """Train the network called `model`, such as `"DiT-S/2"`, from the initialisation `strategy`.
 
-    `latents` are (N, C, H, W) with `labels` (N,) from 0, or a `Dataset` of such pairs, or a `LatentStore`. They are normalised
-    per channel. `validation` are held-out latents and labels; without it, a tenth of the latents is held out. What is left out
-    has the value of `params.yaml`, and `settings` gives others by dotted key, such as `{"diffusion.objective": "flow"}`.
-    With the parameters, seed and store of a study's run, the weights are bit-identical to those of that run.
+    `latents` (N, C, H, W) and `labels` (N,), which count classes from 0, are arrays or tensors. You may instead give a
+    `Dataset` of such pairs, or a `LatentStore`, as `latents`, and no `labels`. Arrays and data sets are normalised per channel.
+    `validation` is a pair of held-out latents and labels; without it, a tenth of the latents is held out.
+
+    `strategy` is the name of a strategy, or a dictionary with its `rules`. An argument that you leave out has the value in the
+    package's `params.yaml`. `settings` changes other values there by dotted keys, such as `{"diffusion.objective": "flow"}`. If
+    you give the parameters, seed and `LatentStore` of a run of a study, the weights are bit-identical to those of that run.
 
     Raises `ConfigError` for a wrong parameter and `DataError` for wrong latents or labels, before anything is trained.
     """

@@ -35,13 +35,27 @@ constructor, at a small size (about two blocks), and then measured. Most constru
 because a checkpoint usually replaces all weights.
 
 The most surprising networks come first: networks that start otherwise than in their original code, then networks with units
-that stay equal while they train, then networks with a high initial loss. The loss is the mean squared error against noise with
-mean square 1, so an output of zero has a loss of 1. The column *wakes* has four numbers: the steps at which the first weight
-receives a gradient in the head, in the modulation layers, in the other layers of the blocks, and in everything else.
-`python -m dit.audit.atlas > docs/atlas.md` makes this page.
+that stay equal while they train, then networks with a high initial loss. The columns describe the network before training:
 
-| network | output | blocks | block modulation | equal units | wakes: head, modulation, blocks, rest | loss | original code |
+- *output*: its root mean square (RMS), or that it is zero. *loss*: its mean squared error against noise with mean square 1, so
+  an output of zero has a loss of 1.
+- *blocks*: how many of them return their input unchanged. *block modulation*: how the layers start that turn timestep and class
+  into shifts, scales and gates.
+- *first gradients*: four numbers, the steps at which the first weight receives a gradient in the head, in the modulation
+  layers, in the other layers of the blocks, and in everything else. "never" means not within four steps, and "-" that the
+  audit found no such layer.
+- *original code*: what starts at zero there, if it does not start at zero here.
+
+[audit.md](audit.md) says how all this is found. `python -m dit.audit.atlas > docs/atlas.md` makes this page.
+
+| network | output | blocks | block modulation | equal units | first gradients | loss | original code |
 |---|---|---|---|---|---|---|---|
+"""
+
+
+ADVICE = """`dit audit` cannot make inputs for these networks. To audit one, write a function that returns (model, batch), and
+give `dit audit` its name as `package.module:function`.
+
 """
 
 
@@ -101,8 +115,8 @@ def page(names: Sequence[str]) -> str:
 
 
 def refusal(name: str, reason: str) -> str:
-    """A line for a network that could not be called."""
-    return f"- {name}: {reason[:160]}"
+    """A line for a network that could not be called, without the advice that ends each of these messages."""
+    return f"- {name}: {reason.partition('; write a function')[0]}"
 
 
 def table(entries: Sequence[Entry], refused: Sequence[str]) -> str:
@@ -112,7 +126,8 @@ def table(entries: Sequence[Entry], refused: Sequence[str]) -> str:
     rows = "\n".join(item.row for item in sorted(entries, key=lambda item: (*item.surprise, item.name), reverse=True))
     left = "\n".join(refused) or "None."
     total = len(entries) + len(refused)
-    return f"{HEAD.format(version=diffusers.__version__)}{rows}\n\n## Not called ({len(refused)} of {total})\n\n{left}\n"
+    head = HEAD.format(version=diffusers.__version__)
+    return f"{head}{rows}\n\n## Not called ({len(refused)} of {total})\n\n{ADVICE}{left}\n"
 
 
 def main() -> None:

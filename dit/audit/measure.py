@@ -39,13 +39,14 @@ def audit(
     learning_rate: float = 1e-3,
     source: Source | None = None,
 ) -> AuditReport:
-    """Find out how `model` is initialised, from what it does when called with `batch`.
+    """Find out how `model` is initialised, from what it does when it is called with `batch`.
 
-    `loss(output, batch)` gets what the network returns. Without it, the loss is the mean squared error against fixed normal
-    noise of the output's shape and of unit mean square, so that a zero output costs exactly 1. What is audited is a copy, in
-    evaluation mode, which takes `steps` steps of `learning_rate` (see `dit.audit.gradients`); `model`, the tensors of
-    `batch` and the global random state stay as they are. `source` says where its weights were read. Raises `UserError` where
-    the network cannot be called with `batch`, or cannot be audited.
+    `batch` is a tuple of arguments, or a mapping of keyword arguments. `loss(output, batch)` gets what the network returns.
+    Without it, the loss is the mean squared error against fixed normal noise, which has the output's shape and mean square 1,
+    so a zero output has a loss of exactly 1. The audit works on a copy of `model` in evaluation mode, which takes `steps` steps
+    of size `learning_rate` (see `dit.audit.gradients`). `model`, the tensors of `batch` and the global random state do not
+    change. `source` is kept in the report, and says where the weights were read. Raises `UserError` if the network cannot be
+    called with `batch`, or cannot be audited.
     """
     if steps < 1 or learning_rate <= 0:
         raise ConfigError(f"steps = {steps}, learning_rate = {learning_rate}; expected at least 1 step, and a positive rate")

@@ -125,7 +125,7 @@ class Probe:
 def make_probe(model: nn.Module, batch: Batch) -> Probe:
     """The network in float64 where it is small and can be called so, otherwise in its own precision.
 
-    Raises `UserError` where it cannot be called with the batch, or answers the same batch differently each time.
+    Raises `UserError` where it cannot be called with the batch, or gives different outputs for the same batch.
     """
     if not isinstance(batch, list | tuple | Mapping):
         raise UserError(
@@ -162,8 +162,8 @@ def _check_repeatable(probe: Probe) -> None:
         first, second = probe.predicted(probe.call()), probe.predicted(probe.call())
     if first.shape != second.shape or (second.isfinite().all() and relative_change(first, second) > SAME):
         raise UserError(
-            f"{type(probe.model).__name__} answers the same batch differently from call to call; audit it without what it "
-            "keeps between calls, such as a cache, or draws from another generator than torch's"
+            f"{type(probe.model).__name__} gives different outputs for the same batch; remove what it keeps between calls, "
+            "such as a cache, and random numbers that do not come from torch's own generator"
         )
 
 

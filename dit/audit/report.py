@@ -1,4 +1,4 @@
-"""What an audit found: the findings, what they amount to in words, and how they are printed."""
+"""What an audit found: the findings, the verdict in words, and how both are printed."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class AuditFinding(BaseModel):
 
 
 class Output(AuditFinding):
-    """The first output: root mean square, loss, and the loss of an output that is zero (None where it cannot be known).
+    """The first output: its root mean square, its loss, and the loss of a zero output (None if it cannot be known).
 
-    `path` locates it in what the network returns; empty if it is the whole of it.
+    `path` says where the output is in what the network returns; it is empty if the network returns only this tensor.
     """
 
     path: str
@@ -47,7 +47,7 @@ class Output(AuditFinding):
 
 
 class Block(AuditFinding):
-    """A block of the network. `change` is the RMS of output minus input over that of the input, the largest of all streams."""
+    """A block of the network. `change` is RMS(output - input) / RMS(input), the largest value of all its streams."""
 
     path: str
     kind: str
@@ -56,7 +56,7 @@ class Block(AuditFinding):
 
 
 class Input(AuditFinding):
-    """An input, and the relative change of the output when it is exchanged between samples; None where that cannot be done."""
+    """An input, and how much the output changes, relative to its size, if samples exchange it; None if they cannot."""
 
     name: str
     part: Part
@@ -67,7 +67,7 @@ class Input(AuditFinding):
 
 
 class Layer(AuditFinding):
-    """A layer that matters for what the network starts as, how it starts, and the inputs that it depends on."""
+    """A layer of modulation, or the output projection: how it starts, and which inputs it depends on."""
 
     path: str
     place: Place
@@ -77,10 +77,10 @@ class Layer(AuditFinding):
 
 
 class Wake(AuditFinding):
-    """Rows of a tensor (all of them where `rows` is empty) and the step, from 0, of their first gradient.
+    """Rows of a tensor (all rows, if `rows` is empty), and the step, counted from 0, of their first gradient.
 
-    Where `step` is None they had none: `unused` (not in the graph of the loss), `rounding` (nothing but rounding, as for the
-    bias of attention keys, which softmax does not see), or `zero`.
+    If they had no gradient, `step` is None, and `reason` says why: `unused` (the tensor is not in the graph of the loss),
+    `rounding` (only rounding errors, as for the bias of attention keys, which softmax ignores), or `zero`.
     """
 
     tensor: str
@@ -90,10 +90,10 @@ class Wake(AuditFinding):
 
 
 class Units(AuditFinding):
-    """Units of a layer, rows of its weight with their biases, that start equal.
+    """Units of a layer (rows of its weight, with their biases) that start equal.
 
-    `still_equal` counts those that moved and moved alike, which is a symmetry; `unmoved` those that did not move, of which
-    nothing is known. `period` is the distance between equal rows where it is regular, as for equal attention heads.
+    `still_equal` counts those that moved, and moved alike, which is a symmetry. `unmoved` counts those that did not move;
+    nothing can be said about them. `period` is the distance between equal rows, if it is regular, as for equal attention heads.
     """
 
     layer: str
@@ -105,21 +105,21 @@ class Units(AuditFinding):
 
 
 class TensorValues(AuditFinding):
-    """A tensor whose entries all have one value."""
+    """A tensor whose entries all have the same value."""
 
     tensor: str
     value: float
 
 
 class Doubt(AuditFinding):
-    """Why one kind of finding is not certain, so that nothing is concluded from it."""
+    """Why one kind of finding is not certain, so that the audit concludes nothing from it."""
 
     about: Topic
     reason: str
 
 
 class Trained(AuditFinding):
-    """Matrices that could be judged by their statistics, and those of them that no initialisation draws like that."""
+    """How many matrices could be judged by their statistics, and how many of them no usual initialisation would draw so."""
 
     matrices: int
     moved: int
@@ -127,24 +127,24 @@ class Trained(AuditFinding):
 
 
 class Source(AuditFinding):
-    """Where weights were read: which tensors of which files, and what was left alone."""
+    """Where weights were read: which tensors of which files were read, and which were ignored."""
 
     files: tuple[str, ...]
     holder: str
-    """Keys of the file under which they were."""
+    """The keys of the file under which the tensors are."""
     prefix: str
-    """What stood before their names."""
+    """The prefix of their names in the file."""
     read: tuple[str, ...]
-    """Names of tensors, as the network has them."""
+    """Names of the tensors that were read, as the network calls them."""
     ignored: tuple[str, ...]
-    """Names of tensors, as the file has them."""
+    """Names of the tensors that were ignored, as the file calls them."""
     ignored_files: tuple[str, ...]
     ignored_settings: tuple[str, ...]
-    """Keys of the configuration that the class does not take."""
+    """Keys of the configuration that the class does not accept."""
 
 
 class AuditReport(AuditFinding):
-    """Everything that `dit.audit.audit` found. `model_dump_json` and `model_validate_json` make a round trip."""
+    """Everything that `dit.audit.audit` found. `model_dump_json` writes it, and `model_validate_json` reads it again."""
 
     model: str
     parameters: int
@@ -152,9 +152,9 @@ class AuditReport(AuditFinding):
     precision: str
     steps: int
     samples: int
-    """In the batch."""
+    """How many samples the batch has."""
     repeated: tuple[str, ...]
-    """Lists of blocks that are alike, whose indices are written `*`."""
+    """Lists of blocks that are alike. In names of their tensors, `*` stands for the index of the block."""
     output: Output
     output_layer: Layer | None
     blocks: tuple[Block, ...]
@@ -164,17 +164,17 @@ class AuditReport(AuditFinding):
     units: tuple[Units, ...]
     values: tuple[TensorValues, ...]
     gates: Gates | None
-    """What makes the blocks the identity; None where they are not."""
+    """What makes the blocks the identity; None if they are not."""
     doubts: tuple[Doubt, ...]
     trained: Trained | None
-    """None where no matrix is large enough to tell."""
+    """None if no matrix is large enough to tell."""
     source: Source | None = None
-    """None where weights were read from no file."""
+    """None if weights were read from no file."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def verdict(self) -> str:
-        """What the network is at start, in words."""
+        """How the network starts, in words."""
         return plain(f"{self._name()}: {' '.join(capital(sentence) + '.' for sentence in self._sentences())}")
 
     def _name(self) -> str:
@@ -186,22 +186,22 @@ class AuditReport(AuditFinding):
 
     @property
     def was_trained(self) -> bool:
-        """Whether the weights are those of a trained network, by their statistics."""
+        """Whether the weights have the statistics of a trained network."""
         return self.trained is not None and self.trained.likely
 
     def failures(self, expectation: Expectation | str) -> list[str]:
-        """Reasons against an expectation, then doubts about it; empty if the network certainly meets it.
+        """The findings against an expectation, then what is undecided; empty if the network certainly meets it.
 
         Raises `ConfigError` for an unknown name.
         """
         return self.reasons(expectation) + self.reservations(expectation)
 
     def reasons(self, expectation: Expectation | str) -> list[str]:
-        """What was found against an expectation."""
+        """The findings against an expectation, such as `adaln-zero`."""
         return [reason for check in EXPECTATIONS[known(expectation)] for reason in check(self)]
 
     def reservations(self, expectation: Expectation | str) -> list[str]:
-        """Why an expectation cannot be judged."""
+        """What is undecided about an expectation, and why."""
         topics = TOPICS[known(expectation)]
         found = [f"it cannot be told: {doubt.reason}" for doubt in self.doubts if doubt.about in topics]
         if self.was_trained:
@@ -215,7 +215,7 @@ class AuditReport(AuditFinding):
             raise AssertionError(f"expected {expectation}, but {'; '.join(reasons)}\n{self.verdict}")
 
     def collapse(self, names: Iterable[str], among: Iterable[str]) -> list[str]:
-        """Paths with the index of repeated blocks written `*`; with a count where only some of the blocks `among` are meant."""
+        """Paths with `*` for the index of repeated blocks, and with a count if only some of the blocks `among` are meant."""
         every: dict[str, int] = {}
         for name in among:
             every[self._pattern(name)] = every.get(self._pattern(name), 0) + 1
@@ -232,7 +232,7 @@ class AuditReport(AuditFinding):
         return found
 
     def tensors(self, wakes: Sequence[Wake]) -> list[str]:
-        """The tensors, with their rows, of some of the wakes."""
+        """The tensors of some `wakes`, with their rows."""
         every = {wake.tensor for wake in self.wakes}
         return [
             f"{name}{rows}"
@@ -252,7 +252,7 @@ class AuditReport(AuditFinding):
         return merged
 
     def state_now(self, state: State) -> str:
-        """A state in words; what training has made of weights is not called random."""
+        """A state in words; random weights of a trained network are called trained."""
         return "trained" if state == "random" and self.was_trained else state
 
     def _pattern(self, name: str) -> str:

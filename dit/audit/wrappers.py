@@ -79,8 +79,8 @@ def _unbind(path: str, module: nn.Module, originals: dict[int, nn.Module]) -> No
     for value in [*filter(callable, module.__dict__.values()), *hooks]:
         if any(id(held) in originals for held in _held(value)):
             raise UserError(
-                f"a function in {path or type(module).__name__} calls the network that it was made for, and so would one in a "
-                "copy of it; take off what wraps the network's functions, such as activation checkpointing"
+                f"the network cannot be copied: a copy of a function in {path or type(module).__name__} would still call the "
+                "original network; remove what wraps the network's functions, such as activation checkpointing"
             )
 
 

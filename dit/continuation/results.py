@@ -110,4 +110,6 @@ def listing(scratch: Path) -> Table:
         table.add_column(column, no_wrap=column == "folder", justify="right" if column in ("step", "size") else "left")
     for kept in kept_below(scratch):
         table.add_row(plain(kept.run.settings.name), f"{kept.step:,}", kept.size, plain(str(kept.path)))
+    if not table.rows:
+        table.add_row("none", "", "", "")
     return table

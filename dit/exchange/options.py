@@ -43,7 +43,7 @@ Latents = Annotated[Path | None, typer.Option(help="Where the run's latents are,
 Autoencoder = Annotated[Path | None, typer.Option(help="Where the run's autoencoder is, if it has moved.")]
 Scratch = Annotated[Path, typer.Option(help="The folder in which runs keep their checkpoints.")]
 ParamsFile = Annotated[
-    Path, typer.Option("--params", help="A parameter file; for a run, its section `evaluate` says how samples are drawn.")
+    Path, typer.Option("--params", help="A parameter file, which says how samples of a run are drawn and measured.")
 ]
 Scheduler = Annotated[
     str | None,

@@ -125,7 +125,7 @@ def _check_expressible(trained: Trained) -> None:
     """Raise `ConfigError` for what `DiTPipeline` cannot compute."""
     network, kind = trained.network, type(trained.network).__name__
     if type(network) is not DiT:
-        raise ConfigError(f"{trained.name} is a {kind}, for which diffusers has no class with this arithmetic; {INSTEAD}")
+        raise ConfigError(f"{trained.name} is a {kind}, and diffusers has no class that computes the same; {INSTEAD}")
     if trained.diffusion.objective == "flow":
         raise ConfigError(f"{trained.name} learned a flow, and DiTPipeline runs no scheduler of flows; {INSTEAD}")
     if network.num_classes > NULL_CLASS:

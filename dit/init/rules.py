@@ -139,7 +139,7 @@ class ModifiableRule(FilledRule, ABC):
     def check(self, role: Role) -> None:
         if role.is_vector and (self.needs_matrix or self.equal == "columns"):
             raise ConfigError(
-                f"'{role.path}' is a vector, which a rule with a fan or columns cannot draw; "
+                f"'{role.path}' is a vector, and this rule can only draw matrices; "
                 f"add a later rule for it, such as {{role: bias, init: zeros}}"
             )
         if not role.shape and self.equal:

@@ -1,4 +1,4 @@
-"""Strategies: ordered rules that together claim every weight of a network, and their application to a network."""
+"""Strategies: lists of rules that together set every weight of a network, and how they are applied to a network."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ LIBRARY = Path(__file__).parents[1] / "library.yaml"
 
 
 class Strategy(BaseModel):
-    """A named initialisation of the whole network. Later rules override earlier ones.
+    """An initialisation of the whole network. Later rules override earlier ones.
 
-    `rules` may contain lists of rules, such as a YAML alias of another strategy's rules, and names of strategies of the
-    library, which stand for their rules. All are joined into one list, and messages number the rules of this list.
-    `description` and `source` are for readers; only `rules` decide a weight.
+    `rules` may also contain lists of rules, such as a YAML alias of another strategy's rules, and names of strategies of the
+    library, each of which stands for its rules. All are joined into one list, and messages number the rules of this list.
+    `description` and `source` are for readers, and have no effect on weights.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,7 +48,7 @@ class Strategy(BaseModel):
 
     @property
     def resolved(self) -> list[dict[str, Any]]:
-        """The rules as JSON-able data, without defaults, description and source."""
+        """The rules as data that JSON can hold, without defaults."""
         rules: list[dict[str, Any]] = self.model_dump(mode="json", exclude_defaults=True)["rules"]
         return rules
 
@@ -121,10 +121,11 @@ def _listed(names: list[str]) -> str:
 
 
 def apply(model: Network, strategy: str | Mapping | Strategy, seed: int) -> Network:
-    """Set every weight of `model` in place, by a strategy given by name or as data, and return the model.
+    """Set every weight of `model` in place, and return the model.
 
-    Each tensor draws from a generator of its own, derived from (seed, tensor name): a change of one rule leaves every other
-    tensor, and the other rows of a fused one, bit-identical. Raises `ConfigError` for an unknown name or a wrong rule.
+    `strategy` is the name of a strategy, a `Strategy`, or a mapping with `rules`. Each tensor is drawn from its own generator,
+    whose seed is derived from `seed` and the tensor's name. So if you change one rule, all other tensors stay bit-identical,
+    and so do the other rows of the same tensor. Raises `ConfigError` for an unknown name or a wrong rule.
     """
     chosen = resolve(strategy)
     chosen.verify()

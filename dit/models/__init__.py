@@ -72,10 +72,11 @@ def options_of(name: str, options: Mapping[str, Any]) -> Options:
 def build(
     name: str, *, latent_size: int, latent_channels: int, num_classes: int, learn_sigma: bool, **options: Any
 ) -> Denoiser:
-    """The network called `name`, such as `"DiT-S/2"`, with the weights of its constructor until `dit.init.apply` sets them.
+    """Build the network called `name`, such as `"DiT-S/2"`, with the weights that its constructor draws.
 
-    It is called as `model(x, t, y)`; see `Denoiser`. `options` are those of its backbone, such as
-    `depth=28`. Raises `ConfigError` for an unknown name or option, or sizes that do not fit each other.
+    `dit.init.apply` then sets the weights. The network is called as `model(x, t, y)`; see `Denoiser`. `options` are the options
+    of its kind of network, such as `depth=28`. Raises `ConfigError` for an unknown name or option, or sizes that do not fit
+    each other.
     """
     return backbone_named(name).build(
         name,

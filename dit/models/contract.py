@@ -1,7 +1,7 @@
-"""The contract of a backbone: what the laboratory must know of a network, and what it may know.
+"""The contract of a backbone (a kind of network): what the laboratory must know about it, and what it may know.
 
-All parts but the first four are optional. Where one is missing, the rest works: wake-up is measured and not predicted, a
-diagnosis has no gates or units, training has no fused path.
+All parts of `Backbone` after `roles` are optional. If one is missing, everything else works: wake-up is measured and not
+predicted, a diagnosis has no gates or units, or training has no fused path.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FLOW_ONLY = ("flow",)
 
 
 class Denoiser(nn.Module):
-    """Base of every network: class-conditional, on square latents (B, latent_channels, latent_size, latent_size).
+    """The base class of every network: class-conditional, on square latents (B, latent_channels, latent_size, latent_size).
 
     It is called as `model(x, t, y)`: noisy latents (B, C, H, W), timesteps (B,), labels (B,) -> (B, C, H, W), or (B, 2C, H, W)
     with `learn_sigma`. Class `num_classes` is the null class of classifier-free guidance.
@@ -35,25 +35,25 @@ class Denoiser(nn.Module):
     learn_sigma: bool
 
     def __new__(cls, *arguments: Any, **options: Any) -> Self:
-        """Keep what the constructor is given, for `constructed` and `resized`."""
+        """Keep the arguments of the constructor, for `constructed` and `resized`."""
         network = super().__new__(cls)
         network.__dict__["_given"] = arguments, options
         return network
 
     def constructed(self, seed: int) -> Self:
-        """The same network, made anew on the CPU with the weights that its constructor draws: a pure function of `seed`."""
+        """The same network, built again on the CPU, with weights that its constructor draws and that depend on `seed` alone."""
         arguments, options = self.__dict__["_given"]
         with seeded(seed, "constructor"), torch.device("cpu"):
             return type(self)(*arguments, **options)
 
     def resized(self, **sizes: int) -> Self:
-        """The same network with other arguments of its constructor, such as `hidden_size`."""
+        """The same network, built with other arguments, such as `hidden_size`."""
         arguments, options = self.__dict__["_given"]
         return type(self)(*arguments, **{**options, **sizes})
 
 
 class Options(BaseModel):
-    """What `model` in params.yaml may hold beside the name; a backbone adds its own fields."""
+    """The keys that section `model` of params.yaml may have beside the name; a backbone adds its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -62,7 +62,7 @@ class Options(BaseModel):
 class Block:
     """One residual block: the first input and the output of `module` are the residual stream (B, T, D).
 
-    `between` is the part whose input is the stream between the block's two branches; None where there is no such part.
+    `between` is the part whose input is the stream between the block's two branches; None if there is no such part.
     """
 
     module: nn.Module
@@ -70,12 +70,12 @@ class Block:
 
 
 class FastNetwork(Protocol):
-    """A copy of a network in bf16 that computes faster. `copies` follow the trained weights of the network, in their order."""
+    """A copy of a network in bf16 that computes faster. `copies` are copies of its trained weights, in their order."""
 
     copies: list[Tensor]
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """As the network."""
+        """Compute what the network computes."""
 
     @property
     def flat(self) -> Tensor:
@@ -102,31 +102,31 @@ class Backbone:
     """One kind of network. `Any` below stands for a network of the class `network`."""
 
     names: str
-    """Its names as messages show them, such as `DiT-{S,B}/{2,4}`."""
+    """The names of its networks, as messages show them, such as `DiT-{S,B}/{2,4}`."""
     accepts: Callable[[str], bool]
-    """Whether a name in params.yaml is one of this backbone's."""
+    """Whether a name in params.yaml is the name of such a network."""
     network: type[Denoiser]
     build: Callable[..., Denoiser]
     """`build(name, options, *, latent_size, latent_channels, num_classes, learn_sigma)`; raises `ConfigError`."""
     roles: Callable[[Any], list[Role]]
-    """The roles of every trainable row, each row in exactly one."""
+    """The roles of the network's weights: every trainable row belongs to exactly one role."""
     options: type[Options] = Options
     objectives: tuple[str, ...] = OBJECTIVES
-    """Which `diffusion.objective` its networks can be trained with. Only eps has a learned sigma."""
+    """The values of `diffusion.objective` with which its networks can be trained. Only eps can have a learned sigma."""
     num_timesteps: int | None = None
     """The only `diffusion.num_timesteps` that its networks understand; None for any."""
     blocks: Callable[[Any], list[Block]] = lambda _model: []
     """The residual blocks, in order."""
     units: Callable[[Any], dict[str, Tensor]] = lambda _model: {}
-    """Matrices (units, weights of each) whose rows are compared for symmetry, by the role that records their count."""
+    """Matrices whose rows are units and are compared for symmetry, by the role under which their number is recorded."""
     gates: Callable[[Any, Tensor, Tensor], dict[str, Tensor]] = lambda _model, _timesteps, _labels: {}
-    """The gates (B, D) of a batch's timesteps (B,) and labels (B,), by the role of their weights."""
+    """The gates (B, D) that the network computes for timesteps (B,) and labels (B,), by the role of their weights."""
     resizable: bool = False
     """Whether its networks take `hidden_size`, `depth` and `num_heads`, as the coordinate check needs."""
     gradient_flow: Callable[[Any, Mapping[str, Pattern]], dict[str, Pattern]] | None = None
-    """Maps the pattern of every role's weights to the pattern of its gradient; see `dit.models.gradient_flow`."""
+    """Predicts the pattern (zeros, equal rows) of each role's gradient from those of all weights; see `gradient_flow`."""
     fast_path: FastPath | None = None
     capturable: bool = False
-    """Whether a call of its networks can be a CUDA graph: it never waits for the device, nor asks it what to do next."""
+    """Whether a call can become a CUDA graph: it never waits for the GPU, and does the same whatever the GPU computed."""
     called_when_built: bool = False
-    """Whether building calls the network. To check parameters it is then built on the meta device, where a call is cheap."""
+    """Whether `build` also calls the network. If so, checks of parameters build it on the meta device, to save time."""

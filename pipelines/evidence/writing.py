@@ -25,10 +25,20 @@ HYPHEN = re.compile(r"(?<=[\s\[(])-(?=\d)")
 HEAD = """\
 # Answers
 
-Made by `python -m pipelines.evidence write` from the results in this folder. What each study asks, and what its answers would
-mean, was committed before it ran: [README.md](README.md). A declared comparison or effect has a verdict; everything else is
-exploratory, and its p-values are not corrected. Intervals are 95 %, Student's over seeds. "Error" is the final validation error
-of the averaged weights.
+`python -m pipelines.evidence write` makes this page from the results in this folder. What each study asks, and what its answers
+would mean, was committed before it ran: [README.md](README.md). Only a declared comparison or effect has a verdict. Everything
+else is exploratory, and its p-values are not corrected. Intervals are 95 %, by Student's t over seeds. "Error" is the final
+validation error of the averaged weights.
+
+- **best learning rate**: the minimum of a parabola through three measured rates, over all seeds. The seeds that choose a rate
+  for a verdict are fewer, so their best rate may be another one.
+- **an effect**: the change of the error in %, or of the share of its steps that a run survives, if one factor changes and all
+  others are averaged. *A combined with B* is an interaction: how much more the change A does if the change B is made, too. In
+  `stability`, `5_percent` is a warm-up over 5 % of the steps.
+- **a delay**: how many more steps a start needs to reach the error at which the baseline ends; if negative, how many fewer.
+- **starts of `attribution`**: `gates0` has zero gates, `gates1` open gates, `outputs0` open gates with zero residual outputs.
+  `mod0` has zero shift and scale, `mod03` 0.3 RMS. `head0` has a zero head, `headx` a Xavier head. In `dead_blocks`, a control,
+  the blocks never learn.
 """
 
 
@@ -67,7 +77,7 @@ def _conditions(name: str, results: Results) -> str:
         f"{first.network} on {first.data}, {steps} steps, {seeds} seeds, {len(results.runs)} runs; {failed} collapsed "
         f"or diverged. {minutes:.1f} minutes of one {made[0].device}, torch {made[0].torch}, {made[0].workers} runs at a time. "
         f"Latents `{made[0].data.get('data/latents', '')[:12]}`, code `{made[0].code[:12]}`. "
-        f"Again: `python -m pipelines.evidence run {name}`."
+        f"Command: `python -m pipelines.evidence run {name}`."
     )
 
 
@@ -76,18 +86,18 @@ def _sentences(answers: Answers) -> Iterator[str]:
     if answers.effects:
         unit = "final error" if answers.effects.quantity == "error" else "share of its steps that a run survives"
         for one in answers.effects.declared:
-            verdict = "" if one.clear else "not distinguishable: "
-            yield f"{verdict}{unit}, {one.effect}, {one.certainty}."
+            verdict = "clear: " if one.clear else "not distinguishable: "
+            yield f"{verdict}{unit} with {one.effect}, {one.certainty}."
     yield from (judgement.sentence for judgement in _judged(answers.findings) if judgement.comparison.declared)
     for name, delays in (answers.delays or {}).items():
         for length, found in delays.items():
             if found is None:
-                yield f"Exploratory: {name} reaches the error after {length:,} steps at none of the lengths that were run."
+                yield f"Exploratory: at none of the lengths does {name} reach the error of runs of {length:,} steps."
             else:
                 interval = "" if found.low is None or found.high is None else f" [{found.low:+,.0f}, {found.high:+,.0f}]"
                 yield (
-                    f"Exploratory: for the error that a run of {length:,} steps reaches, {name} needs "
-                    f"{found.mean:+,.0f} steps{interval}, n = {found.n} seeds."
+                    f"Exploratory: the delay of {name} behind runs of {length:,} steps is {found.mean:+,.0f} "
+                    f"steps{interval}, n = {found.n} seeds."
                 )
 
 
@@ -140,31 +150,32 @@ def _tables(answers: Answers) -> list[str]:
 
 def _of_effects(answers: Answers) -> list[str]:
     assert answers.effects is not None
-    lines = ["| exploratory effect | change | uncorrected p |", "|---|---|---|"]
+    lines = ["| exploratory effect | size | uncorrected p |", "|---|---|---|"]
     for effect in answers.effects.exploratory:
         what, _, change = str(effect).rpartition(": ")
-        lines.append(f"| {what} | {change} | {effect.p_value:.2g} |")
+        lines.append(f"| {what.replace(' with ', ' combined with ')} | {change} | {effect.p_value:.2g} |")
     if answers.effects.quantity == "survived":
         lines += ["", *_of_failures(answers.results.runs)]
     return lines
 
 
 def _of_failures(runs: list[Ended]) -> list[str]:
-    """What was first to leave its past before a run failed, as counts."""
+    """What had changed most before a run failed, as counts."""
     failed = [run for run in runs if survived(run) < 1 and run.warned is not None]
     moved: dict[str, int] = {}
     for run in failed:
         sign = (run.warned.sign or {}).get("indicator", "nothing that was diagnosed") if run.warned else ""
         moved[sign] = moved.get(sign, 0) + 1
-    lines = [f"What had moved furthest by the last diagnosis before each of the {len(failed)} failures:", ""]
-    lines += ["| indicator | runs |", "|---|---|"]
+    header = f"| what had changed most at the last diagnosis before a failure | runs, of {len(failed)} that failed |"
+    lines = [header, "|---|---|"]
     return lines + [f"| {name.replace('_', ' ')} | {count} |" for name, count in sorted(moved.items(), key=lambda one: -one[1])]
 
 
 def _of_optima(findings: Findings) -> list[str]:
     if not findings.tunings:
         return []
-    columns = ("start", "at", "best learning rate", "within 1 % of the best", "largest rate without a failure")
+    near = "rates within 1 % of the lowest error"
+    columns = ("start", "factors", "best learning rate", near, "largest rate without a failure")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for one in findings.tunings:
         cells = [one.problem or "", "", ""]
@@ -178,8 +189,8 @@ def _of_optima(findings: Findings) -> list[str]:
 def _of_rates(findings: Findings) -> list[str]:
     """Each strategy against the baseline at every place and rate."""
     rates = sorted({pair.rate for pair in findings.pairs})
-    header = f"| difference of the error from `{findings.question.baseline}` | at |"
-    lines = [f"{header} {' | '.join(f'{rate:g}' for rate in rates)} |", "|---|---|" + "---|" * len(rates)]
+    header = f"| difference of the error from `{findings.question.baseline}` | factors |"
+    lines = [f"{header} {' | '.join(f'at rate {rate:g}' for rate in rates)} |", "|---|---|" + "---|" * len(rates)]
     for name in dict.fromkeys(pair.strategy for pair in findings.pairs):
         for place in findings.places:
             by_rate = {pair.rate: pair.judgement for pair in findings.of(name) if pair.place == place}
@@ -191,9 +202,14 @@ def _of_rates(findings: Findings) -> list[str]:
 
 def _cell(judgement: Judgement) -> str:
     if failed := judgement.comparison.failed:
-        return ", ".join(f"{count} failed of {name}" for name, count in failed.items())
-    mean, low, high = (100 * (value or 0.0) for value in (judgement.mean, judgement.low, judgement.high))
-    return f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]"
+        return ", ".join(f"{count} run{'s' if count > 1 else ''} of {name} failed" for name, count in failed.items())
+    mean, low, high = (_percent(value or 0.0) for value in (judgement.mean, judgement.low, judgement.high))
+    return f"{mean} % [{low}, {high}]"
+
+
+def _percent(share: float) -> str:
+    """With one digit after the point, or the first digit that is not zero, so that the sign of a bound can be seen."""
+    return f"{100 * share:+.1g}" if abs(share) < 0.0005 else f"{100 * share:+.1f}"
 
 
 def _words(place: Place) -> str:
