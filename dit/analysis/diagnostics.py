@@ -48,7 +48,7 @@ class RoleProbe:
         self.backbone = backbone_of(model)
         self.roles = self.backbone.roles(model)
         self.weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
-        self.sizes = [weight.numel() for weight in self._by_role(self.weights)]
+        self.sizes = [role.count * math.prod(role.shape[1:]) for role in self.roles]
         self._special: list[list[str]] = []
         self._previous: list[Tensor] = []
 
@@ -77,7 +77,8 @@ class RoleProbe:
         gates = {path: _rms(gate) for path, gate in self.backbone.gates(self.model, timesteps, labels).items()}
         special = [distinct, _effective_ranks(by_path), gates]
         self._special = [list(values) for values in special]
-        return _vector([list(values.values()) for values in special])
+        found = [list(values.values()) for values in special]
+        return _vector(found) if any(found) else torch.zeros(0, device=timesteps.device)
 
     @torch.no_grad()
     def changes(self) -> Tensor:

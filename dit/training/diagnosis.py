@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,14 @@ class Findings:
 
     roles: list[RoleState]
     blocks: list[BlockState]
+
+
+def readable(moments: Iterable[SecondMoment]) -> bool:
+    """Whether a graph can read these second moments: it would keep a count of updates on the host as it was at the capture.
+
+    There `torch.optim` counts the updates of optimisers by name, such as Adam.
+    """
+    return all(isinstance(each.updates, Tensor) and each.updates.device == each.value.device for each in moments)
 
 
 class Diagnosis:
@@ -67,7 +75,7 @@ class Diagnosis:
         """
         self._moments = self.engine.second_moments()
         stepped = bool(self._moments) or self._any_yet
-        if self._capturable and stepped and not isinstance(self._before, Captured):
+        if self._capturable and stepped and readable(self._moments.values()) and not isinstance(self._before, Captured):
             self._before, self._after = Captured(self._read_before), Captured(self.probe.changes)
         self._any_yet = True
         captured = isinstance(self._before, Captured)
@@ -78,7 +86,7 @@ class Diagnosis:
         if not captured:
             self.probe.forget()
             self._gradients = []
-        of_blocks = 4 * len(backbone_of(self.model).blocks(self.model)) + 1
+        of_blocks = 4 * (len(backbone_of(self.model).blocks(self.model)) + 1)
         return Findings(self.probe.states(read[of_blocks:]), block_states(read[:of_blocks], clipped_share))
 
     def _held(self, gradients: list[Tensor | None], captured: bool) -> list[Tensor | None]:
@@ -89,7 +97,8 @@ class Diagnosis:
         if not self._memory:
             self._memory = [torch.empty_like(gradient, dtype=torch.float32) for gradient in found]
         torch._foreach_copy_(self._memory, found)
-        return list(self._memory)
+        memory = iter(self._memory)
+        return [None if gradient is None else next(memory) for gradient in gradients]
 
     def _read_before(self, *given: Tensor) -> Tensor:
         *parts, gradient_norm = given
