@@ -329,11 +329,14 @@ def test_second_moment_ratios_are_those_of_every_weight_that_has_a_second_moment
         assert found.tolist() == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_graph_reads_no_count_of_updates_from_the_host() -> None:
-    on_device, on_host = torch.zeros(3, device="meta"), torch.zeros(())
-    assert diagnosis.readable([SecondMoment(on_device, 0.999, torch.zeros((), device="meta"), 1e-8)])
-    for updates in (on_host, 1.0):
-        assert not diagnosis.readable([SecondMoment(on_device, 0.999, updates, 1e-8)])
+def test_a_graph_reads_second_moments_only_once_it_has_all_of_them_on_the_device() -> None:
+    value, on_device = torch.zeros(3, device="meta"), torch.zeros((), device="meta")
+    found = {"a": SecondMoment(value, 0.999, on_device, 1e-8)}
+    assert diagnosis.readable(found, ["a"], stepped=False)
+    assert diagnosis.readable(found, ["a", "b"], stepped=True)
+    assert not diagnosis.readable(found, ["a", "b"], stepped=False)  # that of b may come with the next step
+    for updates in (torch.zeros(()), 1.0):
+        assert not diagnosis.readable({"a": SecondMoment(value, 0.999, updates, 1e-8)}, ["a"], stepped=True)
 
 
 def test_entropy_is_the_logarithm_of_the_tokens_that_share_the_attention() -> None:

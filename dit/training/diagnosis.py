@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +28,14 @@ class Findings:
     blocks: list[BlockState]
 
 
-def readable(moments: Iterable[SecondMoment]) -> bool:
-    """Whether a graph can read these second moments: it would keep a count of updates on the host as it was at the capture.
+def readable(moments: Mapping[str, SecondMoment], weights: Collection[str], stepped: bool) -> bool:
+    """Whether a graph may read `moments`: it would keep which there are, and every number on the host, as at its capture.
 
-    There `torch.optim` counts the updates of optimisers by name, such as Adam.
+    All that there will be are there once the optimiser has `stepped`, and also where all `weights` have one: a run that goes on
+    under another optimiser begins with some of them. `torch.optim` counts the updates of optimisers by name on the host.
     """
-    return all(isinstance(each.updates, Tensor) and each.updates.device == each.value.device for each in moments)
+    counts = [isinstance(each.updates, Tensor) and each.updates.device == each.value.device for each in moments.values()]
+    return (stepped or len(moments) == len(weights)) and all(counts)
 
 
 class Diagnosis:
@@ -41,7 +43,8 @@ class Diagnosis:
 
     A diagnosis is about a thousand small operations. A GPU computes them sooner than the host can launch them, so those before
     the update are one CUDA graph, and those after it another. The graphs read weights, gradients and second moments where
-    these are: their addresses are fixed once a step was taken, so the first step is diagnosed without graphs.
+    these are: their addresses are fixed once a step was taken, so the first step is diagnosed without graphs. `readable` says
+    when they are made.
     """
 
     def __init__(
@@ -74,8 +77,8 @@ class Diagnosis:
         `clipped_share` goes into the findings as it is. The host waits for the device once, at the end.
         """
         self._moments = self.engine.second_moments()
-        stepped = bool(self._moments) or self._any_yet
-        if self._capturable and stepped and readable(self._moments.values()) and not isinstance(self._before, Captured):
+        ready = self._capturable and readable(self._moments, self.probe.weights, self._any_yet)
+        if ready and not isinstance(self._before, Captured):
             self._before, self._after = Captured(self._read_before), Captured(self.probe.changes)
         self._any_yet = True
         captured = isinstance(self._before, Captured)

@@ -126,8 +126,10 @@ def block_states(read: Sequence[float], clipped_share: float | None) -> list[Blo
     """The states of all blocks and of the rest of the network, from the numbers of `activations` and `second_moment_ratios`."""
     finite = [value if math.isfinite(value) else None for value in read]
     blocks = [*range(len(read) // 4 - 1), None]
-    columns = (finite[start : start + len(blocks)] for start in range(0, len(read), len(blocks)))
-    return [BlockState(*values, clipped_share) for values in zip(blocks, *columns, strict=True)]
+    starts = range(0, len(read), len(blocks))
+    logits, entropies, streams, ratios = (finite[start : start + len(blocks)] for start in starts)
+    rows = zip(blocks, logits, entropies, streams, ratios, strict=True)
+    return [BlockState(block, logit, entropy, rms, ratio, clipped_share) for block, logit, entropy, rms, ratio in rows]
 
 
 ByBlock = dict[int | None, Tensor]
