@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.analysis.diagnostics import RoleProbe, RoleState
+from dit.devices import is_nvidia
 from dit.diffusion import Batch, Diffusion
 from dit.fused.capture import Captured, side_by_side
 from dit.models import backbone_of
@@ -63,7 +64,7 @@ class Diagnosis:
         self._after: Callable[..., Tensor] = self.probe.changes
         self._any_yet = False
         self._capturable = (
-            diffusion.device.type == "cuda"
+            is_nvidia(diffusion.device)
             and precision != torch.float16  # loss scaling lets the host decide whether to step
             and backbone_of(model).capturable
             and sum(weight.numel() for weight in model.parameters()) <= MOST_CAPTURED
