@@ -329,14 +329,38 @@ def test_second_moment_ratios_are_those_of_every_weight_that_has_a_second_moment
         assert found.tolist() == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_graph_reads_second_moments_only_once_it_has_all_of_them_on_the_device() -> None:
-    value, on_device = torch.zeros(3, device="meta"), torch.zeros((), device="meta")
-    found = {"a": SecondMoment(value, 0.999, on_device, 1e-8)}
-    assert diagnosis.readable(found, ["a"], stepped=False)
-    assert diagnosis.readable(found, ["a", "b"], stepped=True)
-    assert not diagnosis.readable(found, ["a", "b"], stepped=False)  # that of b may come with the next step
+def test_a_graph_reads_no_count_of_updates_from_the_host() -> None:
+    value = torch.zeros(3, device="meta")
+    assert diagnosis.places({"a": SecondMoment(value, 0.999, torch.zeros((), device="meta"), 1e-8)}) is not None
     for updates in (torch.zeros(()), 1.0):
-        assert not diagnosis.readable({"a": SecondMoment(value, 0.999, updates, 1e-8)}, ["a"], stepped=True)
+        assert diagnosis.places({"a": SecondMoment(value, 0.999, updates, 1e-8)}) is None
+
+
+def test_graphs_are_made_after_the_first_step_and_anew_where_second_moments_are_elsewhere(
+    trainer: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    class Captured:
+        """Notes that a graph would be made."""
+
+        def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+            made.append(run.steps_done)
+            self.function = function
+
+        def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+            return self.function(*inputs)
+
+    monkeypatch.setattr(diagnosis, "Captured", Captured)
+    run = trainer(steps=8, diagnose_every=1)
+    run.diagnosis._capturable = True
+    run.last_step = 4
+    run.run("begun")
+    assert made == [1, 1]
+    run.restore(run._state())  # as from a checkpoint
+    run.last_step = 8
+    run.go_on("restored")
+    assert made == [1, 1, 4, 4]
 
 
 def test_entropy_is_the_logarithm_of_the_tokens_that_share_the_attention() -> None:

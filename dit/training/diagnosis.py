@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,14 +29,21 @@ class Findings:
     blocks: list[BlockState]
 
 
-def readable(moments: Mapping[str, SecondMoment], weights: Collection[str], stepped: bool) -> bool:
-    """Whether a graph may read `moments`: it would keep which there are, and every number on the host, as at its capture.
+Places = list[tuple[str, int, int]]
+"""Where second moments and their counts of updates are on the device, by the name of the weight."""
 
-    All that there will be are there once the optimiser has `stepped`, and also where all `weights` have one: a run that goes on
-    under another optimiser begins with some of them. `torch.optim` counts the updates of optimisers by name on the host.
+
+def places(moments: Mapping[str, SecondMoment]) -> Places | None:
+    """Where a graph would read `moments`; None where it cannot, since a count of updates on the host would stay as it is now.
+
+    `torch.optim` counts on the host for optimisers by name, such as Adam.
     """
-    counts = [isinstance(each.updates, Tensor) and each.updates.device == each.value.device for each in moments.values()]
-    return (stepped or len(moments) == len(weights)) and all(counts)
+    found: Places = []
+    for name, moment in moments.items():
+        if not isinstance(moment.updates, Tensor) or moment.updates.device != moment.value.device:
+            return None
+        found.append((name, moment.value.data_ptr(), moment.updates.data_ptr()))
+    return found
 
 
 class Diagnosis:
@@ -44,8 +51,8 @@ class Diagnosis:
 
     A diagnosis is about a thousand small operations. A GPU computes them sooner than the host can launch them, so those before
     the update are one CUDA graph, and those after it another. The graphs read weights, gradients and second moments where
-    these are: their addresses are fixed once a step was taken, so the first step is diagnosed without graphs. `readable` says
-    when they are made.
+    these are: their addresses are fixed once a step was taken, so the first step is diagnosed without graphs. Second moments
+    that come later, or from a checkpoint, have other addresses, and new graphs.
     """
 
     def __init__(
@@ -62,6 +69,7 @@ class Diagnosis:
         self._memory: list[Tensor] = []
         self._before: Callable[..., Tensor] = self._read_before
         self._after: Callable[..., Tensor] = self.probe.changes
+        self._places: Places | None = None
         self._any_yet = False
         self._capturable = (
             is_nvidia(diffusion.device)
@@ -78,9 +86,11 @@ class Diagnosis:
         `clipped_share` goes into the findings as it is. The host waits for the device once, at the end.
         """
         self._moments = self.engine.second_moments()
-        ready = self._capturable and readable(self._moments, self.probe.weights, self._any_yet)
-        if ready and not isinstance(self._before, Captured):
+        stepped = bool(self._moments) or self._any_yet
+        found = places(self._moments) if self._capturable and stepped else None
+        if found is not None and found != self._places:
             self._before, self._after = Captured(self._read_before), Captured(self.probe.changes)
+            self._places = found
         self._any_yet = True
         captured = isinstance(self._before, Captured)
         self._gradients = self._held(self.engine.weight_gradients(), captured)
