@@ -10,12 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
+from torch import Tensor
 
-from dit import init
-from dit.analysis.diagnostics import GradientNoise, effective_rank, gradient_noise, noise_scale
+from dit import init, models
+from dit.analysis.diagnostics import GradientNoise, RoleProbe, effective_rank, gradient_noise, noise_scale
 from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
+from dit.models import roles
 from dit.models.dit.network import DiT
 from dit.training.engines import plain_forward
 from dit.training.loop import Trainer
@@ -23,6 +25,7 @@ from pipelines.records.training import DIAGNOSTICS, GRADIENT_NOISE
 
 Build = Callable[..., Trainer]
 FINITE = st.floats(-10, 10)
+UNET = {"down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"]}
 
 
 @pytest.fixture
@@ -94,6 +97,58 @@ def test_a_role_is_described_by_its_gradient_its_weights_and_its_update(trainer:
     assert found["weight_rms"] == pytest.approx(before.square().mean().sqrt().item(), rel=1e-5)
     assert found["update_ratio"] == pytest.approx((change.norm() / before.norm()).item(), rel=1e-4)
     assert found["effective_rank"] == pytest.approx(effective_rank(before).item(), rel=1e-5)
+
+
+def test_every_role_has_the_norms_of_its_own_rows(micro: Callable[..., DiT]) -> None:
+    network = init.apply(micro(), "adaln", 0)
+    probe, draws = RoleProbe(network), torch.Generator().manual_seed(0)
+    weights = dict(network.named_parameters())
+    trained = {name: weight.detach().clone() for name, weight in weights.items() if weight.requires_grad}
+    gradients: dict[str, Tensor | None] = {name: torch.randn(weight.shape, generator=draws) for name, weight in trained.items()}
+    gradients["blocks.0.attn.qkv.weight"][:64] = 0  # type: ignore[index]
+    gradients["blocks.1.mlp.fc2.bias"] = None
+    before = torch.cat([probe.norms(list(gradients.values())), probe.symmetry(torch.tensor([3, 900]), torch.tensor([0, 3]))])
+    changes = {name: 0.1 * torch.randn(weight.shape, generator=draws) for name, weight in trained.items()}
+    with torch.no_grad():
+        for name, change in changes.items():
+            weights[name] += change
+    states = probe.states(torch.cat([before, probe.changes()]).tolist())
+    assert [state.role for state in states] == [role.path for role in roles(network)]
+
+    def rms(tensor: Tensor) -> float:
+        return tensor.square().mean().sqrt().item()
+
+    for role, state in zip(roles(network), states, strict=True):
+        given = gradients[role.parameter]
+        weight = role.of(trained[role.parameter])
+        gradient = torch.zeros_like(weight) if given is None else role.of(given)
+        assert state.gradient_rms == pytest.approx(rms(gradient), rel=1e-5)
+        assert state.zero_gradient_fraction == pytest.approx((gradient == 0).float().mean().item(), abs=1e-6)
+        assert state.weight_rms == pytest.approx(rms(weight), rel=1e-5)
+        ratio = rms(role.of(changes[role.parameter])) / rms(weight) if weight.any() else None
+        assert state.update_ratio == (None if ratio is None else pytest.approx(ratio, rel=1e-4))
+    assert {state.zero_gradient_fraction for state in states} == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["with blocks", "without blocks"])
+def test_a_network_without_gates_units_or_blocks_is_diagnosed_too(
+    params: Params, latents: LatentStore, tmp_path: Path, known: bool
+) -> None:
+    sizes = {"latent_size": 8, "latent_channels": 4, "num_classes": 3, "learn_sigma": True}
+    layers = {"block_out_channels": [16, 16], "norm_num_groups": 8, "layers_per_block": 1}
+    network = models.build("diffusers:UNet2DModel", **sizes, arguments=layers | UNET)
+    if not known:
+        network.block_paths = ()
+    validation = params.train.validation.model_copy(update={"samples": 8})
+    settings = params.train.model_copy(update={"steps": 1, "batch_size": 8, "validation": validation})
+    run = Trainer(network, latents, Diffusion(params.diffusion), settings, label_dropout=0.1, seed=0, scratch=tmp_path)
+    run.run("run")
+    assert {row["role"] for row in run.records.diagnostics} == {role.path for role in roles(network)}
+    *of_blocks, rest = run.records.stability
+    assert [row["block"] for row in of_blocks] == list(range(3 if known else 0))
+    assert all(row["residual_rms"] > 0 for row in of_blocks)
+    assert rest["block"] is None
+    assert (rest["max_attention_logit"] is None) == known  # the only attention is in the second block, where blocks are known
 
 
 def test_gates_are_measured_as_the_network_applies_them(trainer: Build) -> None:

@@ -13,9 +13,10 @@ import pytest
 from studies import MICRO, ROOT
 
 from dit import config, yamlfile
+from dit.analysis.study import Findings, Question, Tuning
 from dit.errors import ConfigError, UserError
 from pipelines import design
-from pipelines.evidence import judging, results, running, writing
+from pipelines.evidence import figures, judging, results, running, writing
 from pipelines.evidence.results import Results
 from pipelines.overrides import override
 from pipelines.stages.autoencoder import autoencoder
@@ -66,6 +67,14 @@ def test_the_published_answers_are_those_of_the_committed_results(tmp_path: Path
     writing.write(root)
     for path in (writing.PAGE, writing.NUMBERS):
         assert (root / path).read_text() == (ROOT / path).read_text()
+
+
+def test_a_study_in_which_no_rate_has_a_mean_has_a_figure_too(tmp_path: Path) -> None:
+    tuning = Tuning("adaln_zero", (), {1e-3: {}, 1e-2: {}}, None, None, "every run failed")
+    findings = Findings(Question("adaln_zero", ["adaln_zero"]), (tuning,), (), (), None)
+    ended = Results(study="cut", values={}, planned=2, made=[], runs=[])
+    figures.draw(judging.Answers(ended, findings, None, None), tmp_path / "figure.svg")
+    assert (tmp_path / "figure.svg").stat().st_size
 
 
 def test_a_program_without_the_projects_code_finds_the_same_verdicts_and_notices_another(tmp_path: Path) -> None:

@@ -16,8 +16,11 @@ from dit.config import Params
 from dit.data.latents import LatentStore
 from dit.diffusion import Diffusion
 from dit.models.dit.network import DiT
-from dit.training import loop
+from dit.optim.optimizer import SecondMoment
+from dit.sections.optim import MuonParams, NamedOptimizerParams, OptimizerParams
+from dit.training import diagnosis, indicators, loop
 from dit.training.attention import statistics
+from dit.training.indicators import second_moment_ratios
 from dit.training.loop import Trainer
 from dit.training.records import Collapse, Event, Records, outcome
 from dit.training.stability import COLLAPSE_STEPS, KEPT, RECOVERY_STEPS, WINDOW, Observation, Stability, observe
@@ -29,6 +32,20 @@ WITHIN = 20
 
 LARGE = 3.0
 """Times sixteen standard deviations: twice as far as a limit that is not known exactly."""
+
+MUON = MuonParams(
+    name="muon",
+    hidden="block",
+    momentum=0.95,
+    nesterov=True,
+    adjust_lr_fn="match_rms_adamw",
+    learning_rate_multiplier=1.0,
+    weight_decay=0.0,
+    betas=(0.9, 0.99),
+    adamw_weight_decay=0.0,
+    groups=(),
+)
+NADAM = NamedOptimizerParams(name="NAdam", arguments={"betas": [0.9, 0.95], "eps": 1e-4}, groups=())
 
 seeds = st.integers(0, 10_000)
 noises = st.floats(0.02, 0.25)
@@ -283,6 +300,67 @@ def test_the_second_moment_ratio_is_that_of_the_adam_step(trainer: Build, clip: 
         assert found["second_moment_ratio"] == pytest.approx(math.sqrt(squares / count), rel=1e-3)
     assert {row["second_moment_ratio"] for row in run.records.stability if row["step"] == 0} == {None}
     assert found["clipped_share"] == (None if clip is None else 1.0)
+
+
+@pytest.mark.parametrize("optimizer", [MUON, NADAM], ids=lambda each: each.name)
+def test_second_moment_ratios_are_those_of_every_weight_that_has_a_second_moment(
+    trainer: Build, optimizer: OptimizerParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(steps=3, optimizer=optimizer)
+    run.run("run")
+    moments = run.engine.second_moments()
+    draws = torch.Generator().manual_seed(0)
+    gradients: dict[str, torch.Tensor | None] = {
+        name: 1e-3 * torch.randn(weight.shape, generator=draws) for name, weight in run.model.named_parameters()
+    }
+    gradients["blocks.1.mlp.fc1.bias"] = None
+    squares: dict[int | None, list[torch.Tensor]] = {0: [], 1: [], None: []}
+    for name, moment in moments.items():
+        if (gradient := gradients[name]) is not None:
+            block = int(name.split(".")[1]) if name.startswith("blocks.") else None
+            clipped, updates = 0.5 * gradient, float(moment.updates) + 1
+            coming = (moment.decay * moment.value + (1 - moment.decay) * clipped**2) / (1 - moment.decay**updates)
+            squares[block] += [(clipped**2 / coming.clamp(min=moment.eps**2)).flatten()]
+    expected = [torch.cat(parts).mean().sqrt().item() for parts in squares.values()]
+    assert (optimizer is MUON) == (len(moments) < len(run.engine.state_dict()["weights"]))
+    for chunk in (indicators.CHUNK, 100):
+        monkeypatch.setattr(indicators, "CHUNK", chunk)
+        found = second_moment_ratios(run.model, gradients, moments, torch.tensor(0.5))
+        assert found.tolist() == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_graph_reads_no_count_of_updates_from_the_host() -> None:
+    value = torch.zeros(3, device="meta")
+    assert diagnosis.places({"a": SecondMoment(value, 0.999, torch.zeros((), device="meta"), 1e-8)}) is not None
+    for updates in (torch.zeros(()), 1.0):
+        assert diagnosis.places({"a": SecondMoment(value, 0.999, updates, 1e-8)}) is None
+
+
+def test_graphs_are_made_after_the_first_step_and_anew_where_second_moments_are_elsewhere(
+    trainer: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    class Captured:
+        """Notes that a graph would be made."""
+
+        def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+            made.append(run.steps_done)
+            self.function = function
+
+        def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+            return self.function(*inputs)
+
+    monkeypatch.setattr(diagnosis, "Captured", Captured)
+    run = trainer(steps=8, diagnose_every=1)
+    run.diagnosis._capturable = True
+    run.last_step = 4
+    run.run("begun")
+    assert made == [1, 1]
+    run.restore(run._state())  # as from a checkpoint
+    run.last_step = 8
+    run.go_on("restored")
+    assert made == [1, 1, 4, 4]
 
 
 def test_entropy_is_the_logarithm_of_the_tokens_that_share_the_attention() -> None:

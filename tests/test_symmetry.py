@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from dit import init
-from dit.analysis.symmetry import distinct_units, factors
+from dit.analysis.symmetry import UNIT_TOLERANCE, distinct_units, factors
 from dit.config import Params
 from dit.diffusion import Diffusion
 from dit.models.dit.network import DiT
@@ -73,6 +73,29 @@ def test_repeating_reordering_and_scaling_units_does_not_change_their_number(
     units = torch.randn(count, width, generator=draws)
     repeated = units.repeat(times, 1)[torch.randperm(count * times, generator=draws)]
     assert distinct_units(scale * repeated) == distinct_units(units)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 30), st.integers(1, 16), st.floats(0, 1), st.sampled_from([0.9e-3, 1.1e-3, 0.1]))
+def test_units_are_counted_by_the_distances_of_all_pairs(seed: int, count: int, width: int, zero: float, apart: float) -> None:
+    draws = torch.Generator().manual_seed(seed)
+    units = torch.nn.functional.normalize(torch.randn(count, width, generator=draws, dtype=torch.float64), dim=1)
+    direction = torch.nn.functional.normalize(torch.randn(width, generator=draws, dtype=torch.float64), dim=0)
+    twins = units + apart * direction  # as far from their units as the tolerance allows, or a little further
+    units = torch.cat([units * (torch.rand(count, 1, generator=draws) >= zero), twins]).float()
+    typical = units.double().norm(dim=1).sort().values[(len(units) - 1) // 2]
+    different = [
+        not any((one.double() - other.double()).norm() <= UNIT_TOLERANCE * typical for other in units[:index])
+        for index, one in enumerate(units)
+    ]
+    assert distinct_units(units) == sum(different)
+
+
+def test_units_that_are_mostly_zero_are_one_and_the_others() -> None:
+    units = torch.zeros(9, 5)
+    assert distinct_units(units) == 1
+    units[2] = torch.arange(5.0)
+    assert distinct_units(units) == 2
 
 
 def test_a_network_that_is_drawn_at_random_has_no_equal_units() -> None:

@@ -48,7 +48,7 @@ class RoleProbe:
         self.backbone = backbone_of(model)
         self.roles = self.backbone.roles(model)
         self.weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
-        self.sizes = [weight.numel() for weight in self._by_role(self.weights)]
+        self.sizes = [role.count * math.prod(role.shape[1:]) for role in self.roles]
         self._special: list[list[str]] = []
         self._previous: list[Tensor] = []
 

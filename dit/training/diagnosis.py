@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dit.analysis.diagnostics import RoleProbe, RoleState
+from dit.devices import is_nvidia
 from dit.diffusion import Batch, Diffusion
 from dit.fused.capture import Captured, side_by_side
 from dit.models import backbone_of
@@ -28,12 +29,30 @@ class Findings:
     blocks: list[BlockState]
 
 
+Places = list[tuple[str, int, int]]
+"""Where second moments and their counts of updates are on the device, by the name of the weight."""
+
+
+def places(moments: Mapping[str, SecondMoment]) -> Places | None:
+    """Where a graph would read `moments`; None where it cannot, since a count of updates on the host would stay as it is now.
+
+    `torch.optim` counts on the host for optimisers by name, such as Adam.
+    """
+    found: Places = []
+    for name, moment in moments.items():
+        if not isinstance(moment.updates, Tensor) or moment.updates.device != moment.value.device:
+            return None
+        found.append((name, moment.value.data_ptr(), moment.updates.data_ptr()))
+    return found
+
+
 class Diagnosis:
     """Diagnoses steps of `model`, which `engine` trains. Nothing that the run depends on changes.
 
     A diagnosis is about a thousand small operations. A GPU computes them sooner than the host can launch them, so those before
     the update are one CUDA graph, and those after it another. The graphs read weights, gradients and second moments where
-    these are: their addresses are fixed once a step was taken, so the first step is diagnosed without graphs.
+    these are: their addresses are fixed once a step was taken, so the first step is diagnosed without graphs. Second moments
+    that come later, or from a checkpoint, have other addresses, and new graphs.
     """
 
     def __init__(
@@ -50,9 +69,10 @@ class Diagnosis:
         self._memory: list[Tensor] = []
         self._before: Callable[..., Tensor] = self._read_before
         self._after: Callable[..., Tensor] = self.probe.changes
+        self._places: Places | None = None
         self._any_yet = False
         self._capturable = (
-            diffusion.device.type == "cuda"
+            is_nvidia(diffusion.device)
             and precision != torch.float16  # loss scaling lets the host decide whether to step
             and backbone_of(model).capturable
             and sum(weight.numel() for weight in model.parameters()) <= MOST_CAPTURED
@@ -67,8 +87,10 @@ class Diagnosis:
         """
         self._moments = self.engine.second_moments()
         stepped = bool(self._moments) or self._any_yet
-        if self._capturable and stepped and not isinstance(self._before, Captured):
+        found = places(self._moments) if self._capturable and stepped else None
+        if found is not None and found != self._places:
             self._before, self._after = Captured(self._read_before), Captured(self.probe.changes)
+            self._places = found
         self._any_yet = True
         captured = isinstance(self._before, Captured)
         self._gradients = self._held(self.engine.weight_gradients(), captured)
@@ -78,7 +100,7 @@ class Diagnosis:
         if not captured:
             self.probe.forget()
             self._gradients = []
-        of_blocks = 4 * len(backbone_of(self.model).blocks(self.model)) + 1
+        of_blocks = 4 * (len(backbone_of(self.model).blocks(self.model)) + 1)
         return Findings(self.probe.states(read[of_blocks:]), block_states(read[:of_blocks], clipped_share))
 
     def _held(self, gradients: list[Tensor | None], captured: bool) -> list[Tensor | None]:
@@ -89,7 +111,8 @@ class Diagnosis:
         if not self._memory:
             self._memory = [torch.empty_like(gradient, dtype=torch.float32) for gradient in found]
         torch._foreach_copy_(self._memory, found)
-        return list(self._memory)
+        memory = iter(self._memory)
+        return [None if gradient is None else next(memory) for gradient in gradients]
 
     def _read_before(self, *given: Tensor) -> Tensor:
         *parts, gradient_norm = given

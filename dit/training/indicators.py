@@ -48,9 +48,10 @@ class BlockState:
 
 @torch.no_grad()
 def activations(model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], precision: torch.dtype) -> Tensor:
-    """The first three readings of every block, as a vector, one reading after the other; NaN for what does not apply.
+    """The first three readings of every block and of the rest of the network, 3 * (blocks + 1), one reading after the other.
 
-    `inputs` are noisy latents, timesteps and labels. All stays on the device, so that it can be a part of a CUDA graph.
+    They are NaN where they do not apply. `inputs` are noisy latents, timesteps and labels. All stays on the device, so that it
+    can be a part of a CUDA graph.
     """
     seen, training = _Activations(model), model.training
     model.eval()  # nothing is dropped, so that nothing is drawn
@@ -58,10 +59,9 @@ def activations(model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], precisi
         model(*inputs)
     model.train(training)
     missing = inputs[0].new_full((), math.nan, dtype=torch.float32)
-    found = [
-        values.get(block, missing).float() for values in (seen.logits, seen.entropies, seen.streams) for block in seen.blocks
-    ]
-    return torch.stack(found) if found else missing.new_empty(0)
+    blocks = [*seen.blocks, None]
+    readings = seen.logits, seen.entropies, seen.streams
+    return torch.stack([values.get(block, missing).float() for values in readings for block in blocks])
 
 
 @torch.no_grad()
@@ -124,10 +124,11 @@ def _bias_corrections(moments: list[SecondMoment]) -> Any:
 
 def block_states(read: Sequence[float], clipped_share: float | None) -> list[BlockState]:
     """The states of all blocks and of the rest of the network, from the numbers of `activations` and `second_moment_ratios`."""
-    count = (len(read) - 1) // 4  # of blocks
     finite = [value if math.isfinite(value) else None for value in read]
-    logits, entropies, streams = ([*finite[start : start + count], None] for start in range(0, 3 * count, count or 1))
-    rows = zip([*range(count), None], logits, entropies, streams, finite[3 * count :], strict=True)
+    blocks = [*range(len(read) // 4 - 1), None]
+    starts = range(0, len(read), len(blocks))
+    logits, entropies, streams, ratios = (finite[start : start + len(blocks)] for start in starts)
+    rows = zip(blocks, logits, entropies, streams, ratios, strict=True)
     return [BlockState(block, logit, entropy, rms, ratio, clipped_share) for block, logit, entropy, rms, ratio in rows]
 
 

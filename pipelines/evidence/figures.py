@@ -51,7 +51,9 @@ def _responses(findings: Findings) -> Figure:
         for index, tuning in enumerate(one for one in findings.tunings if one.place == place):
             _response(axes, tuning, index)
         axes.set(xscale="log", xlabel="learning rate", title=_words(place))
-        axes.set_ylim(*_around([point.mean for one in findings.tunings if one.place == place for point in _points(one)]))
+        points = [point for one in findings.tunings if one.place == place for point in _points(one)]
+        if means := [point.mean for point in points if point.mean is not None]:
+            axes.set_ylim(*_around(means))
         rates = sorted({rate for one in findings.tunings for rate in one.errors})
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axes.minorticks_off()
@@ -64,11 +66,10 @@ def _points(tuning: Tuning) -> tuple[Point, ...]:
     return () if tuning.response is None else tuning.response.points
 
 
-def _around(means: list[float | None]) -> tuple[float, float]:
+def _around(means: list[float]) -> tuple[float, float]:
     """Limits of an axis that shows all means; a long interval of one of them is cut, so that the others are told apart."""
-    known = [mean for mean in means if mean is not None]
-    margin = 0.1 * (max(known) - min(known))
-    return min(known) - margin, max(known) + margin
+    margin = 0.1 * (max(means) - min(means))
+    return min(means) - margin, max(means) + margin
 
 
 def _response(axes: Axes, tuning: Tuning, index: int) -> None:
