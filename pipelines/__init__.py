@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-_SCRATCH = ".scratch" if "://" in os.environ.get("DIT_SCRATCH", "://") else os.environ["DIT_SCRATCH"]
+_GIVEN = os.environ.get("DIT_SCRATCH") or ".scratch"
+_SCRATCH = ".scratch" if "://" in _GIVEN else _GIVEN
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.abspath(f"{_SCRATCH}/inductor"))
 os.environ.setdefault("MPLCONFIGDIR", os.path.abspath(f"{_SCRATCH}/matplotlib"))

@@ -20,6 +20,8 @@ IN_SOURCES = ("root", "validation_root", "path", "shards", "validation_shards")
 """Entries of `images.source` that name a file or folder, or several."""
 DVC_TEMPORARY = (".dvc", "tmp", "exps")
 """Below this folder of a project, `dvc exp run --temp` and `--queue` copy it."""
+RESULTS = ("data", "runs", "reports")
+"""Folders in which stages write: a link to a whole one would have an experiment write into the project."""
 UP = "up"
 """A folder between an experiment's own and the files of its project, one for each `..` with which a path begins."""
 
@@ -53,13 +55,15 @@ def link(files: Mapping[str, str], home: Path, workspace: Path, room: int = 0) -
     """Link into `workspace`, a copy of the project at `home`, what the copy lacks of the `files` that lie there.
 
     `files` are keys of parameters with their paths. Above `workspace`, `room` folders belong to it alone. Raises `ConfigError`
-    for a path that leads out of them.
+    for a path that leads out of them, and for a folder in which stages write.
     """
     for key, path in files.items():
         for name in _each(path):
             source, target = (Path(os.path.normpath(root / name)) for root in (home, workspace))
             if os.path.isabs(name) or not source.exists():
                 continue
+            if any(PurePath(folder).is_relative_to(os.path.normpath(name)) for folder in RESULTS):
+                raise ConfigError(f"{key} = {path}: stages write their results there; expected a folder that holds no results")
             if _levels(name) > room:
                 raise ConfigError(f"{key} = {path}: leads out of the project, of which this is a copy; give the absolute path")
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -151,6 +151,13 @@ def test_encoding_does_not_depend_on_randomness_and_gives_the_posterior(images: 
     assert Decoder(autoencoder)(mean).shape == (5, SIZE, SIZE, 3)
 
 
+def test_images_that_are_not_finite_are_refused_and_never_become_pixels(params: Params) -> None:
+    decoder = Decoder(build(params.autoencoder, 16))
+    latents = torch.full((1, 4, 4, 4), float("nan"))
+    with pytest.raises(DataError, match="decoded images are not finite in fp32"):
+        decoder(latents)
+
+
 def test_the_decoder_of_an_evaluation_follows_its_precision_and_backend(
     images: np.ndarray, published: Path, tiny: Path, params: Params
 ) -> None:

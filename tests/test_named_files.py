@@ -128,6 +128,17 @@ def test_shards_are_linked_one_by_one_and_absolute_paths_not_at_all(tmp_path: Pa
     assert sorted(path.name for path in copy.iterdir()) == ["data"]
 
 
+@pytest.mark.parametrize("path", [".", "data", "runs/"])
+def test_a_folder_in_which_stages_write_is_never_linked(tmp_path: Path, path: str) -> None:
+    home, copy = tmp_path / "home", tmp_path / "copy"
+    for folder in ("data", "runs"):
+        (home / folder).mkdir(parents=True)
+    copy.mkdir()
+    with pytest.raises(ConfigError, match=r"images\.source\.root = .*stages write their results there"):
+        named_files.link({"images.source.root": path}, home, copy)
+    assert list(copy.iterdir()) == []
+
+
 def test_a_copy_that_dvc_made_reads_from_the_project_too(project: Path) -> None:
     """`dvc exp run --temp` copies only what git and DVC track."""
     draw(project / "pics")

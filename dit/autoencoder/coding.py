@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dit.autoencoder.kinds import Autoencoder, Pixels
 from dit.autoencoder.published import normalization
-from dit.devices import autocast, is_nvidia, resolve_precision, send
+from dit.devices import autocast, is_nvidia, name_of, resolve_precision, send
+from dit.errors import DataError
 from dit.fused import decoder as fused_decoder
 from dit.fused.decoder import FusedDecoder
 from dit.fused.encoder import FusedEncoder
@@ -96,9 +97,15 @@ class Decoder:
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> np.ndarray:
-        """Raw latents (B, C, h, w), on any device -> pixels (B, H, W, C) uint8."""
+        """Raw latents (B, C, h, w), on any device -> pixels (B, H, W, C) uint8.
+
+        Raises `DataError` where a decoded image is not finite, as where numbers are too large for fp16.
+        """
         with autocast(self.device, self.precision):
             images = self.images(latents.to(self.device, torch.float32))
+        if not images.isfinite().all():
+            advice = "" if self.precision == torch.float32 else "; expected evaluate.precision = fp32 to avoid this"
+            raise DataError(f"decoded images are not finite in {name_of(self.precision)}{advice}")
         return to_pixels(images)
 
 
