@@ -10,16 +10,20 @@ from pathlib import Path
 from dit.errors import UserError
 
 
+class BusyError(UserError):
+    """Another study runs in the workspace."""
+
+
 @contextmanager
 def exclusively(root: Path) -> Iterator[None]:
-    """Hold the lock of the studies of a workspace. Raises `UserError` where another one runs."""
+    """Hold the lock of the studies of a workspace. Raises `BusyError` where another one runs."""
     lock = root / ".scratch" / "study.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
+            raise BusyError(
                 "a study is running in this workspace; wait for it, or give overrides to run one beside it"
             ) from None
         yield

@@ -18,7 +18,7 @@ from pipelines import dag, services
 from pipelines.files import write_json
 from pipelines.mlflow_store import tracking_uri
 from pipelines.redaction import shown
-from pipelines.study_lock import exclusively
+from pipelines.study_lock import BusyError, exclusively
 
 if TYPE_CHECKING:
     from pipelines.tracking import Synced
@@ -36,7 +36,10 @@ def note(root: Path, synced: Synced) -> None:
 
 
 def nothing_to_do(root: Path, targets: Collection[str] | None) -> list[str] | None:
-    """What to tell a person where every stage that `targets` need is up to date; None where there is, or may be, work."""
+    """What to tell a person where every stage that `targets` need is up to date; None where there is, or may be, work.
+
+    Raises `BusyError` where another study runs, before anything is started for this one.
+    """
     try:
         with exclusively(root):
             noted = json.loads((root / NOTES).read_text())
@@ -46,6 +49,8 @@ def nothing_to_do(root: Path, targets: Collection[str] | None) -> list[str] | No
             if not all(stage.up_to_date for stage in stages.values()):
                 return None
             return [f"nothing to do: {len(stages)} of {len(stages)} stages are up to date", *_results(root, stages, noted)]
+    except BusyError:
+        raise
     except (UserError, OSError, ValueError, LookupError, TypeError):  # the flow says what is wrong, if anything is
         return None
 

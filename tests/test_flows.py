@@ -315,7 +315,9 @@ def test_one_study_at_a_time_and_interrupting_it_ends_everything(shell: Path, pr
     while not ((shell / "pid").exists() and (shell / "pid").read_text()):
         assert running.poll() is None
         time.sleep(0.1)
-    assert "a study is running in this workspace" in command(shell, "pipelines", "study", "fine", **prefect_api).stdout
+    refused = command(shell, "pipelines", "study", "fine", **prefect_api)
+    assert (refused.returncode, refused.stdout.count("\n")) == (2, 1)
+    assert refused.stdout.startswith("error: a study is running in this workspace")
     family = psutil.Process(running.pid).children(recursive=True)
     running.send_signal(signal.SIGINT)
     output, _ = running.communicate(timeout=300)
