@@ -45,7 +45,8 @@ def refusal(workspace: Path, stages: Mapping[str, Stage], warn: Callable[[str], 
     params = config.load(workspace / "params.yaml")
     findings = _findings(workspace, params, running)
     if preflight.errors(findings):  # perhaps of what only stages need that DVC need not run
-        findings = _without_results(workspace, params, stages) or findings
+        fewer = _without_results(workspace, params, stages)
+        findings = findings if fewer is None else fewer
     for finding in findings:
         if finding.severity == "warning":
             warn(plain(str(finding)))
@@ -58,8 +59,8 @@ def _findings(workspace: Path, params: Params, running: set[str]) -> list[Findin
     return preflight.merged(found, check(workspace, params, running))
 
 
-def _without_results(workspace: Path, params: Params, stages: Mapping[str, Stage]) -> list[Finding]:
-    """What is found where only those stages run whose results DVC's cache has not; empty where these are all.
+def _without_results(workspace: Path, params: Params, stages: Mapping[str, Stage]) -> list[Finding] | None:
+    """What is found where only those stages run whose results DVC's cache has not; None where it has no results.
 
     If the study could run once the results on a remote are here, that is told too.
     """
@@ -70,12 +71,12 @@ def _without_results(workspace: Path, params: Params, stages: Mapping[str, Stage
     try:
         had = restorable.results(workspace, params, stages)
     except DvcException:  # another program uses a file, say
-        return []
+        return None
 
     def running(besides: frozenset[str]) -> set[str]:
         return {name.partition("@")[0] for name, stage in stages.items() if not stage.up_to_date and name not in besides}
 
-    findings = _findings(workspace, params, running(had.cached)) if had.cached else []
+    findings = _findings(workspace, params, running(had.cached)) if had.cached else None
     if had.elsewhere and not preflight.errors(_findings(workspace, params, running(had.cached | had.elsewhere))):
         count = len(had.elsewhere)
         found = f"has {count} result{'s' * (count > 1)} that DVC's cache on this machine lacks, and that would do instead"
