@@ -42,6 +42,8 @@ tables, unless the column "factors" says otherwise.
   the change A does if the change B is made, too. In `stability`, `5_percent` is a warm-up over 5 % of the steps.
 - **late by**: how many more steps a start needs to reach the error at which the published start ends; if negative, how many
   fewer.
+- **what had changed most before a failure**: the names are those of the measurements in `stability.csv`, which
+  [stability.md](../stability.md) explains.
 - **starts of `attribution`**: `gates0` has zero gates, `gates1` open gates, `outputs0` open gates with zero residual outputs.
   `mod0` has zero shift and scale, `mod03` 0.3 RMS. `head0` has a zero head, `headx` a Xavier head. In `dead_blocks`, a control,
   the blocks never learn.
