@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dit.analysis.effects import Effect
 from dit.analysis.study import AtBest, Findings, Pair, Place
 from dit.analysis.verdicts import Judgement
 from pipelines.evidence.figures import draw
@@ -28,14 +29,21 @@ HEAD = """\
 `python -m pipelines.evidence write` makes this page from the results in this folder. What each study asks, and what its answers
 would mean, was committed before it ran: [README.md](README.md). Only a declared comparison or effect has a verdict. Everything
 else is exploratory, and its p-values are not corrected. Intervals are 95 %, by Student's t over seeds. "Error" is the final
-validation error of the averaged weights.
+validation error of the averaged weights. The conditions in the first line of a section (network, data, steps) hold for all its
+tables, unless the column "factors" says otherwise.
 
+- **a difference**: how much higher the error of a start is than that of the published start, `adaln_zero`, in %. The start is
+  "worse" or "better" if the corrected p-value is below 5 %. A comparison without a verdict still has a difference, over the
+  seeds at which neither run failed, but nothing can be concluded from it.
 - **best learning rate**: the minimum of a parabola through three measured rates, over all seeds. The seeds that choose a rate
   for a verdict are fewer, so their best rate may be another one.
 - **an effect**: the change of the error in %, or of the share of its steps that a run survives, if one factor changes and all
-  others are averaged. *A combined with B* is an interaction: how much more the change A does if the change B is made, too. In
-  `stability`, `5_percent` is a warm-up over 5 % of the steps.
-- **a delay**: how many more steps a start needs to reach the error at which the baseline ends; if negative, how many fewer.
+  others are averaged. It is "clear" if the corrected p-value is below 5 %. *A combined with B* is an interaction: how much more
+  the change A does if the change B is made, too. In `stability`, `5_percent` is a warm-up over 5 % of the steps.
+- **late by**: how many more steps a start needs to reach the error at which the published start ends; if negative, how many
+  fewer.
+- **what had changed most before a failure**: the names are those of the measurements in `stability.csv`, which
+  [stability.md](../stability.md) explains.
 - **starts of `attribution`**: `gates0` has zero gates, `gates1` open gates, `outputs0` open gates with zero residual outputs.
   `mod0` has zero shift and scale, `mod03` 0.3 RMS. `head0` has a zero head, `headx` a Xavier head. In `dead_blocks`, a control,
   the blocks never learn.
@@ -61,8 +69,10 @@ def _section(name: str, title: str, answers: Answers) -> str:
     lines = [f"## `{name}`: {title}", "", _conditions(name, results), ""]
     if not answers.complete:
         lines += [f"**Cut: {len(results.runs)} of {results.planned} runs have ended. Its verdicts are not to be quoted.**", ""]
-    lines += [f"- {sentence}" for sentence in _sentences(answers)]
-    lines += ["", f"![{title}](figures/{name}.svg)", "", *_tables(answers), ""]
+    lines += _of_declared(answers)
+    if late := [f"- {sentence}" for sentence in _of_delays(answers)]:
+        lines += [*late, ""]
+    lines += [f"![{title}](figures/{name}.svg)", "", *_tables(answers), ""]
     return HYPHEN.sub(MINUS, "\n".join(lines))
 
 
@@ -81,29 +91,66 @@ def _conditions(name: str, results: Results) -> str:
     )
 
 
-def _sentences(answers: Answers) -> Iterator[str]:
-    """The declared answers in words."""
-    if answers.effects:
+def _of_declared(answers: Answers) -> list[str]:
+    """The declared answers, with the conditions that the section's first line does not state."""
+    lines = []
+    if answers.effects and (effects := answers.effects.declared):
         unit = "final error" if answers.effects.quantity == "error" else "share of its steps that a run survives"
-        for one in answers.effects.declared:
-            verdict = "clear: " if one.clear else "not distinguishable: "
-            yield f"{verdict}{unit} with {one.effect}, {one.certainty}."
-    yield from (judgement.sentence for judgement in _judged(answers.findings) if judgement.comparison.declared)
+        p = f"p, Holm-corrected for {len(effects)} effects"
+        verdicts = ("clear" if one.clear else "not distinguishable" for one in effects)
+        rows = [(*_change(one.effect), verdict, _p(one.p)) for one, verdict in zip(effects, verdicts, strict=True)]
+        lines += [*_table(("declared effect", f"change of the {unit}", "verdict", p), rows), ""]
+    if declared := [one for one in _compared(answers.findings) if one.judgement.comparison.declared]:
+        difference = f"difference of the error from `{answers.findings.question.baseline}`"
+        p = "p" if len(declared) == 1 else f"p, Holm-corrected for {len(declared)} comparisons"
+        columns = ("declared comparison", "factors", "learning rate", difference, "seeds", "verdict", p)
+        lines += [*_table(columns, [_row(one) for one in declared]), ""]
+    return lines
+
+
+def _row(one: AtBest | Pair) -> tuple[str, ...]:
+    found = one.judgement
+    verdict = f"{found.answer}: {found.reason}" if found.reason else found.answer
+    p = "" if found.p is None else _p(found.p)
+    rate = found.comparison.conditions.rate.removeprefix("at learning rate ")
+    return f"`{one.strategy}`", _words(one.place), rate, _size(found), str(found.n), verdict, p
+
+
+def _change(effect: Effect) -> tuple[str, str]:
+    """What an effect changes, in words, and its size."""
+    changes = zip(effect.factors, effect.levels, effect.reference, strict=True)
+    words = " *combined with* ".join(f"{factor}: {level} instead of {reference}" for factor, level, reference in changes)
+    return words, str(effect).rpartition(": ")[2]
+
+
+def _of_delays(answers: Answers) -> Iterator[str]:
+    """By how many steps the declared strategies are late, in words."""
+    baseline = answers.findings.question.baseline
     for name, delays in (answers.delays or {}).items():
         for length, found in delays.items():
             if found is None:
-                yield f"Exploratory: at none of the lengths does {name} reach the error of runs of {length:,} steps."
+                yield f"Exploratory: at none of the lengths does {name} reach the error of {baseline} after {length:,} steps."
             else:
                 interval = "" if found.low is None or found.high is None else f" [{found.low:+,.0f}, {found.high:+,.0f}]"
                 yield (
-                    f"Exploratory: the delay of {name} behind runs of {length:,} steps is {found.mean:+,.0f} "
-                    f"steps{interval}, n = {found.n} seeds."
+                    f"Exploratory: {name} reaches the error that {baseline} has after {length:,} steps late by "
+                    f"{found.mean:+,.0f} steps{interval}, n = {found.n} seeds."
                 )
 
 
-def _judged(findings: Findings) -> list[Judgement]:
-    found: list[AtBest | Pair] = [*findings.at_best, *findings.pairs]
-    return [one.judgement for one in found]
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table of Markdown, without the columns that are empty in every row."""
+    kept = [index for index in range(len(columns)) if any(row[index] for row in rows)]
+    header, *body = (f"| {' | '.join(cells[index] for index in kept)} |" for cells in (columns, *rows))
+    return [header, "|---" * len(kept) + "|", *body]
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.2g}"
+
+
+def _compared(findings: Findings) -> list[AtBest | Pair]:
+    return [*findings.at_best, *findings.pairs]
 
 
 def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,8 +172,7 @@ def _declared(answers: Answers) -> Iterator[Mapping[str, Any]]:
                 "n": found.n,
                 "p": effect.p,
             }
-    every: list[AtBest | Pair] = [*answers.findings.at_best, *answers.findings.pairs]
-    for one in every:
+    for one in _compared(answers.findings):
         judgement = one.judgement
         if judgement.comparison.declared:
             yield {
@@ -150,10 +196,8 @@ def _tables(answers: Answers) -> list[str]:
 
 def _of_effects(answers: Answers) -> list[str]:
     assert answers.effects is not None
-    lines = ["| exploratory effect | size | uncorrected p |", "|---|---|---|"]
-    for effect in answers.effects.exploratory:
-        what, _, change = str(effect).rpartition(": ")
-        lines.append(f"| {what.replace(' with ', ' combined with ')} | {change} | {effect.p_value:.2g} |")
+    rows = [(*_change(effect), f"{effect.p_value:.2g}") for effect in answers.effects.exploratory]
+    lines = _table(("exploratory effect", "size", "p, not corrected"), rows)
     if answers.effects.quantity == "survived":
         lines += ["", *_of_failures(answers.results.runs)]
     return lines
@@ -166,43 +210,49 @@ def _of_failures(runs: list[Ended]) -> list[str]:
     for run in failed:
         sign = (run.warned.sign or {}).get("indicator", "nothing that was diagnosed") if run.warned else ""
         moved[sign] = moved.get(sign, 0) + 1
-    header = f"| what had changed most at the last diagnosis before a failure | runs, of {len(failed)} that failed |"
-    lines = [header, "|---|---|"]
-    return lines + [f"| {name.replace('_', ' ')} | {count} |" for name, count in sorted(moved.items(), key=lambda one: -one[1])]
+    columns = ("what had changed most at the last diagnosis before a failure", f"runs, of {len(failed)} that failed")
+    return _table(
+        columns, [(name.replace("_", " "), str(count)) for name, count in sorted(moved.items(), key=lambda one: -one[1])]
+    )
 
 
 def _of_optima(findings: Findings) -> list[str]:
     if not findings.tunings:
         return []
     near = "rates within 1 % of the lowest error"
-    columns = ("start", "factors", "best learning rate", near, "largest rate without a failure")
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows = []
     for one in findings.tunings:
-        cells = [one.problem or "", "", ""]
+        cells = (one.problem or "", "", "")
         if found := one.response:
             stable = "none" if found.largest_stable is None else f"{found.largest_stable:g}"
-            cells = [str(found.optimum or "none"), str(found.near_best or "none"), stable]
-        lines.append(f"| `{one.strategy}` | {_words(one.place)} | {' | '.join(cells)} |")
-    return lines
+            cells = (str(found.optimum or "none"), str(found.near_best or "none"), stable)
+        rows.append((f"`{one.strategy}`", _words(one.place), *cells))
+    return _table(("start", "factors", "best learning rate", near, "largest rate without a failure"), rows)
 
 
 def _of_rates(findings: Findings) -> list[str]:
     """Each strategy against the baseline at every place and rate."""
     rates = sorted({pair.rate for pair in findings.pairs})
-    header = f"| difference of the error from `{findings.question.baseline}` | factors |"
-    lines = [f"{header} {' | '.join(f'at rate {rate:g}' for rate in rates)} |", "|---|---|" + "---|" * len(rates)]
+    rows = []
     for name in dict.fromkeys(pair.strategy for pair in findings.pairs):
         for place in findings.places:
             by_rate = {pair.rate: pair.judgement for pair in findings.of(name) if pair.place == place}
             if by_rate:
-                cells = [_cell(by_rate[rate]) if rate in by_rate else "" for rate in rates]
-                lines.append(f"| `{name}` | {_words(place)} | {' | '.join(cells)} |")
-    return lines
+                cells = (_cell(by_rate[rate]) if rate in by_rate else "" for rate in rates)
+                rows.append((f"`{name}`", _words(place), *cells))
+    first, *others = (f"at rate {rate:g}" for rate in rates)
+    difference = f"difference of the error from `{findings.question.baseline}`"
+    return _table(("start", "factors", f"{difference} {first}", *others), rows)
 
 
 def _cell(judgement: Judgement) -> str:
     if failed := judgement.comparison.failed:
         return ", ".join(f"{count} run{'s' if count > 1 else ''} of {name} failed" for name, count in failed.items())
+    return _size(judgement)
+
+
+def _size(judgement: Judgement) -> str:
+    """The mean difference and its interval, in per cent."""
     mean, low, high = (_percent(value or 0.0) for value in (judgement.mean, judgement.low, judgement.high))
     return f"{mean} % [{low}, {high}]"
 
