@@ -113,8 +113,8 @@ def _training(params: Params, names: Iterable[str]) -> tuple[float, int]:
         cost = repr([here.model, here.images.size, here.autoencoder.downsample, here.diffusion, _costly(here)])
         if cost not in known:
             known[cost] = estimate(here, runs[key].strategy)
+            memory += known[cost].memory  # by which the peak of this process grew: together, what the largest network needs
         total += START_SECONDS + here.train.steps * known[cost].seconds_per_step * (1 + DIAGNOSED)
-        memory = max(memory, known[cost].memory)
     return total, memory
 
 
