@@ -17,6 +17,7 @@ from pipelines.files import json_text
 
 if TYPE_CHECKING:
     from dit.config import Params
+    from dit.design import Design
 
 DURATIONS = Path(".scratch/durations.csv")
 """How long each stage took that the flow ran: its name, what it was, and seconds."""
@@ -112,8 +113,8 @@ def _training(params: Params, names: Iterable[str]) -> tuple[float, int]:
         cost = repr([here.model, here.images.size, here.autoencoder.downsample, here.diffusion, _costly(here)])
         if cost not in known:
             known[cost] = estimate(here, runs[key].strategy)
+            memory += known[cost].memory  # by which the peak of this process grew: together, what the largest network needs
         total += START_SECONDS + here.train.steps * known[cost].seconds_per_step * (1 + DIAGNOSED)
-        memory = max(memory, known[cost].memory)
     return total, memory
 
 
@@ -174,7 +175,7 @@ def show(found: Plan) -> None:
 
     study = found.params.study
     runs = design(study)
-    levels = "; ".join(f"{key}: {', '.join(map(str, values))}" for key, values in runs.factors.items())
+    levels = "; ".join(f"{key}: {', '.join(words)}" for key, words in _levels(runs).items())
     counts = " and ".join(
         f"{n} {noun if n == 1 else plural}"
         for n, noun, plural in ((len(study.strategies), "strategy", "strategies"), (len(study.seeds), "seed", "seeds"))
@@ -198,6 +199,16 @@ def show(found: Plan) -> None:
     )
     if unknown := [row.kind for row in found.rows if row.to_run and row.seconds is None]:
         print(f"no earlier stage tells how long these take, so each counts as {START_SECONDS:.0f} s: {', '.join(unknown)}")
+
+
+def _levels(runs: Design) -> dict[str, list[str]]:
+    """The levels of each factor in words: a list or a section is called by its own name, or by that of its setting."""
+    found: dict[str, dict[str, None]] = {}
+    for setting in runs.settings():
+        for key, level in setting.levels.items():
+            named = setting.named.get(key, "").partition("=")[2] or setting.name
+            found.setdefault(key, {})[named if isinstance(level, (list, dict)) else str(level)] = None
+    return {key: list(words) for key, words in found.items()}
 
 
 def _time(seconds: float) -> str:

@@ -141,6 +141,20 @@ def test_repeating_it_finds_nothing_to_do_without_a_server(study: Path) -> None:
     assert (study / "dvc.lock").read_bytes() == lock
 
 
+def test_a_plan_tells_which_stages_an_edit_would_run(study: Path) -> None:
+    def planned(*edits: str) -> dict[str, tuple[int, int]]:
+        done = command(study, "dit.cli", "plan", *(word for edit in edits for word in ("--set", edit)))
+        assert done.returncode == 0, done.stdout
+        rows = re.findall(r"^ +(\w+) +(\d+) +(\d+) +", done.stdout, re.MULTILINE)
+        return {kind: (int(to_run), int(up_to_date)) for kind, to_run, up_to_date in rows}
+
+    assert {to_run for to_run, _ in planned().values()} == {0}
+    seeds = planned("study.seeds=[0,1,2]")
+    assert (seeds["images"], seeds["analyse"], seeds["train"], seeds["compare"]) == ((0, 1), (0, 2), (2, 4), (1, 0))
+    latents = planned("latents.flip=false")
+    assert (latents["autoencoder"], latents["latents"], latents["train"]) == ((0, 1), (1, 0), (4, 0))
+
+
 def test_runs_that_mlflow_has_lost_come_back_with_nothing_to_do(study: Path) -> None:
     (study / "mlflow.db").unlink()
     done = command(study, "pipelines", "study")

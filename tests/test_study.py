@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from statistics import fmean
 
 import pandas as pd
 import pytest
@@ -122,6 +123,18 @@ def test_a_rate_at_which_runs_collapsed_has_no_verdict_no_optimum_and_no_part_in
     assert found.effects is not None
     assert found.effects.left_out == ("0.008",)
     assert len(found.effects.factors["learning rate"]) == 4
+
+
+def test_a_failed_run_counts_in_the_sensitivity_as_the_error_at_the_start_of_its_own_strategy() -> None:
+    """A random head starts above the error of a zero output."""
+    made = [
+        replace(run, errors=(2.5, *run.errors[1:])) if run.strategy == OTHER else run for run in runs(rates=RATES[:2], noise=0)
+    ]
+    for strategy in (BASE, OTHER):
+        found = next(one for one in asked(collapsed(made, strategy, RATES[1], SEEDS)).tunings if one.strategy == strategy)
+        alike = [run for run in made if (run.strategy, run.rate) == (strategy, RATES[0])]
+        assert found.sensitivity is not None
+        assert found.sensitivity.mean == pytest.approx(fmean(run.errors[0] - run.errors[-1] for run in alike) / 2)
 
 
 DEPTHS: tuple[Place, ...] = ((("depth", "4"),), (("depth", "12"),))

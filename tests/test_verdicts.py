@@ -15,6 +15,8 @@ from dit.analysis.verdicts import Comparison, Conditions, Judgement, holm, judge
 ERROR = METRICS[0]
 PRECISION = next(metric for metric in METRICS if metric.name == "precision")
 CONDITIONS = Conditions("photos", "DiT-Tiny/2", 1400, "each at its own best rate")
+RATES, CLOSE = (1e-3, 2e-3, 4e-3, 8e-3), tuple(1e-3 * 2 ** (half / 2) for half in range(7))
+PARABOLA, ASYMMETRIC = (0.08, 0.0), (0.049, 0.017)
 BASELINE = [0.120, 0.124, 0.116, 0.121, 0.119]
 
 
@@ -114,23 +116,46 @@ def test_planted_level_differences_are_found_in_a_study_of_strategies_each_at_it
 def test_false_declared_verdicts_are_at_most_five_percent_of_null_studies(seeds: int) -> None:
     """1,000 studies of four strategies that equal their baseline, each at its best rate as chosen on two other seeds.
 
-    Measured with draws that the design had not seen, three times 1,000 studies: 146 of the 3,000 have a false declared verdict
-    with three reported seeds (4.9 %, 95 % interval 4.1 to 5.7), 114 with five; 91 % of comparisons were judged. At the best
+    Measured with draws that the design had not seen, eight times 1,000 studies: 341 of the 8,000 have a false declared verdict
+    with three reported seeds (4.3 %, 95 % interval 3.8 to 4.7), 348 with five; 91 % of comparisons were judged. At the best
     measured rates, not interpolated, it was 228 of 1,000 with five seeds, because some optima lie nearer to a measured rate
     than others.
     """
-    draws = np.random.default_rng(1)
-    found = [study(draws, [1.0] * 5, seeds) for _ in range(1000)]
-    judged = np.mean([one.answer != "no verdict" for judgements in found for one in judgements])
-    false = sum(any(one.answer in ("better", "worse") for one in judgements) for judgements in found)
+    judged, false = null_studies(seeds)
     assert judged > 0.8
     assert false <= 50
 
 
-def study(draws: np.random.Generator, levels: list[float], seeds: int) -> list[Judgement]:
+@pytest.mark.slow
+@pytest.mark.parametrize(("seeds", "rates", "most"), [(5, RATES, 120), (5, CLOSE, 80), (10, RATES, 200), (10, CLOSE, 110)])
+def test_on_asymmetric_curves_close_rates_keep_false_verdicts_few(seeds: int, rates: tuple[float, ...], most: int) -> None:
+    """The third derivative is that of `adaln_zero` from 1e-3 to 8e-3 in docs/zero-init.md, section 5, with 350 steps.
+
+    Of 3,000 null studies each, 236 have a false verdict with five reported seeds and 439 with ten at rates a factor of two
+    apart; 172 and 240 at rates a factor of 1.4 apart. docs/report.md says so.
+    """
+    _, false = null_studies(seeds, rates, ASYMMETRIC)
+    assert false <= most
+
+
+def null_studies(seeds: int, rates: tuple[float, ...] = RATES, shape: tuple[float, float] = PARABOLA) -> tuple[float, int]:
+    """The share of comparisons that are judged, and how many of 1,000 studies without differences have a false verdict."""
+    draws = np.random.default_rng(1)
+    found = [study(draws, [1.0] * 5, seeds, rates, shape) for _ in range(1000)]
+    judged = np.mean([one.answer != "no verdict" for judgements in found for one in judgements])
+    return float(judged), sum(any(one.answer in ("better", "worse") for one in judgements) for judgements in found)
+
+
+def study(
+    draws: np.random.Generator,
+    levels: list[float],
+    seeds: int,
+    rates: tuple[float, ...] = RATES,
+    shape: tuple[float, float] = PARABOLA,
+) -> list[Judgement]:
     """Declared verdicts of a study in which strategy i ends at `levels[i]` times the error of the first, at its best rate."""
     hardness = draws.normal(0, 0.03, seeds + 2)
-    strategies = [planted(draws, level, hardness) for level in levels]
+    strategies = [planted(draws, level, hardness, rates, shape) for level in levels]
     tuned = [each_at_its_best(one, strategies[0], selection=[0, 1], report=range(2, seeds + 2)) for one in strategies[1:]]
     return judge(
         [
@@ -140,18 +165,18 @@ def study(draws: np.random.Generator, levels: list[float], seeds: int) -> list[J
     )
 
 
-def planted(draws: np.random.Generator, level: float, hardness: np.ndarray) -> Errors:
-    """Errors around a best rate that is drawn for each strategy, with noise of 0.5 % between runs."""
+def planted(
+    draws: np.random.Generator, level: float, hardness: np.ndarray, rates: tuple[float, ...], shape: tuple[float, float]
+) -> Errors:
+    """Errors around a best rate that is drawn for each strategy, with noise of 0.5 % between runs.
+
+    `shape`: by which the log error rises with the square and with the third power of the logarithm of rate / best rate.
+    """
     best = draws.uniform(math.log(1.5e-3), math.log(6e-3))
-    return {
-        rate: dict(
-            enumerate(
-                (
-                    0.12
-                    * level
-                    * np.exp(0.08 * (math.log(rate) - best) ** 2 + hardness + draws.normal(0, 0.005, len(hardness)))
-                ).tolist()
-            )
-        )
-        for rate in (1e-3, 2e-3, 4e-3, 8e-3)
-    }
+    errors = {}
+    for rate in rates:
+        offset = math.log(rate) - best
+        rise = shape[0] * offset**2 + shape[1] * offset**3
+        values = 0.12 * level * np.exp(rise + hardness + draws.normal(0, 0.005, len(hardness)))
+        errors[rate] = dict(enumerate(values.tolist()))
+    return errors

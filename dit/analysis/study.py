@@ -7,6 +7,7 @@ rate that both ran at, and, where the study sets seeds aside to choose rates, ea
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -298,11 +299,17 @@ def _tunings(table: _Table) -> Iterable[Tuning]:
             errors = table.errors(name, place)
             if len(errors) < 2:
                 continue
-            zero = next(run.zero_output_error for run in table.runs if run.place == place)
+            initial = _initial_error([run for run in table.runs if (run.strategy, run.place) == (name, place)])
             try:
-                yield Tuning(name, place, errors, response(errors), learning_rate_sensitivity(errors, zero), None)
+                yield Tuning(name, place, errors, response(errors), learning_rate_sensitivity(errors, initial), None)
             except UserError as error:
                 yield Tuning(name, place, errors, None, None, str(error))
+
+
+def _initial_error(runs: Sequence[Trained]) -> float:
+    """The mean validation error of one strategy before its first step; where none was measured, that of a zero output."""
+    starts = [run.errors[0] for run in runs if run.steps and run.steps[0] == 0 and math.isfinite(run.errors[0])]
+    return statistics.fmean(starts) if starts else runs[0].zero_output_error
 
 
 def _effects(table: _Table) -> Effects | None:

@@ -116,7 +116,8 @@ def responses(study: Study) -> Listing:
         "Best rate: the minimum of the parabola through the mean log errors at the best measured rate and its two neighbours, "
         "with its 95 % interval (Fieller 1954). Largest stable rate: no run failed at this rate or a lower one. Sensitivity: "
         "by how much the error is above the best one, on average over the rates (Wortsman et al. 2023), in units of error; a "
-        "failed run counts as the error of a zero output. Compare it only between strategies that ran at the same rates.",
+        "failed run, or one that ended above it, counts as the error before the first step. Compare it only between strategies "
+        "that ran at the same rates.",
     )
 
 
