@@ -97,8 +97,12 @@ def command(root: Path, *arguments: str, **variables: str) -> subprocess.Complet
 
 
 def environment(root: Path) -> dict[str, str]:
-    """This environment without anybody's settings of the tools, and with this interpreter as `python`."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW", "DVC", "DIT"))}
+    """This environment without anybody's settings of the tools, and with this interpreter as `python`.
+
+    `MPLCONFIGDIR` and torch's cache are left out too: `import pipelines` has set them here, to folders of this process.
+    """
+    settings = ("PREFECT", "MLFLOW", "DVC", "DIT", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
     own = {"PYTHONPATH": str(root if (root / "pipelines").exists() else ROOT), "DVC_SITE_CACHE_DIR": str(root.parent / "site")}
     return {**kept, **own, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
 
