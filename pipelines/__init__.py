@@ -15,7 +15,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-_GIVEN = os.environ.get("DIT_SCRATCH") or ".scratch"
-_SCRATCH = ".scratch" if "://" in _GIVEN else _GIVEN
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.abspath(f"{_SCRATCH}/inductor"))
-os.environ.setdefault("MPLCONFIGDIR", os.path.abspath(f"{_SCRATCH}/matplotlib"))
+os.environ.update(
+    {
+        variable: os.path.abspath(f"{'.scratch' if '://' in scratch else scratch}/{folder}")
+        for scratch in [os.environ.get("DIT_SCRATCH") or ".scratch"]
+        for variable, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("MPLCONFIGDIR", "matplotlib"))
+        if variable not in os.environ
+    }
+)

@@ -40,7 +40,7 @@ def test_times_are_those_of_earlier_stages_and_training_is_timed_by_a_probe(caps
     done = stages(params) | {"train@adaln_zero-steps=60-0": True}
     found = plan(params, done, workers=1)
     rows = {row.kind: row for row in found.rows}
-    assert (rows["evaluate"].seconds, rows["evaluate"].source) == (11, "3 earlier ones")
+    assert (rows["evaluate"].seconds, rows["evaluate"].source) == (11, "earlier stages: 3")
     assert (rows["images"].seconds, rows["images"].source) == (None, "no earlier one")
     train = rows["train"]
     assert (train.to_run, train.up_to_date, train.source) == (7, 1, "a probe of some steps")

@@ -79,7 +79,7 @@ ROUNDS = {
         ],
         [],
     ),
-    "a description": ([("dit/library.yaml", "The question itself.", "The question.")], ["all"]),
+    "a description": ([("dit/library.yaml", "that DiT issue 82 asks about", "of DiT issue 82")], ["all"]),
     "a level more": (
         [("params.yaml", "[0.001, 0.002]", "[0.001, 0.002, 0.004]")],
         [name for strategy in ("adaln_zero", "head_xavier", "mine") for name in at(strategy, "0.004")] + ["all"],
