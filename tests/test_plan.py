@@ -41,15 +41,15 @@ def test_times_are_those_of_earlier_stages_and_training_is_timed_by_a_probe(caps
     found = plan(params, done, workers=1)
     rows = {row.kind: row for row in found.rows}
     assert (rows["evaluate"].seconds, rows["evaluate"].source) == (11, "earlier stages: 3")
-    assert (rows["images"].seconds, rows["images"].source) == (None, "no earlier one")
+    assert (rows["images"].seconds, rows["images"].source) == (None, "no earlier stage")
     train = rows["train"]
-    assert (train.to_run, train.up_to_date, train.source) == (7, 1, "a probe of some steps")
+    assert (train.to_run, train.up_to_date, train.source) == (7, 1, "some steps trained now")
     assert train.seconds is not None
     assert train.seconds > START_SECONDS
     show(found)
     said = capsys.readouterr().out
     assert "8 runs of 2 strategies and 2 seeds\nfactors: train.steps: 60, 6000\n" in said
-    assert "counted as 6 s each" in said
+    assert "each counts as 6 s" in said
 
 
 def test_a_study_that_is_up_to_date_has_nothing_to_run(capsys: pytest.CaptureFixture[str]) -> None:
