@@ -65,7 +65,9 @@ def link(files: Mapping[str, str], home: Path, workspace: Path, room: int = 0) -
             if any(PurePath(folder).is_relative_to(os.path.normpath(name)) for folder in RESULTS):
                 raise ConfigError(f"{key} = {path}: stages write their results there; expected a folder that holds no results")
             if _levels(name) > room:
-                raise ConfigError(f"{key} = {path}: leads out of the project, of which this is a copy; give the absolute path")
+                raise ConfigError(
+                    f"{key} = {path}: leads out of the project, and this study runs in a copy of it; expected an absolute path"
+                )
             target.parent.mkdir(parents=True, exist_ok=True)
             _link(source, target)
 

@@ -370,6 +370,7 @@ def test_a_study_of_which_a_node_is_lost_in_training_ends_as_on_one_machine(
     beside = command(alone, "pipelines", "study", TRAINED, **prefect_api)
     assert beside.returncode == 0, beside.stdout
     assert running.wait(500) == 0, said()
+    assert ": resumed at step " in said(), said()
     assert (root / "dvc.lock").read_bytes() == (alone / "dvc.lock").read_bytes()
     for file in (alone / "runs/train/symmetric-0").iterdir():
         assert (root / "runs/train/symmetric-0" / file.name).read_bytes() == file.read_bytes()

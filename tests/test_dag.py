@@ -79,7 +79,7 @@ def finished_template(template: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def finished(project: Path, finished_template: Path) -> Path:
-    """The same, of which all stages have run."""
+    """The project after all its stages have run."""
     shutil.rmtree(project)
     return shutil.copytree(finished_template, project)
 

@@ -315,7 +315,8 @@ def test_passwords_are_on_no_command_line_and_in_no_log(up: Up) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 def test_another_user_reads_no_password_and_gets_no_answer(up: Up) -> None:
     pids = [json.loads(file.read_text())["pid"] for file in (up.root / ".scratch/services").glob("*.json")]
-    kept = [file for folder in ("services", "prefect") for file in (up.root / ".scratch" / folder).glob("*.*")]
+    caches = {"inductor", "matplotlib"}  # of libraries, which hold nothing of ours
+    kept = [file for file in (up.root / ".scratch").glob("*/*.*") if file.parent.name not in caches]
     files = [*map(str, kept), *(f"/proc/{pid}/environ" for pid in pids)]
     urls = [f"{up.prefect}/api/flow_runs/count", f"{up.mlflow}/api/2.0/mlflow/experiments/create", f"{up.mlflow}/sign-in"]
     script = [sys.executable, "-c", ANOTHER_USER, json.dumps([*urls, f"{up.prefect}/sign-in"]), *files]

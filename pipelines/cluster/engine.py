@@ -326,8 +326,11 @@ def _check_api(nodes: Collection[Mapping[str, Any]]) -> None:
 
 @contextmanager
 def _heard(name: str) -> Iterator[None]:
-    """What stages say on the nodes is said here too, and how long they took is noted."""
-    actor: Any = ray.remote(num_cpus=0)(voices.Listener)
+    """What stages say on the nodes is said here too, and how long they took is noted.
+
+    If the node of the listener is lost, Ray starts the listener on another one, and those who speak to it go on.
+    """
+    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(voices.Listener)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # other nodes may be lost
     actor = actor.options(name=name, namespace=voices.NAMESPACE, scheduling_strategy=here).remote()
     ray.get(actor.take.remote(0.0))
