@@ -25,11 +25,11 @@ from typing import Any
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
-from dvc.utils.serialize import modify_yaml
 
 from dit.errors import ConfigError, UserError
 from dit.terminal import plain
 from pipelines import atomic_dvc, disk, guard, private_dvc, warm
+from pipelines.lockfile import LockFile
 from pipelines.targets import check, matching
 
 DVC = (sys.executable, "-P", str(Path(atomic_dvc.__file__).resolve()))
@@ -40,8 +40,6 @@ _CHATTER = re.compile(
 )
 """What DVC says around every stage, and what `run` says by its result."""
 _EXIT_CODE = re.compile(r"failed to run: .*, exited with (-?\d+)")
-_ENTRY = re.compile(r"^  (\S.*):$", re.MULTILINE)
-"""The name of a stage in a `dvc.lock`."""
 _LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by")
 
 
@@ -154,23 +152,13 @@ def _in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
 def order_lock(root: Path, stages: Collection[Stage]) -> None:
     """Put the entries of `dvc.lock` in the order of `dvc.yaml`, as `dvc repro` does: side by side, stages end as it happens.
 
-    `stages` are those of `dvc.yaml`. A lock file that is in order already is only looked through, since DVC takes seconds to
-    read one of hundreds of stages.
+    `stages` are those of `dvc.yaml`. A lock file that is in order already is only looked through.
     """
-    lock = root / "dvc.lock"
-    if not lock.exists():
-        return
-    recorded = [name.strip("'\"") for name in _ENTRY.findall(lock.read_text())]
-    listed = [stage.name for stage in sorted(stages, key=lambda stage: stage.place)]
-    known = set(recorded)
-    ordered = [name for name in listed if name in known]
-    ordered += [name for name in recorded if name not in set(ordered)]
-    if ordered == recorded:
+    lock, order = root / "dvc.lock", [stage.name for stage in sorted(stages, key=lambda stage: stage.place)]
+    if LockFile(lock, order).written:
         return
     with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
-        atomic_dvc.install()
-        with modify_yaml(lock, fs=repo.fs) as data:
-            data["stages"] = {name: data["stages"][name] for name in ordered}
+        LockFile(lock, order).write()
 
 
 def select(stages: Mapping[str, Stage], targets: Collection[str] | None) -> dict[str, Stage]:

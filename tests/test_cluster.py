@@ -30,7 +30,7 @@ from raylets import Hosts, hosts
 from pipelines.cluster import node, resources, snapshot
 from pipelines.cluster.checkpoints import Mirror, Place
 from pipelines.cluster.engine import narrowed
-from pipelines.cluster.lockfile import LockFile
+from pipelines.lockfile import LockFile
 
 TRAINED = "train@symmetric-0"
 SHELL_STAGES = """

@@ -22,8 +22,8 @@ from dvc.utils.serialize import parse_yaml
 from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.transfer import transfer
 
-from pipelines.cluster.lockfile import LockFile
 from pipelines.cluster.transport import Remote, UnreachableError
+from pipelines.lockfile import LockFile
 
 SECONDS = 1.0
 """The least time between two writes of `dvc.lock`."""

@@ -6,19 +6,13 @@ those texts in the order of `dvc.yaml`: the same bytes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dvc.utils.serialize import dumps_yaml, parse_yaml
 
-from pipelines.atomic_dvc import replacing
-
-HEADER = "schema: '2.0'\nstages:\n"
-_ENTRY = re.compile(r"^  (?=\S)", re.MULTILINE)
-_FOREIGN = re.compile(r"^    (deps|outs):\n      - ", re.MULTILINE)
-"""Lists as `params.yaml` has them, and DVC does not."""
+from pipelines.atomic_dvc import HEADER, entries, entry_text, replacing
 
 
 class LockFile:
@@ -27,12 +21,13 @@ class LockFile:
     def __init__(self, path: Path, order: Sequence[str] = ()) -> None:
         self.path = path
         self._place = {name: index for index, name in enumerate(order)}
-        self._texts = _entries(path)
-        self._written = True
+        self._texts, self._rest = _read(path)
+        self.written = list(self._texts) == self._names()
+        """Whether the file has these entries in this order."""
 
     def take(self, stage: str) -> None:
         """Know of a stage what the file says now, which another process may have written."""
-        texts = _entries(self.path)
+        texts, _ = _read(self.path)
         if stage in texts:
             self._texts[stage] = texts[stage]
 
@@ -47,27 +42,25 @@ class LockFile:
     def add(self, stage: str, entry: Mapping[str, Any]) -> None:
         """Put in what DVC recorded of a stage."""
         self._texts[stage] = entry_text(stage, entry)
-        self._written = False
+        self.written = False
 
     def write(self) -> None:
         """Bring the file up to date, by a rename; stages that `dvc.yaml` does not have stay at its end."""
-        if not self._written:
-            names = sorted(self._texts, key=lambda name: self._place.get(name, len(self._place)))
+        if not self.written:
             with replacing(self.path) as file:
-                file.write(self.text(names))
-            self._written = True
+                file.write(self.text(self._names()) + self._rest)
+            self.written = True
+
+    def _names(self) -> list[str]:
+        return sorted(self._texts, key=lambda name: self._place.get(name, len(self._place)))
 
 
-def entry_text(stage: str, entry: Mapping[str, Any]) -> str:
-    """The lines of one entry, as DVC writes them."""
-    return dumps_yaml({"stages": {stage: dict(entry)}}).removeprefix("stages:\n")
-
-
-def _entries(path: Path) -> dict[str, str]:
-    """The lines of each entry of a file. A file in another layout than DVC's is parsed."""
+def _read(path: Path) -> tuple[dict[str, str], str]:
+    """The lines of each entry of a file, and what else it holds. A file in another layout than DVC's is parsed."""
     text = path.read_text() if path.exists() else ""
-    head, *entries = _ENTRY.split(text)
-    if entries and (head != HEADER or _FOREIGN.search(text)):
-        stages = parse_yaml(text, str(path))["stages"]
-        return {name: entry_text(name, entry) for name, entry in stages.items()}
-    return {entry.partition(":\n")[0].strip("'\""): f"  {entry}" for entry in entries}
+    if found := entries(text):
+        return found, ""
+    data = parse_yaml(text, str(path))
+    rest = {key: value for key, value in data.items() if key not in ("schema", "stages")}
+    stages = data.get("stages", {}).items()
+    return {name: entry_text(name, entry) for name, entry in stages}, dumps_yaml(rest) if rest else ""
