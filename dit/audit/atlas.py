@@ -29,24 +29,26 @@ ORIGINS = {
 
 HEAD = """# Atlas: how the diffusion transformers of diffusers start
 
-This page shows the initial weights that you get if you train one of these networks from scratch. It lists every network of
-diffusers {version} with "Transformer" in its name that `dit audit` can call, and two others. Each was built by its
-constructor, at a small size (about two blocks), and then measured. Most constructors of diffusers use the defaults of torch,
-because a checkpoint usually replaces all weights.
+This page shows with which initial weights these networks start if you train them from scratch. It lists every network of
+diffusers {version} that has "Transformer" in its name and that `dit audit` can call, and two others (HunyuanDiT2DModel and
+UVit2DModel). We built each network by its constructor, at a small size (one to six blocks), and measured it. Most constructors
+of diffusers use the defaults of torch, because users usually load all weights from a checkpoint afterwards.
 
-The most surprising networks come first: networks that start otherwise than in their original code, then networks with units
-that stay equal while they train, then networks with a high initial loss. The columns describe the network before training:
+The most surprising networks come first: networks that start differently from their original code, then networks with units
+that stay equal while they train, then all others, sorted by their initial loss. The columns are:
 
-- *output*: its root mean square (RMS), or that it is zero. *loss*: its mean squared error against noise with mean square 1, so
-  an output of zero has a loss of 1.
-- *blocks*: how many of them return their input unchanged. *block modulation*: how the layers start that turn timestep and class
-  into shifts, scales and gates.
-- *first gradients*: four numbers, the steps at which the first weight receives a gradient in the head, in the modulation
-  layers, in the other layers of the blocks, and in everything else. "never" means not within four steps, and "-" that the
-  audit found no such layer.
-- *original code*: what starts at zero there, if it does not start at zero here.
+- *output*: the root mean square (RMS) of the network's output before training, or that the output is zero.
+- *blocks*: how many blocks return their input unchanged (are the identity).
+- *block modulation*: the initial weights of the layers that turn timestep and class into shifts, scales and gates of the
+  blocks.
+- *equal units*: how many units (rows of a weight) start equal to another unit of their layer and stay equal while they train.
+- *first gradients*: four numbers. For each group of weights, they give the first training step, counted from 0, at which a
+  weight of the group receives a gradient. The groups are: the head (last layer), the modulation layers, the other layers of
+  the blocks, and all other weights. "never" means not within four steps, and "-" that the audit found no such layer.
+- *loss*: the mean squared error before training. The target is noise with mean square 1, so an output of zero has a loss of 1.
+- *original code*: what starts at zero in the original code, but not here. We looked this up for four networks only.
 
-[audit.md](audit.md) says how all this is found. `python -m dit.audit.atlas > docs/atlas.md` makes this page.
+[audit.md](audit.md) says how the audit finds all this. `python -m dit.audit.atlas > docs/atlas.md` makes this page.
 
 | network | output | blocks | block modulation | equal units | first gradients | loss | original code |
 |---|---|---|---|---|---|---|---|
