@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from statistics import fmean
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from dit.analysis.failures import History, before, count, lead, sign
 from dit.analysis.study import Findings, Place, Question, Trained, find
+from dit.training.records import TABLES
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = range(5)
@@ -175,7 +177,7 @@ def test_strategies_without_a_common_rate_are_not_compared_at_one() -> None:
     assert asked(made).pairs == ()
 
 
-EVENTS = ("event", "step", "kind", "quantity", "value", "reference")
+ROLES = ("block[0].attn_out.weight", "final.projection.weight")
 
 
 def history(collapse: int | None, spikes: Iterable[int] = (), status: str = "collapsed") -> History:
@@ -191,8 +193,11 @@ def history(collapse: int | None, spikes: Iterable[int] = (), status: str = "col
         for step in range(0, 301, 50)
         for block in (0, 3, None)
     ]
-    tables = (pd.DataFrame(rows, columns=["step", "loss", "mse", "gradient_norm", "learning_rate"]), pd.DataFrame(stability))
-    return History(OTHER, 1e-3, 0, status, pd.DataFrame(events, columns=list(EVENTS)), collapse, None, *tables)
+    diagnostics = [{"step": step, "role": role, "update_ratio": 0.01} for step in range(0, 301, 50) for role in ROLES]
+    tables = (rows, stability, diagnostics)
+    columns = (TABLES["spikes"][1:], TABLES["stability"], TABLES["diagnostics"])
+    frames = (pd.DataFrame(table, columns=list(names)) for table, names in zip(tables, columns, strict=True))
+    return History(OTHER, 1e-3, 0, status, pd.DataFrame(events, columns=list(TABLES["events"])), collapse, None, *frames)
 
 
 def test_what_moved_before_a_collapse_is_found() -> None:
@@ -203,6 +208,24 @@ def test_what_moved_before_a_collapse_is_found() -> None:
     found = sign(lost)
     assert found is not None
     assert (found.indicator, found.block, found.ratio, found.steps_before) == ("max_attention_logit", 3, 4.5, 22)
+
+
+@pytest.mark.parametrize(("last", "found"), [(0.08, "update_ratio"), (0.0001, "max_attention_logit")])
+def test_a_layer_whose_updates_grew_most_is_what_warned_and_one_whose_updates_shrank_is_not(last: float, found: str) -> None:
+    lost = history(330, spikes=[322])
+    lost.diagnostics.loc[(lost.diagnostics["step"] == 300) & (lost.diagnostics["role"] == ROLES[1]), "update_ratio"] = last
+    warned = sign(lost)
+    assert warned is not None
+    assert warned.indicator == found
+    assert warned.role == (ROLES[1] if found == "update_ratio" else None)
+
+
+def test_clipping_that_became_frequent_is_what_warned() -> None:
+    lost = history(330, spikes=[322])
+    lost.stability["clipped_share"] = np.where(lost.stability["step"] == 300, 1.0, 1 / 64)
+    warned = sign(lost)
+    assert warned is not None
+    assert (warned.indicator, warned.block, warned.role, warned.ratio) == ("clipped_share", None, None, 64)
 
 
 def test_a_run_without_spikes_has_no_warning_and_counts_as_stable() -> None:

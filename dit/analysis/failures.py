@@ -1,13 +1,13 @@
 """How often runs spike, collapse and diverge, and what moved before they did.
 
 The steps that the loop kept before a spike (`spikes`: step, loss, mse, gradient_norm) show at full rate which of these rose
-first. What was diagnosed block by block (`stability`) shows what had changed by the last diagnosis before it.
+first. The diagnoses by block (`stability`) and by role (`diagnostics`) show what had changed by the last one before it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,8 +19,11 @@ QUANTITIES = {"gradient_norm": 2.0, "loss": 1.5, "mse": 1.5}
 KEPT = 64
 """Steps before a spike that are looked at, as many as the loop keeps."""
 
-INDICATORS = ("max_attention_logit", "attention_entropy", "residual_rms", "second_moment_ratio")
-"""What is diagnosed in every block and may announce a spike."""
+OF_BLOCKS = ("max_attention_logit", "attention_entropy", "residual_rms", "second_moment_ratio")
+"""What is diagnosed in every block and may announce a spike. Two more indicators are in `_indicators`."""
+
+ONLY_RISING = ("clipped_share", "update_ratio")
+"""Indicators that announce nothing when they fall: updates of a layer that starts at zero shrink against its weights."""
 
 FEWEST_DIAGNOSES = 3
 """Earlier diagnoses that are needed before the last one can be compared with them."""
@@ -39,6 +42,7 @@ class History:
     diverged: int | None
     spikes: pd.DataFrame
     stability: pd.DataFrame
+    diagnostics: pd.DataFrame
 
     @cached_property
     def spike_steps(self) -> list[int]:
@@ -120,10 +124,14 @@ def lead(ratios: pd.DataFrame) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Sign:
-    """What had changed most by the last diagnosis before a turning point: `ratio` times its median until then."""
+    """What had changed most by the last diagnosis before a turning point: `ratio` times its median until then.
+
+    `block` and `role` say where it was read. Both are None for weights outside of blocks and for the share of clipped steps.
+    """
 
     indicator: str
     block: int | None
+    role: str | None
     value: float
     ratio: float
     steps_before: int
@@ -132,19 +140,29 @@ class Sign:
 def sign(history: History) -> Sign | None:
     """The indicator that had moved furthest, as a factor, by the last diagnosis before the turning point."""
     at = history.turning_point
-    if at is None or not len(history.stability):
+    if at is None:
         return None
-    table = history.stability[history.stability["step"] <= at]
     found: list[Sign] = []
-    for block in table["block"].unique():
-        rows = table[table["block"].isna() if pd.isna(block) else table["block"] == block].sort_values("step")
-        for name in INDICATORS:
-            values = rows[name].dropna() if name in rows else rows["step"].iloc[:0]
-            if len(values) <= FEWEST_DIAGNOSES or values.iloc[-1] <= 0 or (past := float(values.iloc[:-1].median())) <= 0:
-                continue
-            value, step = float(values.iloc[-1]), int(rows.loc[values.index[-1], "step"])
-            found.append(Sign(name, None if pd.isna(block) else int(block), value, value / past, at - step))
+    for name, block, role, values in _indicators(history):
+        known = values[values.index <= at].dropna().sort_index()
+        if len(known) <= FEWEST_DIAGNOSES or known.iloc[-1] <= 0 or (past := float(known.iloc[:-1].median())) <= 0:
+            continue
+        value = float(known.iloc[-1])
+        if value > past or name not in ONLY_RISING:
+            found.append(Sign(name, block, role, value, value / past, at - int(known.index[-1])))
     return max(found, key=lambda one: abs(math.log(one.ratio)), default=None)
+
+
+def _indicators(history: History) -> Iterator[tuple[str, int | None, str | None, pd.Series]]:
+    """The values of each indicator by step, with its name, block and role."""
+    blocks = history.stability
+    for block in blocks["block"].unique():
+        rows = blocks[blocks["block"].isna() if pd.isna(block) else blocks["block"] == block].set_index("step")
+        for name in OF_BLOCKS:
+            yield name, None if pd.isna(block) else int(block), None, rows[name]
+    yield "clipped_share", None, None, blocks.groupby("step")["clipped_share"].first()
+    for role, rows in history.diagnostics.groupby("role", sort=False):
+        yield "update_ratio", None, str(role), rows.set_index("step")["update_ratio"]
 
 
 def average(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

@@ -51,7 +51,8 @@ class Warned(Entry):
     """What moved before a failure.
 
     `lead`: how many steps before the turning point each quantity of the loop left its past. `sign`: the indicator that had
-    changed most by the last diagnosis before it, in which block, by which factor, and how many steps before.
+    changed most by the last diagnosis before it, in which block or role, by which factor, and how many steps before. The
+    results of November 2026 looked at four indicators of blocks; update ratio and share of clipped steps were added later.
     """
 
     lead: dict[str, int]

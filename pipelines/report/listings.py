@@ -10,7 +10,7 @@ from typing import Any
 from dit.analysis.comparison import Estimate
 from dit.analysis.delay import Trend
 from dit.analysis.effects import Effect
-from dit.analysis.failures import History, before, count, lead, sign
+from dit.analysis.failures import History, Sign, before, count, lead, sign
 from dit.analysis.study import AtBest, Pair, Place, Tuning
 from dit.analysis.verdicts import Judgement
 from pipelines.report.runs import Study
@@ -230,8 +230,9 @@ def failures(study: Study) -> Listing:
         ["Strategy", "Rate", "Runs", "Spiked", "Spikes, recovered", "Collapsed", "Diverged", "At step", "What changed before"],
         [_failure(found) for found in eventful],
         "What changed before: how many steps before the spike each quantity rose above its earlier range and stayed there "
-        "(gradient norm above 2 times its median, loss and error above 1.5 times), as median over runs; and which quantity of "
-        "a block had changed most by the last diagnosis. docs/stability.md defines spike, recovery and collapse.",
+        "(gradient norm above 2 times its median, loss and error above 1.5 times), as median over runs; and which "
+        "indicator of a block or a layer had changed most by the last diagnosis. docs/stability.md defines spike, recovery and "
+        "collapse.",
     )
 
 
@@ -268,10 +269,16 @@ def _warned(histories: Sequence[History]) -> str:
     signs = [found for one in chosen if (found := sign(one))]
     if signs:
         most = max(signs, key=lambda one: abs(one.ratio - 1))
-        block = "outside the blocks" if most.block is None else f"in block {most.block}"
-        name = most.indicator.replace("_", " ")
-        parts.append(f"{name} {block} {most.ratio:.2g} times its median, {most.steps_before} steps before")
+        parts.append(f"{_indicator(most)} {most.ratio:.2g} times its median, {most.steps_before} steps before")
     return "; ".join(parts) or MISSING
+
+
+def _indicator(found: Sign) -> str:
+    """What had changed and where, in words."""
+    if found.indicator == "clipped_share":
+        return "share of clipped steps"
+    place = f"of {found.role}" if found.role else "outside the blocks" if found.block is None else f"in block {found.block}"
+    return f"{found.indicator.replace('_', ' ')} {place}"
 
 
 def steps_to(study: Study, summary: dict[str, Any]) -> Listing:

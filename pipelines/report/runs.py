@@ -112,6 +112,7 @@ class Run:
             diverged.step if diverged else None,
             SPIKES.read(directory) if eventful else pd.DataFrame(columns=list(SPIKES.columns)),
             STABILITY.read(directory) if eventful else pd.DataFrame(columns=list(STABILITY.columns)),
+            self.diagnostics if eventful else pd.DataFrame(columns=list(DIAGNOSTICS.columns)),
         )
 
 
