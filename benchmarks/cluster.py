@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import dag, services
-from pipelines.cluster.lockfile import LockFile
 from pipelines.cluster.node import Node, Study
 from pipelines.cluster.results import opened
 from pipelines.cluster.transport import Remote
+from pipelines.lockfile import LockFile
 
 STAGES = """
 vars: [list.yaml]
