@@ -132,8 +132,8 @@ def _gradient_sums(
 ):  # fmt: skip
     """One program: CHUNK pixels of one image. Sums of the gradient before the SiLU, and of it times the normalised value.
 
-    Those of each channel go to `channel_sums` (B, chunks, 2, C), and those of each group, times the gain, to `group_sums`
-    (B, chunks, 2, GROUPS).
+    Sums over each channel go to `channel_sums` (B, chunks, 2, C). Sums over each group, with the gradient times the gain, go
+    to `group_sums` (B, chunks, 2, GROUPS).
     """
     image = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * CHUNK

@@ -64,8 +64,10 @@ def _check_signature(network: External, name: str) -> None:
 
 
 def _about_precision(error: Exception) -> bool:
-    """Whether a trial call failed because of a dtype, and not because an operation is missing, as on the meta device."""
-    # torch raises NotImplementedError for an operation that a device lacks, and names dtypes in its message too
+    """Whether a trial call failed because of a dtype.
+
+    For an operation that a device lacks, as the meta device may, torch raises NotImplementedError, and names dtypes as well.
+    """
     return not isinstance(error, UserError | NotImplementedError) and "dtype" in str(error)
 
 
