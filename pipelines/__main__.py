@@ -75,13 +75,15 @@ def study(
         return
     server = services.prefect_server(os.environ)
     os.environ.update(server.environment)
-    from pipelines import experiments, flows, targets as stages
-    from pipelines.stage_task import LOGGER
+    from pipelines import experiments, targets as stages
 
     given = experiments.profile(Path.cwd(), profile) if profile else {}
     params = experiments.parameters(Path.cwd(), {**given, **overrides}, here=engine is Engine.LOCAL)
     if targets:
         stages.check(targets, stages.names(Path.cwd(), params))
+    from pipelines import flows  # with Prefect, which takes seconds to import: what is wrong with the parameters is said before
+    from pipelines.stage_task import LOGGER
+
     server.wait()
     server.end_with_it()
     _log_for_people(LOGGER, server)
