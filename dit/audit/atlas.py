@@ -29,24 +29,26 @@ ORIGINS = {
 
 HEAD = """# Atlas: how the diffusion transformers of diffusers start
 
-This page shows with which initial weights these networks start if you train them from scratch. It lists every network of
-diffusers {version} that has "Transformer" in its name and that `dit audit` can call, and two others (HunyuanDiT2DModel and
-UVit2DModel). We built each network by its constructor, at a small size (one to six blocks), and measured it. Most constructors
-of diffusers use the defaults of torch, because users usually load all weights from a checkpoint afterwards.
+This page shows how the networks of the library diffusers start if you train them from scratch. It lists every network of
+diffusers {version} that `dit audit` can call and that has "Transformer" in its name, and also HunyuanDiT2DModel and
+UVit2DModel. We built each network by its constructor, at a small size (one to six blocks), and measured it. Most
+constructors draw the weights by torch's defaults, because users usually load all weights from a checkpoint afterwards.
 
-The most surprising networks come first: networks that start differently from their original code, then networks with units
-that stay equal while they train, then all others, sorted by their initial loss. The columns are:
+Networks that start differently from their original code come first, then networks with equal units, if there are any, then all
+others. Within each of these groups, the highest initial loss comes first. The columns are:
 
-- *output*: the root mean square (RMS) of the network's output before training, or that the output is zero.
-- *blocks*: how many blocks return their input unchanged (are the identity).
-- *block modulation*: the initial weights of the layers that turn timestep and class into shifts, scales and gates of the
-  blocks.
-- *equal units*: how many units (rows of a weight) start equal to another unit of their layer and stay equal while they train.
-- *first gradients*: four numbers. For each group of weights, they give the first training step, counted from 0, at which a
-  weight of the group receives a gradient. The groups are: the head (last layer), the modulation layers, the other layers of
-  the blocks, and all other weights. "never" means not within four steps, and "-" that the audit found no such layer.
+- *output*: the root mean square (RMS) of the network's output before training, or "zero".
+- *blocks*: how many blocks are the identity, that is, return their input unchanged.
+- *block modulation*: how the modulation layers of the blocks start. These layers turn timestep and class into shifts, scales
+  and gates, which [zero-init.md](zero-init.md) explains.
+- *equal units*: how many units (rows of a weight matrix) start equal to another unit of their layer, and stay equal in
+  training.
+- *first gradients*: the first training step, counted from 0, in which a gradient arrives at the head (last layer), at the
+  modulation layers, at the rest of the blocks, and at all other weights, in this order. "never" means not within four steps,
+  and "-" means that the audit found no such layer.
 - *loss*: the mean squared error before training. The target is noise with mean square 1, so an output of zero has a loss of 1.
-- *original code*: what starts at zero in the original code, but not here. We looked this up for four networks only.
+- *original code*: what starts at zero in the original code, but not in diffusers, and where that code sets it to zero. We
+  looked this up for four networks only.
 
 [audit.md](audit.md) says how the audit finds all this. `python -m dit.audit.atlas > docs/atlas.md` makes this page.
 
