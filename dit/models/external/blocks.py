@@ -10,7 +10,7 @@ CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 def containers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Lists and dictionaries of modules that have one class and contain modules. Nearly every network keeps its blocks there."""
+    """Lists and dictionaries of modules that have one class and contain modules; nearly all networks keep blocks there."""
     for path, module in model.named_modules():
         elements = list(module.children()) if isinstance(module, CONTAINERS) else []
         if elements and all(type(item) is type(elements[0]) for item in elements) and any(elements[0].children()):
