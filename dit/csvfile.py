@@ -1,4 +1,4 @@
-"""The only writer of CSV: rows are mappings, None becomes an empty field, and lines end in `\n` on every machine."""
+"""The only writer of CSV: rows are mappings, None becomes an empty field, and lines end in a line feed on every machine."""
 
 from __future__ import annotations
 

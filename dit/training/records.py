@@ -164,7 +164,7 @@ class Outcome:
 def outcome(
     records: Records, divergence: Divergence | None, *, steps_done: int, parameters: int, target_second_moment: float
 ) -> Outcome:
-    """The outcome of a run; the network has `parameters` weights, and an output of zero has the error `target_second_moment`."""
+    """The outcome of a run. The network has `parameters` weights; an output of zero has the error `target_second_moment`."""
     before = records.validation[0]["mse"]
     trained, averaged = records.validation[-2:]
     collapse = records.collapse
