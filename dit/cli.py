@@ -267,7 +267,7 @@ for each in (commands.sample, commands.export, measuring.evaluate, measuring.ref
     app.command(each.__name__)(_with_errors_shown(each))
 
 
-for point in entry_points(group="dit.commands"):  # of other installed packages, such as `dit plan` of the workflow
+for point in entry_points(group="dit.commands"):  # commands of other packages, such as `dit plan` of the workflow
     app.command(point.name)(_with_errors_shown(point.load()))
 
 if __name__ == "__main__":

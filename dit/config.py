@@ -137,7 +137,7 @@ class Params(Section):
         """The network of the study, or the network called `name` instead.
 
         `sizes` holds the number of classes, and also the size and channels of latents if they differ from those of the study.
-        The objective of the study need not be able to train the network called `name`, which may lack a learned sigma.
+        The network called `name` may be one that the objective of the study cannot train, such as one without a learned sigma.
         """
         study = {"latent_size": self.latent_size, "latent_channels": self.autoencoder.latent_channels}
         options = {} if name else self.model.options

@@ -78,7 +78,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def make_deterministic(threads: int, deterministic: bool = True) -> None:
-    """Fix the number of CPU threads, since the rounding of sums depends on it, and make PyTorch deterministic.
+    """Fix the number of CPU threads, since the rounding of sums depends on it; if `deterministic`, make PyTorch deterministic.
 
     PyTorch then raises an error for operations that have no deterministic version. Call this function before the first CUDA
     operation, as cuBLAS reads its workspace setting only once.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
 NAMED = 3
-"""How many of the entries that a message is about it names at most."""
+"""A message about several entries names at most this many of them."""
 
 
 MOST_LINES, LONGEST_LINE = 40, 1000
@@ -97,7 +97,7 @@ def _hint(location: Location, beside: set[str]) -> str:
 
 
 def _also(others: list[str]) -> str:
-    """The end of a line, which says that the line is also true of `others`."""
+    """The end of a line, which says that the line is also true for `others`."""
     named = ", ".join(other.rpartition(".")[2] for other in others[:NAMED])
     more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
     return f" (the same in {named}{more})" if others else ""

@@ -23,7 +23,7 @@ class _Lines(io.TextIOBase):
 
 
 def progress(total: int, description: str, unit: str, done: int = 0, *, shown: bool = True) -> tqdm[Any]:
-    """A tqdm bar of `total` units, of which `done` are already done; use it as a context manager and call its `update`."""
+    """A tqdm bar of `total` units that starts at `done`; use it as a context manager and call its `update`."""
     options: dict[str, Any] = {"total": total, "initial": done, "desc": description, "unit": unit, "disable": not shown}
     if sys.stderr.isatty():
         return tqdm(**options)

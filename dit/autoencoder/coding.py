@@ -1,4 +1,4 @@
-"""From pixels to latents, and back."""
+"""Encodes pixels to latents, and decodes latents to pixels."""
 
 from __future__ import annotations
 

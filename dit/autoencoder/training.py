@@ -41,9 +41,9 @@ RESIDENT_SHARE = 0.2
 
 
 def build(params: TrainedAutoencoder, size: int, image_channels: int = 3) -> AutoencoderKL:
-    """A small `AutoencoderKL` for images of `size` pixels, with diffusers' weights drawn from `params.seed`.
+    """A small `AutoencoderKL` for images of `size` pixels; diffusers draws its weights, seeded by `params.seed`.
 
-    Its config states no factor of its latents, because diffusers' 0.18215 was measured on another autoencoder.
+    Its config has no `scaling_factor` of latents, because diffusers' 0.18215 was measured on another autoencoder.
     """
     groups = max(g for g in range(1, MAX_NORM_GROUPS + 1) if math.gcd(*params.channels) % g == 0)
     levels = len(params.channels)

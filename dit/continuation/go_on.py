@@ -176,7 +176,7 @@ def _carry_over(state: dict[str, Any], variant: Variant, kept: Kept, trainer: Tr
 
 
 def _otherwise(run: KeptRun, trainer: Trainer) -> list[str]:
-    """In words, differences in rounding from the run that do not come from changed parameters alone."""
+    """In words, what may round differently from the run, even if no parameter changed: backend, device, processes and torch."""
     here = (trainer.backend, name_of(trainer.precision), "on", trainer.diffusion.device.type)
     pairs = (
         (" ".join(here), f"{run.backend} {run.precision} on {run.device}"),

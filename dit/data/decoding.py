@@ -119,7 +119,7 @@ def decode(data: Path | bytes, size: int, channels: int = 3) -> np.ndarray:
 
 
 def is_turned(data: Path | bytes) -> bool:
-    """Whether the EXIF data of a picture, which must be readable, says that its pixels are stored rotated or mirrored."""
+    """Whether a picture, which can be decoded, has an EXIF orientation by which `upright` rotates or mirrors it."""
     with _opened(data) as stream, Image.open(stream, formats=FORMATS) as image:
         return upright(image) is not image
 
@@ -131,7 +131,7 @@ def upright(image: Image.Image) -> Image.Image:
     """
     try:
         method = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # parsers of broken metadata raise many types; the pixels are sound all the same
+    except Exception:  # broken metadata may raise any error, but the pixels can still be good
         return image
     return image if method is None else image.transpose(method)
 

@@ -38,11 +38,11 @@ class Role:
     heads: Literal["rows", "columns"] | None = None
     """Whether each attention head has rows of its own (queries, keys, values) or columns of its own (the output)."""
     block: int | None = None
-    """The index of its block; None outside the blocks."""
+    """The index of the role's block; None outside the blocks."""
 
     @property
     def rows(self) -> slice:
-        """The rows of the parameter that play this role."""
+        """The rows of the parameter that belong to this role."""
         return slice(self.start, self.count + self.start)
 
     @property

@@ -26,7 +26,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Update the average with the present weights."""
+        """Update the average with the current weights."""
         torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)
 
     @contextmanager

@@ -78,7 +78,7 @@ class StudyParams(Section):
     settings: dict[LevelName, dict[str, Any]] = Field(default_factory=dict)
     """In place of `factors`: named combinations of parameters, for studies whose full product would be too large."""
     only: dict[Name, dict[str, Any]] = Field(default_factory=dict)
-    """By strategy and key: a value, or levels, that replace the value in `params.yaml` and the levels in `factors` for it."""
+    """By strategy and key: a value, or levels, that this strategy has instead of those in `params.yaml` and `factors`."""
     choose_on: list[Seed] = Field(default_factory=list)
     """The seeds on which each strategy's best learning rate is chosen. Results are reported on the other seeds only."""
     declared: list[Name] = Field(default_factory=list)

@@ -157,7 +157,7 @@ class ShiftAndScale(Section):
     scale: PositiveFloat | list[PositiveFloat]
 
     def factors(self, channels: int) -> tuple[list[float], list[float]]:
-        """Shift and scale, each one for every latent channel. Raises `ConfigError` for lists of another length."""
+        """Shift and scale, each with one number per latent channel. Raises `ConfigError` for lists of another length."""
         return _per_channel("shift", self.shift, channels), _per_channel("scale", self.scale, channels)
 
 
@@ -168,7 +168,7 @@ class MeanAndStd(Section):
     std: PositiveFloat | list[PositiveFloat]
 
     def factors(self, channels: int) -> tuple[list[float], list[float]]:
-        """Shift and scale, each one for every latent channel. Raises `ConfigError` for lists of another length."""
+        """Shift and scale, each with one number per latent channel. Raises `ConfigError` for lists of another length."""
         return _per_channel("mean", self.mean, channels), [1 / std for std in _per_channel("std", self.std, channels)]
 
 

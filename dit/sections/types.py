@@ -15,7 +15,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 LARGEST = 10**9
-"""Largest whole number where a parameter has no limit of its own. A larger number is a typing error, which would otherwise show
+"""Largest whole number of a parameter that has no other limit. A larger number is a typing error, which would otherwise show
 only after hours.
 """
 PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]

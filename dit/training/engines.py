@@ -173,7 +173,7 @@ class Fused:
     def gradients(self, batch: Batch) -> Tensor:
         """See `Engine`."""
         *losses, norm = self._captured(*vars(batch).values()).unbind()
-        self._norm = norm if self.ranks.size == 1 else None  # of this rank's gradients, before they are averaged
+        self._norm = norm if self.ranks.size == 1 else None  # with several ranks, the norm changes when they average gradients
         self.ranks.mean(self.network.flat)
         return torch.stack(losses)
 

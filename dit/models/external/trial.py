@@ -33,7 +33,7 @@ def check(network: External, name: str) -> None:
                 _call(copy.deepcopy(network).double(), name, torch.float64)
     except ConfigError:
         raise
-    except Exception as error:  # whatever the network does
+    except Exception as error:  # the network may raise any error
         if not weights[0].is_meta or _about_precision(error):
             raise ConfigError(_explained(error, network, name)) from error
     finally:
