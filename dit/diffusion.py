@@ -190,7 +190,7 @@ def _normal_divergence(mean_p: Tensor, log_var_p: Tensor, mean_q: Tensor, log_va
 
 
 def _binned_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log probability of the bin of width 2/255 around `x` in [-1, 1], with open outermost bins; Ho et al. (2020), eq. 13."""
+    """Log probability of the bin of width 2/255 around `x` in [-1, 1], the outermost bins open; Ho et al. (2020), eq. 13."""
     upper = _normal_cdf((x - mean + 1 / 255) * (-log_std).exp())
     lower = _normal_cdf((x - mean - 1 / 255) * (-log_std).exp())
     probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))

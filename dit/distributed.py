@@ -137,7 +137,7 @@ class Ranks:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """The group of processes that `torchrun` started; without `torchrun`, this process alone. Each rank uses its own GPU."""
+    """The group of processes that `torchrun` started; without it, this process alone. On GPUs, each rank uses its own."""
     if "RANK" not in os.environ:
         yield Ranks(device)
         return

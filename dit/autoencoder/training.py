@@ -27,7 +27,7 @@ from dit.seeding import derive_seed, generator
 
 LAYERS_PER_BLOCK = 1
 MAX_NORM_GROUPS = 8
-"""Group normalisation uses the largest number of groups, up to this number, that divides all widths."""
+"""Group normalisation has the largest number of groups, up to this one, that divides all widths."""
 CHECKPOINT_EVERY = 250
 """Steps between checkpoints; the result does not depend on it."""
 LOSSES_READ_EVERY = 50

@@ -168,7 +168,7 @@ class Reference:
 
     @staticmethod
     def attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-        """Gradient of qkv, and its sum over tokens. dS = P (dP - rowsum(dout out)), P the probabilities; Dao et al. (2022)."""
+        """Gradient of qkv and its sum over tokens. dS = P (dP - rowsum(dout out)), P the probabilities; Dao et al. (2022)."""
         q, k, v = _split(qkv, num_heads)
         (g,), (o,) = _split(dout, num_heads, 1), _split(out, num_heads, 1)
         scale = q.shape[-1] ** -0.5

@@ -124,8 +124,8 @@ def apply(model: Network, strategy: str | Mapping | Strategy, seed: int) -> Netw
     """Set every weight of `model` in place, and return the model.
 
     `strategy` is the name of a strategy, a `Strategy`, or a mapping with `rules`. Each tensor is drawn from its own generator,
-    whose seed is derived from `seed` and the tensor's name. So if you change one rule, all other tensors stay bit-identical, as
-    do the other rows of the same tensor. Raises `ConfigError` for an unknown name or a wrong rule.
+    whose seed is derived from `seed` and the tensor's name. So if you change one rule, all other tensors stay bit-identical,
+    and so do the other rows of the same tensor. Raises `ConfigError` for an unknown name or a wrong rule.
     """
     chosen = resolve(strategy)
     chosen.verify()

@@ -70,7 +70,7 @@ class Block:
 
 
 class FastNetwork(Protocol):
-    """A copy of a network in bf16 that computes faster. `copies` are copies of the network's trained weights, in that order."""
+    """A copy of a network in bf16 that computes faster. `copies` are copies of its trained weights, in their order."""
 
     copies: list[Tensor]
 

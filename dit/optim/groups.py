@@ -43,7 +43,7 @@ def _multipliers(group: ParameterGroup, role: Role) -> Multipliers:
 
 
 def whole_weights(selectors: Selectors, every_role: Sequence[Role], where: str) -> dict[str, Role]:
-    """The weights that `selectors` name together, by name, each with its first role.
+    """The weights that `selectors` name together, by name, each with one of its roles.
 
     Raises `ConfigError` that begins with `where` for a selector that names nothing, or only some rows of a weight: an optimiser
     updates a fused weight as one tensor.

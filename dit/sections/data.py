@@ -49,7 +49,7 @@ class FolderSource(Section):
 
 
 class UnlabelledSource(Section):
-    """Image files at any depth below `root`, all in one class; `dit.data.sources.folder`."""
+    """Image files at any depth below `root`, all of one class; `dit.data.sources.folder`."""
 
     kind: Literal["unlabelled"]
     root: FilePath

@@ -258,7 +258,7 @@ def attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
 
 
 def attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """The gradient of qkv, (B, T, 3D), and its sum over all tokens, (3D,)."""
+    """Gradient of qkv, (B, T, 3D), and its sum over all tokens, (3D,)."""
     batch, tokens, width = qkv.shape
     settings = _settings(qkv, num_heads)
     blocks = tokens // settings["OWN"]

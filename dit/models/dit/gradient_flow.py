@@ -23,10 +23,11 @@ from dit.models.gradient_flow import (
 
 
 class Flow:
-    """One forward and backward pass of a DiT of `depth` blocks on `tokens` tokens; `gradients` has the pattern of each role's.
+    """One forward and backward pass of a DiT of `depth` blocks on `tokens` tokens.
 
-    Inputs, positions, and the gradient of the loss by the output are generic; tokens and their norms are never zero. Each part
-    that another network may replace, such as a norm, is a method that a subclass overrides.
+    `gradients` holds the pattern of each role's gradient. Inputs, positions, and the gradient of the loss by the output are
+    generic; tokens and their norms are never zero. Each part that another network may replace, such as a norm, is a method that
+    a subclass may override.
     """
 
     rotary = False

@@ -8,7 +8,7 @@ from dit.models.dit.network import DiT
 from dit.models.roles import Layer, Role, roles_of
 
 MODULATION = tuple(f"{branch}.{part}" for branch in ("attn", "mlp") for part in ("shift", "scale", "gate"))
-"""The six row chunks of a block's adaLN layer, in order; facebookresearch/DiT `DiTBlock.forward`."""
+"""The six row chunks of a block's adaLN layer, in their order; facebookresearch/DiT `DiTBlock.forward`."""
 
 
 def roles(model: DiT) -> list[Role]:

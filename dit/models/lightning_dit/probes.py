@@ -1,4 +1,4 @@
-"""What diagnostics read from a LightningDiT beside its weights: the units of its layers, and its gates."""
+"""What diagnostics read in a LightningDiT beside its weights: the units of its layers, and its gates."""
 
 from __future__ import annotations
 

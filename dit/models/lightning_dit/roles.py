@@ -47,6 +47,6 @@ def _block(block: str, module: str, variant: Variant) -> Iterator[Layer]:
 
 
 def modulation_parts(variant: Variant) -> tuple[str, ...]:
-    """The row chunks of a block's adaLN layer, in order; `LightningDiTBlock.forward`."""
+    """The row chunks of a block's adaLN layer, in their order; `LightningDiTBlock.forward`."""
     parts = ("scale", "gate") if variant.wo_shift else ("shift", "scale", "gate")
     return tuple(f"{branch}.{part}" for branch in ("attn", "mlp") for part in parts)
