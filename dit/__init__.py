@@ -1,6 +1,6 @@
 """A laboratory for one kind of question: what does a change of initialisation do to a Diffusion Transformer?
 
-`import dit` is cheap: each name of `__init__.pyi` is imported when it is first used.
+`import dit` is fast, since each name of `__init__.pyi` is imported only when it is first used.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Checkpoints: everything that the rest of a run depends on, written by an atomic rename and read without executing data.
 
-A file of `torch.save`, and after it the CRC-32 of all its bytes. Of a run the last two are kept, so that one whose bytes have
-changed on the disk costs some steps and no result.
+A checkpoint is a file of `torch.save`, followed by the CRC-32 of all its bytes. The last two checkpoints of a run are kept. If
+the last one is damaged on the disk, the run repeats some steps, and its result stays the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ READ_BYTES = 1 << 22
 
 
 class _Summed:
-    """A file that is written from start to end, and the checksum of what has been written."""
+    """A file that is written from start to end, and the checksum of the bytes written so far."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -38,7 +38,7 @@ class _Summed:
 
 
 def save(directory: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors and plain containers) so that a reader sees all of it or the one before."""
+    """Write `state` (tensors and plain containers); a reader sees either all of it or the checkpoint before."""
     directory.mkdir(parents=True, exist_ok=True)
     partial, last = directory / f".{FILE}.partial", directory / FILE
     try:
@@ -57,9 +57,9 @@ def save(directory: Path, state: dict[str, Any]) -> None:
 
 
 def load(directory: Path, device: torch.device) -> dict[str, Any] | None:
-    """The last checkpoint in `directory` whose bytes are those that were saved, or None.
+    """The last checkpoint in `directory` whose checksum is right; None if there is no such checkpoint.
 
-    Another one is set aside, and one line says so. Only tensors and plain containers are accepted from the file.
+    A damaged checkpoint is renamed, and one line says so. Only tensors and plain containers are accepted from the file.
     """
     for name in (FILE, BEFORE):
         path = directory / name
@@ -71,7 +71,7 @@ def load(directory: Path, device: torch.device) -> dict[str, Any] | None:
 
 
 def copy(directory: Path, to: Path) -> None:
-    """Give the folder `to` the last checkpoint of `directory` too; where the file system has hard links, it takes no room."""
+    """Copy the last checkpoint of `directory` into the folder `to`: by a hard link if possible, which takes no space."""
     to.mkdir(parents=True, exist_ok=True)
     partial = to / f".{FILE}.partial"
     partial.unlink(missing_ok=True)
@@ -83,7 +83,7 @@ def copy(directory: Path, to: Path) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Forget the checkpoints of a run that has ended."""
+    """Delete the checkpoints of a run that has ended."""
     for name in (FILE, BEFORE):
         (directory / name).unlink(missing_ok=True)
 
@@ -98,7 +98,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _set_aside(path: Path) -> None:
-    """Rename a file that is damaged. Of several processes that find it so, one does, and tells."""
+    """Rename a damaged file. If several processes find it, one of them renames it and prints the message."""
     try:
         path.replace(damaged := path.with_name(path.name + DAMAGED))
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""Checksums of the files in a folder, so that whoever opens one later finds that its bytes have changed.
+"""Checksums of the files in a folder, so that a later reader notices if the bytes of a file have changed.
 
-`seal` writes `checksums.json`, which holds the SHA-256 of every file in a folder, by its path there. `verify` compares.
+`seal` writes `checksums.json`, which holds the SHA-256 of every file by its path in the folder. `verify` compares them.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def sha256(path: Path) -> str:
 
 
 def seal(folder: Path) -> None:
-    """Write the checksums of all files in `folder`, which are complete."""
+    """Write the checksums of all files in `folder`. Call it when the files are complete."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
     (folder / FILE).write_text(json.dumps(sums, indent=2) + "\n")
 
 
 def verify(path: str | Path) -> None:
-    """Read a file, or all files of a folder, once, and compare with the checksums beside it or in the folder above.
+    """Compare a file, or all files of a folder, with their checksums.
 
-    Raises `DamagedError` for the first that differs. Where there are no checksums, as in a folder that was made by hand, or no
-    such file, nothing is compared.
+    The checksums are in `path` itself, if it is a folder, or at most two folders above it. Raises `DamagedError` for the first
+    file that differs. Does nothing if `path` does not exist or there are no checksums, as in a folder that was made by hand.
     """
     path = Path(path)
     if not path.exists():

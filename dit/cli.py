@@ -1,6 +1,6 @@
 """The console script `dit`: look at parameters, roles and initialisations, and continue kept runs.
 
-Torch, and all else that takes long to import, is imported by the command that needs it.
+Each command imports what it needs when it runs, since torch and some other packages take long to import.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EXTRAS = {
     "webdataset": ("webdataset",),
     "inception": ("torch_fidelity",),
 }
-"""Extras of this package, and what a command may import that they bring."""
+"""Extras of this package, each with the modules that it installs and that a command may import."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -41,7 +41,7 @@ ParamsFile = Annotated[Path | None, typer.Option("--params", help="The parameter
 
 @contextmanager
 def _user_errors_shown() -> Iterator[None]:
-    """Print a user's error as one message and exit with 2. Of processes that torchrun started, the first tells."""
+    """Print a `UserError` as one message and exit with code 2. Of the processes of torchrun, only the first one prints it."""
     try:
         yield
     except UserError as error:
@@ -73,7 +73,7 @@ def _dit(
 
 
 def _found(params: Path | None) -> Path:
-    """The file that was given, or that of this folder, or, where there is none, the one that is part of this package."""
+    """The given file; without one, the `params.yaml` of this folder; without that, the one that this package contains."""
     if params is not None or Path("params.yaml").exists():
         return params or Path("params.yaml")
     from dit import config
@@ -253,7 +253,7 @@ def resume_from(
 
 
 def _with_errors_shown(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, with errors of the user as one message."""
+    """The command, changed so that it prints each `UserError` as one message."""
 
     @wraps(command)
     def shown(*arguments: Any, **options: Any) -> None:
@@ -267,7 +267,7 @@ for each in (commands.sample, commands.export, measuring.evaluate, measuring.ref
     app.command(each.__name__)(_with_errors_shown(each))
 
 
-for point in entry_points(group="dit.commands"):  # of other installed packages, such as `dit plan` of the workflow
+for point in entry_points(group="dit.commands"):  # commands of other packages, such as `dit plan` of the workflow
     app.command(point.name)(_with_errors_shown(point.load()))
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A whole `params.yaml`: its only reader.
+"""A whole `params.yaml`: this is the only module that reads it.
 
-A value that is missing, unknown or out of range is one error that names the file, the key, the value and what is expected.
+For a value that is missing, unknown or out of range, the error names the file, the key, the value and what is expected.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from dit.timesteps import check_sampler
 
 
 class _NoInitialisers(TorchFunctionMode):
-    """`torch.nn.init` does nothing. On the meta device it would import torch's compiler, which takes seconds."""
+    """In this mode `torch.nn.init` does nothing. On the meta device it would import torch's compiler, which takes seconds."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -56,13 +56,13 @@ class _NoInitialisers(TorchFunctionMode):
 
 
 _SKELETONS: dict[str, Denoiser] = {}
-"""The skeleton that was made last, by all that it follows from."""
+"""The skeleton that was built last, by the parameters that determine it."""
 
 
 MOST_CLAIMS = 5_000_000
-"""Rules of all strategies of a study times roles of its network: to compare a rule with a role takes about a microsecond."""
+"""Most pairs of a rule (of any strategy of a study) and a role (of its network); comparing a pair takes about a microsecond."""
 _FITTING: WeakKeyDictionary[Denoiser, set[str]] = WeakKeyDictionary()
-"""By skeleton, the strategies that were found to fit it: a network of a thousand blocks has 15,000 roles."""
+"""By skeleton, the strategies that fit it, so that each is checked once: a network of a thousand blocks has 15,000 roles."""
 
 
 @lru_cache(maxsize=1)
@@ -84,9 +84,9 @@ class Params(Section):
     evaluate: EvaluateParams
     features: FeaturesParams
     strategies: dict[Name, Strategy]
-    """The library's, then those of the file itself, which must have other names."""
+    """The strategies of the library, then the strategies of the file, which must have other names."""
     _written: dict[str, Any] = PrivateAttr(default_factory=dict)
-    """The file as it was read, from which `with_values` starts."""
+    """The data of the file as it was read; `with_values` changes a copy of it."""
 
     @property
     def latent_size(self) -> int:
@@ -106,7 +106,7 @@ class Params(Section):
     def with_values(self, values: Mapping[str, Any], where: str = "params.yaml") -> Params:
         """These parameters with other values of dotted keys such as `train.steps`.
 
-        Raises `ConfigError`, which starts with `where`, for a key that does not exist and for a value that does not fit.
+        Raises `ConfigError` for a key that does not exist and for a value that does not fit; the message starts with `where`.
         """
         if not values:
             return self
@@ -117,7 +117,7 @@ class Params(Section):
             for name in sections:
                 section = section.get(name) if isinstance(section, dict) else None
             if not isinstance(section, dict):
-                known = [name for name in _dotted(self._written) if not name.startswith("study.")]  # no factor replaces those
+                known = [name for name in _dotted(self._written) if not name.startswith("study.")]  # no factor sets a study key
                 hint = did_you_mean(key, known) or "; expected a key of params.yaml, such as train.steps"
                 raise ConfigError(f"{where}: {key} is not a known key{hint}")
             section[last] = value
@@ -134,10 +134,10 @@ class Params(Section):
         return self
 
     def network(self, sizes: Mapping[str, int], name: str | None = None) -> Denoiser:
-        """The network of the study, or one called `name` in its place.
+        """The network of the study, or the network called `name` instead.
 
-        `sizes` are the number of classes, and the size and channels of latents where they are not those of the study. A network
-        in its place may be one that the objective of the study cannot train, such as one without a learned sigma.
+        `sizes` holds the number of classes, and also the size and channels of latents if they differ from those of the study.
+        The network called `name` may be one that the objective of the study cannot train, such as one without a learned sigma.
         """
         study = {"latent_size": self.latent_size, "latent_channels": self.autoencoder.latent_channels}
         options = {} if name else self.model.options
@@ -146,15 +146,15 @@ class Params(Section):
         return models.build(chosen, learn_sigma=learn_sigma, **{**study, **sizes}, **options)
 
     def skeleton(self, name: str | None = None, num_classes: int = 1) -> Denoiser:
-        """As `network`, on the meta device, where weights have no values and take no memory: to check parameters against."""
+        """The result of `network` on the meta device, where weights have no values and take no memory; for checks."""
         called = models.backbone_named(name or self.model.name).called_when_built
         with torch.device("meta"), nullcontext() if called else _NoInitialisers():
             return self.network({"num_classes": num_classes}, name)
 
     @cached_property
     def own_skeleton(self) -> Denoiser:
-        """The skeleton of the study's own network, for one class. Parameters that agree in it share it."""
-        if models.backbone_named(self.model.name).called_when_built:  # somebody else's code may build another each time
+        """The skeleton of the study's own network, for one class. Parameters with equal networks share one skeleton."""
+        if models.backbone_named(self.model.name).called_when_built:  # a user's code may build another network each time
             return self.skeleton()
         key = repr((self.model, self.latent_size, self.autoencoder.latent_channels, self.diffusion.learn_sigma))
         if key not in _SKELETONS:
@@ -164,7 +164,7 @@ class Params(Section):
 
     @cached_property
     def roles(self) -> list[Role]:
-        """The roles of the study's network. Parameters that agree in its skeleton share them."""
+        """The roles of the study's network. Parameters that share a skeleton share its roles."""
         return _roles(self.own_skeleton)
 
     def _check_latents(self) -> None:
@@ -293,7 +293,7 @@ class Params(Section):
 
 
 def _dotted(data: Mapping[str, Any]) -> Iterator[str]:
-    """The dotted keys of values inside values."""
+    """All keys of nested mappings, with dots: the key of each mapping, then the keys inside it."""
     for key, value in data.items():
         yield key
         if isinstance(value, dict):
@@ -316,7 +316,7 @@ def load(path: str | Path = "params.yaml") -> Params:
 
 
 def parse(data: Any, where: str | Path = "params.yaml") -> Params:
-    """Check parameters that were already read; `where` stands in the messages."""
+    """Check parameters that were already read; messages call their source `where`."""
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected sections such as `study:` and `train:`, and found {type(data).__name__}")
     try:

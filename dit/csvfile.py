@@ -1,4 +1,4 @@
-"""The one writer of CSV: rows as mappings, None as an empty field, lines that end alike on every machine."""
+"""The only writer of CSV: rows are mappings, None becomes an empty field, and lines end in a line feed on every machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write(path: Path, header: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write `rows` under `header`, which names all of their keys."""
+    """Write `rows` under `header`, which contains all keys of the rows."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, header, lineterminator="\n")
         writer.writeheader()

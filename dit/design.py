@@ -1,7 +1,7 @@
 """The design of a study: the runs that follow from its strategies, its factors and its seeds.
 
 A setting is one combination of the levels of all factors. A run is one strategy at one setting and one seed; its parameters
-are those of `params.yaml` with the levels of its setting in their place.
+are the values of `params.yaml`, except that the levels of its setting replace the values under their keys.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from dit.sections import StudyParams
 from dit.sections.types import LEVEL_NAME, MOST_SETTINGS
 
 MOST_LETTERS = 200
-"""In the name of a run, which names folders: file systems allow 255 bytes."""
+"""Longest name of a run, in letters. Folders are named after runs, and file systems allow 255 bytes."""
 MOST_RUNS = 10_000
-"""In a study."""
+"""Most runs of a study."""
 MOST_BLOCKS = 1500
-"""Blocks of all different networks of a study together. Each is built without values and checked, two milliseconds a block."""
+"""Most blocks of all different networks of a study together. Building them without values for the checks takes 2 ms a block."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Setting:
     name: str = ""
     levels: Mapping[str, Any] = field(default_factory=dict)
     named: Mapping[str, str] = field(default_factory=dict)
-    """The level of each factor in words, such as "learning_rate=0.001"; empty where the whole setting was named."""
+    """By key, each level in words, such as "learning_rate=0.001"; empty if `study.settings` gives the whole setting a name."""
 
     def part(self, keys: Collection[str]) -> Setting:
-        """The levels of those factors whose key is one of `keys` or lies below one: `train` holds `train.steps`."""
+        """This setting with only those factors whose key is in `keys` or lies below one: `train.steps` lies below `train`."""
         chosen = {key: level for key, level in self.levels.items() if _holds(keys, key)}
         if not chosen:
             return Setting()
@@ -48,7 +48,7 @@ class Setting:
 
     @property
     def values(self) -> str:
-        """All levels as text: the same for settings that give the same parameters."""
+        """All levels as text; equal for two settings that give the same parameters."""
         return repr(sorted(self.levels.items()))
 
     def __hash__(self) -> int:
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """As its stages and folders are called: `adaln_zero-0`, with factors `adaln_zero-learning_rate=0.001-0`."""
+        """The name in its stages and folders: `adaln_zero-0`, or with a factor `adaln_zero-learning_rate=0.001-0`."""
         return "-".join(part for part in (self.strategy, self.setting.name, str(self.seed)) if part)
 
 
@@ -82,7 +82,7 @@ class Design:
 
     @cached_property
     def factors(self) -> dict[str, list[Any]]:
-        """The levels that occur of each key that any setting gives, in their order."""
+        """By key, all levels that the settings give it, in the order in which they first occur."""
         found: dict[str, list[Any]] = {}
         for setting in self.settings():
             for key, level in setting.levels.items():
@@ -92,11 +92,11 @@ class Design:
         return found
 
     def settings(self, strategy: str | None = None) -> list[Setting]:
-        """The settings of one strategy, or all, each once."""
+        """The settings of `strategy`, or of all strategies if it is None; each setting once."""
         return list(dict.fromkeys(run.setting for run in self.runs if strategy in (None, run.strategy)))
 
     def named(self, name: str) -> Run:
-        """The run called `name`. Raises `ConfigError` where the study has none."""
+        """The run called `name`. Raises `ConfigError` if the study has no such run."""
         if name not in self.by_name:
             raise ConfigError(f"the study has no run called '{name}'; expected one such as {self.runs[0].name}")
         return self.by_name[name]
@@ -105,8 +105,8 @@ class Design:
 def design(study: StudyParams) -> Design:
     """The runs of a study.
 
-    Raises `ConfigError` where two settings have one name, a level needs a name and has none, the name of a run is too long, or
-    there are more settings or runs than a study can have.
+    Raises `ConfigError` if two settings have the same name, a level needs a name and has none, the name of a run is too long,
+    or there are more settings or runs than a study can have.
     """
     count = sum(_count(study, strategy) for strategy in study.strategies) * len(study.seeds)
     if count > MOST_RUNS:
@@ -129,7 +129,8 @@ def design(study: StudyParams) -> Design:
 def settings_of(study: StudyParams, strategy: str) -> list[Setting]:
     """The settings at which `strategy` runs: the named ones, or the product of all factors' levels.
 
-    What `study.only` gives for this strategy replaces those levels; a single value there is the same at every setting.
+    Levels that `study.only` gives for this strategy replace the levels of `study.factors`. If `study.only` gives a single value
+    for a key, all settings of the strategy have this value.
     """
     fixed = study.fixed(strategy)
     if study.settings:
@@ -145,13 +146,13 @@ def settings_of(study: StudyParams, strategy: str) -> list[Setting]:
 
 
 def _varied(study: StudyParams, strategy: str) -> dict[str, Any]:
-    """The factors of a strategy with their levels."""
+    """The factors that vary within a strategy, with their levels."""
     only, fixed = study.only.get(strategy, {}), study.fixed(strategy)
     return {key: levels for key, levels in {**study.factors, **only}.items() if key not in fixed}
 
 
 def _count(study: StudyParams, strategy: str) -> int:
-    """How many settings a strategy has. Raises `ConfigError` for too many."""
+    """How many settings a strategy has. Raises `ConfigError` if there are more than `MOST_SETTINGS`."""
     count = len(study.settings) or prod(map(len, _varied(study, strategy).values()))
     if count > MOST_SETTINGS:
         of = "study.settings" if study.settings else "study.factors"
@@ -160,9 +161,9 @@ def _count(study: StudyParams, strategy: str) -> int:
 
 
 def check(params: Params, where: str = "params.yaml") -> dict[str, Params]:
-    """The parameters of every different combination of levels, by `Setting.values`.
+    """The parameters of every distinct combination of levels, by `Setting.values`.
 
-    Raises `ConfigError` for a wrong one, and where there are more of them, or larger networks, than can be checked.
+    Raises `ConfigError` if a combination is wrong, and if there are too many combinations, or too many blocks, to check.
     """
     found: dict[str, Params] = {}
     networks: dict[str, int] = {}
@@ -181,7 +182,7 @@ def check(params: Params, where: str = "params.yaml") -> dict[str, Params]:
 
 
 def distinct(settings: Iterable[Setting], keys: Collection[str]) -> dict[str, Setting]:
-    """The different parts of `settings` in `keys`, by name: settings that agree in `keys` share the first one's name."""
+    """The distinct `setting.part(keys)` of `settings`, by name: settings that agree in `keys` share the first one's name."""
     found: dict[str, Setting] = {}
     for setting in settings:
         part = setting.part(keys)
@@ -192,7 +193,7 @@ def distinct(settings: Iterable[Setting], keys: Collection[str]) -> dict[str, Se
 
 
 def share(setting: Setting, keys: Collection[str], found: Mapping[str, Setting]) -> str:
-    """The name under which `distinct` holds the part of `setting` in `keys`."""
+    """The name of `setting.part(keys)` in `found`, which `distinct` returned."""
     part = setting.part(keys)
     return next(name for name, known in found.items() if known.levels == part.levels)
 
@@ -202,7 +203,9 @@ def _holds(keys: Collection[str], key: str) -> bool:
 
 
 def _labels(factors: Collection[str]) -> dict[str, str]:
-    """The last word of each key, or all of it where two are alike. A `name` is called by its section: model, optimizer."""
+    """By key, its last word, or the whole key if two last words are equal. Of a key that ends in `.name`, such as `model.name`,
+    the word before it counts.
+    """
     last = [key.removesuffix(".name").rpartition(".")[2] for key in factors]
     return {key: word if last.count(word) == 1 else key for key, word in zip(factors, last, strict=True)}
 

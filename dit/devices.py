@@ -1,4 +1,4 @@
-"""Which device and which arithmetic a computation uses, and how it is made repeatable."""
+"""Which device, precision and backend a computation uses, and how its results are made repeatable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first of cuda, mps, cpu that is there. Raises `ConfigError` for a device that is not."""
+    """The device called `name`; `auto` is the first available of cuda, mps and cpu.
+
+    Raises `ConfigError` if the device is not available.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, there in available.items() if there)
@@ -25,37 +28,38 @@ def resolve_device(name: str) -> torch.device:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """`device`, or the CPU where that has no float64 (MPS)."""
+    """`device`, or the CPU if `device` has no float64 (MPS)."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU that has it, else float32."""
+    """The dtype of a precision; `auto` is bfloat16 on a device of type cuda that supports it, else float32."""
     if name == "auto":
         name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return DTYPES[name]
 
 
 def name_of(precision: torch.dtype) -> str:
-    """The name of a precision in `params.yaml`."""
+    """The name in `params.yaml` of the precision `precision`."""
     return next(name for name, dtype in DTYPES.items() if dtype == precision)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast | nullcontext:
-    """Mixed precision where `dtype` is below float32, else nothing."""
+    """A context in which operations run in `dtype` (mixed precision); for float32 it changes nothing."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def is_nvidia(device: torch.device) -> bool:
-    """Whether `device` is an NVIDIA GPU, for which the kernels and CUDA graphs of `dit.fused` are made."""
+    """Whether `device` is an NVIDIA GPU; only there do the kernels and CUDA graphs of `dit.fused` run."""
     return device.type == "cuda" and torch.version.hip is None
 
 
 def resolve_backend(name: str, device: torch.device, precision: torch.dtype, supported: bool, section: str, needs: str) -> str:
-    """`auto` is `fused` on an NVIDIA GPU in bf16 for a network that it supports, else `compiled` on a GPU, else `eager`.
+    """The backend called `name`; `auto` chooses one.
 
-    Raises `ConfigError` for `fused` where it cannot run; `section` is the one of `params.yaml` that asks for it, and `needs`
-    says what a supported network is.
+    `auto` is `fused` on an NVIDIA GPU in bf16 if the network is `supported`, else `compiled` on a device of type cuda, else
+    `eager`. Raises `ConfigError` if `name` is `fused` and it cannot run here. For the message, `section` is the section of
+    `params.yaml` that asks for the backend, and `needs` says which networks are supported.
     """
     can_fuse = is_nvidia(device) and precision == torch.bfloat16 and supported
     if name == "fused" and not can_fuse:
@@ -69,14 +73,15 @@ def resolve_backend(name: str, device: torch.device, precision: torch.dtype, sup
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` of the host on `device`, without the host waiting for it."""
+    """Copy `tensor` from the host to `device`; the host does not wait for the copy."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def make_deterministic(threads: int, deterministic: bool = True) -> None:
-    """Fix the number of CPU threads, on which sums depend, and refuse operations without a repeatable version.
+    """Fix the number of CPU threads, since the rounding of sums depends on it; if `deterministic`, make PyTorch deterministic.
 
-    Call it before the first CUDA operation: cuBLAS reads its workspace setting once.
+    PyTorch then raises an error for operations that have no deterministic version. Call this function before the first CUDA
+    operation, as cuBLAS reads its workspace setting only once.
     """
     torch.set_num_threads(threads)
     if deterministic:
@@ -84,6 +89,6 @@ def make_deterministic(threads: int, deterministic: bool = True) -> None:
         if torch.cuda.is_available():
             torch.use_deterministic_algorithms(True)
         else:
-            torch.set_deterministic_debug_mode("error")  # without 1.5 s of importing torch's compiler and setting its flag
+            torch.set_deterministic_debug_mode("error")  # unlike the call above, it does not import torch's compiler (1.5 s)
         torch.backends.cudnn.benchmark = False
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -19,15 +19,15 @@ from dit.sections import DiffusionParams
 from dit.timesteps import scale_betas
 
 BELOW_ONE = 1 - 2.0**-24
-"""The largest float32 below one, which is also the largest number that `torch.rand` draws."""
+"""The largest float32 below 1; `torch.rand` draws no larger number."""
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A network as it is called: `model(x, t, y)`."""
+"""A network, or another function, that is called as `model(x, t, y)`."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Normalised latents `x0` and noise `eps` (B, C, H, W), timesteps (B,), labels (B,) with the null class where dropped."""
+    """Normalised latents `x0` and noise `eps` (B, C, H, W), timesteps (B,), labels (B,); a dropped label is the null class."""
 
     x0: Tensor
     eps: Tensor
@@ -35,24 +35,24 @@ class Batch:
     labels: Tensor
 
     def first(self, count: int) -> Batch:
-        """Its first `count` samples."""
+        """The first `count` samples of this batch."""
         return self.rows(slice(count))
 
     def rows(self, chosen: slice) -> Batch:
-        """Some of its samples."""
+        """The samples of this batch that the slice `chosen` selects."""
         return Batch(*(tensor[chosen] for tensor in (self.x0, self.eps, self.timesteps, self.labels)))
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Per sample (B,): the squared error of the prediction, and the variational bound that trains sigma (zero without it)."""
+    """Per sample (B,): the squared error of the prediction, and the variational bound, zero if sigma is not learned."""
 
     mse: Tensor
     vlb: Tensor
 
     @property
     def total(self) -> Tensor:
-        """L_simple + L_vlb, the published hybrid; Nichol & Dhariwal (2021), eq. 16, with the published weight of one."""
+        """L_simple + L_vlb, the hybrid of Nichol & Dhariwal (2021), eq. 16; L_vlb has weight 1, as in the published DiT."""
         return self.mse + self.vlb
 
 
@@ -70,7 +70,7 @@ class Diffusion:
             self._fill_tables(params)
 
     def _fill_tables(self, params: DiffusionParams) -> None:
-        """What the betas determine, by timestep; a flow has none."""
+        """Fill the tables of coefficients by timestep, which the betas determine; flow matching has no betas."""
         first, last = scale_betas(params.beta_start, params.beta_end, params.num_timesteps)
         beta = torch.linspace(first, last, params.num_timesteps, dtype=torch.float64)
         abar = (1 - beta).cumprod(0)
@@ -79,7 +79,7 @@ class Diffusion:
         self.signal = self._table(abar.sqrt())
         self.noise = self._table((1 - abar).sqrt())
         self.log_beta = self._table(beta.log())
-        # The posterior variance is 0 at t = 0; the published code takes that of t = 1 there.
+        # The posterior variance is 0 at t = 0; there the published code uses the posterior variance of t = 1.
         self.posterior_log_variance = self._table(torch.cat([posterior_variance[1:2], posterior_variance[1:]]).log())
         self.posterior_from_x0 = self._table(beta * abar_before.sqrt() / (1 - abar))
         self.posterior_from_xt = self._table((1 - abar_before) * (1 - beta).sqrt() / (1 - abar))
@@ -88,10 +88,10 @@ class Diffusion:
         return values.float().to(self.device)
 
     def draw_timesteps(self, count: int, generator: Generator) -> Tensor:
-        """Timesteps (count,) of a training batch, which depend on `generator` alone: int64, or float32 for flow matching.
+        """Draw the timesteps (count,) of a training batch from `generator` alone: int64, or float32 for flow matching.
 
-        They are uniform, or `logit_normal`: the sigmoid of normal numbers gives t / num_timesteps, so with a mean above zero
-        noisy timesteps are more frequent. Esser et al. (2024), section 3.1, propose this for flow matching.
+        They are uniform, or `logit_normal`: t / num_timesteps is the sigmoid of a normal number, so noisy timesteps are more
+        frequent if the mean is above zero. Esser et al. (2024), section 3.1, propose this for flow matching.
         """
         if self.timestep_sampling == "uniform":
             return self.timesteps_at(torch.rand(count, generator=generator, device=self.device))
@@ -105,7 +105,7 @@ class Diffusion:
         return t if self.objective == "flow" else t.long().clamp(max=self.num_timesteps - 1)
 
     def _mixture(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights (B, 1, 1, 1) of the clean latent and of the noise."""
+        """Weights (B, 1, 1, 1) of the clean latent and of the noise in x_t."""
         if self.objective == "flow":
             s = (t / self.num_timesteps).view(-1, 1, 1, 1)
             return 1 - s, s
@@ -117,9 +117,9 @@ class Diffusion:
         return signal * x0 + noise * eps
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the first C channels of the network's output should be, (B, C, H, W).
+        """The target (B, C, H, W) of the first C channels of the network's output.
 
-        The v of objective `v` is that of Salimans & Ho (2022), section 4. The target of `flow` is the velocity d x_s / d s.
+        For `v` it is the v of Salimans & Ho (2022), section 4; for `flow`, the velocity d x_s / d s.
         """
         if self.objective == "eps":
             return eps
@@ -132,10 +132,10 @@ class Diffusion:
 
     @property
     def zero_output_error(self) -> float:
-        """The expected squared error of a zero output, E[target^2], for latents of unit variance.
+        """The expected squared error E[target^2] of a network that outputs zero, for latents of unit variance.
 
         It is 1 for eps and x0. For v it is signal^2 + noise^2, which is 1 at every timestep. For flow it is 2, because the
-        target is the difference of noise and latent.
+        target is noise minus latent.
         """
         return 2.0 if self.objective == "flow" else 1.0
 
@@ -146,7 +146,7 @@ class Diffusion:
         return (loss or self.loss)(output, batch.x0, batch.eps, batch.timesteps, x_t)
 
     def loss(self, output: Tensor, x0: Tensor, eps: Tensor, t: Tensor, x_t: Tensor) -> Loss:
-        """The loss of the network's output (B, C or 2C, H, W): that of its prediction and of its sigma, if learned."""
+        """The loss of the network's output (B, C or 2C, H, W): of its prediction and, if sigma is learned, of its sigma."""
         output = output.float()
         if not self.learn_sigma:
             mse = _mean((output - self.target(x0, eps, t)) ** 2)
@@ -156,10 +156,10 @@ class Diffusion:
         return Loss(mse, self._variational_bound(prediction.detach(), fraction, x0, t, x_t))
 
     def _variational_bound(self, eps: Tensor, fraction: Tensor, x0: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
-        """One term of L_vlb in bits per dimension, (B,); the mean is detached, so that it trains sigma alone.
+        """One term of L_vlb in bits per dimension, (B,). The caller detaches `eps`, so this term trains sigma alone.
 
-        Nichol & Dhariwal (2021), eq. 14 to 16. The term of t = 0 is the likelihood of x_0 in bins of 1/255, as published,
-        although latents are not 8-bit.
+        Nichol & Dhariwal (2021), eq. 14 to 16. At t = 0 the term is the negative log-likelihood of x_0 in bins of width 2/255,
+        as in the published code, although latents are not 8-bit.
         """
         predicted_x0 = (x_t - _at(self.noise, t) * eps) / _at(self.signal, t)
         mean = self._posterior_mean(predicted_x0, x_t, t)
@@ -198,5 +198,5 @@ def _binned_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
-    """The tanh approximation that the published loss uses; Page (1977), as in openai/guided-diffusion `losses.py`."""
+    """The normal CDF, by the tanh approximation of Page (1977), as in openai/guided-diffusion `losses.py`."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -1,7 +1,7 @@
-"""Several processes as one: the only file that knows of ranks. `torchrun` starts them; a process alone is a group of one.
+"""Several processes that work as one; only this file calls torch.distributed. `torchrun` starts them, or one runs alone.
 
-A batch is the same for any number of ranks, and each computes its own rows of it. Gradients are averaged by DDP, or weights,
-gradients and optimiser state are sharded by FSDP2 (`fully_shard`). The first rank alone reports and writes.
+A batch is the same for any number of ranks, and each rank computes its own rows of it. Either DDP averages the gradients, or
+FSDP2 (`fully_shard`) shards weights, gradients and optimiser state. Only the first rank reports and writes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 MEETING = "DIT_MEETING"
-"""The environment variable with a file through which the ranks of one host meet; without it, where `torchrun` says."""
+"""The environment variable that names a file through which the ranks of one host find each other. Without it they use the
+address that `torchrun` gives.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,22 +43,22 @@ class Ranks:
         return self.rank == 0
 
     def local_slice(self, count: int) -> slice:
-        """This rank's rows of `count`: contiguous, in the order of ranks, as equal as can be."""
+        """This rank's rows of `count`: contiguous, in the order of ranks; their numbers differ by at most one."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def per_rank(self, count: int, key: str) -> int:
-        """`count / size`. Raises `ConfigError` that names `key` where that is not whole."""
+        """`count / size`. Raises `ConfigError` that names `key` if it is not a whole number."""
         if count % self.size:
             raise ConfigError(f"{key} = {count} over {self.size} processes: expected a multiple of {self.size}")
         return count // self.size
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over ranks, on every rank; a value that is not finite on one is not finite on any."""
+        """The mean of `values` over ranks, on every rank; if a value is not finite on one rank, its mean is not finite."""
         self.average([values])
         return values
 
     def average(self, tensors: list[Tensor]) -> None:
-        """Replace each by its mean over ranks."""
+        """Replace each tensor by its mean over ranks."""
         if self.size == 1:
             return
         averages = dist.get_backend() == "nccl"
@@ -67,7 +69,7 @@ class Ranks:
             torch._foreach_div_(tensors, self.size)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each, on the device or the host, by that of the first rank."""
+        """Replace each tensor, on the device or the host, by the first rank's tensor."""
         if self.size > 1:
             for tensor in tensors:
                 sent = tensor.to(self.device)
@@ -75,7 +77,7 @@ class Ranks:
                 tensor.copy_(sent)
 
     def gather(self, rows: Tensor, count: int) -> Tensor:
-        """All `count` rows, on every rank, from what each has of them: its `local_slice`."""
+        """All `count` rows, on every rank; `rows` are the rows that this rank has, its `local_slice`."""
         if self.size == 1:
             return rows
         every = [Ranks(self.device, rank, self.size).local_slice(count) for rank in range(self.size)]
@@ -87,9 +89,9 @@ class Ranks:
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     def split(self, compute: Callable[[slice], tuple[Tensor, ...]], count: int) -> tuple[Tensor, ...]:
-        """What `compute` gives for all of `count` rows, on every rank, where each rank computes its own.
+        """What `compute` returns for all `count` rows, on every rank; each rank computes its own rows.
 
-        `compute` gets a slice that is never empty, and returns tensors with as many rows.
+        `compute` receives a slice that is never empty, and returns tensors with as many rows as the slice.
         """
         own = self.local_slice(count)
         mine = own.stop - own.start
@@ -97,7 +99,7 @@ class Ranks:
         return tuple(self.gather(part[:mine], count) for part in parts)
 
     def gather_state(self, state: Any) -> Any:
-        """A tree of dicts as the first rank may save it: its tensors whole, in the memory of the host; None on other ranks."""
+        """A tree of dicts, as the first rank saves it: its tensors are whole and on the CPU; on other ranks they are None."""
         if isinstance(state, dict):
             return {name: self.gather_state(part) for name, part in state.items()}
         if not isinstance(state, Tensor):
@@ -106,17 +108,17 @@ class Ranks:
         return tensor.cpu() if self.is_main else None
 
     def replicate(self, network: nn.Module) -> nn.Module:
-        """The network, whose gradients are then averaged over ranks during the backward pass (DDP)."""
+        """The network, wrapped so that the backward pass averages its gradients over ranks (DDP)."""
         if not self.grouped:
             return network
         device_ids = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids, gradient_as_bucket_view=True)
 
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module], precision: torch.dtype, compiled: bool = False) -> None:
-        """Shard every one of the `blocks` of `model`, `compiled` or not, and the rest, over all ranks (FSDP2).
+        """Shard each of the `blocks` of `model`, and then the rest of it, over all ranks (FSDP2); compile blocks if `compiled`.
 
-        Weights travel in `precision`, gradients in float32. A model on the host comes to the device block by block, so that no
-        device ever holds all of it.
+        Ranks exchange weights in `precision` and gradients in float32. A model on the host is moved to the device block by
+        block, so that no device ever holds all of it.
         """
         if not self.grouped:
             return
@@ -135,7 +137,7 @@ class Ranks:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """The group of processes that `torchrun` started; without it, this process alone. On GPUs each rank has its own."""
+    """The group of processes that `torchrun` started; without it, this process alone. On GPUs, each rank uses its own."""
     if "RANK" not in os.environ:
         yield Ranks(device)
         return
@@ -153,24 +155,24 @@ def joined(device: torch.device) -> Iterator[Ranks]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor as one, on every rank; any other as it is."""
+    """All of a sharded tensor, on every rank; a tensor that is not sharded is returned as it is."""
     return tensor.full_tensor() if _sharded(tensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, sharing its memory; any other as it is."""
+    """This rank's part of a sharded tensor, sharing its memory; a tensor that is not sharded is returned as it is."""
     return tensor.to_local() if _sharded(tensor) else tensor
 
 
 @torch.no_grad()
 def restore(tensors: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
-    """Set every tensor to the whole one of its name, on any device, sharded as the tensor is."""
+    """Set every tensor, sharded or not, to the whole tensor of the same name in `saved`, which may be on any device."""
     for name, tensor in tensors.items():
         tensor.copy_(distributed_like(saved[name], tensor))
 
 
 def distributed_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor sharded as `other` is; as it is, where `other` is whole."""
+    """The whole tensor `tensor`, sharded like `other`; returned as it is if `other` is not sharded."""
     if not _sharded(other):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -179,6 +181,6 @@ def distributed_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def _sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    from torch.distributed.tensor import DTensor  # a second to import, which most stages never need
+    from torch.distributed.tensor import DTensor  # imported here: it takes a second, and most stages do not need it
 
     return isinstance(tensor, DTensor)

@@ -1,4 +1,4 @@
-"""Errors that a user can act on. Anything else that is raised is a defect of this project."""
+"""Errors that a user can act on. Any other exception is a defect of this project."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
 NAMED = 3
-"""Of the entries that a message is about, how many it names."""
+"""A message about several entries names at most this many of them."""
 
 
 MOST_LINES, LONGEST_LINE = 40, 1000
-"""Of a message: what a value of the user's makes longer is left out."""
+"""Most lines of a message, and most letters of a line. The rest is left out; a long value that the user gave may cause it."""
 
 Location = tuple[int | str, ...]
 
@@ -25,7 +25,7 @@ Location = tuple[int | str, ...]
 class UserError(Exception):
     """Something that the user gave is wrong. The message says what is wrong, where, and what is expected.
 
-    `str` of the error is safe to print and not too long, whatever names or values it quotes.
+    `str(error)` is safe to print and has a limited length, whatever names or values it quotes.
     """
 
     def __str__(self) -> str:
@@ -35,7 +35,7 @@ class UserError(Exception):
 
 
 def _shortened(line: str) -> str:
-    """A line, without the middle of one that nobody would read."""
+    """The line; if it is longer than `LONGEST_LINE`, without its middle."""
     half = LONGEST_LINE // 2
     return line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
 
@@ -60,7 +60,7 @@ class InputError(DataError):
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: "; did you mean train.steps?", or nothing where no known one is near."""
+    """The end of a message about an unknown name: "; did you mean train.steps?", or "" if no known name is similar."""
     near = get_close_matches(given, sorted(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -68,8 +68,8 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 def explain(error: ValidationError, where: str, data: Any, model: type[BaseModel] | None = None) -> str:
     """A pydantic error about `data` as one line for each wrong key: where, the key, its value, and what it should be.
 
-    What several entries of one mapping have in common, as strategies that share rules do, is told once. An unknown key names
-    the nearest one of `model`.
+    If several entries of one mapping have the same fault, such as strategies that share rules, one line reports it for all of
+    them. The line of an unknown key suggests the most similar key of `model`.
     """
     choices: dict[str, list[str]] = {}
     locations: dict[str, Location] = {}
@@ -90,21 +90,21 @@ def explain(error: ValidationError, where: str, data: Any, model: type[BaseModel
 
 
 def _hint(location: Location, beside: set[str]) -> str:
-    """What may have been meant by an unknown key; `beside` are the keys that may stand there, of whatever kind."""
+    """What the user may have meant by an unknown key; `beside` are the keys that any kind of this entry may have."""
     if location[-1] in beside:
         return f"; only another kind of {_key(location[:-1])} has it"
     return did_you_mean(_key(location), (_key((*location[:-1], name)) for name in beside))
 
 
 def _also(others: list[str]) -> str:
-    """The end of a line that is true of `others` as well."""
+    """The end of a line, which says that the line is also true for `others`."""
     named = ", ".join(other.rpartition(".")[2] for other in others[:NAMED])
     more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
     return f" (the same in {named}{more})" if others else ""
 
 
 def _fields(model: type[BaseModel], location: Location) -> set[str]:
-    """The keys that may stand beside the last one of `location` in data of `model`."""
+    """The keys that `model` allows beside the last key of `location`."""
     found = {model}
     for part in location[:-1]:
         below = {
@@ -118,8 +118,8 @@ def _fields(model: type[BaseModel], location: Location) -> set[str]:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models that stand in a type, such as the members of a union."""
-    from pydantic import BaseModel  # here, since it takes longer to import than all else of a command's help
+    """The pydantic models that a type contains, such as the members of a union."""
+    from pydantic import BaseModel  # imported here, since it takes longer than all other imports for a command's help
 
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
@@ -128,7 +128,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _written(problem: Any, data: Any) -> Location:
-    """The location of a problem as keys of `data`, without the members of unions that pydantic names among them."""
+    """The location of a problem as keys of `data`, without the names of union members that pydantic inserts."""
     keys: list[int | str] = []
     for part in problem["loc"][:-1]:
         try:
@@ -136,7 +136,7 @@ def _written(problem: Any, data: Any) -> Location:
         except (KeyError, IndexError, TypeError):
             if isinstance(part, str):
                 continue
-            data = ...  # an item of a list that was put together from several of `data`
+            data = ...  # an item of a list that a validator joined from several lists of `data`
         keys.append(part)
     of_value = data is problem["input"] and problem["type"] not in {"missing", "extra_forbidden"}
     return tuple(keys) if of_value else (*keys, *problem["loc"][-1:])
@@ -166,5 +166,5 @@ def _key(location: Location) -> str:
 
 
 def _tag(problem: Any) -> str:
-    """The key by which the member of a union is chosen."""
+    """The key that chooses the member of a union, such as `kind`."""
     return str(problem["ctx"]["discriminator"]).strip("'")

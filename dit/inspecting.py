@@ -25,7 +25,7 @@ from dit.preflight import Finding
 from dit.terminal import plain
 
 FEW = 3
-"""Strategies that a terminal of 80 columns has room for side by side."""
+"""How many strategies fit side by side on a terminal of 80 columns."""
 
 
 def check(params: Path) -> str:
@@ -54,14 +54,14 @@ def check(params: Path) -> str:
 
 
 def findings(params: Path) -> list[Finding]:
-    """What the pre-flight finds in all that a parameter file names, here and in what other packages add to it."""
+    """What the pre-flight finds in everything that a parameter file names, with the findings of checks by other packages."""
     loaded = config.load(params)
     others = [point.load()(Path.cwd(), loaded) for point in entry_points(group="dit.checks")]
     return preflight.merged(preflight.check(loaded, str(params)), list(chain.from_iterable(others)))
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
-    """What was opened, what is wrong first."""
+    """A table of all findings: errors first, then warnings."""
     table = Table(box=SIMPLE, title="Opened, counted and estimated", title_justify="left")
     for column in ("", "what", "where", "found", "expected"):
         table.add_column(column, overflow="fold")
@@ -73,7 +73,7 @@ def findings_table(findings: Sequence[Finding]) -> Table:
 
 
 def library(params: Path) -> Table:
-    """The strategies of a parameter file, with what they are and where they come from."""
+    """The strategies of the library and a parameter file, with what each does and its source."""
     table = Table("strategy", "what it does", "source", title="Strategies", title_justify="left", show_lines=True)
     for name, strategy in config.load(params).strategies.items():
         table.add_row(name, plain(strategy.description), plain(strategy.source))
@@ -82,7 +82,7 @@ def library(params: Path) -> Table:
 
 
 def one(params: Path, strategy: str, model: str | None, seed: int, every: bool) -> Table:
-    """The rule and the values that a strategy gives each role; of `every` block, or of one where blocks have the same rule."""
+    """The rule and the values that a strategy gives each role; blocks with equal rules share a row unless `every` is true."""
     loaded = config.load(params)
     chosen = _strategy(loaded, strategy, params, model)
     network = init.apply(loaded.network({"num_classes": num_classes(loaded.images)}, model), chosen, seed)
@@ -120,7 +120,7 @@ def difference(params: Path, names: tuple[str, str], model: str | None, every: b
 
 
 def schedules(params: Path, strategies: Sequence[str], model: str | None, steps: int) -> Table:
-    """The step from which each kind of weight receives a gradient, predicted for the strategies named, or all that fit."""
+    """The step from which each kind of weight receives a gradient, predicted for `strategies`, or for all that fit if empty."""
     loaded = config.load(params)
     network = loaded.skeleton(model)
     if reason := not_predicted(network, loaded.train.optimizer):
@@ -144,7 +144,7 @@ def schedules(params: Path, strategies: Sequence[str], model: str | None, steps:
 
 
 def _strategy(loaded: Params, name: str, params: Path, network: str | None) -> Strategy:
-    """The strategy of that name, if it fits the network."""
+    """The strategy called `name`. Raises `ConfigError` if it is unknown or does not fit the network."""
     if name not in loaded.strategies:
         hint = did_you_mean(name, loaded.strategies) or f"; expected one of {', '.join(loaded.strategies)}"
         raise ConfigError(f"{params}: unknown strategy '{name}'{hint}")
@@ -157,7 +157,7 @@ def _strategy(loaded: Params, name: str, params: Path, network: str | None) -> S
 
 
 def _fitting(loaded: Params, network: nn.Module) -> list[str]:
-    """The strategies whose rules fit the network; some may be written for another."""
+    """The strategies whose rules fit the network; other strategies may be written for another network."""
     found, every_role = [], models.roles(network)
     for name, strategy in loaded.strategies.items():
         with suppress(ConfigError):

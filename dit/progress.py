@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, a line now and then in a log."""
+"""Progress for people: a bar on a terminal, or a line every few seconds in a log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]
 
 
 class _Lines(io.TextIOBase):
-    """Turns the redrawn bar into lines, for a stream that is no terminal."""
+    """Prints each update of a tqdm bar as a line of its own, for a stream that is not a terminal."""
 
     def write(self, text: str) -> int:
         line = text.strip("\r\n \x1b[A")
@@ -23,7 +23,7 @@ class _Lines(io.TextIOBase):
 
 
 def progress(total: int, description: str, unit: str, done: int = 0, *, shown: bool = True) -> tqdm[Any]:
-    """A tqdm bar of `total` units, `done` of them already; use it as a context manager and call its `update`."""
+    """A tqdm bar of `total` units that starts at `done`; use it as a context manager and call its `update`."""
     options: dict[str, Any] = {"total": total, "initial": done, "desc": description, "unit": unit, "disable": not shown}
     if sys.stderr.isatty():
         return tqdm(**options)

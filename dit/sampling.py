@@ -1,6 +1,6 @@
 """Sampling: from noise to latents, with diffusers' schedulers and classifier-free guidance.
 
-Which latent sample i starts from, and every random number drawn on its way, is a pure function of (seed, i): not of the
+The noise from which sample i starts, and every random number that its sampler draws, depend on (seed, i) alone: not on the
 network, the batch size or the device. So the samples of two strategies differ only by what their networks learned.
 """
 
@@ -29,11 +29,11 @@ from dit.seeding import generator
 from dit.timesteps import sampled_timesteps, scale_betas
 
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-"""This project's objectives in the words of diffusers; their signs are those of `dit.diffusion.Diffusion.target`."""
+"""By objective of this project, the `prediction_type` of diffusers; both have the same sign as `Diffusion.target`."""
 
 
 class Network:
-    """`model`, run by `backend`: one of those that `dit.devices.resolve_backend` returns."""
+    """`model`, run by `backend`, which is a backend that `dit.devices.resolve_backend` returns."""
 
     def __init__(self, model: Denoiser, backend: str) -> None:
         self.latent_size, self.latent_channels, self.num_classes = model.latent_size, model.latent_channels, model.num_classes
@@ -45,19 +45,19 @@ class Network:
         self.forward = ways[backend](model)
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """As the model. Where it is fused, an output is overwritten by the next call."""
+        """Call the model. With the backend `fused`, the next call overwrites the output of this one."""
         return self.forward(x, t, y)
 
 
 def _captured(model: Denoiser) -> Denoise:
-    """The fast network, called through one CUDA graph for each batch size."""
+    """The fused copy of `model`, which runs as one CUDA graph for each batch size."""
     path = fast_path_of(model)
     assert path is not None, "the caller resolves the backend first"
     return Captured(path.make(model))
 
 
 def balanced_labels(count: int, num_classes: int) -> Tensor:
-    """Labels (count,) that go round the classes in order, so that class counts differ by one at most."""
+    """Labels (count,) that cycle through the classes in order, so that class counts differ by at most one."""
     return torch.arange(count) % num_classes
 
 
@@ -74,8 +74,8 @@ def sample(
 ) -> Tensor:
     """Draw one normalised latent for each of `labels` (N,) -> (N, C, H, W), float32, on the CPU.
 
-    `settings` names the sampler, its guidance and its seed; its `batch_size` is that of each rank. `precision` is that of the
-    network alone; the scheduler computes in float32.
+    `settings` names the sampler, its guidance and its seed; its `batch_size` is the batch size of each rank. The network runs
+    in `precision`; the scheduler computes in float32.
     """
     options: dict[str, Any] = {"device": device, "precision": precision, "description": description, "ranks": ranks}
     return torch.cat([x.cpu() for x in list(sampled(model, diffusion, labels, settings, **options))])
@@ -93,7 +93,7 @@ def sampled(
     description: str,
     ranks: Ranks | None = None,
 ) -> Iterator[Tensor]:
-    """The latents of `sample` a batch at a time, in order, each (B, C, H, W) on `device`: so many that no memory holds them."""
+    """Yield the latents of `sample` in batches (B, C, H, W) on `device`, in order; all together may be too large for memory."""
     ranks = ranks or Ranks(device)
     batches = torch.arange(len(labels)).split(settings.batch_size * ranks.size)
     evaluations = len(build_scheduler(diffusion, settings).timesteps)
@@ -112,7 +112,7 @@ def sampled(
                 last = index + 1 == evaluations
                 x = ancestral_step(solver, output, t, x, None if last else _noise(model, draws, device))
             else:
-                x = solver.step(output[:, : x.shape[1]], t, x).prev_sample  # which has no use for a variance
+                x = solver.step(output[:, : x.shape[1]], t, x).prev_sample  # it does not use a learned variance
             bar.update()
         return (x,)
 
@@ -122,7 +122,7 @@ def sampled(
 
 
 def _noise(model: Denoiser | Network, draws: list[torch.Generator], device: torch.device) -> Tensor:
-    """The next normal numbers of each of `draws`, (len(draws), C, H, W), sent without the host waiting for the device."""
+    """Noise (len(draws), C, H, W): the next normal numbers of each generator. The host does not wait for the device."""
     shape = 1, model.latent_channels, model.latent_size, model.latent_size
     return send(torch.cat([torch.randn(shape, generator=draw) for draw in draws]), device)
 
@@ -130,12 +130,13 @@ def _noise(model: Denoiser | Network, draws: list[torch.Generator], device: torc
 def guided(
     model: Denoiser | Network, x: Tensor, t: Tensor, y: Tensor, guidance_scale: float, guidance_channels: Literal["all"] | int
 ) -> Tensor:
-    """The network's output (B, C or 2C, H, W), moved away from what it predicts without a label.
+    """The network's output (B, C or 2C, H, W) with classifier-free guidance.
 
     prediction = null + guidance_scale * (conditional - null): Ho & Salimans (2022), eq. 6, with w = guidance_scale - 1. For x0,
-    v and flow it is the same guidance as for eps, as each is affine in eps. What is not guided, such as a learned variance, is
-    that of the conditional output. Either all latent channels are guided or the first `guidance_channels`; the published DiT
-    guides three of four (facebookresearch/DiT `forward_with_cfg`). A scale of 1 costs one forward pass, else two.
+    v and flow this is the same guidance as for eps, as each is affine in eps. Guidance changes all latent channels, or only the
+    first `guidance_channels`; the published DiT guides three of four (facebookresearch/DiT `forward_with_cfg`). All other
+    channels, such as a learned variance, are taken from the conditional output. With a scale of 1, the network evaluates only
+    the given labels; otherwise its batch is twice as large.
     """
     if guidance_scale == 1:
         return model(x, t, y)
@@ -147,11 +148,12 @@ def guided(
 
 
 def ancestral_step(solver: DDPMScheduler, output: Tensor, t: Tensor, x: Tensor, noise: Tensor | None) -> Tensor:
-    """`solver.step` with `noise` (B, C, H, W) of the caller, or None in the last step, which has none.
+    """`solver.step`, but with `noise` (B, C, H, W) from the caller; `noise` is None in the last step, which adds none.
 
-    diffusers draws it on the host, and sends it at every step, for which the host waits for the device. From its tables, the
-    network's `output` (B, C or 2C, H, W) and `x` (B, C, H, W): the posterior of Ho et al. (2020), eq. 6 and 7. A learned log
-    variance lies between that of the posterior and that of beta; Nichol & Dhariwal (2021), eq. 15.
+    In `solver.step`, diffusers draws the noise on the host and sends it at every step, for which the host waits for the device.
+    This function computes the posterior of Ho et al. (2020), eq. 6 and 7, from the solver's tables, the network's `output`
+    (B, C or 2C, H, W) and `x` (B, C, H, W). A learned log variance lies between the log of the posterior variance and log beta;
+    Nichol & Dhariwal (2021), eq. 15.
     """
     channels = x.shape[1]
     prediction, sigma = output[:, :channels], output[:, channels:]
@@ -168,7 +170,7 @@ def ancestral_step(solver: DDPMScheduler, output: Tensor, t: Tensor, x: Tensor, 
     mean = abar_before.sqrt() * beta / (1 - abar) * x0 + alpha.sqrt() * (1 - abar_before) / (1 - abar) * x
     if noise is None:
         return mean
-    variance = ((1 - abar_before) / (1 - abar) * beta).clamp(min=1e-20)  # as diffusers has it: its logarithm is finite
+    variance = ((1 - abar_before) / (1 - abar) * beta).clamp(min=1e-20)  # as in diffusers, so that its logarithm is finite
     if solver.config.variance_type == "fixed_small":
         return mean + variance.sqrt() * noise
     if solver.config.variance_type == "fixed_large":
@@ -179,7 +181,7 @@ def ancestral_step(solver: DDPMScheduler, output: Tensor, t: Tensor, x: Tensor, 
 
 
 def noise_schedule(diffusion: DiffusionParams) -> dict[str, Any]:
-    """The noise of `diffusion` and what the network predicts, as arguments of a diffusers scheduler; not for flow matching."""
+    """The noise schedule and prediction type of `diffusion`, as arguments of a diffusers scheduler; not for flow matching."""
     beta_start, beta_end = scale_betas(diffusion.beta_start, diffusion.beta_end, diffusion.num_timesteps)
     return {
         "num_train_timesteps": diffusion.num_timesteps,
@@ -191,10 +193,11 @@ def noise_schedule(diffusion: DiffusionParams) -> dict[str, Any]:
 
 
 def build_scheduler(diffusion: DiffusionParams, settings: EvaluateParams) -> Any:
-    """The diffusers scheduler that `settings` name, for the noise of `diffusion`, with its timesteps set.
+    """The diffusers scheduler that `settings` name, for the noise schedule of `diffusion`, with its timesteps set.
 
     `ddim` is DPM-Solver++ of first order (Lu et al. 2022, "DPM-Solver++", section 4), which steps from each timestep of its
-    list to the next. diffusers' DDIMScheduler subtracts num_timesteps // steps instead, which misses the next in some lists.
+    list to the next. diffusers' DDIMScheduler instead subtracts num_timesteps // steps, which is not the next timestep in some
+    lists.
     Clean latents are never clipped, since latents are not bounded.
     """
     if diffusion.objective == "flow":
@@ -214,11 +217,11 @@ def build_scheduler(diffusion: DiffusionParams, settings: EvaluateParams) -> Any
 def _flow_scheduler(name: str, num_timesteps: int, steps: int) -> Any:
     """Euler's or Heun's method in `steps` equal steps of s from 1 to 0.
 
-    Heun's evaluates the network twice in each step but the last, which is Euler's: 2 * steps - 1 times.
+    Heun's method evaluates the network twice in each step except the last, which is a step of Euler's: 2 * steps - 1 times.
     """
     if name == "flow_heun":
         heun = FlowMatchHeunDiscreteScheduler(num_train_timesteps=num_timesteps)
-        heun.sigma_min = 1 / steps  # its last s above 0, which diffusers puts at 1 / num_timesteps whatever the steps
+        heun.sigma_min = 1 / steps  # the last s above 0; diffusers would use 1 / num_timesteps for any number of steps
         heun.set_timesteps(steps)
         return heun
     euler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=num_timesteps)

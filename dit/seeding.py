@@ -1,4 +1,4 @@
-"""Randomness as a pure function of names: every draw has a generator of its own, derived from what it is for."""
+"""Seeds as a pure function of names: every draw has its own generator, whose seed is derived from the purpose of the draw."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part and on their order; the same on every machine and Python version."""
+    """A 63-bit seed that depends on all parts and their order, and is the same on every machine and Python version."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
@@ -26,7 +26,7 @@ def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Ge
 def seeded(*parts: int | str) -> Iterator[None]:
     """Within the block, the global generators of torch on the CPU, NumPy and Python start from `derive_seed(*parts)`.
 
-    For other people's code, which draws from those; afterwards they are as they were before.
+    Use it around third-party code that draws from the global generators; the block restores their states at its end.
     """
     seed = derive_seed(*parts)
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()

@@ -1,13 +1,13 @@
-"""Text that comes from data or from somebody's YAML, made safe to print."""
+"""Makes text from data sets and parameter files safe to print on a terminal."""
 
 from __future__ import annotations
 
 
 def plain(text: str) -> str:
-    r"""`text` with every character that a terminal would act on, or not show, as an escape such as `\x1b`.
+    r"""Replace every character of `text` that a terminal would act on, or not show, by an escape such as `\x1b`.
 
-    Lines and tabs stay. So do all characters that Unicode calls printable; among the others are the escape sequences of
-    terminals, marks that reverse the order of what follows, and the halves of characters that no encoding can write.
+    Newlines, tabs and all characters that Unicode calls printable stay. Examples of replaced characters are the escape
+    character of terminals, marks that reverse the direction of text, and lone surrogates, which no encoding can write.
     """
     if text.isprintable():
         return text

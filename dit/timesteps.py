@@ -1,7 +1,7 @@
 """The timesteps of a discrete diffusion: how noisy each is, and which of them a sampler visits.
 
-Every list runs from the noisiest timestep that is visited to the cleanest. The last step of a sampler leads from the last of
-them to the clean latent.
+Every list runs from the noisiest visited timestep to the cleanest. The last step of a sampler leads from the last timestep of
+its list to the clean latent.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from itertools import accumulate, pairwise, repeat
 import numpy as np
 
 SAMPLED_FROM_NOISE = 0.1
-"""Largest sqrt(abar) of a sampler's first timestep, where pure noise stands for a noisy latent: 1 % of the variance is signal.
+"""Largest allowed sqrt(abar) of a sampler's first timestep; at 0.1, 1 % of the variance is signal. The sampler starts from pure
+noise in place of a noisy latent, so this signal is missing.
 
-sqrt(abar) at the last timestep is 0.006 for the published DiT and 0.068 for Stable Diffusion, the largest in wide use, whose
-samples are known to be neither very dark nor very bright because of it (Lin et al. 2024, table 1 and section 3.1).
+sqrt(abar) at the last timestep is 0.006 for the published DiT. For Stable Diffusion it is 0.068, the largest value in wide use;
+because of it, its samples are never very dark or very bright (Lin et al. 2024, table 1 and section 3.1).
 """
 
 
 def scale_betas(beta_start: float, beta_end: float, num_timesteps: int) -> tuple[float, float]:
-    """First and last beta of `num_timesteps`, from those of 1000: times 1000 / num_timesteps, so that abar_T stays about zero.
+    """First and last beta for `num_timesteps`: the betas for 1000, times 1000 / num_timesteps, so that abar_T stays about zero.
 
-    As published (facebookresearch/DiT `get_named_beta_schedule`, "linear"). Raises `ValueError` where a beta would reach 1.
+    As published (facebookresearch/DiT `get_named_beta_schedule`, "linear"). Raises `ValueError` if a beta would reach 1.
     """
     scale = 1000 / num_timesteps
     if scale * beta_end >= 1:
@@ -35,25 +36,26 @@ def scale_betas(beta_start: float, beta_end: float, num_timesteps: int) -> tuple
 
 
 def signal_at(t: int, beta_start: float, beta_end: float, num_timesteps: int) -> float:
-    """sqrt(abar_t), the weight of the clean latent in the noisy one at timestep `t`, for betas of 1000 timesteps."""
+    """sqrt(abar_t), the weight of the clean latent in x_t at timestep `t`; the betas are given for 1000 timesteps."""
     first, last = scale_betas(beta_start, beta_end, num_timesteps)
     stride = (last - first) / (num_timesteps - 1)
     return math.sqrt(math.prod(1 - (first + stride * i) for i in range(t + 1)))
 
 
 def published_ddpm(num_timesteps: int, steps: int) -> list[int]:
-    """Fractional strides from 0 to num_timesteps - 1; facebookresearch/DiT `space_timesteps` for a count such as "250".
+    """Multiples of a fractional stride, rounded; facebookresearch/DiT `space_timesteps` for a count such as "250".
 
-    The published code adds the stride up in float64 and rounds halves to even. Its rounding errors are part of its lists.
+    They run from 0 to num_timesteps - 1. The published code sums the stride in float64 and rounds halves to even; this function
+    does the same, so that its lists have the same rounding errors.
     """
     stride = (num_timesteps - 1) / max(1, steps - 1)
     return [round(position) for position in accumulate(repeat(stride, steps - 1), initial=0.0)][::-1]
 
 
 def published_ddim(num_timesteps: int, steps: int) -> list[int]:
-    """Multiples of the smallest whole stride that gives `steps` of them; facebookresearch/DiT `space_timesteps`, "ddimN".
+    """Multiples of the smallest whole stride that gives `steps` timesteps; facebookresearch/DiT `space_timesteps`, "ddimN".
 
-    Raises `ValueError` where there is no such stride.
+    Raises `ValueError` if there is no such stride.
     """
     counts = {-(-num_timesteps // stride): stride for stride in range(num_timesteps - 1, 0, -1)}
     if steps not in counts:
@@ -71,25 +73,25 @@ def leading(num_timesteps: int, steps: int) -> list[int]:
 
 
 def linspace(num_timesteps: int, steps: int) -> list[int]:
-    """Evenly from 0 to num_timesteps - 1, both included; diffusers `linspace`, Lin et al. (2024), table 2."""
+    """Evenly spaced from 0 to num_timesteps - 1, both included; diffusers `linspace`, Lin et al. (2024), table 2."""
     return np.linspace(0, num_timesteps - 1, steps).round().astype(int).tolist()[::-1]
 
 
 def trailing(num_timesteps: int, steps: int) -> list[int]:
-    """Evenly from num_timesteps - 1 to one stride above zero; diffusers `trailing`, Lin et al. (2024), table 2.
+    """Evenly spaced from num_timesteps - 1 down to stride - 1; diffusers `trailing`, Lin et al. (2024), table 2.
 
-    Without the timestep of -1 that diffusers 0.42 adds for some counts, such as 61 of 1000.
+    For some counts, such as 61 of 1000, diffusers 0.42 adds a timestep of -1; this function does not.
     """
     return (np.arange(num_timesteps, 0, -num_timesteps / steps)[:steps].round().astype(int) - 1).tolist()
 
 
 def trailing_down(num_timesteps: int, steps: int) -> list[int]:
-    """As `trailing`, but rounded down, in whole numbers."""
+    """Like `trailing`, but computed in whole numbers and rounded down."""
     return [(steps - i) * num_timesteps // steps - 1 for i in range(steps)]
 
 
 def above_zero(spacing: Callable[[int, int], list[int]]) -> Callable[[int, int], list[int]]:
-    """`spacing` of one step more, without its last timestep 0: what diffusers makes of it for DPM-Solver++."""
+    """`spacing` for one step more, without its last timestep, which is 0: diffusers does this for DPM-Solver++."""
     return lambda num_timesteps, steps: spacing(num_timesteps, steps + 1)[:-1]
 
 
@@ -104,11 +106,11 @@ SPACINGS: dict[str, dict[str, Callable[[int, int], list[int]]]] = {
         "trailing": trailing,
     },
 }
-"""Samplers of a discrete diffusion -> their spacings -> timesteps, from their number and that of steps."""
+"""By sampler of a discrete diffusion and name of a spacing: the function (num_timesteps, steps) -> list of timesteps."""
 
 
 def sampled_timesteps(scheduler: str, spacing: str, num_timesteps: int, steps: int) -> list[int]:
-    """The `steps` timesteps that `scheduler` visits, falling. Raises `ValueError` where there are no such timesteps."""
+    """The `steps` timesteps that `scheduler` visits, in falling order. Raises `ValueError` if there are no such timesteps."""
     timesteps = SPACINGS[scheduler][spacing](num_timesteps, steps)
     if any(after >= before for before, after in pairwise(timesteps)):
         raise ValueError("some timesteps would be visited twice; expected fewer steps")
@@ -116,10 +118,10 @@ def sampled_timesteps(scheduler: str, spacing: str, num_timesteps: int, steps: i
 
 
 def check_sampler(scheduler: str, spacing: str, steps: int, *, num_timesteps: int, beta_start: float, beta_end: float) -> None:
-    """Raise `ValueError` for a spacing or a number of steps that `scheduler` does not have, and for a start at a noisy latent
-    that is not almost pure noise.
+    """Raise `ValueError` if `scheduler` does not have this spacing or this number of steps.
 
-    The samplers of flow matching have no choice of spacing, and pure noise is where their path starts.
+    Also raise it if x_t is not almost pure noise at the first visited timestep. The samplers of flow matching have no choice of
+    spacing, and their path starts from pure noise.
     """
     spacings = SPACINGS.get(scheduler, {"auto": None})
     if spacing not in spacings:

@@ -1,7 +1,8 @@
-"""The one reader and writer of YAML: version 1.2, as DVC reads it, without what a file of values does not need.
+"""The only reader and writer of YAML: version 1.2, as DVC reads it, without the features that parameter files do not need.
 
-So `010` is ten, `yes` and `1:30` are words, and `1e-3` is a number, in every file and for every tool. Tags, such as `!!int`,
-are refused; so is a file that is larger, deeper, or by its aliases longer than any that a person writes.
+So `010` is ten, `yes` and `1:30` are strings, and `1e-3` is a number, in every file and for every tool. Tags, such as `!!int`,
+are refused. A file is also refused if it is larger, more deeply nested, or longer (with its aliases expanded) than a person
+would write it.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from dit.errors import ConfigError
 
 MOST_BYTES = 1 << 20
 MOST_VALUES = 20_000
-"""In one file, where an alias counts as what it stands for."""
+"""Most values in one file; an alias counts as many as the value that it stands for."""
 DEEPEST = 64
 
 
 def read(path: str | Path, where: str | Path | None = None) -> Any:
-    """What a YAML file holds; messages call it `where`.
+    """The content of a YAML file; messages call the file `where`.
 
-    Raises `FileNotFoundError`, and `ConfigError` where it is no file that can be read, no YAML, or has a key twice.
+    Raises `FileNotFoundError`, and `ConfigError` if the file cannot be read, is not valid YAML, or has a key twice.
     """
     where = path if where is None else where
     try:
@@ -47,7 +48,7 @@ def read(path: str | Path, where: str | Path | None = None) -> Any:
 
 
 def parse(text: str, where: str | Path) -> Any:
-    """What YAML text holds. Raises `ConfigError`, which names `where` it stands and the line, where it is not YAML."""
+    """The content of YAML text. If the text is not valid YAML, raises `ConfigError` that names `where` and the line."""
     try:
         _check(text)
         return YAML(typ="safe").load(text)
@@ -60,8 +61,8 @@ def parse(text: str, where: str | Path) -> Any:
 
 
 def _check(text: str) -> None:
-    """Raise `MarkedYAMLError` for tags, depth, a value that holds itself, and too many values."""
-    opened: list[tuple[str | None, int]] = []  # anchor of each collection around here, and the values before it
+    """Raise `MarkedYAMLError` for tags, unknown aliases, a value that contains itself, deep nesting, and too many values."""
+    opened: list[tuple[str | None, int]] = []  # of each open collection: its anchor, and the number of values before it
     lengths: dict[str, int] = {}
     count = 0
     for event in YAML(typ="safe").parse(text):
@@ -94,7 +95,7 @@ def _problem(text: str, event: Any) -> MarkedYAMLError:
 
 
 def dump(value: Any) -> str:
-    """YAML text that holds `value`, with keys in their order."""
+    """`value` as YAML text, with keys in their order."""
     layout = YAML(typ="safe")
     layout.default_flow_style = False
     layout.sort_base_mapping_type_on_output = False  # type: ignore[assignment]

@@ -1,7 +1,8 @@
-"""The autoencoder between pixels and latents: trained on the study's images, loaded, or none at all; measured, and used.
+"""The autoencoder between pixels and latents: trained on the study's images, loaded, or the identity; and its quality.
 
-It is one of diffusers' `AutoencoderKL`, the autoencoder of Rombach et al. (2022), "High-Resolution Image Synthesis with Latent
-Diffusion Models", and `AutoencoderTiny`, or `Pixels`, which leaves images as they are. Pixels are mapped from 0..255 to -1..1.
+It is an `AutoencoderKL` of diffusers, the autoencoder of Rombach et al. (2022), "High-Resolution Image Synthesis with Latent
+Diffusion Models", an `AutoencoderTiny` of diffusers, or `Pixels`, which leaves images as they are. Pixels are mapped from
+0..255 to -1..1.
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ __all__ = [
 def make_autoencoder(
     params: TrainedAutoencoder | PretrainedAutoencoder | IdentityAutoencoder, images: np.ndarray, scratch: Path
 ) -> Autoencoder:
-    """The autoencoder that `params` asks for, in eval mode, on its device; it may be trained on `images` (N, H, W, C) uint8.
+    """The autoencoder that `params` describes, in eval mode, on its device.
 
-    `scratch` holds the checkpoint of the training, and belongs to it alone.
+    If `params` asks for training, it is trained on `images` (N, H, W, C) uint8; the folder `scratch` holds the checkpoint of
+    this training, and nothing else.
     """
     if isinstance(params, IdentityAutoencoder):
         return Pixels(params.latent_channels).to(resolve_device(params.device))

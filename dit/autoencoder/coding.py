@@ -1,4 +1,4 @@
-"""From pixels to latents, and back."""
+"""Encodes pixels to latents, and decodes latents to pixels."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from dit.fused.encoder import FusedEncoder
 from dit.sections import EvaluateParams
 
 BATCH_SIZE = 16
-"""Images reconstructed together. It bounds memory; results depend on it only by rounding."""
+"""Number of images that are reconstructed together. It limits memory, and changes results only by rounding."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """The posterior of an autoencoder that has none: no spread around its latents (B, C, h, w)."""
+    """The posterior of an autoencoder without a distribution: its latents (B, C, h, w), with a variance of 0."""
 
     mean: Tensor
 
     @property
     def logvar(self) -> Tensor:
-        """The logarithm of a variance of 0."""
+        """The logarithm of the variance 0."""
         return torch.full_like(self.mean, -torch.inf)
 
 
@@ -41,11 +41,10 @@ Posterior = Callable[[Tensor], DiagonalGaussianDistribution | Point]
 
 
 class Encoder:
-    """The encoder of `autoencoder`, in `precision`, by `backend`: one of those that `dit.devices.resolve_backend` returns. Of
-    pixels there is nothing to compile.
+    """The encoder of `autoencoder`, run in `precision` by `backend`, a backend that `dit.devices.resolve_backend` returns.
 
-    `published` is the normalisation of latents that the autoencoder's config states: see `dit.autoencoder.published`. `spread`
-    says whether posteriors have any.
+    `Pixels` ignores the backend. `published` is the normalisation of latents in the autoencoder's config; see
+    `dit.autoencoder.published`. `spread` says whether posteriors have a variance above 0.
     """
 
     def __init__(self, autoencoder: Autoencoder, precision: torch.dtype = torch.float32, backend: str = "eager") -> None:
@@ -72,7 +71,7 @@ class Encoder:
     def __call__(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
         """Pixels (B, H, W, C) uint8 -> mean and standard deviation of the posterior, raw, each (B, C, h, w) float32.
 
-        They are on the autoencoder's device. The exponential is taken in float32.
+        They are on the autoencoder's device. The exponential is computed in float32.
         """
         with autocast(self.device, self.precision):
             posterior = self.posterior(to_tensor(images, self.device))
@@ -80,7 +79,7 @@ class Encoder:
 
 
 class Decoder:
-    """The decoder of `autoencoder`, in `precision`, by `backend`, as in `Encoder`."""
+    """The decoder of `autoencoder`, run in `precision` by `backend`, as in `Encoder`."""
 
     def __init__(self, autoencoder: Autoencoder, precision: torch.dtype = torch.float32, backend: str = "eager") -> None:
         self.device, self.precision, self.backend = autoencoder.device, precision, backend
@@ -99,7 +98,7 @@ class Decoder:
     def __call__(self, latents: Tensor) -> np.ndarray:
         """Raw latents (B, C, h, w), on any device -> pixels (B, H, W, C) uint8.
 
-        Raises `DataError` where a decoded image is not finite, as where numbers are too large for fp16.
+        Raises `DataError` if a decoded image is not finite, for example because numbers are too large for fp16.
         """
         with autocast(self.device, self.precision):
             images = self.images(latents.to(self.device, torch.float32))
@@ -110,10 +109,10 @@ class Decoder:
 
 
 def decoder_for(autoencoder: Autoencoder, settings: EvaluateParams) -> Decoder:
-    """The decoder in the precision and by the backend with which `settings` have samples drawn.
+    """The decoder with the precision and backend that `settings` give for drawing samples.
 
-    `auto` and `fused` are the fused decoder in bf16 on an NVIDIA GPU, for an autoencoder that it supports, else eager. In place
-    of fp16, in which some overflow, an autoencoder whose config says `force_upcast` has float32, as in diffusers' pipelines.
+    `auto` and `fused` mean the fused decoder in bf16 on an NVIDIA GPU, if it supports the autoencoder, else eager. In fp16 some
+    autoencoders overflow, so one whose config says `force_upcast` runs in float32 instead, as in diffusers' pipelines.
     """
     device = autoencoder.device
     precision = resolve_precision(settings.precision, device)
@@ -126,14 +125,14 @@ def decoder_for(autoencoder: Autoencoder, settings: EvaluateParams) -> Decoder:
 
 
 def reconstruct(autoencoder: Autoencoder, images: np.ndarray) -> np.ndarray:
-    """Pixels (N, H, W, C) uint8 -> the same, encoded and decoded, a few at a time."""
+    """Pixels (N, H, W, C) uint8 -> their reconstructions, in the same shape; encodes and decodes `BATCH_SIZE` at a time."""
     encoder, decoder = Encoder(autoencoder), Decoder(autoencoder)
     batches = [images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE)]
     return np.concatenate([decoder(encoder(batch)[0]) for batch in batches])
 
 
 def to_tensor(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """Pixels (B, H, W, C) uint8 -> (B, C, H, W) float32 in -1..1, on `device`, where they arrive as bytes."""
+    """Pixels (B, H, W, C) uint8 -> (B, C, H, W) float32 in -1..1 on `device`; they are sent there as bytes."""
     return scaled(send(torch.from_numpy(np.array(images, order="C")), torch.device(device)))
 
 

@@ -1,4 +1,4 @@
-"""Autoencoders in diffusers format: what stage `autoencoder` leaves behind, and how any directory is read."""
+"""Reads and writes autoencoders in diffusers format, such as the output of stage `autoencoder`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ MODEL = "model"
 
 
 def load_autoencoder(directory: str | Path, device: torch.device | str) -> Autoencoder:
-    """What stage `autoencoder` left in `directory`: float32, in eval mode, without gradients, on `device`.
+    """The autoencoder that stage `autoencoder` wrote to `directory`: float32, in eval mode, without gradients, on `device`.
 
-    Raises `InputError` where the directory holds no autoencoder, or a file has changed since it was written, `DataError` where
-    its weights do not fit.
+    Raises `InputError` if the directory holds no autoencoder, or if a file has changed since it was written, and `DataError` if
+    the weights do not fit.
     """
     model = Path(directory) / MODEL
     if not (model / "config.json").is_file():
@@ -32,7 +32,7 @@ def load_autoencoder(directory: str | Path, device: torch.device | str) -> Autoe
 
 
 def from_pretrained(class_name: str, path: str, **where: Any) -> Autoencoder:
-    """Safetensors only. Raises `DataError` where the weights are not exactly those of the configured network."""
+    """Load an autoencoder; its weights must be safetensors. Raises `DataError` if they do not fit the network of its config."""
     options = {"use_safetensors": True, "low_cpu_mem_usage": False, "torch_dtype": torch.float32, "output_loading_info": True}
     autoencoder, loading = CLASSES[class_name].from_pretrained(path, **where, **options)
     if wrong := {kind: names for kind, names in loading.items() if names}:
@@ -41,7 +41,7 @@ def from_pretrained(class_name: str, path: str, **where: Any) -> Autoencoder:
 
 
 def save(autoencoder: Autoencoder, directory: Path) -> None:
-    """Write diffusers format into `directory/model`, without a trace of where the weights came from."""
+    """Write `autoencoder` in diffusers format to `directory/model`, without the path that its weights came from."""
     if isinstance(autoencoder, Pixels):
         (directory / MODEL).mkdir(parents=True)
         (directory / MODEL / "config.json").write_text(json.dumps(autoencoder.config, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What an autoencoder may be: two classes of diffusers, and pixels themselves."""
+"""The kinds of autoencoder: two classes of diffusers, and `Pixels`, which does nothing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 
 class Pixels(nn.Module):
-    """Latents that are the pixels themselves, (B, C, H, W) in -1..1, with the methods of `AutoencoderTiny`.
+    """An autoencoder whose latents are the pixels themselves, (B, C, H, W) in -1..1, with the methods of `AutoencoderTiny`.
 
-    So a network learns in pixel space, as in Ho et al. (2020), "Denoising Diffusion Probabilistic Models", or Li & He (2025),
-    "Back to Basics: Let Denoising Generative Models Denoise".
+    With it, a network learns in pixel space, as in Ho et al. (2020), "Denoising Diffusion Probabilistic Models", or Li & He
+    (2025), "Back to Basics: Let Denoising Generative Models Denoise".
     """
 
     place: Tensor
@@ -28,7 +28,7 @@ class Pixels(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it has been moved."""
+        """The device to which this module was moved."""
         return self.place.device
 
     def encode(self, images: Tensor) -> AutoencoderTinyOutput:
@@ -43,4 +43,4 @@ class Pixels(nn.Module):
 Autoencoder = AutoencoderKL | AutoencoderTiny | Pixels
 
 CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-"""The classes of diffusers that are read, by the `_class_name` in their config.json."""
+"""The supported classes of diffusers, by the `_class_name` in their config.json."""

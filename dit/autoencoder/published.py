@@ -1,4 +1,4 @@
-"""Published autoencoders: loaded, checked against what the parameters state; and the normalisation published with them."""
+"""Loads published autoencoders, checks them against the parameters, and reads the normalisation of latents in their config."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from dit.errors import ConfigError, DataError
 from dit.sections import PretrainedAutoencoder
 
 WIDTHS = {"AutoencoderKL": "block_out_channels", "AutoencoderTiny": "encoder_block_out_channels"}
-"""The entry of config.json with the width of each resolution; each after the first has half the pixels."""
+"""The entry of config.json that lists the width at each resolution; each resolution has half the side length of the one before.
+"""
 
 
 def load_pretrained(params: PretrainedAutoencoder, image_channels: int = 3) -> Autoencoder:
-    """An autoencoder from a local directory in diffusers format, alone or as `vae/` of a pipeline, or from the hub.
+    """An autoencoder in diffusers format, from a local directory (alone, or as `vae/` of a pipeline) or from the hub.
 
-    Raises `ConfigError` where there is none or its shape is not the one that `params` states, `ConnectionError` where the hub
+    Raises `ConfigError` if there is none, or if its shape differs from the shape in `params`, and `ConnectionError` if the hub
     does not answer.
     """
     config = read_config(params, image_channels)
@@ -32,7 +33,7 @@ def load_pretrained(params: PretrainedAutoencoder, image_channels: int = 3) -> A
 
 
 def read_config(params: PretrainedAutoencoder, image_channels: int = 3) -> dict[str, Any]:
-    """The configuration alone, checked against what `params` states. Raises as `load_pretrained` does."""
+    """Only the config of the autoencoder, checked against `params`. Raises the same errors as `load_pretrained`."""
     directory = Path(params.path)
     on_disk = directory.is_absolute() or params.path.startswith(("./", "../", "~")) or params.path.count("/") > 1
     if on_disk and not directory.is_dir():
@@ -44,7 +45,7 @@ def read_config(params: PretrainedAutoencoder, image_channels: int = 3) -> dict[
 
 
 def _place(params: PretrainedAutoencoder) -> dict[str, Any]:
-    """Where below a path, and at which revision, diffusers is to look."""
+    """The subfolder and the revision that diffusers should read, as keyword arguments."""
     directory = Path(params.path)
     below = not (directory / "config.json").is_file() and (directory / "vae" / "config.json").is_file()
     return {"revision": params.revision, **({"subfolder": "vae"} if below else {})}
@@ -52,7 +53,7 @@ def _place(params: PretrainedAutoencoder) -> dict[str, Any]:
 
 @contextmanager
 def _errors_explained(params: PretrainedAutoencoder) -> Iterator[None]:
-    """Errors of diffusers as `ConnectionError` where the hub did not answer, otherwise as `ConfigError`."""
+    """Turn errors of diffusers into `ConnectionError` if the hub did not answer, otherwise into `ConfigError`."""
     try:
         yield
     except OSError as error:
@@ -62,12 +63,13 @@ def _errors_explained(params: PretrainedAutoencoder) -> Iterator[None]:
 
 
 def normalization(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the config of an autoencoder states of `(z - shift) * scale`, as diffusers' pipelines compute it; None for nothing.
+    """The normalisation `(z - shift) * scale` in the config of an autoencoder, as diffusers' pipelines compute it; None if the
+    config has none.
 
-    `scaling_factor` and `shift_factor` are those of Rombach et al. (2022), appendix G, and of Esser et al. (2024), "Scaling
-    Rectified Flow Transformers"; `latents_mean` and `latents_std`, where they are stated too, give `(z - mean) *
-    scaling_factor / std`. Returned are `shift` and `scale`, a number for each channel, the `factor`, and the `source` in words.
-    Raises `DataError` for what no pipeline of diffusers can compute.
+    `scaling_factor` is from Rombach et al. (2022), appendix G, and `shift_factor` from Esser et al. (2024), "Scaling Rectified
+    Flow Transformers". If the config also has `latents_mean` and `latents_std`, the result is `(z - mean) * scaling_factor /
+    std`. Returns `shift` and `scale`, each a number per channel, the `factor`, and the `source` in words. Raises `DataError`
+    for a combination that no pipeline of diffusers can compute.
     """
     factor, shift = config.get("scaling_factor"), config.get("shift_factor")
     mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -114,7 +116,7 @@ def _check_shape(params: PretrainedAutoencoder, found: dict[str, Any], image_cha
 
 
 def _unreachable(error: BaseException | None) -> bool:
-    """Whether an error has its cause in a hub that did not answer: diffusers' message does not say."""
+    """Whether an error was caused by a hub that did not answer, which the message of diffusers does not say."""
     while error is not None:
         if isinstance(error, LocalEntryNotFoundError):
             return True

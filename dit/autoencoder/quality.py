@@ -1,4 +1,4 @@
-"""How well an autoencoder gives images back: figures, and a picture."""
+"""How well an autoencoder reconstructs images: in numbers, and as a picture."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from dit.autoencoder.kinds import Autoencoder
 from dit.progress import progress
 
 MEASURED_IMAGES = 1024
-"""Reconstructions are measured on this many validation images at most, evenly spaced."""
+"""Reconstructions are measured on at most this many validation images, evenly spaced."""
 
 MAX_PSNR = 10 * math.log10(12 * 255**2)
-"""An exact reconstruction counts as 58.9 dB, the value for rounding to whole grey values (variance 1/12)."""
+"""PSNR of an exact reconstruction: 58.9 dB, the value for an error that only rounds to whole grey values (variance 1/12)."""
 SHOWN, SHOWN_PER_ROW, SHOWN_SIZE = 32, 4, 96
-"""The picture: pairs, pairs in a row, and the pixels that small images are enlarged to at most."""
+"""Of the picture: the number of pairs, the pairs in a row, and the most pixels to which small images are enlarged."""
 
 
 def reconstruction_quality(autoencoder: Autoencoder, images: np.ndarray) -> dict[str, float]:
     """Quality of the reconstructions of validation images (N, H, W, C) uint8 from their posterior means.
 
-    Means over images, both by scikit-image on 8-bit pixels: `psnr` in dB; `ssim`, Wang et al. (2004), at most 1.
+    scikit-image computes both measures on 8-bit pixels, and they are averaged over images: `psnr` in dB; `ssim`, Wang et al.
+    (2004), at most 1.
     """
     rows = _spread(len(images), MEASURED_IMAGES)
     psnr, ssim = [], []
@@ -39,7 +40,7 @@ def reconstruction_quality(autoencoder: Autoencoder, images: np.ndarray) -> dict
 
 
 def side_by_side(autoencoder: Autoencoder, images: np.ndarray) -> Image.Image:
-    """Images (N, H, W, C) uint8, evenly spaced, each on the left of its reconstruction; small ones are enlarged."""
+    """A picture of some images (N, H, W, C) uint8, evenly spaced, each beside its reconstruction; small images are enlarged."""
     originals = images[_spread(len(images), SHOWN)]
     pairs = np.concatenate([originals, reconstruct(autoencoder, originals)], axis=2)  # (P, H, 2 W, C)
     gap = max(1, images.shape[1] // 8)
@@ -53,11 +54,11 @@ def side_by_side(autoencoder: Autoencoder, images: np.ndarray) -> Image.Image:
 
 
 def peak_signal(original: np.ndarray, copy: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of one image (H, W, C) uint8 in dB, `MAX_PSNR` at most."""
+    """Peak signal-to-noise ratio of one image (H, W, C) uint8 in dB, at most `MAX_PSNR`."""
     with np.errstate(divide="ignore"):
         return min(float(peak_signal_noise_ratio(original, copy)), MAX_PSNR)
 
 
 def _spread(count: int, at_most: int) -> np.ndarray:
-    """Evenly spaced rows among `count`, `at_most` of them."""
+    """At most `at_most` evenly spaced indices among `count`."""
     return np.unique(np.linspace(0, count - 1, min(count, at_most)).round().astype(int))

@@ -1,4 +1,4 @@
-"""An autoencoder trained on the images of the study."""
+"""Trains an autoencoder on the images of the study."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ MAX_NORM_GROUPS = 8
 CHECKPOINT_EVERY = 250
 """Steps between checkpoints; the result does not depend on it."""
 LOSSES_READ_EVERY = 50
-"""Steps between two readings of losses on a GPU, which has to wait for each; on a CPU every loss is read at its step."""
+"""Steps between two readings of losses on a GPU, which waits for each reading. On a CPU, each loss is read at its step."""
 Backend = Literal["eager", "graph", "fused"]
-"""How loss and gradients are computed: kernel by kernel, as a CUDA graph, or as a graph with the kernels of `dit.fused`."""
+"""How loss and gradients are computed: eagerly, as a CUDA graph, or as a CUDA graph with the kernels of `dit.fused`."""
 Coding = Callable[[Tensor], Tensor]
-"""Images to moments of their posteriors, or latents to images."""
+"""A function from images to the moments of their posteriors, or from latents to images."""
 RESIDENT_SHARE = 0.2
-"""Images stay in the memory of a GPU where they fill at most this share of it."""
+"""Images stay in the memory of a GPU if they fill at most this share of it."""
 
 
 def build(params: TrainedAutoencoder, size: int, image_channels: int = 3) -> AutoencoderKL:
-    """A small `AutoencoderKL` for images of `size` pixels, with diffusers' weights drawn from `params.seed`.
+    """A small `AutoencoderKL` for images of `size` pixels; diffusers draws its weights, seeded by `params.seed`.
 
-    Its config states no factor of its latents, because diffusers' 0.18215 was measured on another autoencoder.
+    Its config has no `scaling_factor` of latents, because diffusers' 0.18215 was measured on another autoencoder.
     """
     groups = max(g for g in range(1, MAX_NORM_GROUPS + 1) if math.gcd(*params.channels) % g == 0)
     levels = len(params.channels)
@@ -64,11 +64,11 @@ def build(params: TrainedAutoencoder, size: int, image_channels: int = 3) -> Aut
 
 
 def train(params: TrainedAutoencoder, images: np.ndarray, scratch: Path) -> AutoencoderKL:
-    """Train on `images` (N, size, size, C) uint8 and their mirror images: Adam, its learning rate falling to zero as a cosine.
+    """Train on `images` (N, size, size, C) uint8 and their mirror images, with Adam and a cosine decay of the learning rate.
 
-    It goes on from the checkpoint in `scratch`, if there is one, and ends as if it had never stopped. All is float32, but
-    PyTorch lets a GPU's convolutions round what they multiply to TF32. Raises `ConfigError` where the loss stops being finite,
-    and names the first such step.
+    It continues from the checkpoint in `scratch`, if there is one, with the same result as a run that never stopped. All is
+    float32, but PyTorch lets convolutions on a GPU round their inputs to TF32. Raises `ConfigError` if the loss is not finite;
+    the message names the first such step.
     """
     device = resolve_device(params.device)
     steps = Steps(params, images, device)
@@ -98,9 +98,9 @@ def train(params: TrainedAutoencoder, images: np.ndarray, scratch: Path) -> Auto
 
 
 class Steps:
-    """`steps(step)` takes that optimiser step. `state` is what the next steps depend on, by name.
+    """`steps(step)` takes optimiser step `step`. `state` holds, by name, everything that the next steps depend on.
 
-    `backend` is the fastest that there is for this device and autoencoder, unless one is given.
+    Without `backend`, it uses the fastest backend for this device and autoencoder.
     """
 
     def __init__(
@@ -122,8 +122,8 @@ class Steps:
         self.gradients: Callable[..., Tensor] = gradients if backend == "eager" else Captured(gradients)
 
     def __call__(self, step: int) -> Tensor:
-        """Returns the loss before the step, on the device."""
-        loss = self.gradients(*self.batches(step)).clone()  # the graph overwrites it at the next step
+        """Take a step; returns the loss before it, on the device."""
+        loss = self.gradients(*self.batches(step)).clone()  # the graph overwrites its output at the next step
         self.optimiser.step()
         self.schedule.step()
         return loss
@@ -136,17 +136,17 @@ def _fastest(autoencoder: AutoencoderKL, device: torch.device) -> Backend:
 
 
 def _plain(autoencoder: AutoencoderKL) -> tuple[Coding, Coding]:
-    """Encoder and decoder as diffusers computes them."""
+    """The encoder and the decoder of diffusers."""
     return lambda images: autoencoder.encode(images).latent_dist.parameters, lambda z: autoencoder.decode(z).sample
 
 
 def _fused(autoencoder: AutoencoderKL) -> tuple[Coding, Coding]:
-    """The same by the kernels of `dit.fused`."""
+    """The encoder and the decoder with the kernels of `dit.fused`."""
     return partial(fused_encoder.encode, autoencoder), partial(fused_decoder.decode, autoencoder)
 
 
 class _Batches:
-    """`batches(step)` is the batch of that step: a pure function of it and of the seed."""
+    """`batches(step)` is the batch of step `step`, which depends only on the step and the seed."""
 
     def __init__(self, params: TrainedAutoencoder, images: np.ndarray, device: torch.device) -> None:
         self.params, self.images, self.device = params, images, device
@@ -155,9 +155,9 @@ class _Batches:
             self.resident = torch.tensor(images, device=device)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels (B, H, W, C) uint8 of random images, which of them are mirrored (B,), and posterior noise (B, c, h, w).
+        """Pixels (B, H, W, C) uint8 of random images, whether each is mirrored (B,), and posterior noise (B, c, h, w).
 
-        All are drawn on the CPU and are on the device.
+        All random numbers are drawn on the CPU; the tensors are on the device.
         """
         params = self.params
         draws = generator("autoencoder", params.seed, step)
@@ -174,18 +174,18 @@ class _Batches:
 
 
 def _gradients(weights: list[nn.Parameter], loss_of: Callable[..., Tensor], *batch: Tensor) -> Tensor:
-    """Set the gradients of the loss, which is returned."""
+    """Compute the gradients of the loss, and return the loss."""
     for weight in weights:
-        weight.grad = None  # so that the backward pass of a graph puts its own memory here, the same at every step
+        weight.grad = None  # so that the backward pass of a graph allocates it, at the same address for every step
     loss = loss_of(*batch)
     loss.backward()
     return loss.detach()
 
 
 def _loss(encode: Coding, decode: Coding, kl_weight: float, pixels: Tensor, mirrored: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error plus `kl_weight` times the divergence from a standard normal, both per pixel and colour.
+    """Mean squared error plus `kl_weight` times the KL divergence from a standard normal, both per pixel and colour channel.
 
-    Rombach et al. (2022), appendix G, without the perceptual and the adversarial term, which need networks of their own.
+    Rombach et al. (2022), appendix G, but without the perceptual and adversarial terms, which need further networks.
     """
     batch = scaled(pixels)
     batch = torch.where(mirrored.view(-1, 1, 1, 1), batch.flip(3), batch)
@@ -195,7 +195,7 @@ def _loss(encode: Coding, decode: Coding, kl_weight: float, pixels: Tensor, mirr
 
 
 def _read(losses: list[Tensor], first: int, learning_rate: float) -> float:
-    """The last of `losses`, which are those of the steps from `first` on; raises `ConfigError` where one is not finite."""
+    """The last of `losses`, which begin with the loss of step `first`. Raises `ConfigError` if any loss is not finite."""
     values: list[float] = torch.stack(losses).tolist()
     for step, value in enumerate(values, first):
         if not math.isfinite(value):

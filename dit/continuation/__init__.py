@@ -1,5 +1,5 @@
-"""A run continued from a kept checkpoint under other parameters, to find what made it collapse.
+"""Continues a run from a kept checkpoint with other parameters, to find what made it collapse.
 
-Batches are functions of seed and step, so a continuation meets the data that the run met; with nothing changed it takes the
-run's own steps, bit for bit.
+Batches depend on seed and step alone, so a continuation sees the same data as the run. If no parameter changes, it repeats the
+steps of the run, bit for bit.
 """

@@ -1,4 +1,4 @@
-"""Continues a kept checkpoint, in one variant after the other."""
+"""Continues a run from a kept checkpoint, one variant after the other."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ OF_BATCHES = (
     *("seed", "model.label_dropout", "train.batch_size"),
     *("diffusion.num_timesteps", "diffusion.timestep_sampling", "diffusion.logit_normal_mean", "diffusion.logit_normal_std"),
 )
-"""The parameters that decide which samples, noise, timesteps and dropped labels a step has."""
+"""The parameters that determine the samples, noise, timesteps and dropped labels of a step."""
 
 
 def go_on(kept: Kept, chosen: Sequence[Variant], steps: int, output: Path | None, latents: Path | None = None) -> list[Result]:
-    """Continue `kept` for so many `steps` in each of the variants, one after the other, and say how each ends.
+    """Continue `kept` for `steps` steps in each variant, one after the other, and print how each ends.
 
-    Each writes the tables of a run into `output`, or of several each into a folder of its own. Of several processes, all but
-    the first return nothing. Raises `ConfigError` before the first step where a variant cannot run.
+    A single variant writes the tables of its run into `output`; several variants each write into a folder inside `output`. If
+    there are several processes, all except the first return an empty list. Raises `ConfigError` before the first step if a
+    variant cannot run.
     """
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output {output} exists: expected a folder that is not there yet, or is empty")
@@ -52,7 +53,7 @@ def go_on(kept: Kept, chosen: Sequence[Variant], steps: int, output: Path | None
             print(f"{kept.run.settings.name} from step {kept.step:,} to {kept.step + steps:,}: {kept.path} ({kept.size})")
         for variant in chosen:
             result, records = _continued(kept, variant, store, kept.step + steps, ranks)
-            gc.collect()  # a network and its optimiser hold each other
+            gc.collect()  # a network and its optimiser refer to each other
             if ranks.is_main:
                 print(f"{variant.name}: {sentence(result)}", flush=True)
                 results.append(result)
@@ -74,7 +75,7 @@ def _latents(run: KeptRun, directory: Path | None) -> LatentStore:
 
 
 def _check(variant: Variant, run: KeptRun, weights: Mapping[str, torch.Tensor]) -> None:
-    """Raise `ConfigError` that names the variant where it cannot run here, or cannot take the weights."""
+    """Raise `ConfigError` that names the variant if it cannot run here, or its network cannot take the weights."""
     train = variant.settings.train
     try:
         device = resolve_device(train.device)
@@ -94,7 +95,7 @@ def _network(settings: RunSettings, run: KeptRun) -> nn.Module:
 
 
 def _continued(kept: Kept, variant: Variant, store: LatentStore, until: int, ranks: Ranks) -> tuple[Result, Records]:
-    """Continue one variant until the step `until`, or as long as it goes."""
+    """Continue one variant until step `until`, or until it diverges or a collapse ends it."""
     settings = variant.settings
     device = resolve_device(settings.train.device)
     if device.type != ranks.device.type:
@@ -143,13 +144,16 @@ def _check_fit(saved: Mapping[str, torch.Tensor], model: nn.Module) -> None:
 
 
 def _carry_over(state: dict[str, Any], variant: Variant, kept: Kept, trainer: Trainer) -> dict[str, list[str]]:
-    """Leave in `state` what the variant can go on from; in words, what that is, what it is not, and what computes otherwise."""
+    """Remove from `state` the optimiser state that the variant cannot use.
+
+    Returns in words what is carried over, what is not, and what is computed differently.
+    """
     taken, left = ["weights", "their average (EMA)", "what was measured so far"], []
     before, after = kept.run.settings.train.optimizer, variant.settings.train.optimizer
     weights = state["optimizer"]["weights"]
     fitting = carried(before, after, models.roles(trainer.model)) & weights.keys()
     if trainer.backend == "fused" and len(fitting) < len(weights):
-        fitting = set()  # its steps of Adam are counted once for all weights
+        fitting = set()  # fused AdamW has one count of steps for all weights
     state["optimizer"]["weights"] = {name: weights[name] for name in weights if name in fitting}
     if fitting:
         taken.append(f"the optimiser's state of {_of(len(fitting), len(weights))} weights")
@@ -172,7 +176,7 @@ def _carry_over(state: dict[str, Any], variant: Variant, kept: Kept, trainer: Tr
 
 
 def _otherwise(run: KeptRun, trainer: Trainer) -> list[str]:
-    """In words, what rounds otherwise than in the run though no parameter need have changed."""
+    """In words, what may round differently from the run, even if no parameter changed: backend, device, processes and torch."""
     here = (trainer.backend, name_of(trainer.precision), "on", trainer.diffusion.device.type)
     pairs = (
         (" ".join(here), f"{run.backend} {run.precision} on {run.device}"),

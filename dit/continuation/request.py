@@ -1,4 +1,4 @@
-"""What is to be continued, and how: a kept checkpoint, and the parameters that change."""
+"""What a user asks to continue: a kept checkpoint, and the parameters that change."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ WHICH = "a run keeps those of the steps in train.keep_checkpoints, and the last 
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 ASSIGNMENT = re.compile(r"[,\s]+(?=[A-Za-z_][\w.]*=)")
-"""What separates `key=value` from the next: a value may have commas and spaces of its own, as lists do."""
+"""The separator between one `key=value` and the next; values themselves may contain commas and spaces, as lists do."""
 
 ABSENT = "(absent)"
-"""Stands for the value of a key that an optimiser or a schedule does not have."""
+"""Replaces the value of a key that an optimiser or a schedule does not have."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A continuation: its name, the settings it has, and by dotted key what they were and are, where that differs."""
+    """A continuation: its name, its settings, and by dotted key the old and the new value of every changed setting."""
 
     name: str
     settings: RunSettings
@@ -37,15 +37,15 @@ class Variant:
 
     @property
     def words(self) -> str:
-        """What differs, such as "train.precision: bf16 -> fp32"."""
+        """The changes in words, such as "train.precision: bf16 -> fp32"."""
         changes = (f"{key}: {_word(old)} -> {_word(new)}" for key, (old, new) in self.changes.items())
         return ", ".join(changes) or "the run's own parameters"
 
 
 def find(target: str, scratch: Path, step: int | None) -> Kept:
-    """The kept checkpoint that `target` means: its folder, a run's scratch folder, or a run's name below `scratch`.
+    """The kept checkpoint that `target` names: its folder, the scratch folder of a run, or the name of a run in `scratch`.
 
-    Raises `ConfigError`, which lists what there is, where that is none or several.
+    Raises `ConfigError` if no checkpoint or several checkpoints match; the message lists the checkpoints that exist.
     """
     path = Path(target)
     if (path / checkpoint.FILE).is_file() and path.name.isdecimal():
@@ -71,10 +71,10 @@ def kept_below(scratch: Path) -> list[Kept]:
 
 
 def variants(kept: Kept, common: Sequence[str], named: Sequence[str], control: bool) -> list[Variant]:
-    """The continuations that were asked for: one with the `common` changes, `key=value` each, or several with more.
+    """The requested continuations: one with the `common` changes, each `key=value`, or several that have further changes.
 
-    Each of `named` is `name: key=value, key=value`. Before them comes the run as it was, where a `control` is wanted. Raises
-    `ConfigError` where a change is no change of the run's settings, or two have one name.
+    Each text in `named` is `name: key=value, key=value`. If `control` is true, the unchanged run comes before them. Raises
+    `ConfigError` if a change does not fit the settings of the run, or if two continuations have the same name.
     """
     shared = dict(_assignment(change) for change in common)
     if not named:
@@ -121,14 +121,14 @@ def _variant(name: str, before: RunSettings, values: Mapping[str, Any]) -> Varia
 
 
 def _word(value: Any) -> str:
-    """A value as `params.yaml` would have it, near enough to read."""
+    """A value about as `params.yaml` would write it, for people to read."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
 
 
 def _flat(section: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Every value by its dotted key."""
+    """Every value of nested mappings, by its dotted key."""
     found: dict[str, Any] = {}
     for key, value in section.items():
         found |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {f"{above}{key}": value}

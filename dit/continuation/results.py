@@ -1,4 +1,4 @@
-"""How continuations end: in one line, in files, and side by side in a table."""
+"""Shows how continuations end: in one line, in files, and side by side in a table."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ COMPARISON = "comparison.csv"
 
 @dataclass(frozen=True)
 class Result:
-    """How a continuation ended: `spike` is its first one, and `error` the last training error that was read.
+    """How a continuation ended: `spike` is the step of its first spike, and `error` the last training error that was read.
 
-    `told` is what it carried over, what it did not, and what it computed otherwise, each a list of words.
+    `told` says in words what it carried over, what it did not carry over, and what it computed differently.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Result:
 
 
 def sentence(result: Result) -> str:
-    """One line of outcome."""
+    """The outcome in one line."""
     ended = result.outcome
     warned = f"; first spike at step {result.spike:,}" if result.spike is not None else ""
     if result.collapse is not None and result.collapse < result.from_step:
@@ -68,7 +68,7 @@ def _row(result: Result) -> dict[str, Any]:
 
 
 def write(directory: Path, kept: Kept, result: Result, records: Records) -> None:
-    """Write the tables of a run, and what was changed, carried over and found."""
+    """Write the tables of a continued run, and a file with its changes, what it carried over, and its outcome."""
     directory.mkdir(parents=True, exist_ok=True)
     records.write(directory)
     told = {
@@ -82,7 +82,7 @@ def write(directory: Path, kept: Kept, result: Result, records: Records) -> None
 
 
 def write_comparison(directory: Path, results: Sequence[Result]) -> None:
-    """Write the continuations that have ended side by side."""
+    """Write a table of the continuations that have ended, one row each."""
     rows = [_row(result) for result in results]
     csvfile.write(directory / COMPARISON, tuple(rows[0]), rows)
 
@@ -104,7 +104,7 @@ def comparison(results: Sequence[Result]) -> Table:
 
 
 def listing(scratch: Path) -> Table:
-    """All checkpoints that runs have kept."""
+    """A table of all checkpoints that runs have kept in `scratch`."""
     table = Table(title=f"Checkpoints kept in {scratch}: {WHICH}", title_justify="left", box=SIMPLE)
     for column in ("run", "step", "size", "folder"):
         table.add_column(column, no_wrap=column == "folder", justify="right" if column in ("step", "size") else "left")

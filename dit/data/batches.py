@@ -1,7 +1,8 @@
-"""Batches as a pure function of (seed, step): not of the strategy, not of what ran before, not of the number of processes.
+"""Batches are a pure function of (seed, step): they do not depend on the strategy, on earlier steps, or on the number of
+processes.
 
-So two strategies with one seed see the same samples, timesteps, noise and label drops, and a resumed run sees what it would
-have seen.
+So two strategies with the same seed see the same samples, timesteps, noise and label drops, and a resumed run sees the same
+batches as a run that never stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ RESIDENT_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Resident:
-    """The posteriors of one split in a GPU's memory, shaped as `dit.data.latents.Latents`."""
+    """The posteriors of one split in the memory of a GPU, with the shapes of `dit.data.latents.Latents`."""
 
     mean: Tensor
     std: Tensor
@@ -34,7 +35,7 @@ class Resident:
 
 
 def on_device(latents: Latents, device: torch.device) -> Latents | Resident:
-    """`latents` in the memory of a GPU where they fill at most a fifth of it; otherwise as they are, read batch by batch."""
+    """`latents`, copied to the memory of a GPU if they fill at most a fifth of it; otherwise unchanged, and read in batches."""
     size = latents.mean.nbytes + latents.std.nbytes
     if device.type != "cuda" or size > RESIDENT_SHARE * torch.cuda.get_device_properties(device).total_memory:
         return latents
@@ -42,7 +43,7 @@ def on_device(latents: Latents, device: torch.device) -> Latents | Resident:
 
 
 class Batches:
-    """`batches(step)` is the batch of that optimiser step."""
+    """`batches(step)` is the batch of optimiser step `step`."""
 
     def __init__(
         self,
@@ -64,9 +65,9 @@ class Batches:
         self.stream = torch.cuda.Stream() if diffusion.device.type == "cuda" else None
 
     def __call__(self, step: int) -> Batch:
-        """The batch of optimiser step `step`, which counts from 0.
+        """This rank's rows of the batch of optimiser step `step`, which counts from 0.
 
-        On a GPU it is drawn on a stream of its own, while the steps before are still being computed.
+        On a GPU, the batch is drawn on a stream of its own, while the GPU still computes the steps before.
         """
         if self.stream is None:
             return self._draw(step)
@@ -95,7 +96,7 @@ class Batches:
 
 
 def epoch_order(seed: int, count: int, start: int, length: int) -> Tensor:
-    """Sample indices at positions `start` to `start + length` of an endless stream of shuffled epochs, (length,)."""
+    """The sample indices (length,) at positions `start` to `start + length` of an endless sequence of shuffled epochs."""
     epochs = range(start // count, (start + length - 1) // count + 1)
     orders = torch.cat([_epoch(seed, count, epoch) for epoch in epochs])
     return orders[start % count : start % count + length]
@@ -109,9 +110,9 @@ def _epoch(seed: int, count: int, epoch: int) -> Tensor:
 def gather(
     latents: Latents | Resident, indices: Tensor, draws: torch.Generator, own: slice = slice(None)
 ) -> tuple[Tensor, Tensor]:
-    """Posterior samples (B, C, H, W) and labels (B,) of the images `indices`, each mirrored or not by chance.
+    """Posterior samples (B, C, H, W) and labels (B,) of the images `indices`, each mirrored at random.
 
-    Of the batch, which is drawn whole, only the rows `own` are read and returned.
+    Random numbers are drawn for the whole batch, but only its rows `own` are read and returned.
     """
     flips = torch.randint(latents.mean.shape[1], indices.shape, generator=draws, device=draws.device)
     mean, std, labels = _take(latents, indices[own], flips[own])

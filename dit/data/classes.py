@@ -1,4 +1,4 @@
-"""How many classes a source of images has, as far as that can be told without reading images."""
+"""The number of classes of a source of images, if it can be found without reading images."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dit.sections import (
 )
 
 PUBLISHED = 1000
-"""Classes of ImageNet, and so of the published models."""
+"""Number of classes of ImageNet, on which the published models were trained."""
 
 
 def num_classes(images: ImagesParams) -> int:
-    """The classes of the source, or `PUBLISHED` where only its files tell and are not there."""
+    """The number of classes of the source; `PUBLISHED` if it cannot be found without reading images."""
     match images.source:
         case PhotosSource():
             from dit.data.sources.photos import PICTURES

@@ -1,6 +1,6 @@
-"""Encoded pictures to square uint8 images, RGB or grey, or the reason why not; one at a time or in many processes.
+"""Decodes pictures to square uint8 images, RGB or grey, or says why it cannot; in one process or many.
 
-Only numpy and Pillow are imported here, so that a decoding process starts quickly.
+This file imports only numpy and Pillow, so that a decoding process starts quickly.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 CHUNK = 16
-"""Pictures that travel together; at most 2 * workers + 1 chunks are in flight."""
+"""Number of pictures that are sent to a process together; at most 2 * workers + 1 chunks are in flight."""
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-"""What is opened, whatever a file is called. Pillow knows more: it would start Ghostscript for one that is PostScript."""
+"""The formats that are opened, whatever the name of a file. Pillow knows more formats: for PostScript it starts Ghostscript."""
 
 MOST_BYTES = 512 * 1024**2
-"""More than the largest picture that Pillow decodes (2 * 2^30 / 12 pixels) needs at 3 bytes a pixel."""
+"""Most bytes of a file. The largest picture that Pillow decodes (2 * 2^30 / 12 pixels) needs less, at 3 bytes a pixel."""
 
 ORIENTATION = 0x0112
-"""The EXIF tag that says how a picture is to be turned; CIPA DC-008 (Exif 2.32), section 4.6.4."""
+"""The EXIF tag that says how to rotate or mirror a picture; CIPA DC-008 (Exif 2.32), section 4.6.4."""
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,21 +44,21 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""Orientation -> what turns the stored pixels upright; Pillow's rotations are counter-clockwise."""
+"""Orientation -> the operation that makes the stored pixels upright; Pillow's rotations are counter-clockwise."""
 
 PNG_HEADER = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-"""How a PNG begins; width, height (4 bytes each) and bit depth (1 byte) follow. W3C PNG (third edition), 5.2 and 11.2.1."""
+"""The first bytes of a PNG; width, height (4 bytes each) and bit depth (1 byte) follow. W3C PNG, third edition, 5.2, 11.2.1."""
 
 MODES = {1: "L", 3: "RGB"}
 """Channels of an image -> Pillow's mode. `L` is the luma of ITU-R BT.601: 0.299 R + 0.587 G + 0.114 B."""
 
 FAULTS_OF_THE_MACHINE = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-"""Read errors that do not show that the file is bad: the stage fails, and a retry may help."""
+"""Read errors that the machine causes, not the file: they make the stage fail, and a retry may help."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One picture as a file or as the bytes of one, with the name that messages give it and the index of its class."""
+    """One encoded picture, as a file or as bytes, with its name for messages and the index of its class."""
 
     name: str
     label: int
@@ -75,16 +75,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Rejected:
-    """One item that is no usable image: its name, free of machine-dependent paths, and what is wrong with it."""
+    """One item that is not a usable image: its name, without machine-dependent paths, and what is wrong with it."""
 
     item: str
     reason: str
 
 
 def decode_all(pictures: Iterable[Encoded], size: int, workers: int, channels: int = 3) -> Iterator[Sample | Rejected]:
-    """Decode in order, in `workers` processes (0: in this one), reading `pictures` only as far ahead as keeps them busy.
+    """Decode in order, in `workers` processes (0: in this one), and read `pictures` only a few chunks ahead of the processes.
 
-    Raises `OSError` where a process was killed, as the system does when memory runs out.
+    Raises `OSError` if a process was killed, as the system does when memory runs out.
     """
     chunks = _chunks(pictures)
     if workers == 0:
@@ -107,7 +107,7 @@ def decode_all(pictures: Iterable[Encoded], size: int, workers: int, channels: i
 def decode(data: Path | bytes, size: int, channels: int = 3) -> np.ndarray:
     """The first frame of a picture, upright, cropped and resized to (size, size, channels) uint8: 3 is RGB, 1 is grey.
 
-    Raises whatever reading or decoding raises, and `ValueError` for pixels of more than 8 bits, which bytes cannot hold.
+    Raises the errors of reading and decoding, and `ValueError` for pixels with more than 8 bits per channel.
     """
     with _opened(data) as stream:
         start = stream.read(len(PNG_HEADER) + 9)
@@ -119,25 +119,27 @@ def decode(data: Path | bytes, size: int, channels: int = 3) -> np.ndarray:
 
 
 def is_turned(data: Path | bytes) -> bool:
-    """Whether a picture that can be decoded is stored lying or mirrored, and its EXIF data says so."""
+    """Whether a picture, which can be decoded, has an EXIF orientation by which `upright` rotates or mirrors it."""
     with _opened(data) as stream, Image.open(stream, formats=FORMATS) as image:
         return upright(image) is not image
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The picture as its EXIF or XMP orientation wants it shown; as it is, where they say nothing, or nothing that can be read.
+    """The picture, turned upright by its EXIF or XMP orientation; unchanged if it has no orientation that can be read.
 
-    Pillow's `exif_transpose` also writes the EXIF data anew, and so fails on some that are wrong in other places.
+    Pillow's `exif_transpose` also rewrites the EXIF data, so it fails if they are broken in another place.
     """
     try:
         method = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # parsers of broken metadata raise many types; the pixels are sound all the same
+    except Exception:  # broken metadata may raise any error, but the pixels can still be good
         return image
     return image if method is None else image.transpose(method)
 
 
 def _check_depth(start: bytes, mode: str) -> None:
-    """Refuse more than 8 bits per channel. Of a PNG in colour or with alpha, its header says so, and Pillow's mode does not."""
+    """Raise `ValueError` for more than 8 bits per channel. For a PNG in colour or with alpha, only its header shows this, not
+    Pillow's mode.
+    """
     if start.startswith(PNG_HEADER) and start[-1] > 8:
         raise ValueError(f"pixels of {start[-1]} bits per channel: expected at most 8 bits per channel")
     if mode in {"I", "F"} or mode.startswith("I;16"):
@@ -146,10 +148,10 @@ def _check_depth(start: bytes, mode: str) -> None:
 
 @contextmanager
 def _opened(data: Path | bytes) -> Iterator[IO[bytes]]:
-    """Bytes, or a regular file of at most `MOST_BYTES`. Raises `ValueError` for anything else, without waiting for it.
+    """Open bytes, or a regular file of at most `MOST_BYTES`. Raises `ValueError` for anything else, without opening it.
 
-    A named pipe would wait for a writer, and some devices act when they are opened. So they are not opened; the open file is
-    looked at again, in case that it was exchanged in between.
+    Opening a named pipe would wait for a writer, and some devices act when they are opened. So the path is checked first, and
+    the opened file again, in case it was replaced in between.
     """
     if isinstance(data, bytes):
         yield io.BytesIO(data)
@@ -170,9 +172,9 @@ def _check_file(status: os.stat_result) -> None:
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
     """The central square of an RGB or grey picture at `size` pixels: (size, size, 3 or 1) uint8.
 
-    The recipe of ADM (Dhariwal & Nichol 2021; `center_crop_arr` of openai/guided-diffusion, which DiT took over): halve with
-    a box filter while the short side is twice `size` or more, scale the short side to `size` with a bicubic filter, and cut
-    out the middle.
+    The method of ADM (Dhariwal & Nichol 2021; `center_crop_arr` of openai/guided-diffusion), which DiT also uses: halve with a
+    box filter while the short side is twice `size` or more, scale the short side to `size` with a bicubic filter, and cut out
+    the middle.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -196,9 +198,9 @@ def _decode_chunk(chunk: list[Encoded], size: int, channels: int) -> list[Sample
 
 
 def decode_or_reject(picture: Encoded, size: int, channels: int) -> Sample | Rejected:
-    """One picture, decoded here.
+    """Decode one picture in this process.
 
-    Decoders raise many types for broken files; each is a verdict on the file, in words without paths or addresses.
+    Decoders raise many types of error for broken files. Each error becomes a `Rejected`, without paths or addresses.
     """
     try:
         return Sample(decode(picture.data, size, channels), picture.label)

@@ -1,4 +1,4 @@
-"""The images of a study, as stage `images` left them on disk."""
+"""The images of a study, as stage `images` wrote them to disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageStore:
-    """What stage `images` wrote, as read-only memory maps: images (N, size, size, C) uint8, labels (N,) int64."""
+    """The output of stage `images`, as read-only memory maps: images (N, size, size, C) uint8, labels (N,) int64."""
 
     train_images: np.ndarray
     train_labels: np.ndarray
@@ -29,7 +29,7 @@ class ImageStore:
 def write_images(images: ImagesParams, directory: Path) -> dict[str, int]:
     """Read a source into a store of images at `directory`, and return the counts; see `dit.data.ingest`.
 
-    Code that only reads images imports none of the sources.
+    It is imported here, so that code which only reads images does not import the sources.
     """
     from dit.data import ingest
 
@@ -37,7 +37,7 @@ def write_images(images: ImagesParams, directory: Path) -> dict[str, int]:
 
 
 def load_images(directory: str | Path = "data/images") -> ImageStore:
-    """Open a store of images and read it once. Raises `DataError` where it is not complete, or its bytes have changed."""
+    """Open a store of images and verify its bytes. Raises `DataError` if it is not complete, or its bytes have changed."""
     store = Store(directory)
     store.verify()
     return ImageStore(**store.arrays, class_names=store.meta["class_names"], manifest=store.meta)

@@ -1,4 +1,4 @@
-"""Stage `images`: any source to uint8 images, labels, class names, and a train/validation split, in one store."""
+"""Stage `images`: reads any source into one store with uint8 images, labels, class names, and a train/validation split."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dit.progress import progress
 from dit.sections import FolderSource, IdxSource, ImagesParams, PhotosSource, UnlabelledSource, WebDatasetSource
 
 WRITTEN_TOGETHER = 64
-"""Images between two appends to the files of a store."""
+"""Number of images that are appended to the files of a store at once."""
 
 
 def open_source(images: ImagesParams) -> Source:
-    """The source that `images.source.kind` names. Raises `ConfigError` or `DataError` where it cannot be opened."""
+    """The source that `images.source.kind` names. Raises `ConfigError` or `DataError` if it cannot be opened."""
     source = images.source
     if isinstance(source, PhotosSource):
         return photos.open_source(images, source)
@@ -36,10 +36,10 @@ def open_source(images: ImagesParams) -> Source:
 
 
 def write_images(images: ImagesParams, directory: Path) -> dict[str, int]:
-    """Read a source from beginning to end into a store at `directory`; returns the counts.
+    """Read a whole source into a store at `directory`; returns the counts of images per split and of rejected items.
 
-    Raises `DataError`, with all rejected items by name, where they are more than `images.max_rejected` of the whole, and for a
-    class without any usable training image.
+    Raises `DataError` if more than the fraction `images.max_rejected` of all items is rejected (the message names them), if a
+    class has no usable training image, or if there is no usable validation image.
     """
     source = open_source(images)
     item = (images.size, images.size, images.channels)

@@ -1,4 +1,4 @@
-"""The latents of all images: posterior mean and standard deviation on disk, and the factor that gives them unit variance."""
+"""The latents of all images: posterior mean and standard deviation on disk, and their normalisation to unit variance."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ T = TypeVar("T")
 Encode = Callable[[np.ndarray], tuple[Tensor, Tensor]]
 """Pixels (B, H, W, C) uint8 -> mean and standard deviation of the posterior, each (B, C, h, w) float32.
 
-It may have two attributes: `published`, the normalisation that is published with it, as `write_latents` returns one, with its
-`factor`, or None; and `spread`, which is False where all standard deviations are 0, which are then not stored.
+It may have two attributes. `published` is the normalisation that is published with the encoder, in the form that
+`write_latents` returns and with its `factor`, or None. `spread` is False if all standard deviations are 0; they are then not
+stored.
 """
 Normalize = Literal["auto", "published", "per_channel", "global"] | float | ShiftAndScale | MeanAndStd
-"""What `latents.normalize` may be."""
+"""The values that `latents.normalize` may have."""
 
 
 @dataclass(frozen=True)
 class Latents:
-    """The posteriors of one split, raw (not normalised), as read-only memory maps, or zeros that take no memory.
+    """The posteriors of one split, raw (not normalised), as read-only memory maps; `std` may be zeros that take no memory.
 
-    `mean` and `std` are (N, F, C, h, w), float32 or float16; index 1 of F, where there is one, is the mirrored image.
-    `labels` are (N,) int64.
+    `mean` and `std` are (N, F, C, h, w), float32 or float16; F is 2 if mirrored images are stored too, at index 1. `labels` are
+    (N,) int64.
     """
 
     mean: np.ndarray
@@ -50,7 +51,7 @@ class Latents:
 
 
 class LatentStore:
-    """Reads what stage `latents` wrote. Raises `DataError` where the directory holds no complete store."""
+    """Reads the output of stage `latents`. Raises `DataError` if the directory holds no complete store."""
 
     def __init__(self, directory: str | Path = "data/latents") -> None:
         self.store = Store(directory)
@@ -64,28 +65,28 @@ class LatentStore:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What `dit.model.build` asks of the latents."""
+        """The sizes that `dit.models.build` needs."""
         return {"latent_size": self.latent_size, "latent_channels": self.latent_channels, "num_classes": self.num_classes}
 
     def split(self, name: Literal["train", "validation"]) -> Latents:
-        """The posteriors of `"train"` or `"validation"`. Raises `DamagedError` where the bytes of a file have changed."""
+        """The posteriors of `"train"` or `"validation"`. Raises `DamagedError` if the bytes of a file have changed."""
         mean, labels = (self.store.verified(f"{name}_{part}") for part in ("mean", "labels"))
         if f"{name}_std" not in self.store.arrays:
             return Latents(mean, np.broadcast_to(np.zeros((), mean.dtype), mean.shape), labels)
         return Latents(mean, self.store.verified(f"{name}_std"), labels)
 
     def normalize(self, z: Tensor) -> Tensor:
-        """Raw latents (B, C, h, w) -> what the diffusion model sees: `(z - shift) * scale`, per channel."""
+        """Raw latents (B, C, h, w) -> normalised latents for the diffusion model: `(z - shift) * scale`, per channel."""
         shift, scale = self._factors(z)
         return (z - shift) * scale
 
     def denormalize(self, z: Tensor) -> Tensor:
-        """The inverse of `normalize`: what the autoencoder decodes, (B, C, h, w)."""
+        """The inverse of `normalize`: normalised latents (B, C, h, w) -> raw latents, which the autoencoder decodes."""
         shift, scale = self._factors(z)
         return z / scale + shift
 
     def _factors(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """`shift` and `scale` as `z` needs them: sent to a device once, since the host waits for that."""
+        """`shift` and `scale` on the device and in the dtype of `z`. They are sent only once, since the host waits for that."""
         if (z.device, z.dtype) not in self._sent:
             self._sent[z.device, z.dtype] = self.shift.to(z), self.scale.to(z)
         return self._sent[z.device, z.dtype]
@@ -94,13 +95,14 @@ class LatentStore:
 def write_latents(
     images: ImageStore, encode: Encode, settings: LatentsParams, directory: Path | None, ranks: Ranks | None = None
 ) -> dict[str, Any]:
-    """Encode every image, in order, into a store at `directory`; returns how latents are normalised.
+    """Encode every image, in order, into a store at `directory`; returns the normalisation of the latents.
 
-    A latent z is normalised to `(z - shift) * scale`. The result has `shift` and `scale`, one value per channel, and `source`:
-    where they come from, in words. Each rank encodes its own rows of every batch, `batch_size` of them; `directory` is None on
-    all ranks but the first.
-    Raises `ConfigError` where the encoder has no normalisation of that kind, and `DataError` for latents that are not finite,
-    also where that is because `latents.dtype` cannot hold them.
+    A latent z is normalised to `(z - shift) * scale`. The result has `shift` and `scale`, one value per channel, and `source`,
+    which says in words where they come from. Each rank encodes its own `batch_size` rows of every batch; `directory` is None on
+    all ranks except the first.
+
+    Raises `ConfigError` if `settings.normalize` does not fit the encoder, and `DataError` for latents that are not finite, or
+    that are too large for `latents.dtype`.
     """
     ranks = ranks or Ranks(torch.device("cpu"))
     first, _ = encode(images.train_images[:1])
@@ -139,7 +141,7 @@ def write_latents(
 
 
 class Moments:
-    """Mean and variance per channel of all training latents, where each is a draw from its posterior."""
+    """Mean and variance per channel of all training latents, if each latent is drawn from its posterior."""
 
     def __init__(self, channels: int) -> None:
         self.count = 0
@@ -147,7 +149,7 @@ class Moments:
         self.squares = np.zeros(channels)
 
     def add(self, mean: np.ndarray, std: np.ndarray) -> None:
-        """Add a batch (B, F, C, h, w). A draw has `E[z] = E[mean]` and `E[z^2] = E[mean^2 + std^2]`; sums are in float64."""
+        """Add a batch (B, F, C, h, w): `E[z] = E[mean]` and `E[z^2] = E[mean^2 + std^2]`. Sums are in float64."""
         mean, std = mean.astype(np.float64), std.astype(np.float64)
         self.count += mean.size // mean.shape[2]
         self.total += mean.sum(axis=(0, 1, 3, 4))
@@ -156,8 +158,8 @@ class Moments:
     def normalization(self, method: Literal["per_channel", "global"]) -> dict[str, Any]:
         """`shift` and `scale`, one value per channel, of `(z - shift) * scale`, and their `source`.
 
-        `per_channel` gives each channel zero mean and unit variance, `global` gives both to all channels taken together. Raises
-        `DataError` where a channel does not vary.
+        `per_channel` gives zero mean and unit variance to each channel, `global` to all channels together. Raises `DataError`
+        if a channel does not vary.
         """
         channels = len(self.total)
         mean, square = self.total / self.count, self.squares / self.count
@@ -171,11 +173,12 @@ class Moments:
 
 
 def stated_normalization(normalize: Normalize, channels: int, published: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The normalisation that is stated, by the parameters or by what is `published` with the encoder; None to measure it.
+    """The normalisation that the parameters give or that is `published` with the encoder; None if it has to be measured.
 
-    A number is the scale, with no shift: the fixed factor of Rombach et al. (2022), appendix G, such as 0.18215. Where a shift
-    or factors of single channels are published, the number must be the factor among them, and all of them are meant. Raises
-    `ConfigError` where nothing is published, for another number, and for lists that are not of `channels` entries.
+    A number is the scale, without a shift: the fixed factor of Rombach et al. (2022), appendix G, such as 0.18215. If the
+    published normalisation also has a shift or factors of single channels, the number must be its factor, and stands for all of
+    it. Raises `ConfigError` for 'published' if nothing is published, for a number that must be the published factor and is not,
+    and for lists that do not have `channels` entries.
     """
     if normalize in ("auto", "published"):
         if normalize == "published" and not published:
@@ -204,7 +207,7 @@ def _by_number(normalize: float, channels: int, published: dict[str, Any] | None
 
 
 def one_ahead(values: Iterable[T]) -> Iterator[T]:
-    """The same values, but each is requested before the previous one is used: a GPU computes while the host stores."""
+    """The same values, but the next value is requested before one is used, so that a GPU computes while the host stores."""
     waiting: list[T] = []
     for value in values:
         waiting.append(value)
@@ -214,7 +217,7 @@ def one_ahead(values: Iterable[T]) -> Iterator[T]:
 
 
 def _encode(encode: Encode, batch: np.ndarray, flip: bool, own: slice) -> tuple[Tensor, Tensor]:
-    """The rows `own` of pixels (B, H, W, C) -> mean and std, each (B, F, C, h, w)."""
+    """Encode the rows `own` of pixels (B, H, W, C) -> mean and std, each (rows, F, C, h, w)."""
     pixels = batch[own]
     views = [pixels, pixels[:, :, ::-1]] if flip else [pixels]
     means, stds = zip(*(encode(view) for view in views), strict=True)
@@ -222,7 +225,7 @@ def _encode(encode: Encode, batch: np.ndarray, flip: bool, own: slice) -> tuple[
 
 
 def _stored(parts: tuple[Tensor, ...], settings: LatentsParams) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and std as they are stored."""
+    """Mean and std in the dtype in which they are stored."""
     mean, std = (part.cpu().numpy() for part in parts)
     with np.errstate(over="ignore"):
         return mean.astype(settings.dtype), std.astype(settings.dtype)

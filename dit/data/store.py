@@ -1,7 +1,8 @@
-"""A store: a directory of raw arrays, which grow while they are written, and the manifest that describes and seals them.
+"""A store: a directory of raw arrays, which grow while they are written, and a manifest that describes them with checksums.
 
-`NAME.bin` holds an array in C order, little-endian, without a header; `manifest.json` holds its dtype, shape and SHA-256,
-whatever else its owner wants to say, and its own SHA-256. Arrays are read as memory maps, so a store may be larger than memory.
+`NAME.bin` holds an array in C order, little-endian, without a header. `manifest.json` holds the dtype, shape and SHA-256 of
+each array, further data of the writer, and its own SHA-256. Arrays are read as memory maps, so a store may be larger than
+memory.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ MANIFEST = "manifest.json"
 
 
 class StoreWriter:
-    """Writes a store by appending: nobody needs to know in advance how many items there will be.
+    """Writes a store by appending, so the number of items need not be known in advance.
 
-    Each keyword names an array and gives the dtype and shape of one of its items. The directory is created.
-    Until `close`, there is no manifest, and the directory is no store.
+    Each keyword names an array, and gives the dtype and shape of one item. The directory is created. `close` writes the
+    manifest; without it, the directory is not a store.
     """
 
     def __init__(self, directory: str | Path, **arrays: tuple[DTypeLike, tuple[int, ...]]) -> None:
@@ -40,11 +41,11 @@ class StoreWriter:
         self._arrays[name].append(batch)
 
     def count(self, name: str) -> int:
-        """Items written so far."""
+        """The number of items of an array that were written so far."""
         return self._arrays[name].count
 
     def close(self, **meta: Any) -> None:
-        """Write the manifest: the arrays, then `meta`, which must be JSON."""
+        """Write the manifest: the arrays, and `meta`, whose values must be JSON."""
         arrays = {name: array.describe() for name, array in self._arrays.items()}
         manifest = {"format": FORMAT, "arrays": arrays, **meta}
         manifest["sha256"] = _digest(manifest)
@@ -52,7 +53,7 @@ class StoreWriter:
 
 
 class _Array:
-    """One growing file and the checksum of what it holds so far."""
+    """A file that grows, and the checksum of its bytes so far."""
 
     def __init__(self, path: Path, dtype: DTypeLike, item_shape: tuple[int, ...]) -> None:
         self.path = path
@@ -78,9 +79,9 @@ class _Array:
 
 
 class Store:
-    """Reads a store. Raises `DataError` where the directory is no store, or its files do not have the stated size.
+    """Reads a store. Raises `DataError` if the directory is not a store, or a file does not have the size in the manifest.
 
-    `arrays` are the memory maps as they are; `verified` compares one with its checksum first.
+    `arrays` are memory maps that are not verified; `verified` first compares an array with its checksum.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -90,7 +91,7 @@ class Store:
         self._verified: set[str] = set()
 
     def verified(self, name: str) -> np.ndarray:
-        """An array whose bytes are those that were written: its file is read once. Raises `DamagedError` for others."""
+        """The array `name`, after its file was compared with its checksum, once. Raises `DamagedError` if they differ."""
         if name not in self._verified:
             if sha256(self._path(name)) != self.meta["arrays"][name]["sha256"]:
                 raise DamagedError(self._path(name), self.directory)
@@ -98,7 +99,7 @@ class Store:
         return self.arrays[name]
 
     def verify(self) -> None:
-        """Read everything once. Raises `DamagedError` that names the first file whose checksum differs."""
+        """Compare every array with its checksum. Raises `DamagedError` that names the first file whose checksum differs."""
         for name in self.arrays:
             self.verified(name)
 
@@ -112,7 +113,7 @@ class Store:
             raise DataError(f"{path}: no such file, though {MANIFEST} lists it")
         if (size := path.stat().st_size) != expected:
             raise DataError(f"{path}: {size} bytes, where {MANIFEST} says {expected} (shape {shape}, {dtype.name})")
-        if not expected:  # a file of no bytes cannot be mapped
+        if not expected:  # an empty file cannot be mapped
             return np.empty(shape, dtype)
         return np.memmap(path, dtype=dtype, mode="r", shape=shape)
 
@@ -132,5 +133,5 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _digest(manifest: dict[str, Any]) -> str:
-    """The SHA-256 of all else that a manifest says, however it is laid out."""
+    """The SHA-256 of a manifest without its own `sha256`; it does not depend on the layout of the file."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True, allow_nan=False).encode()).hexdigest()

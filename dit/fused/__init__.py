@@ -1,1 +1,1 @@
-"""Kernels for an NVIDIA GPU in bf16: operations of a transformer and of an autoencoder, each with its reference in PyTorch."""
+"""Kernels for NVIDIA GPUs in bf16: operations of a transformer and an autoencoder, each with a reference in PyTorch."""

@@ -1,4 +1,4 @@
-"""A function of tensors as one CUDA graph: all its kernels in one launch, so that the host's speed no longer matters."""
+"""Runs a function of tensors as one CUDA graph: the host launches all its kernels at once, so its speed no longer matters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from dit.devices import is_nvidia
 
 WARM_UPS = 2
-"""Calls before the capture: compilation, handles and workspaces belong to them."""
+"""Number of calls before the capture, in which kernels are compiled and handles and workspaces are created."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class _Graph:
 
 
 def captured(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    """`function` as `Captured` on an NVIDIA GPU, elsewhere as it is."""
+    """`Captured(function)` on an NVIDIA GPU; on other devices `function` itself."""
     return Captured(function) if is_nvidia(device) else function
 
 
 class Captured:
-    """Calls `function` through a graph, captured at the first call with inputs of such shapes.
+    """Calls `function` through a CUDA graph, which the first call with inputs of the same shapes captures.
 
-    An output is overwritten by the next call. `function` must do the same at every call: no host synchronisation, no state of
-    the host. Gradients stay at one address.
+    Each call overwrites the output of the call before. `function` must do the same at every call: it must not synchronise with
+    the host or depend on state of the host. Gradients keep their addresses.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
@@ -40,7 +40,7 @@ class Captured:
         self.graphs: dict[tuple[torch.Size, ...], _Graph] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """The function of `inputs`."""
+        """`function(*inputs)`."""
         shapes = tuple(tensor.shape for tensor in inputs)
         if shapes not in self.graphs:
             self.graphs[shapes] = self._capture([tensor.clone() for tensor in inputs])
@@ -64,9 +64,9 @@ class Captured:
 
 
 def side_by_side(*functions: Callable[[], Tensor]) -> list[Tensor]:
-    """What the functions return. In a graph that is being captured they become branches, which a GPU runs at the same time.
+    """The results of the functions. While a graph is captured, they become branches, which a GPU can run at the same time.
 
-    None of them may change what another one reads, and what they read must stay alive until all have returned.
+    No function may change what another function reads, and all tensors that they read must stay alive until all have returned.
     """
     if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return [function() for function in functions]
@@ -84,9 +84,9 @@ def side_by_side(*functions: Callable[[], Tensor]) -> list[Tensor]:
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Collect before the block, and not within it.
+    """Collect garbage before the block, and not within it.
 
-    Garbage may hold the CUDA graphs of an earlier network, and to free one is a call that invalidates a capture.
+    Garbage may contain the CUDA graphs of an earlier network, and freeing a graph during a capture invalidates the capture.
     """
     gc.collect()
     enabled = gc.isenabled()

@@ -1,7 +1,7 @@
-"""Matrix products with what torch does not offer: the GELU or its derivative as their last step, and a choice of algorithm.
+"""Matrix products with features that torch lacks: the GELU or its derivative as the last step, and a choice of algorithm.
 
-cuBLASLt comes with torch for CUDA. Everything here is bf16, row-major, with float32 sums. cuBLASLt is column-major, so that a
-matrix (rows, columns) of ours is one of (columns, rows) there. Names and numbers are those of NVIDIA's `cublasLt.h`.
+cuBLASLt comes with torch for CUDA. All matrices here are bf16 and row-major, and sums are float32. cuBLASLt is column-major, so
+a matrix (rows, columns) here is a matrix (columns, rows) in cuBLASLt. Names and numbers are from NVIDIA's `cublasLt.h`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ DEFAULT, BIAS, GELU_BIAS, GELU_AUX_BIAS, DGELU = 1, 4, 36, 164, 192
 MAX_WORKSPACE_BYTES = 1
 WORKSPACE_BYTES = 32 << 20
 CANDIDATES = 8
-"""Algorithms that are timed, once for each shape of product."""
+"""Number of algorithms that are timed, once for each shape of product."""
 TIMED_RUNS, ROUNDS = 5, 3
 WORTH_TIMING = 10**10
-"""Operations of a product below which the host's launches, and not the algorithms, would be timed: it gets the first one.
+"""A product with fewer operations uses the first algorithm, since timing would measure the launches by the host.
 
-From here on a result also shows in which order an algorithm adds: of sums of K products in two halves instead of one, hundreds
-among 5e9 / K are rounded to another bf16, for K from 64 to 4608 (simulated with random numbers).
+A product with at least this many operations also shows differences between the summation orders of algorithms: if sums of K
+products are added in two halves, hundreds of the 5e9 / K results are rounded to another bf16, for K from 64 to 4608 (simulated
+with random numbers).
 """
 
 
@@ -77,7 +78,7 @@ def matmul_dgelu(dy: Tensor, weight: Tensor, u: Tensor) -> Tensor:
 
 
 def outer(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """`dy.T @ x`: (N, M), (N, K) -> (M, K), in `out` where there is one."""
+    """`dy.T @ x`: (N, M), (N, K) -> (M, K), written to `out` if it is given."""
     if out is None:
         out = dy.new_empty((dy.shape[1], x.shape[1]))
     _product(out, dy, x, (True, False), DEFAULT)
@@ -88,14 +89,17 @@ def _product(
     out: Tensor, left: Tensor, right: Tensor, transposed: tuple[bool, bool], epilogue: int,
     bias: Tensor | None = None, aux: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """`left @ right`, each transposed or not, to `out`. In columns that is `right.T @ left.T`, so cuBLASLt's A is `right`."""
+    """Write `left @ right`, each transposed or not, to `out`.
+
+    In column-major order this is `right.T @ left.T`, so cuBLASLt's A is `right`.
+    """
     fixed = torch.are_deterministic_algorithms_enabled()
     plan = _plan(out.shape, left.shape, right.shape, transposed, epilogue, out.device, fixed)
     plan.run(_Operands(out, left, right, bias, aux))
 
 
 class _Operands(NamedTuple):
-    """The tensors of one product; `aux` is written with `out` or read, as the epilogue has it."""
+    """The tensors of one product. The epilogue reads `aux`, or writes it together with `out`."""
 
     out: Tensor
     left: Tensor
@@ -104,7 +108,7 @@ class _Operands(NamedTuple):
     aux: Tensor | None
 
     def random(self) -> _Operands:
-        """Others of these shapes, but for `out`."""
+        """Random operands of the same shapes, with the same `out`."""
         draws = torch.Generator(self.out.device).manual_seed(0)
 
         def other(tensor: Tensor) -> Tensor:
@@ -114,12 +118,12 @@ class _Operands(NamedTuple):
         return _Operands(self.out, other(self.left), other(self.right), bias, aux)
 
     def written(self) -> list[Tensor]:
-        """What a product may have written."""
+        """The tensors that a product may have written."""
         return [self.out] if self.aux is None else [self.out, self.aux]
 
 
 class _Plan:
-    """Everything about a product but its addresses."""
+    """Everything about a product except the addresses of its tensors."""
 
     def __init__(
         self, out: torch.Size, left: torch.Size, right: torch.Size, transposed: tuple[bool, bool], epilogue: int,
@@ -155,16 +159,17 @@ class _Plan:
         self.fixed = fixed
 
     def run(self, operands: _Operands) -> None:
-        """Multiply; the first call settles the algorithm."""
+        """Compute the product; the first call chooses the algorithm."""
         if len(self.candidates) > 1:
             self.candidates = [self._fastest(operands.random())]
         _check(self._launch(self.candidates[0], operands))
 
     def _fastest(self, operands: _Operands) -> _Heuristic:
-        """Of those that work, by random operands: zeros, as many gradients are at first, take less power and other times.
+        """The fastest algorithm among those that work. `operands` are random: zeros, as many gradients are at first, need less
+        power, so they would change the times.
 
-        In a deterministic run, of those whose results have the same bits as that of the first, so that it does not matter which
-        one the clock prefers.
+        A deterministic run only considers algorithms whose result is bit-identical to that of the first one that works, so the
+        choice by time does not change results.
         """
         working: list[_Heuristic] = []
         expected: list[Tensor] = []
@@ -218,7 +223,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _layout(rows: int, columns: int) -> c_void_p:
-    """A dense bf16 matrix of ours, as cuBLASLt sees it: its columns are rows there."""
+    """The layout of a dense row-major bf16 matrix for cuBLASLt, where its columns are rows."""
     layout = c_void_p()
     _check(_library().cublasLtMatrixLayoutCreate(byref(layout), R_16BF, c_uint64(columns), c_uint64(rows), c_int64(columns)))
     return layout

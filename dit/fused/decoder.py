@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class FusedDecoder:
-    """Called with raw latents (B, C, h, w); returns images (B, 3, H, W), about -1..1."""
+    """Is called with raw latents (B, C, h, w), and returns images (B, 3, H, W), about in -1..1."""
 
     def __init__(self, autoencoder: AutoencoderKL, dtype: torch.dtype = torch.bfloat16) -> None:
         self.dtype = dtype
@@ -23,24 +23,24 @@ class FusedDecoder:
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         """The images, in the dtype of the network."""
-        with torch.autocast(latents.device.type, enabled=False):  # every dtype is chosen here
+        with torch.autocast(latents.device.type, enabled=False):  # this class chooses every dtype itself
             return _images(self.decoder, self.first(latents.to(self.dtype, memory_format=torch.channels_last)))
 
 
 def decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
-    """As `FusedDecoder`, by the autoencoder's own weights, channels last, in their dtype and with their gradients."""
+    """Decode like `FusedDecoder`, but with the autoencoder's own weights, channels last, in their dtype, and with gradients."""
     first = autoencoder.post_quant_conv
     latents = latents.contiguous(memory_format=torch.channels_last)
     return _images(autoencoder.decoder, latents if first is None else first(latents))
 
 
 def supports(autoencoder: AutoencoderKL) -> bool:
-    """Whether `FusedDecoder` computes what the decoder of `autoencoder`, which may be of another class, does."""
+    """Whether `FusedDecoder` can replace the decoder of `autoencoder`, which may be of another class."""
     return consists_of(autoencoder, "decoder", "up_block_types", "UpDecoderBlock2D")
 
 
 def _images(decoder: Module, latents: Tensor) -> Tensor:
-    """What the decoder computes of latents, after the autoencoder's own convolution of them."""
+    """The output of `decoder` for latents to which `post_quant_conv` was applied."""
     h = middle(decoder.mid_block, convolve(decoder.conv_in, latents))
     for block in decoder.up_blocks:
         for each in block.resnets:
@@ -53,5 +53,5 @@ def _images(decoder: Module, latents: Tensor) -> Tensor:
 
 
 def _upsample(conv: nn.Conv2d, h: Sum) -> Sum:
-    """Each pixel becomes four, and a convolution follows."""
+    """Double height and width, so that each pixel becomes four, and apply a convolution."""
     return convolve(conv, kernels(h.x).doubled_sum(h.x, h.added, h.bias))

@@ -1,4 +1,4 @@
-"""What `dit.fused.group_norm` computes, with gradients: its group norm by kernels in both directions, its sums by PyTorch."""
+"""The functions of `dit.fused.group_norm` with gradients: kernels for the group norm in both directions, PyTorch for sums."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ padded_sum, doubled_sum = ResidualReference.padded_sum, ResidualReference.double
 def group_norm(
     x: Tensor, added: Tensor | None, bias: Tensor | None, gain: Tensor, offset: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `dit.fused.group_norm.group_norm`."""
+    """See `dit.fused.group_norm.group_norm`."""
     total, normed = _GroupNorm.apply(x, added, bias, gain, offset, groups, eps, silu)
     return total, normed
 

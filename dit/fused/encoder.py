@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class FusedEncoder:
-    """Called with images (B, 3, H, W) in -1..1; returns the moments of their posteriors (B, 2 * latent channels, h, w)."""
+    """Is called with images (B, 3, H, W) in -1..1, and returns moments of their posteriors (B, 2 * latent channels, h, w)."""
 
     def __init__(self, autoencoder: AutoencoderKL, dtype: torch.dtype = torch.bfloat16) -> None:
         self.dtype = dtype
@@ -24,13 +24,13 @@ class FusedEncoder:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """The moments, in the dtype of the network."""
-        with torch.autocast(images.device.type, enabled=False):  # every dtype is chosen here
+        with torch.autocast(images.device.type, enabled=False):  # this class chooses every dtype itself
             h = convolve(self.encoder.conv_in, images.to(self.dtype, memory_format=torch.channels_last))
             return self.last(_moments(self.encoder, h))
 
 
 def encode(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
-    """As `FusedEncoder`, by the autoencoder's own weights, channels last, in their dtype and with their gradients."""
+    """Encode like `FusedEncoder`, but with the autoencoder's own weights, channels last, in their dtype, and with gradients."""
     encoder, last = autoencoder.encoder, autoencoder.quant_conv
     h = Sum(padded(encoder.conv_in, images.contiguous(memory_format=torch.channels_last)), None, encoder.conv_in.bias)
     found = _moments(encoder, h)
@@ -38,12 +38,12 @@ def encode(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 def supports(autoencoder: AutoencoderKL) -> bool:
-    """Whether `FusedEncoder` computes what the encoder of `autoencoder`, which may be of another class, does."""
+    """Whether `FusedEncoder` can replace the encoder of `autoencoder`, which may be of another class."""
     return consists_of(autoencoder, "encoder", "down_block_types", "DownEncoderBlock2D")
 
 
 def _moments(encoder: Module, h: Sum) -> Tensor:
-    """What the encoder computes of the output `h` of its first convolution."""
+    """The output of `encoder`, from the output `h` of its first convolution."""
     for block in encoder.down_blocks:
         for each in block.resnets:
             h = resnet(each, h)
@@ -55,6 +55,6 @@ def _moments(encoder: Module, h: Sum) -> Tensor:
 
 
 def _downsample(conv: nn.Conv2d, h: Sum) -> Sum:
-    """A convolution of stride 2 whose image is padded below and at the right."""
+    """A convolution of stride 2 after padding the image below and at the right."""
     padded = kernels(h.x).padded_sum(h.x, h.added, h.bias)
     return Sum(F.conv2d(padded, conv.weight, None, conv.stride), None, conv.bias)

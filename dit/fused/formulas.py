@@ -1,4 +1,4 @@
-"""What the kernels of `dit.fused.group_norm` compute, in plain PyTorch."""
+"""The formulas of the kernels in `dit.fused.group_norm`, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 class ResidualReference:
-    """The functions of `dit.fused.group_norm`, with its signatures."""
+    """The functions of `dit.fused.group_norm`, with the same signatures."""
 
     @staticmethod
     def group_norm(
         x: Tensor, added: Tensor | None, bias: Tensor | None, gain: Tensor, offset: Tensor, groups: int, eps: float, silu: bool
     ) -> tuple[Tensor, Tensor]:
-        """`x + added + bias`, where there is something added, else x; and the group norm of that sum; Wu & He (2018)."""
+        """`x + added + bias` (or `x` alone if `added` is None), and the group norm of `x + added + bias`; Wu & He (2018)."""
         total = x if added is None else x + added
         whole = total if bias is None else total + bias[:, None, None]
         normed = F.group_norm(whole, groups, gain, offset, eps)

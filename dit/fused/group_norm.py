@@ -1,7 +1,7 @@
-"""Triton kernels of `dit.fused.residual`; `dit.fused.formulas` has what they compute in plain PyTorch.
+"""Triton kernels of `dit.fused.residual`; `dit.fused.formulas` has their formulas in plain PyTorch.
 
-Images are channels last, so that (B, C, H, W) is (B * H * W, C) in memory. All arithmetic is float32, whatever the tensors
-hold, and what is summed over pixels is added per chunk of them, in a fixed order and without atomics.
+Images are channels last, so (B, C, H, W) is (B * H * W, C) in memory. All arithmetic is float32, whatever the dtype of the
+tensors. Sums over pixels are computed per chunk of pixels, in a fixed order and without atomics.
 """
 
 from __future__ import annotations
@@ -12,21 +12,23 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNKS = 64
-"""Into how many chunks the pixels of a large image are cut, at most, for its statistics."""
+"""Most chunks into which the pixels of an image are divided for its statistics."""
 
 CHUNK_ELEMENTS = 8192
-"""Elements of a chunk, at least, where an image has as many: fewer are read in less time than the statistics of all chunks."""
+"""Fewest elements of a chunk, unless the image has fewer. With smaller chunks, reading all their statistics would take longer
+than reading a chunk.
+"""
 
 STEP_ELEMENTS = 4096
 """Elements that one step of a program reads of each tensor."""
 
 BACKWARD_ELEMENTS = 2048
-"""As `STEP_ELEMENTS`, in the backward pass, where a program holds more tensors in its registers."""
+"""`STEP_ELEMENTS` of the backward pass, in which a program holds more tensors in its registers."""
 
 
 @triton.jit
 def _pixels(image, first, pixels, C: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr):
-    """Where STEP pixels of an image are, (STEP, C), and which of them are its own, (STEP, 1): all of them, where EVEN."""
+    """The offsets of STEP pixels of an image, (STEP, C), and whether each lies in the image, (STEP, 1); all do if EVEN."""
     rows = first + tl.arange(0, STEP)
     inside = tl.full([STEP], 1, tl.int1) if EVEN else rows < pixels
     return (image * pixels + rows)[:, None] * C + tl.arange(0, C)[None, :], inside[:, None]
@@ -38,7 +40,7 @@ def _group_statistics(
     C: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr,
     BIAS: tl.constexpr,
 ):  # fmt: skip
-    """One program: CHUNK pixels of one image. Each group's sum and sum of squares go to `partial` (B, chunks, 2, GROUPS)."""
+    """One program: CHUNK pixels of one image. Writes each group's sum and square sum to `partial` (B, chunks, 2, GROUPS)."""
     image = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * CHUNK
     columns = tl.arange(0, C)
@@ -67,7 +69,7 @@ def _group_statistics(
 
 @triton.jit
 def _group_means(partial, image, pixels, C: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr, READ: tl.constexpr):
-    """The two means over each group of one image, (GROUPS,), from sums over chunks in `partial` (B, chunks, 2, GROUPS)."""
+    """The two means over each group of one image, (GROUPS,), from the sums over chunks in `partial` (B, chunks, 2, GROUPS)."""
     chunks = tl.arange(0, READ)[:, None]
     at = partial + image * CHUNKS * 2 * GROUPS + chunks * 2 * GROUPS + tl.arange(0, GROUPS)[None, :]
     count = pixels * (C // GROUPS)
@@ -84,7 +86,7 @@ def _moments(partial, image, pixels, eps, C: tl.constexpr, GROUPS: tl.constexpr,
 
 @triton.jit
 def _each_channel(x, C: tl.constexpr, GROUPS: tl.constexpr):
-    """(GROUPS,) -> (C,)."""
+    """Repeat the value of each group for its channels: (GROUPS,) -> (C,)."""
     return tl.reshape(tl.broadcast_to(x[:, None], [GROUPS, C // GROUPS]), [C])
 
 
@@ -94,7 +96,7 @@ def _group_norm(
     C: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_READ: tl.constexpr, CHUNK: tl.constexpr,
     STEP: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """One program: CHUNK pixels of one image, with the statistics of all CHUNKS of it."""
+    """One program: CHUNK pixels of one image, normalised with the statistics of all CHUNKS of the image."""
     image = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * CHUNK
     mean, rstd = _moments(partial, image, pixels, eps, C, GROUPS, CHUNKS, CHUNKS_READ)
@@ -114,7 +116,7 @@ def _group_norm(
 
 @triton.jit
 def _before_silu(x, dy, gain_row, offset_row, mean_row, rstd_row, at, inside, SILU: tl.constexpr):
-    """The values before gain and offset, and the gradient before the SiLU, which is 0 outside of the image."""
+    """The normalised values, before gain and offset, and the gradient by the SiLU's input, which is 0 outside the image."""
     normal = (tl.load(x + at, inside, 0.0).to(tl.float32) - mean_row[None, :]) * rstd_row[None, :]
     gradient = tl.load(dy + at, inside, 0.0).to(tl.float32)
     if SILU:
@@ -130,10 +132,10 @@ def _gradient_sums(
     C: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr, READ: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
     EVEN: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """One program: CHUNK pixels of one image. Sums of the gradient before the SiLU, and of it times the normalised value.
+    """One program: CHUNK pixels of one image. Sums the gradient by the input of the SiLU, and this times the normalised value.
 
-    Sums over each channel go to `channel_sums` (B, chunks, 2, C). Sums over each group, with the gradient times the gain, go
-    to `group_sums` (B, chunks, 2, GROUPS).
+    Writes the sums of each channel to `channel_sums` (B, chunks, 2, C), and the sums of each group, in which the gain
+    multiplies the gradient, to `group_sums` (B, chunks, 2, GROUPS).
     """
     image = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * CHUNK
@@ -165,9 +167,10 @@ def _gradient(
     C: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr, READ: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
     EVEN: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """One program: CHUNK pixels of one image. The gradient of x, and its sums over these pixels, to `bias_sums` (B, chunks, C).
+    """One program: CHUNK pixels of one image. Writes the gradient of x, and sums for the bias to `bias_sums` (B, chunks, C).
 
-    `d_total` is the gradient of x itself. It is also that of the bias, unless the bias is added to x only here.
+    `d_total` is the gradient of the first output. It also counts for the bias, unless that output does not contain the bias
+    (BIAS).
     """
     image = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * CHUNK
@@ -212,7 +215,7 @@ def _padded_sum(x, added, bias, out, width, height, C: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def _doubled_sum(x, added, bias, out, width, height, C: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
-    """One program: one row of pixels of one image, which becomes two rows of twice as many."""
+    """One program: one row of pixels of one image, which becomes two rows with twice as many pixels."""
     row, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     source = (image * height + row) * width * C
     for start in tl.range(0, width * C, BLOCK):
@@ -232,7 +235,9 @@ def _doubled_sum(x, added, bias, out, width, height, C: tl.constexpr, BLOCK: tl.
 def group_norm(
     x: Tensor, added: Tensor | None, bias: Tensor | None, gain: Tensor, offset: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor]:
-    """`x + added + bias`, where it had to be computed, else x; and the group norm of that sum, with a SiLU or not."""
+    """`x + added + bias` (or `x` alone if `added` is None), and the group norm of `x + added + bias`, followed by a SiLU if
+    `silu`.
+    """
     total, normed, _ = group_norm_forward(x, added, bias, gain, offset, groups, eps, silu)
     return total, normed
 
@@ -240,7 +245,7 @@ def group_norm(
 def group_norm_forward(
     x: Tensor, added: Tensor | None, bias: Tensor | None, gain: Tensor, offset: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `group_norm`, and sums and sums of squares of each chunk of pixels, (B, chunks, 2, groups), for the backward pass."""
+    """`group_norm`, and for its backward pass the sums and sums of squares of each chunk of pixels, (B, chunks, 2, groups)."""
     batch, channels, height, width = x.shape
     x, added = _channels_last(x), None if added is None else _channels_last(added)
     pixels, chunk = height * width, _chunk(height * width, channels)
@@ -266,10 +271,10 @@ def group_norm_backward(
     d_total: Tensor | None, d_normed: Tensor, total: Tensor, left: Tensor | None, partial: Tensor, gain: Tensor, offset: Tensor,
     eps: float, silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x (and of what was added to it), bias, gain and offset, from what `group_norm_forward` returned.
+    """Gradients of x (which is also that of `added`), bias, gain and offset, from what `group_norm_forward` returned.
 
-    `left` is the bias where nothing was added, so that `total` does not have it. Wu & He (2018); the derivative of the SiLU is
-    that of x * sigmoid(x).
+    `left` is the bias if `added` was None, because `total` does not contain the bias then; otherwise None. Wu & He (2018); the
+    SiLU is x * sigmoid(x).
     """
     batch, channels, height, width = total.shape
     total, d_normed = _channels_last(total), _channels_last(d_normed)
@@ -295,7 +300,7 @@ def group_norm_backward(
 
 
 def _chunk(pixels: int, channels: int) -> int:
-    """Pixels of a chunk, a power of two."""
+    """The number of pixels of a chunk, a power of two."""
     least = max(triton.next_power_of_2(triton.cdiv(pixels, CHUNKS)), CHUNK_ELEMENTS // channels)
     return min(triton.next_power_of_2(pixels), least)
 
@@ -314,7 +319,7 @@ def padded_sum(x: Tensor, added: Tensor | None, bias: Tensor) -> Tensor:
 
 
 def doubled_sum(x: Tensor, added: Tensor | None, bias: Tensor) -> Tensor:
-    """`x + added + bias` with each pixel four times: (B, C, H, W) -> (B, C, 2 * H, 2 * W)."""
+    """`x + added + bias` at twice the height and width; each pixel becomes four: (B, C, H, W) -> (B, C, 2 * H, 2 * W)."""
     batch, channels, height, width = x.shape
     x, added = _channels_last(x), None if added is None else _channels_last(added)
     shape = batch, channels, 2 * height, 2 * width

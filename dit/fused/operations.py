@@ -1,7 +1,8 @@
-"""What lies between the matrix products of a DiT, and the products, each as one operation with a derivative written by hand.
+"""The matrix products of a DiT and the operations between them, each with a derivative that is written by hand.
 
-On CUDA they are Triton kernels and cuBLASLt products (`dit.fused.kernels`); elsewhere the same formulas in PyTorch, which the
-kernels are tested against, and which are tested against autograd in float64. Tokens are (B, T, D), modulation is (B, D).
+On CUDA they are Triton kernels and cuBLASLt products (`dit.fused.kernels`); elsewhere they are the same formulas in PyTorch.
+Tests compare the kernels with the formulas, and the formulas with autograd in float64. Tokens are (B, T, D), modulation is
+(B, D).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ PLACE = "_gradient_place"
 
 
 def write_gradient(weight: Tensor, place: Tensor) -> None:
-    """Have `linear`, `attention` and `mlp` compute the gradient of `weight` in `place`, of its shape."""
+    """Make `linear`, `attention` and `mlp` write the gradient of `weight` to `place`, which has the same shape."""
     setattr(weight, PLACE, place)
 
 
@@ -34,8 +35,8 @@ def _place(weight: Tensor) -> Tensor | None:
 def residual_norm(x: Tensor, branch: Tensor, bias: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """`x + gate * (branch + bias)`, and its modulated layer norm: the end of one branch and the start of the next.
 
-    Tokens `x` (B, T, D), or (1, T, D) where all samples share them and need no gradient; `branch` (B, T, D), `bias` (D,), the
-    rest (B, D) -> two (B, T, D).
+    Tokens `x` (B, T, D), or (1, T, D) if all samples share them and they need no gradient; `branch` (B, T, D), `bias` (D,),
+    `gate`, `shift` and `scale` (B, D) -> two tensors (B, T, D).
     """
     return _ResidualNorm.apply(x, branch, bias, gate, shift, scale)
 
@@ -129,13 +130,13 @@ def _kernels(x: Tensor) -> Any:
 
 
 class Reference:
-    """The formulas of `dit.fused.kernels`, with its signatures, in plain PyTorch."""
+    """The functions of `dit.fused.kernels`, with the same signatures, in plain PyTorch."""
 
     @staticmethod
     def residual_norm(
         x: Tensor, branch: Tensor, bias: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """New x, h, and the tokens' mean and inverse deviation, (B, T, 1)."""
+        """The new x, its modulated norm h, and the mean and inverse standard deviation of each token, (B, T, 1)."""
         x = x + gate[:, None] * (branch + bias)
         mean = x.mean(-1, keepdim=True)
         rstd = (x.var(-1, correction=0, keepdim=True) + eps).rsqrt()
@@ -149,7 +150,7 @@ class Reference:
         """Gradients of x, branch, bias, gate, shift and scale.
 
         With xhat the normalised x and g = (1 + scale) dh: dx = dx_out + rstd (g - mean(g) - xhat mean(g xhat)), means over D;
-        Ba et al. (2016), whose gain and shift are here of each sample.
+        Ba et al. (2016). Unlike there, each sample has its own gain and shift.
         """
         xhat = (x_out - mean) * rstd
         dxhat = (1 + scale[:, None]) * dh
@@ -160,7 +161,7 @@ class Reference:
 
     @staticmethod
     def attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-        """(B, T, 3D) -> heads side by side (B, T, D), and the log-sum-exp of every query, (B, heads, T)."""
+        """(B, T, 3D) -> the concatenated heads (B, T, D), and the log-sum-exp of every query, (B, heads, T)."""
         q, k, v = _split(qkv, num_heads)
         scores = q @ k.mT / math.sqrt(q.shape[-1])
         return _merge(scores.softmax(-1) @ v), scores.logsumexp(-1)
@@ -205,9 +206,9 @@ class Reference:
 
     @staticmethod
     def matmul_dgelu(dy: Tensor, weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """`(dy @ weight) * gelu'(u)`, and its sum over all but the last dimension.
+        """`(dy @ weight) * gelu'(u)`, and its sum over all dimensions except the last.
 
-        With z = r (u + c u^3), the GELU is u (1 + tanh z) / 2, and the derivative of tanh z is 1 - tanh(z)^2.
+        With z = r (u + c u^3), the GELU is u (1 + tanh z) / 2, and the derivative of tanh z by z is 1 - tanh(z)^2.
         """
         t = torch.tanh(ROOT * (u + CUBE * u**3))
         du = (dy @ weight) * (0.5 * (1 + t) + 0.5 * u * (1 - t**2) * ROOT * (1 + 3 * CUBE * u**2))
@@ -215,7 +216,7 @@ class Reference:
 
 
 def _split(x: Tensor, num_heads: int, parts: int = 3) -> tuple[Tensor, ...]:
-    """(B, T, parts * D) -> parts times (B, heads, T, D / heads)."""
+    """(B, T, parts * D) -> `parts` tensors (B, heads, T, D / heads)."""
     return x.unflatten(2, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 

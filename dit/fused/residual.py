@@ -1,7 +1,7 @@
-"""What encoder and decoder of diffusers' `AutoencoderKL` are made of, for any dtype, with its memory channels last.
+"""The parts of the encoder and decoder of diffusers' `AutoencoderKL`, for any dtype, with channels last in memory.
 
-Most of their time goes into convolutions, and most of the rest into reading and writing images between them. So a convolution
-computes no bias, and a residual block no sum: whatever comes next adds them to what it reads anyway.
+They spend most of their time in convolutions, and most of the rest on reading and writing images between them. So a convolution
+here does not add its bias, and a residual block does not compute its sum: the next operation adds them when it reads its input.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 Module = Any
-"""A part of the network, whose attributes are those that diffusers gives it."""
+"""A part of a network of diffusers, with the attributes that diffusers gives it."""
 
 NEEDS = "an AutoencoderKL of the usual blocks, with powers of two as its widths and groups"
-"""What `supports` of encoder and decoder ask for, in words."""
+"""In words, what `dit.fused.encoder.supports` and `dit.fused.decoder.supports` require."""
 
 
 @dataclass(frozen=True)
 class Sum:
-    """`x + added + bias`, with x and added (B, C, H, W) and bias (C,), to be computed by whoever reads it."""
+    """The sum `x + added + bias`, with x and added (B, C, H, W) and bias (C,), which the next operation computes."""
 
     x: Tensor
     added: Tensor | None
@@ -37,9 +37,9 @@ class Sum:
 
 
 def consists_of(autoencoder: AutoencoderKL, part: str, blocks: str, kind: str) -> bool:
-    """Whether the `part` of `autoencoder`, which may be of another class, consists of what this module computes.
+    """Whether this module can compute the `part` of `autoencoder`, which may be of another class.
 
-    `blocks` is the entry of its config that names the blocks of that part; each has to be of this `kind`.
+    `blocks` is the entry of its config that names the blocks of this part; every block must be of the kind `kind`.
     """
     if not hasattr(autoencoder.config, blocks):
         return False
@@ -47,12 +47,12 @@ def consists_of(autoencoder: AutoencoderKL, part: str, blocks: str, kind: str) -
     attentions = getattr(autoencoder, part).mid_block.attentions
     usual = set(getattr(config, blocks)) == {kind} and config.act_fn == "silu"
     middle = len(attentions) == 1 and attentions[0] is not None
-    sizes = [config.norm_num_groups, *config.block_out_channels]  # of tiles, so powers of two
+    sizes = [config.norm_num_groups, *config.block_out_channels]  # sizes of tiles, so they must be powers of two
     return usual and middle and all(size & (size - 1) == 0 for size in sizes)
 
 
 def copied(parts: Sequence[nn.Module | None], dtype: torch.dtype) -> list[Module]:
-    """Copies of `parts` in `dtype`, channels last; for None a layer that changes nothing."""
+    """Copies of `parts` in `dtype`, channels last; None becomes an identity layer."""
     copies = deepcopy(nn.ModuleList([nn.Identity() if part is None else part for part in parts]))
     return list(copies.to(dtype=dtype, memory_format=torch.channels_last))  # type: ignore[call-overload]
 
@@ -67,38 +67,38 @@ def resnet(block: Module, h: Sum) -> Sum:
 
 
 def middle(block: Module, h: Sum) -> Sum:
-    """The blocks between encoder and decoder, on either side: a residual block, self-attention, a residual block."""
+    """The middle blocks of an encoder or decoder: a residual block, self-attention, a residual block."""
     first, last = block.resnets
     return resnet(last, _attention(block.attentions[0], resnet(first, h)))
 
 
 def group_norm(norm: nn.GroupNorm, h: Sum, silu: bool = True) -> tuple[Sum, Tensor]:
-    """`h` after its sum was computed, and its group norm. A bias without another summand stays to be added."""
+    """`h` with its sum computed, and its group norm. If `h.added` is None, the returned `Sum` still contains the bias."""
     settings = norm.weight, norm.bias, norm.num_groups, norm.eps, silu
     x, normed = kernels(h.x).group_norm(h.x, h.added, h.bias, *settings)
     return Sum(x, None, h.bias if h.added is None else None), normed
 
 
 def convolve(conv: nn.Conv2d, x: Tensor) -> Sum:
-    """A convolution whose bias stays to be added."""
+    """A convolution whose bias is left to the next operation."""
     return Sum(F.conv2d(x, conv.weight, None, conv.stride, conv.padding), None, conv.bias)
 
 
 def padded(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution from or to the few channels of an image, without its bias.
 
-    It computes channels of zero beside them, so that a pixel has a multiple of 16 bytes: cuDNN's kernels for tensor cores need
-    that (NVIDIA, "Convolutional Layers User's Guide").
+    It adds channels of zeros, so that each pixel has a multiple of 16 bytes, as cuDNN's kernels for tensor cores need (NVIDIA,
+    "Convolutional Layers User's Guide").
     """
     multiple = 16 // x.element_size()
     more_in, more_out = -conv.in_channels % multiple, -conv.out_channels % multiple
     weight = F.pad(conv.weight, (0, 0, 0, 0, 0, more_in, 0, more_out)).contiguous(memory_format=torch.channels_last)
-    wider = F.pad(x, (0, 0, 0, 0, 0, more_in)) if more_in else x  # without anything to add it would be a copy
+    wider = F.pad(x, (0, 0, 0, 0, 0, more_in)) if more_in else x  # F.pad copies even if it adds no channel
     return F.conv2d(wider, weight, None, conv.stride, conv.padding)[:, : conv.out_channels]
 
 
 def kernels(x: Tensor) -> Any:
-    """What computes group norms and sums where `x` is: Triton's kernels, or their formulas."""
+    """The functions that compute group norms and sums on the device of `x`: Triton kernels, or their formulas."""
     if not x.is_cuda:
         return ResidualReference
     if torch.is_grad_enabled():
@@ -111,7 +111,7 @@ def kernels(x: Tensor) -> Any:
 
 
 def _attention(block: Module, h: Sum) -> Sum:
-    """Self-attention of all pixels with one head, as a residual block."""
+    """A residual block with self-attention over all pixels, with one head."""
     h, normed = group_norm(block.group_norm, h, silu=False)
     pixels = normed.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H * W, C)
     q, k, v = (project(pixels)[:, None] for project in (block.to_q, block.to_k, block.to_v))
@@ -120,7 +120,7 @@ def _attention(block: Module, h: Sum) -> Sum:
 
 
 def _project(conv: nn.Conv2d, h: Sum) -> Sum:
-    """A 1x1 convolution of `h`, to which nothing but a bias must be added."""
+    """A 1x1 convolution of `h`, of which `added` must be None."""
     out = convolve(conv, h.x)
     return out if h.bias is None else Sum(out.x, None, _plus(out.bias, conv.weight.flatten(1) @ h.bias))
 

@@ -1,8 +1,8 @@
 """Rules: which weights (`role`), and how they are drawn (`init` and its arguments). A strategy is a list of them.
 
 Every initialiser sees a tensor as a matrix (out, in); a convolution is flattened to (out, in * height * width), as the
-published DiT does with its patch embedding. A fused matrix is drawn whole, with the fans of the whole matrix. The modifiers
-`equal` and `scaled_by` then act only on the rows of the rule's role.
+published DiT does with its patch embedding. A fused matrix, such as qkv, is drawn as a whole, with the fans of the whole
+matrix. The modifiers `equal` and `scaled_by` then change only the rows of the rule's role.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dit.models import Denoiser, Role
 from dit.seeding import generator
 
 LARGEST = 1e38
-"""Weights are float32, whose largest number is 3.4e38."""
+"""Largest number that a rule may contain. Weights are float32, whose largest number is 3.4e38."""
 
 Finite = Annotated[float, Field(strict=True, ge=-LARGEST, le=LARGEST)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, le=LARGEST)]
@@ -35,18 +35,20 @@ Selectors = Annotated[tuple[str, ...], Field(min_length=1)]
 
 @dataclass
 class Draws:
-    """Where the weights of one network come from: generators by tensor, and what its constructor draws. Pure in the seed."""
+    """Sources of one network's weights: a generator for each tensor, and the values that the network's constructor draws. Both
+    depend on `seed` alone.
+    """
 
     model: nn.Module
     seed: int
 
     def generator(self, tensor: str) -> Generator:
-        """A generator of its own for a tensor."""
+        """A new generator for the tensor called `tensor`; each tensor has its own seed."""
         return generator(self.seed, tensor)
 
     @cached_property
     def constructed(self) -> dict[str, Tensor]:
-        """The weights that the constructor draws, by the names of the tensors."""
+        """The weights that the constructor draws, by tensor name."""
         if not isinstance(self.model, Denoiser):
             raise ConfigError(
                 f"{type(self.model).__name__} cannot be built again, so it has no init: constructor; expected another init"
@@ -55,14 +57,14 @@ class Draws:
 
 
 class BaseRule(BaseModel, ABC):
-    """A role, or several, and how their weights are drawn."""
+    """One or several role selectors, and how the weights of the selected roles are drawn."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     init: str
     role: str | Selectors
     optional: bool = False
-    """Skip this rule for a network that has no such role, such as weights of norms."""
+    """Skip this rule for a network that has no such role; for example, its norms may have no weights."""
 
     @property
     def selectors(self) -> tuple[str, ...]:
@@ -70,7 +72,7 @@ class BaseRule(BaseModel, ABC):
         return (self.role,) if isinstance(self.role, str) else self.role
 
     def check(self, role: Role) -> None:
-        """Raise `ConfigError` where this rule cannot draw `role`."""
+        """Raise `ConfigError` if this rule cannot draw `role`."""
 
     def verify(self) -> None:
         """Raise `ConfigError` if a file that this rule reads is missing or has another digest."""
@@ -80,11 +82,13 @@ class BaseRule(BaseModel, ABC):
         """Draw the whole parameter that holds the rows of `role`: a float32 CPU matrix or vector, from `draws` alone."""
 
     def part(self, matrix: Tensor, role: Role) -> Tensor:
-        """The rows of the role `role`, from what `draw` returned."""
+        """The rows of `role`, taken from the `matrix` that `draw` returned."""
         return role.of(matrix)
 
     def distribution(self, role: Role) -> Hashable:
-        """Two roles of one shape with equal values have weights of one distribution."""
+        """A key for the distribution of the weights of `role`: if it is equal for two roles of one shape, so are the
+        distributions.
+        """
         return self.model_copy(update={"role": "", "optional": False})
 
 
@@ -113,20 +117,20 @@ class Zeros(FilledRule):
 
 
 class ModifiableRule(FilledRule, ABC):
-    """A rule whose weights can be made equal, on purpose, or smaller with depth."""
+    """A rule with modifiers: `equal` makes weights equal on purpose, and `scaled_by` makes them smaller with depth."""
 
     needs_matrix: ClassVar[bool] = False
 
     equal: Literal["rows", "columns", "heads"] | None = None
-    """Repeat the first row, the first column, or the first attention head: a symmetry, on purpose."""
+    """Repeat the first row, the first column, or the first attention head, to create a symmetry on purpose."""
     scaled_by: Literal["depth", "block_index"] | None = None
-    """`depth`: times 1 / sqrt(2 * depth); Radford et al. (2019), section 2.3, where a block has two residual layers.
+    """`depth`: multiply by 1 / sqrt(2 * depth), as each block has two residual layers; Radford et al. (2019), section 2.3.
 
-    `block_index`: times 1 / sqrt(2 * l) in block l = 1, 2, ...; Bao et al. (2022), "BEiT", section 2.5.
+    `block_index`: multiply by 1 / sqrt(2 * l) in block l = 1, 2, ...; Bao et al. (2022), "BEiT", section 2.5.
     """
 
     def scale(self, role: Role) -> float:
-        """The factor of `scaled_by`."""
+        """The factor by which `scaled_by` multiplies the weights of `role`."""
         if self.scaled_by == "depth":
             return (2 * role.depth) ** -0.5
         if self.scaled_by == "block_index" and role.block is not None:
@@ -178,7 +182,7 @@ class Constant(ModifiableRule):
 
 
 class Identity(ModifiableRule):
-    """`gain` on the diagonal and zero elsewhere; of a fused matrix, each part has a diagonal of its own."""
+    """`gain` on the diagonal and zero elsewhere; each part of a fused matrix, such as queries, has a diagonal of its own."""
 
     init: Literal["identity"]
     needs_matrix: ClassVar[bool] = True
@@ -246,7 +250,7 @@ class XavierNormal(ModifiableRule):
 
 
 class KaimingUniform(ModifiableRule):
-    """Uniform with variance 2 / fan_in, which is a bound of sqrt(6 / fan_in); He et al. (2015), eq. 10."""
+    """Uniform on +- sqrt(6 / fan_in), which has the variance 2 / fan_in; He et al. (2015), eq. 10."""
 
     init: Literal["kaiming_uniform"]
     needs_matrix: ClassVar[bool] = True
@@ -266,9 +270,10 @@ class KaimingNormal(ModifiableRule):
 
 
 class FanInUniform(ModifiableRule):
-    """Uniform on +- gain / sqrt(fan_in); a bias has the fan of its weight.
+    """Uniform on +- gain / sqrt(fan_in); a bias uses the fan_in of its layer's weight.
 
-    With gain 1 the default of `torch.nn.Linear` and `Conv2d`, weights and biases: `reset_parameters` in torch/nn/modules.
+    With gain 1, this is the default of `torch.nn.Linear` and `Conv2d` for weights and biases: `reset_parameters` in
+    torch/nn/modules.
     """
 
     init: Literal["fan_in_uniform"]
@@ -280,7 +285,7 @@ class FanInUniform(ModifiableRule):
 
 
 class FanInNormal(ModifiableRule):
-    """Normal with standard deviation gain / sqrt(fan_in), also for its bias; LeCun et al. (1998), section 4.6."""
+    """Normal with standard deviation gain / sqrt(fan_in), for weights and biases; LeCun et al. (1998), section 4.6."""
 
     init: Literal["fan_in_normal"]
     gain: NonNegative = 1.0
@@ -290,7 +295,7 @@ class FanInNormal(ModifiableRule):
 
 
 class Orthogonal(ModifiableRule):
-    """Rows or columns orthonormal, times `gain`; Saxe et al. (2014)."""
+    """A matrix with orthonormal rows or columns, times `gain`; Saxe et al. (2014)."""
 
     init: Literal["orthogonal"]
     needs_matrix: ClassVar[bool] = True
@@ -301,10 +306,10 @@ class Orthogonal(ModifiableRule):
 
 
 class FromCheckpoint(FilledRule):
-    """The values of a checkpoint in the names and shapes of facebookresearch/DiT; see `dit.init.weights`.
+    """The values of a checkpoint whose tensors have the names and shapes of this network's; see `dit.init.weights`.
 
-    `sha256` is that of the file, so that the parameters alone say which weights these are. `prefix` stands before each name in
-    the file, such as `module.`.
+    `sha256` is the digest of the file, so that the parameters alone identify the weights. `prefix` is what stands before each
+    tensor name in the file, such as `module.`.
     """
 
     init: Literal["from_checkpoint"]
@@ -322,15 +327,15 @@ class FromCheckpoint(FilledRule):
         matrix.copy_(self.values(role))
 
     def values(self, role: Role) -> Tensor:
-        """The whole tensor of `role` as a matrix or vector. Raises `ConfigError` where it is not there in its shape."""
+        """The whole tensor of `role` as a matrix or vector. Raises `ConfigError` if the file lacks it or has another shape."""
         values = weights.tensor(self.path, self.sha256, self.prefix + role.parameter, role.shape)
         return values if role.is_vector else values.flatten(1)
 
 
 class Constructor(BaseRule):
-    """What the network's own constructor draws, in all its tensors at once, from a seed derived from the run's seed.
+    """The weights that the network's own constructor draws, from a seed that is derived from the run's seed.
 
-    Tensors that are not trained, and buffers, have no role: they keep what they had.
+    Frozen parameters and buffers have no role, so they keep the values that they have.
     """
 
     init: Literal["constructor"]

@@ -1,14 +1,14 @@
 """Selectors: how a rule addresses roles.
 
-A role is a dotted path: `block[3].modulation.attn.gate.weight`, or the name of a tensor in somebody else's network, such as
-`transformer_blocks.3.norm1.linear.weight`. There are two ways to write a *selector*:
+A role is a dotted path: `block[3].modulation.attn.gate.weight`, or the name of a tensor in a network from another library, such
+as `transformer_blocks.3.norm1.linear.weight`. There are two ways to write a *selector*:
 
 - a path with parts left out, which names every role that contains its segments in that order: `modulation` is all modulation,
-  `modulation.gate` all gates, `block[0:6].mlp_out` that layer in the first six blocks, `bias` every bias, `all` everything. A
-  number belongs to the name before it: `transformer_blocks[3]` and `transformer_blocks.3` are the same.
+  `modulation.gate` all gates, `block[0:6].mlp_out` the layer `mlp_out` in the first six blocks, `bias` every bias, `all`
+  everything. A number belongs to the name before it: `transformer_blocks[3]` and `transformer_blocks.3` are the same.
 - a pattern with `*`, which is matched against the whole path; `*` stands for any characters: `*.norm1.linear.weight`.
 
-Either may end in a slice of rows, as whole numbers or as fractions of the role's rows, after the name of the tensor:
+Either kind may end in a slice of rows, in whole numbers or in fractions of the role's rows, after the name of the tensor:
 `*.norm1.linear.weight[128:192]`, or `*.norm1.linear.weight[2/6:3/6]` for the third of six equal parts.
 """
 
@@ -29,9 +29,9 @@ SLICE = re.compile(r"\[(?P<start>\d+(?:/\d+)?|):(?P<stop>\d+(?:/\d+)?|)\]$")
 
 
 def select(selector: str, candidates: Sequence[Role]) -> list[Role]:
-    """The roles that `selector` names. Raises `ConfigError` where it names none, or rows that are not there.
+    """The roles that `selector` names. Raises `ConfigError` if it names no role, or rows that the role does not have.
 
-    If it names rows of a role, `candidates` must hold that role in parts, split at the rows that `cuts` returns.
+    If it names rows of a role, `candidates` must contain the role in parts, split at the rows that `cuts` returns.
     """
     found = _named(selector, candidates)
     if found:
@@ -54,7 +54,7 @@ def select(selector: str, candidates: Sequence[Role]) -> list[Role]:
 def cuts(selectors: Iterable[str], every_role: Sequence[Role]) -> dict[str, set[int]]:
     """By path of a role, the rows at which the slices in `selectors` start and end, counted from the role's first row.
 
-    Raises `ConfigError` for rows that are not there.
+    Raises `ConfigError` for rows that a role does not have.
     """
     found: dict[str, set[int]] = defaultdict(set)
     for selector in selectors:
@@ -66,7 +66,7 @@ def cuts(selectors: Iterable[str], every_role: Sequence[Role]) -> dict[str, set[
 
 
 def _parents(selector: str, candidates: Sequence[Role]) -> dict[str, tuple[int, int]]:
-    """By path, the first row and the number of rows of every whole role of which `selector` names rows."""
+    """By path, the first row and the number of rows of every whole role from which `selector` selects rows."""
     stem = SLICE.sub("", selector)
     found: dict[str, tuple[int, int]] = {}
     for role in candidates:
@@ -94,8 +94,9 @@ def _rows(selector: str, rows: re.Match[str], count: int) -> tuple[int, int]:
 
 
 def _named(selector: str, candidates: Sequence[Role]) -> list[Role]:
-    """The roles whose whole path `selector` names. One without digits names a role in all blocks or in none: it is looked at
-    in the first.
+    """The roles whose path, without a slice of rows, `selector` names.
+
+    A selector without digits names a role in all blocks or in none, so only the paths of the first block are compared with it.
     """
     if any(letter.isdigit() for letter in selector):
         return [role for role in candidates if _names(selector, role.whole)]
@@ -147,7 +148,7 @@ def _unknown(selector: str, candidates: Sequence[Role]) -> str:
 
 
 def _addresses(candidates: Sequence[Role]) -> str:
-    """How the blocks of a network are addressed, for the end of a message."""
+    """The end of a message, which says how the user addresses the blocks of this network."""
     within = next((role for role in candidates if role.block is not None), None)
     if within is None:
         return ""

@@ -23,15 +23,15 @@ from dit.models import Role, roles
 Network = TypeVar("Network", bound=nn.Module)
 
 LIBRARY = Path(__file__).parents[1] / "library.yaml"
-"""The strategies that this package brings along."""
+"""The file with the strategies of this package."""
 
 
 class Strategy(BaseModel):
     """An initialisation of the whole network. Later rules override earlier ones.
 
     `rules` may also contain lists of rules, such as a YAML alias of another strategy's rules, and names of strategies of the
-    library, each of which stands for its rules. All are joined into one list, and messages number the rules of this list.
-    `description` and `source` are for readers, and have no effect on weights.
+    library; each name stands for the rules of its strategy. All rules are joined into one list, and messages number the rules
+    of this list. `description` and `source` are for readers, and have no effect on weights.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,7 +48,7 @@ class Strategy(BaseModel):
 
     @property
     def resolved(self) -> list[dict[str, Any]]:
-        """The rules as data that JSON can hold, without defaults."""
+        """The rules as data for JSON; values that equal their default are left out."""
         rules: list[dict[str, Any]] = self.model_dump(mode="json", exclude_defaults=True)["rules"]
         return rules
 
@@ -74,11 +74,11 @@ def _flattened(rules: list | tuple, library: Mapping[str, Strategy]) -> Iterator
 
 
 def claims(strategy: Strategy, every_role: Sequence[Role]) -> dict[Role, BaseRule]:
-    """Which rule sets each of a network's roles.
+    """By role of a network, the rule that sets it.
 
     If a rule takes only some rows of a role, the role is split into parts, and each part is a role. Raises `ConfigError` that
-    names the rule if its selector matches nothing and it is not optional, or if it claims a role that it cannot draw; also if
-    no rule claims a role.
+    names the rule if its selector matches nothing and it is not optional, or if the rule claims a role that it cannot draw;
+    also raises it if no rule claims a role.
     """
     every_role = parts([strategy], every_role)
     by_path: dict[str, BaseRule] = {}
@@ -146,7 +146,7 @@ def apply(model: Network, strategy: str | Mapping | Strategy, seed: int) -> Netw
 
 
 def resolve(strategy: str | Mapping | Strategy) -> Strategy:
-    """A strategy from its name in the shipped library, or from data as in `params.yaml`."""
+    """The strategy that has this name in the library, or that is given as data, as in `params.yaml`."""
     if isinstance(strategy, Strategy):
         return strategy
     if isinstance(strategy, str):
@@ -158,7 +158,7 @@ def resolve(strategy: str | Mapping | Strategy) -> Strategy:
 
 
 def named(name: str) -> Strategy:
-    """The strategy called `name` in the library. Raises `ConfigError` where there is none."""
+    """The strategy called `name` in the library. Raises `ConfigError` if the library has none."""
     library = named_strategies()
     if name not in library:
         raise ConfigError(f"unknown strategy '{name}'; expected a mapping with 'rules', or one of {', '.join(library)}")
@@ -167,7 +167,7 @@ def named(name: str) -> Strategy:
 
 @cache
 def named_strategies() -> dict[str, Strategy]:
-    """The strategies of the library, by name, each built on those above it. Raises `ConfigError` that names a wrong rule."""
+    """The strategies of the library, by name; each may use those above it. Raises `ConfigError` that names a wrong rule."""
     library: dict[str, Strategy] = {}
     for name, data in yamlfile.read(LIBRARY).items():
         try:

@@ -1,4 +1,4 @@
-"""Weights of a file as tensors by name: safetensors, or a `.pt` whose pickle may hold tensors and plain values only."""
+"""Reads the weights of a file as tensors by name: safetensors, or a `.pt` whose pickle holds only tensors and plain values."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ HOLDERS = (
     "params",
     "weights",
 )
-"""Keys under which a training checkpoint keeps weights, one inside another; the first that holds any is read.
+"""Keys under which training checkpoints keep weights, possibly one inside another. The first key that holds tensors is read.
 
-facebookresearch/DiT train.py and download.py; timm, Lightning, DeepSpeed, BasicSR and mmengine have the others. Averaged
-weights come first, as the published samplers use them.
+facebookresearch/DiT train.py and download.py use some of them; timm, Lightning, DeepSpeed, BasicSR and mmengine, the others.
+Averaged weights come first, as the published samplers use them.
 """
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
-"""What torch.compile, activation checkpointing and data parallelism put into the names of weights."""
+"""The parts that torch.compile, activation checkpointing and data parallelism add to the names of weights."""
 
 MAX_NESTING = 16
-"""Mappings inside mappings that are looked into."""
+"""How many levels of mappings inside mappings are searched."""
 
 MAX_PICKLE = 256 * 2**20
-"""Bytes of names and plain values in a `.pt`."""
+"""Most bytes of names and plain values in a `.pt`."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class StateDict:
 
     weights: dict[str, Tensor]
     holder: str
-    """Keys of the file that lead to them, with dots between; empty where they are the file itself."""
+    """The keys of the file that lead to `weights`, joined by dots; empty if `weights` are at the top of the file."""
     others: tuple[str, ...]
-    """Other tensors of the file, by the keys that lead to them."""
+    """All other tensors of the file, each as the keys that lead to it, joined by dots."""
 
 
 def verify(path: Path, sha256: str) -> None:
@@ -80,7 +80,7 @@ def _digest(path: Path, size: int, modified: int) -> str:
 
 
 def tensor(path: Path, sha256: str, name: str, shape: tuple[int, ...]) -> Tensor:
-    """The tensor called `name`, as float32 on the CPU. Raises `ConfigError` where it is missing or has another shape."""
+    """The tensor called `name`, as float32 on the CPU. Raises `ConfigError` if it is missing or has another shape."""
     weights = _read(path, sha256)
     if name not in weights:
         name = _wrapping(weights) + name
@@ -94,12 +94,12 @@ def tensor(path: Path, sha256: str, name: str, shape: tuple[int, ...]) -> Tensor
 
 
 def forget() -> None:
-    """Release the file that was read last."""
+    """Free the memory of the tensors that were read last."""
     _read.cache_clear()
 
 
 def _wrapping(weights: Collection[str]) -> str:
-    """The wrappers before every name, as data parallelism and torch.compile leave them; empty where some name has none."""
+    """The prefix that wrappers, such as data parallelism and torch.compile, gave every name; empty if any name lacks it."""
     first = next(iter(weights), "").split(".")
     count = next((index for index, part in enumerate(first) if part not in WRAPPERS), 0)
     wrapping = "".join(f"{part}." for part in first[:count])
@@ -113,16 +113,15 @@ def _read(path: Path, sha256: str) -> dict[str, Tensor]:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of `state_dict`."""
+    """The tensors of the file by name, as `state_dict` finds them."""
     return state_dict(path).weights
 
 
 def state_dict(path: Path, key: str = "") -> StateDict:
-    """All tensors by name, of the file itself or of the holder in it; nothing in it is executed.
+    """All tensors by name, at the top of the file or in a holder inside it; no code in the file is executed.
 
-    The holder is what `key` names, such as `"ema"` or `"state.model"`, otherwise the first of `HOLDERS` that holds tensors.
-
-    Raises `ConfigError` for a file that holds code, or no tensors by name, or less than it claims to.
+    The holder is the mapping that `key` names, such as `"ema"` or `"state.model"`; without `key`, the first of `HOLDERS` that
+    holds tensors. Raises `ConfigError` if the file contains code, no tensors by name, or fewer bytes than its tensors need.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: not a file; expected a .safetensors or .pt file")
@@ -158,7 +157,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 def _pickled(path: Path) -> Any:
     _check_size(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments that train.py of DiT saves beside
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's train.py also saves its arguments
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle may raise anything
         named = re.search(r"GLOBAL (\S+)", str(error))
@@ -167,7 +166,7 @@ def _pickled(path: Path) -> Any:
 
 
 def _check_size(path: Path) -> None:
-    """Refuse an archive that grows when it is read: torch stores tensors as they are."""
+    """Raise `ConfigError` for an archive that is compressed, or whose pickle is too large. torch does not compress tensors."""
     if not zipfile.is_zipfile(path):
         return
     try:
@@ -183,7 +182,7 @@ def _check_size(path: Path) -> None:
 
 
 def _named(path: Path, found: Any, keys: list[str]) -> list[str]:
-    """The keys that lead to what `keys`, with dots between, means; a key may have dots in it."""
+    """The keys of the file that lead to the mapping called `keys`, joined by dots; a key of the file may contain dots."""
     if not keys:
         return []
     for end in range(len(keys), 0, -1):
@@ -195,7 +194,7 @@ def _named(path: Path, found: Any, keys: list[str]) -> list[str]:
 
 
 def _holder(found: Any, depth: int = MAX_NESTING) -> list[str]:
-    """The keys of the first holder that has tensors; none where it is `found` itself."""
+    """The keys that lead to the first holder with tensors; an empty list if no holder has any."""
     if isinstance(found, dict) and depth:
         for name in HOLDERS:
             inner = found.get(name)
@@ -216,7 +215,7 @@ def _tensors(found: Any) -> dict[str, Tensor]:
 
 
 def _every(found: Any) -> Iterator[str]:
-    """The keys that lead to every tensor in mappings and lists."""
+    """Yield, for every tensor in nested mappings and lists, the keys that lead to it, joined by dots."""
     waiting, seen = [("", found, 0)], set[int]()
     while waiting:
         path, value, depth = waiting.pop()

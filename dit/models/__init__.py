@@ -1,6 +1,6 @@
-"""Backbones: a network is chosen by its name in params.yaml, and every folder here is one kind of network.
+"""Backbones: params.yaml chooses a network by its name, and every folder here is one kind of network.
 
-To add one, add a folder whose `__init__.py` defines `BACKBONE`, a `dit.models.contract.Backbone`; nothing else changes.
+To add a backbone, add a folder whose `__init__.py` defines `BACKBONE`, a `dit.models.contract.Backbone`; nothing else changes.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ __all__ = [
 
 @cache
 def backbones() -> tuple[Backbone, ...]:
-    """All backbones: one for each folder here."""
+    """All backbones, one from each folder of `dit/models`."""
     folders = [module.name for module in iter_modules(__path__) if module.ispkg]
     return tuple(import_module(f"{__name__}.{folder}").BACKBONE for folder in folders)
 
 
 def backbone_named(name: str) -> Backbone:
-    """The backbone that builds the network called `name`. Raises `ConfigError` where none does."""
+    """The backbone that builds the network called `name`. Raises `ConfigError` if there is no such backbone."""
     for backbone in backbones():
         if backbone.accepts(name):
             return backbone
@@ -51,7 +51,7 @@ def backbone_named(name: str) -> Backbone:
 
 
 def backbone_of(model: nn.Module) -> Backbone:
-    """What the laboratory knows of `model`. Raises `ConfigError` for a network of no backbone."""
+    """The backbone that `model` belongs to. Raises `ConfigError` if it belongs to none."""
     by_class = {backbone.network: backbone for backbone in backbones()}
     for kind in type(model).__mro__:  # FSDP makes a subclass of a network's class
         if kind in by_class:
@@ -60,7 +60,7 @@ def backbone_of(model: nn.Module) -> Backbone:
 
 
 def options_of(name: str, options: Mapping[str, Any]) -> Options:
-    """Check what stands beside `name` in the `model` section. Raises `ConfigError` that names the wrong key."""
+    """Check the options that stand beside `name` in section `model`. Raises `ConfigError` that names the wrong key."""
     backbone = backbone_named(name)
     try:
         return backbone.options.model_validate(options)
@@ -94,7 +94,7 @@ def roles(model: nn.Module) -> list[Role]:
 
 
 def fast_path_of(model: nn.Module) -> FastPath | None:
-    """The fused path of `model`; None where there is none, or its kernels do not support this network."""
+    """The fused path of `model`; None if its backbone has no fused path, or the kernels do not support this network."""
     path = backbone_of(model).fast_path
     return path if path is not None and path.supports(model) else None
 

@@ -1,6 +1,6 @@
-"""The contract of a backbone (a kind of network): what the laboratory must know about it, and what it may know.
+"""The contract of a backbone (a kind of network): what it must tell the laboratory, and what it may tell in addition.
 
-All parts of `Backbone` after `roles` are optional. If one is missing, everything else works: wake-up is measured and not
+All parts of `Backbone` after `roles` are optional. Without one of them, all else still works: wake-up is measured instead of
 predicted, a diagnosis has no gates or units, or training has no fused path.
 """
 
@@ -53,7 +53,7 @@ class Denoiser(nn.Module):
 
 
 class Options(BaseModel):
-    """The keys that section `model` of params.yaml may have beside the name; a backbone adds its own."""
+    """The keys that section `model` of params.yaml may have beside the name; a backbone adds keys in a subclass."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -79,7 +79,7 @@ class FastNetwork(Protocol):
 
     @property
     def flat(self) -> Tensor:
-        """All gradients, in one piece of memory."""
+        """All gradients, as one contiguous vector."""
 
     def gradients(self) -> list[Tensor]:
         """The gradients of `copies`, as parts of `flat`."""
@@ -118,15 +118,15 @@ class Backbone:
     blocks: Callable[[Any], list[Block]] = lambda _model: []
     """The residual blocks, in order."""
     units: Callable[[Any], dict[str, Tensor]] = lambda _model: {}
-    """Matrices whose rows are units and are compared for symmetry, by the role under which their number is recorded."""
+    """Matrices whose rows are units, to be compared for symmetry; by the role under which the number of units is recorded."""
     gates: Callable[[Any, Tensor, Tensor], dict[str, Tensor]] = lambda _model, _timesteps, _labels: {}
     """The gates (B, D) that the network computes for timesteps (B,) and labels (B,), by the role of their weights."""
     resizable: bool = False
     """Whether its networks take `hidden_size`, `depth` and `num_heads`, as the coordinate check needs."""
     gradient_flow: Callable[[Any, Mapping[str, Pattern]], dict[str, Pattern]] | None = None
-    """Predicts the pattern (zeros, equal rows) of each role's gradient from those of all weights; see `gradient_flow`."""
+    """Predicts the pattern (zeros, equal rows) of each role's gradient from the weights' patterns; see `gradient_flow`."""
     fast_path: FastPath | None = None
     capturable: bool = False
-    """Whether a call can become a CUDA graph: it never waits for the GPU, and does the same whatever the GPU computed."""
+    """Whether a CUDA graph can record a call: the call never waits for the GPU, and no branch depends on computed values."""
     called_when_built: bool = False
     """Whether `build` also calls the network. If so, checks of parameters build it on the meta device, to save time."""

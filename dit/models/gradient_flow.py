@@ -1,11 +1,12 @@
-"""Which weights receive a gradient: the chain rule read on what is known of each weight matrix, not on numbers.
+"""Which weights receive a gradient. The chain rule is applied to patterns of the weight matrices, not to their numbers.
 
-A product with a zero factor is zero. Other products vanish for any numbers if the entries of a vector are all equal (the vector
-is *uniform*) or sum to zero (it is *centred*): a matrix with equal columns times a centred vector; a matrix whose rows each sum
-to zero times a uniform vector; and 1 + scale where the scale is -1. Layer norm makes vectors centred: forwards because it
-subtracts the mean, backwards because it ignores the mean. A matrix whose rows have equal sums keeps a uniform vector uniform,
-and one whose columns have equal sums keeps a centred vector centred; an identity does both. Softmax ignores what all its logits
-share. All other sums are assumed not to cancel.
+A product with a zero factor is zero. Some other products are zero for any numbers, if all entries of a vector are equal (the
+vector is *uniform*) or sum to zero (it is *centred*). A matrix with equal columns times a centred vector is zero, and so is a
+matrix whose rows each sum to zero times a uniform vector; 1 + scale is zero if the scale is -1. Layer norm makes vectors
+centred: the forward pass subtracts the mean, and so the backward pass removes the mean of the gradient. A matrix whose rows
+have equal sums keeps a uniform vector uniform. A matrix whose columns have equal sums keeps a centred vector centred. An
+identity matrix does both. Softmax does not change if a constant is added to all its logits. All other sums are assumed not to
+cancel.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ Kind = Literal["zero", "uniform", "centred", "generic"]
 Sums = Literal["zero", "equal", "any"]
 
 Updates = Literal["elementwise", "linear"]
-"""How an optimiser turns gradients into steps: entry by entry, such as Adam, or as a linear map of them, such as SGD."""
+"""How an optimiser turns gradients into steps: entry by entry, such as Adam, or by a linear map of gradients, such as SGD."""
 
 ROUNDING = 1e-14
-"""Sums that differ by less than this fraction of the absolute values in them are equal, in float64."""
+"""Two sums, in float64, count as equal if they differ by at most this fraction of the sum of absolute values."""
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """What is known of a role's weights, a matrix (out, in); a vector is a matrix with one column."""
+    """What is known about a role's weights, as a matrix (out, in); a vector is a matrix with one column."""
 
     zero: bool = False
     minus_one: bool = False
@@ -50,7 +51,7 @@ ZERO = Pattern(zero=True, equal_rows=True, equal_columns=True, row_sums="zero", 
 
 
 def pattern_of(weights: Tensor) -> Pattern:
-    """The pattern of a matrix (out, in) or a vector that is there."""
+    """The pattern of the given weights, a matrix (out, in) or a vector."""
     matrix = weights.double().reshape(len(weights), -1)
     first = matrix[0, 0]
     if (matrix == first).all() and first == 0:
@@ -73,7 +74,9 @@ def _sums(matrix: Tensor) -> Sums:
 
 @dataclass(frozen=True)
 class Vector:
-    """What is known of the vectors at all tokens of a sample: each is one part of its own plus one that all tokens share."""
+    """What is known about the vectors at all tokens of a sample. Each is the sum of the token's `own` part and a `shared` part,
+    which is the same for all tokens.
+    """
 
     own: Kind = "zero"
     shared: Kind = "zero"
@@ -85,7 +88,7 @@ class Vector:
 
     @property
     def averaged(self) -> Vector:
-        """Its mean over tokens, which all tokens share."""
+        """The mean over tokens, which is the same for all tokens."""
         return Vector(shared=self.kind)
 
     def __bool__(self) -> bool:
@@ -95,7 +98,7 @@ class Vector:
         return Vector(_sum(self.own, other.own), _sum(self.shared, other.shared))
 
     def __mul__(self, factor: Vector) -> Vector:
-        """Elementwise."""
+        """The elementwise product."""
         own = _sum(_product(self.own, factor.kind), _product(self.shared, factor.own))
         return Vector(own, _product(self.shared, factor.shared))
 
@@ -121,13 +124,13 @@ def _product(one: Kind, other: Kind) -> Kind:
 
 
 def activation(x: Vector) -> Vector:
-    """SiLU or GELU: zero at zero, and the same function of every feature."""
+    """SiLU or GELU of `x`: both are zero at zero, and are the same function for every feature."""
     kind: Kind = x.kind if x.kind in ("zero", "uniform") else "generic"
     return Vector(own=kind) if x.own != "zero" else Vector(shared=kind)
 
 
 def slope(x: Vector) -> Vector:
-    """The derivative of `activation` at `x`, which is nowhere zero for all features."""
+    """The derivative of `activation` at `x`, which is never zero for all features at once."""
     kind: Kind = "uniform" if x.kind in ("zero", "uniform") else "generic"
     return Vector(own=kind) if x.own != "zero" else Vector(shared=kind)
 
@@ -138,12 +141,12 @@ def linear(x: Vector, weight: Pattern, bias: Pattern = ZERO) -> Vector:
 
 
 def transposed(delta: Vector, weight: Pattern) -> Vector:
-    """`weight.T @ delta`: the gradient of a linear layer's input, from that of its output."""
+    """`weight.T @ delta`: the gradient of a linear layer's input, from the gradient `delta` of its output."""
     return linear(delta, weight.transposed)
 
 
 def _through(x: Kind, weight: Pattern) -> Kind:
-    """`weight @ x`. Equal columns see only the sum of x, and equal rows make a uniform vector."""
+    """The kind of `weight @ x`. With equal columns it depends only on the sum of x; with equal rows it is uniform."""
     sees_nothing = (x == "centred" and weight.equal_columns) or (x == "uniform" and weight.row_sums == "zero")
     if x == "zero" or weight.zero or sees_nothing:
         return "zero"
@@ -173,12 +176,12 @@ def total(delta: Vector) -> Pattern:
 
 
 def orthogonalised(parts: Sequence[Pattern]) -> list[Pattern]:
-    """The update of Muon from a momentum matrix X, both as the row parts that have roles of their own.
+    """The update of Muon from a momentum matrix X. Both matrices are given as parts, the rows of each role.
 
-    It is a polynomial X (a + b X'X + c (X'X)^2), several times over, whose factor is positive definite for Muon's a, b, c, as
-    b^2 < 4ac. So zero rows stay zero, others do not become zero, and equal rows stay equal, also those of one part. It is also
-    (a + b XX' + c (XX')^2) X, so that equal columns of the whole matrix stay equal; those of one part alone do not.
-    Sums would stay zero, but torch computes it in bfloat16, where they do not.
+    Muon repeats X (a + b X'X + c (X'X)^2) several times. For Muon's a, b, c the factor in brackets is positive definite, as
+    b^2 < 4ac. So zero rows stay zero, other rows do not become zero, and equal rows stay equal, also within one part. The
+    product equals (a + b XX' + c (XX')^2) X, so columns that are equal in the whole matrix stay equal; columns that are equal
+    only in one part do not. Sums that are zero would stay zero in exact arithmetic, but not in bfloat16, which torch uses.
     """
     columns = all(part.equal_columns for part in parts)
     return [part if part.zero else _equal(part.equal_rows, columns) for part in parts]
@@ -191,7 +194,10 @@ def _equal(rows: bool, columns: bool) -> Pattern:
 
 
 def updated(weight: Pattern, gradient: Pattern, updates: Updates) -> Pattern:
-    """A weight after an optimiser step along `gradient`. Sums stay known where steps are linear, or follow from equal rows."""
+    """The pattern of a weight after an optimiser step along `gradient`.
+
+    Row and column sums stay known if the step is linear in the gradient, or if they follow from equal rows or columns.
+    """
     if gradient.zero:
         return weight
     equal = _equal(weight.equal_rows and gradient.equal_rows, weight.equal_columns and gradient.equal_columns)
@@ -210,10 +216,10 @@ def updated(weight: Pattern, gradient: Pattern, updates: Updates) -> Pattern:
 
 @dataclass(frozen=True)
 class Attention:
-    """softmax(query @ key) @ value in `heads` heads, where `rotary` turns queries and keys by their positions first.
+    """softmax(query @ key) @ value in `heads` heads; with `rotary`, positions rotate queries and keys first.
 
-    A uniform vector is uniform in each head; a centred one need not be, unless there is one head. Where all heads attend alike,
-    their output is what is known of the values.
+    A uniform vector is uniform in each head. A centred vector need not be centred in each head, unless there is only one head.
+    If all heads have the same attention weights, the output is of the same kind as the values.
     """
 
     query: Vector
@@ -224,7 +230,7 @@ class Attention:
 
     @property
     def key_differences(self) -> Kind:
-        """What tells the keys of different tokens from each other; all else shifts every logit of a query alike."""
+        """The kind of what differs between the keys of tokens; all else adds the same number to all logits of a query."""
         if self.rotary:
             return "generic" if self.key else "zero"
         return self.key.own
@@ -237,13 +243,13 @@ class Attention:
 
     @property
     def alike(self) -> bool:
-        """Whether all heads attend alike."""
+        """Whether all heads have the same attention weights."""
         key = self.key.kind if self.rotary else self.key.own
         return self.heads == 1 or self.is_mean or self.query.kind == key == "uniform"
 
     @property
     def mixed(self) -> Vector:
-        """The output. Softmax weights sum to one, so that what all values share passes as it is."""
+        """The output. Softmax weights sum to one, so the part that all values share passes unchanged."""
         if self.is_mean:
             return self.value.averaged
         own = self.value.own if self.alike or self.value.own == "zero" else "generic"
@@ -252,8 +258,8 @@ class Attention:
     def gradients(self, delta: Vector) -> tuple[Vector, Vector, Vector]:
         """The gradients of queries, keys and values, from the gradient of the output.
 
-        Logits receive one where values differ between tokens, and queries where keys do. What all keys share receives none, so
-        that without `rotary` the gradients of the keys sum to zero over tokens.
+        Logits receive a gradient if values differ between tokens, and queries receive one if keys differ between tokens. The
+        part that all keys share receives none, so without `rotary` the gradients of the keys sum to zero over tokens.
         """
         logits = bool(delta) and self.value.own != "zero" and not self._orthogonal(delta.kind, self.value.own)
         same = self.heads == 1 or (self.alike and delta.kind == self.value.own == "uniform")
@@ -264,7 +270,7 @@ class Attention:
         return to_query, to_key, Vector(own=delta.kind if self.alike else "generic")
 
     def _of_others(self, kind: Kind, alike: bool) -> Vector:
-        """A sum of keys or queries of other tokens, by factors that are `alike` in all heads or not."""
+        """A weighted sum of keys or queries of other tokens; `alike` says whether its factors are the same in all heads."""
         return Vector(own=kind if kind == "zero" or (alike and not self.rotary) else "generic")
 
     def _orthogonal(self, one: Kind, other: Kind) -> bool:

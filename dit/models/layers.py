@@ -11,7 +11,7 @@ from torch import Tensor, nn
 FREQUENCY_SIZE = 256
 
 MLP_RATIO = 4
-"""Hidden units of an MLP for each feature of the residual stream; Peebles & Xie (2023)."""
+"""Number of hidden units of an MLP per feature of the residual stream; Peebles & Xie (2023)."""
 
 FLOW_TIMESTEPS = 1000
 """The `num_timesteps` of networks whose own time is in [0, 1]; see `own_time`."""
@@ -73,8 +73,8 @@ class MLP(nn.Module):
 def own_time(t: Tensor) -> Tensor:
     """Timesteps (B,) in [0, 1000), with noise at 1000 -> the time (B,) in (0, 1] of SiT and LightningDiT, with data at 1.
 
-    In their time the velocity is data - noise (willisma/SiT `transport/path.py`, `ICPlan`). So these networks return minus what
-    they compute: noise - data, the velocity of `dit.diffusion`.
+    With the time of SiT, the velocity is data - noise (willisma/SiT `transport/path.py`, `ICPlan`). So SiT and LightningDiT
+    return the negative of their last layer's output: noise - data, the velocity of `dit.diffusion`.
     """
     return 1 - t / FLOW_TIMESTEPS
 
@@ -101,14 +101,14 @@ def timestep_features(t: Tensor, max_period: float = 10000.0) -> Tensor:
 
 
 def without_values() -> bool:
-    """Whether a network is built on the meta device, where arithmetic would import torch's compiler, which takes seconds."""
+    """Whether a network is being built on the meta device, where arithmetic would import torch's compiler for seconds."""
     return torch.get_default_device().type == "meta"
 
 
 def sincos_positions(hidden_size: int, side: int) -> Tensor:
     """Frozen 2-D sine-cosine positions (side * side, D): columns in the first half of D, rows in the second.
 
-    facebookresearch/DiT `get_2d_sincos_pos_embed`, computed in float64 as there.
+    Source: facebookresearch/DiT `get_2d_sincos_pos_embed`, which also computes in float64.
     """
     if without_values():
         return torch.empty(side * side, hidden_size // 4 * 4)

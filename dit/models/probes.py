@@ -1,4 +1,4 @@
-"""What diagnostics read in transformers of several backbones beside their weights: the units of their layers, and gates."""
+"""What diagnostics read from several backbones beside their weights: the units of layers, gates, and residual blocks."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ class Attention(Protocol):
 
 
 def mlp_units(mlp: MLP) -> Tensor:
-    """The hidden units of an MLP (H, 2D + 1): incoming weights, bias and outgoing weights of each."""
+    """The hidden units of an MLP (H, 2D + 1): the incoming weights, bias and outgoing weights of each unit."""
     return torch.cat([mlp.fc1.weight, mlp.fc1.bias[:, None], mlp.fc2.weight.T], dim=1)
 
 
 def attention_heads(attention: Attention, key_bias: bool = False) -> Tensor:
-    """The heads of an attention layer (heads, K): all weights of each, with its columns of the output projection.
+    """The heads of an attention layer (heads, K): all weights of each head, with its columns of the output projection.
 
-    A key's bias is left out unless `key_bias`: alone, it shifts all logits of a query alike, which softmax does not see. Its
-    gradient is rounding, which AdamW enlarges to steps of full size, so that heads which do the same would not look it.
+    The bias of the keys is left out unless `key_bias`. If keys are neither normalised nor rotated, this bias adds the same
+    number to all logits of a query, which softmax ignores. Its gradient is then rounding error, which AdamW turns into steps of
+    full size, so heads that compute the same function would look different.
     """
     heads = attention.num_heads
     rows = attention.qkv.weight.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(1)  # (heads, 3 * D / heads * D)
@@ -42,7 +43,7 @@ def attention_heads(attention: Attention, key_bias: bool = False) -> Tensor:
 
 
 def output_units(linear: nn.Linear) -> Tensor:
-    """The units of an output layer (out, in + 1): its rows, each with its bias."""
+    """The units of an output layer (out, in + 1): each row of its weight, with the bias of this row."""
     return torch.cat([linear.weight, linear.bias[:, None]], dim=1)
 
 

@@ -28,9 +28,9 @@ class Role:
     shape: tuple[int, ...]
     """Shape of the whole parameter; the role may be only some of its rows."""
     fan_in: int
-    """Inputs of its layer. A bias has those of its weight; a vector without a matrix, such as the scale of a norm, has 1."""
+    """Inputs of the role's layer. A bias has the fan_in of its weight; a lone vector, such as the scale of a norm, has 1."""
     depth: int
-    """Blocks of the network."""
+    """Number of blocks of the network."""
     num_heads: int
     start: int = 0
     stop: int | None = None
@@ -38,25 +38,25 @@ class Role:
     heads: Literal["rows", "columns"] | None = None
     """Whether each attention head has rows of its own (queries, keys, values) or columns of its own (the output)."""
     block: int | None = None
-    """The index of its block; None outside the blocks."""
+    """The index of the role's block; None outside the blocks."""
 
     @property
     def rows(self) -> slice:
-        """The rows of the parameter that play this role."""
+        """The rows of the parameter that belong to this role."""
         return slice(self.start, self.count + self.start)
 
     @property
     def count(self) -> int:
-        """How many rows they are; a number that stands alone is one row."""
+        """The number of rows of this role; a parameter that is a single number has one row."""
         return (self.stop if self.stop is not None else (*self.shape, 1)[0]) - self.start
 
     @property
     def is_vector(self) -> bool:
-        """Whether it is a bias, another vector, or one number, rather than a matrix."""
+        """Whether the parameter is a bias, another vector, or a single number, and not a matrix."""
         return len(self.shape) < 2
 
     def __hash__(self) -> int:
-        return hash((self.parameter, self.path))  # of two strings that remember theirs: rules look up many thousands of roles
+        return hash((self.parameter, self.path))  # strings cache their hash: fast for many thousands of roles
 
     @cached_property
     def whole(self) -> str:
@@ -65,26 +65,26 @@ class Role:
 
     @cached_property
     def in_first_block(self) -> str:
-        """`whole`, with 0 as the index of its block: equal for the same role in all blocks."""
+        """`whole` with 0 in place of the block's index: equal for the same role in all blocks."""
         own = rf"(\[|\.){self.block}(?=\.|\]\.)"
         return self.whole if self.block is None else re.sub(own, r"\g<1>0", self.whole, count=1)
 
     @cached_property
     def beyond_blocks(self) -> str:
-        """Its path without the index of its block: equal for the same role in all blocks."""
+        """The path without the block's index: equal for the same role in all blocks."""
         return self.in_blocks("")
 
     def in_blocks(self, index: str) -> str:
-        """Its path with `index` as the index of its block; its own path outside the blocks."""
+        """The path with `index` in place of the block's index; outside the blocks, the path itself."""
         own = rf"(\[{self.block}\]|\.{self.block})(?=\.)"
         return self.path if self.block is None else re.sub(own, index, self.path, count=1)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The part of `tensor`, which has the shape of the whole parameter, that plays this role; a view."""
+        """The rows of this role in `tensor`, which has the shape of the whole parameter; a view."""
         return tensor[self.rows] if tensor.dim() else tensor
 
     def part(self, start: int, stop: int) -> Role:
-        """Some of its rows, counted from its first, as a role."""
+        """The rows from `start` to `stop` of this role, counted from its first row, as a role."""
         if (start, stop) == (0, self.count):
             return self
         return replace(self, path=f"{self.path}[{start}:{stop}]", start=self.start + start, stop=self.start + stop)
@@ -92,7 +92,7 @@ class Role:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer with a weight or a bias: its path in rules, its name in the network, and what its equal row chunks are called."""
+    """A layer with a weight or a bias: its path in rules, its module's name, and the names of its row chunks of equal size."""
 
     path: str
     module: str

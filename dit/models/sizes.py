@@ -1,4 +1,4 @@
-"""The named sizes of published networks, and names such as `DiT-XL/2`: a family, a size and a patch size."""
+"""The named sizes of published networks. A name such as `DiT-XL/2` consists of a family, a size and a patch size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dit.sections.types import Depth, Width
 
 @dataclass(frozen=True)
 class Size:
-    """Depth in blocks, width of the residual stream, and attention heads."""
+    """Number of blocks, width of the residual stream, and number of attention heads."""
 
     depth: int
     hidden_size: int
@@ -31,7 +31,7 @@ SIZES = {
 
 
 class SizedOptions(Options):
-    """Sizes that replace those of the name."""
+    """Sizes that replace the sizes that the network's name stands for."""
 
     depth: Depth | None = None
     hidden_size: Width | None = None
@@ -41,9 +41,9 @@ class SizedOptions(Options):
 def sizes_of(
     name: str, family: str, options: SizedOptions, patch_sizes: Collection[int], sizes: Mapping[str, Size] = SIZES
 ) -> dict[str, int]:
-    """The sizes that a name of a family stands for, with those of `options` in their place, as a constructor takes them.
+    """The sizes of the network called `name`, as arguments of its constructor; sizes in `options` replace those of the name.
 
-    Raises `ConfigError` for an unknown name, and for a width that heads and positions do not divide.
+    Raises `ConfigError` for an unknown name, and for a width that is not a multiple of 4 and of the number of heads.
     """
     size, patch_size = parse_name(name, family, patch_sizes, sizes)
     hidden_size, num_heads = options.hidden_size or size.hidden_size, options.num_heads or size.num_heads
@@ -60,7 +60,7 @@ def sizes_of(
 
 
 def parse_name(name: str, family: str, patch_sizes: Collection[int], sizes: Mapping[str, Size] = SIZES) -> tuple[Size, int]:
-    """`"DiT-XL/2"` of family `DiT` -> (size, patch size). Raises `ConfigError` where there is no such network."""
+    """`"DiT-XL/2"` of family `DiT` -> (size, patch size). Raises `ConfigError` if there is no such network."""
     stem, _, patch = name.partition("/")
     size = sizes.get(stem.removeprefix(f"{family}-"))
     if not stem.startswith(f"{family}-") or size is None or patch not in map(str, patch_sizes):

@@ -1,4 +1,4 @@
-"""Optimisers by name: `torch.optim`'s own classes, and functions for those that it does not have."""
+"""Optimisers by name: the classes of `torch.optim`, and functions for optimisers that `torch.optim` does not have."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dit.errors import ConfigError
 from dit.sections.optim import AdamWParams, MuonParams, NamedOptimizerParams, OptimizerParams, SGDParams
 
 Make = Callable[..., torch.optim.Optimizer]
-"""Called with parameter groups, the learning rate `lr`, and the arguments of `train.optimizer`."""
+"""A function that makes an optimiser from parameter groups, the learning rate `lr`, and the arguments of `train.optimizer`."""
 
 OUTSIDE: dict[str, Make] = {}
 """Optimisers that `torch.optim` does not have. To add one, define its function here, and name it in this table."""
 
 OWN = ("adamw", "sgd", "muon")
-"""The names with a section of their own."""
+"""The optimisers that have a section class of their own in `dit.sections.optim`."""
 
 GIVEN = {"params": "the network gives the weights", "lr": "train.learning_rate is the learning rate"}
-"""What `arguments` must not hold, and why."""
+"""The keys that `arguments` must not contain, each with the reason."""
 
 NOT_SERVED = {
     "Optimizer": "it is the base class of all optimisers",
@@ -30,14 +30,16 @@ NOT_SERVED = {
     "SparseAdam": "it needs sparse gradients",
     "Muon": "it takes only matrices; `name: muon` gives the other weights to AdamW",
 }
-"""Classes of `torch.optim` that cannot train a network here, and why."""
+"""Classes of `torch.optim` that cannot train a network here, each with the reason."""
 
 ELEMENTWISE = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
 """Classes that, apart from weight decay, change each entry of a weight from its own gradients only."""
 
 
 def is_elementwise(params: OptimizerParams) -> bool:
-    """Whether an entry of a weight without a gradient stays, and entries with equal gradients move equally."""
+    """Whether an entry with zero gradients keeps its value, and entries with equal gradients change equally, except for weight
+    decay.
+    """
     return isinstance(params, AdamWParams | SGDParams) or params.name in ELEMENTWISE
 
 
@@ -47,7 +49,7 @@ def shards(params: OptimizerParams) -> bool:
 
 
 def maker(params: NamedOptimizerParams) -> Make:
-    """The function that makes the optimiser. Raises `ConfigError` for an unknown name, or arguments that it does not take."""
+    """The function that makes the optimiser. Raises `ConfigError` for an unknown name or for wrong arguments."""
     known = [*OWN, *OUTSIDE, *torch_names()]
     if params.name in NOT_SERVED:
         raise ConfigError(f"name = '{params.name}': {NOT_SERVED[params.name]}; expected one of {', '.join(known)}")
@@ -61,7 +63,7 @@ def maker(params: NamedOptimizerParams) -> Make:
 
 
 def torch_names() -> list[str]:
-    """The classes of `torch.optim` that can be named."""
+    """The names of the classes of `torch.optim` that `train.optimizer` may name."""
     members = inspect.getmembers(torch.optim, inspect.isclass)
     return [name for name, kind in members if issubclass(kind, torch.optim.Optimizer) and name not in NOT_SERVED]
 

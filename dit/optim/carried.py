@@ -1,4 +1,4 @@
-"""The weights whose optimiser state another optimiser can take over."""
+"""Finds the weights whose optimiser state another optimiser can take over."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ ADDING_STATE = ("amsgrad", "centered", "momentum")
 """Arguments of `torch.optim` that add state: amsgrad of Adam, centered of RMSprop, momentum of RMSprop and SGD."""
 
 Rule = tuple[str, ...]
-"""What updates a weight: the name of an optimiser, and those of its arguments that add state."""
+"""How a weight is updated: the name of an optimiser, and the given arguments that add state."""
 
 
 def carried(before: OptimizerParams, after: OptimizerParams, every_role: Sequence[Role]) -> set[str]:
     """The names of the weights that both optimisers update by the same rule, so that `after` can take over their state.
 
-    Betas, decays and learning rates may differ: they say how the state changes from now on, not what it is.
+    Betas, decays and learning rates may differ: they change how the state is updated, not what it consists of.
     """
     old, new = _rules(before, every_role), _rules(after, every_role)
     return {name for name, rule in new.items() if old[name] == rule}
@@ -31,7 +31,7 @@ def _rules(params: OptimizerParams, every_role: Sequence[Role]) -> dict[str, Rul
 
 
 def _rule(params: OptimizerParams) -> Rule:
-    """The rule for all weights; in Muon, for all weights that are not hidden."""
+    """The rule of `params` for all weights; for Muon, the rule for all weights that are not hidden."""
     arguments: dict[str, Any] = {}
     match params:
         case AdamWParams() | MuonParams():

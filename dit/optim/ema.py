@@ -1,4 +1,4 @@
-"""The exponential moving average of a network's weights (EMA): what validation, sampling and the saved run use."""
+"""The exponential moving average (EMA) of a network's weights, which validation, sampling and the saved run use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dit.distributed import local
 class EMA:
     """average <- decay * average + (1 - decay) * weight, from the first step on; the average starts as the weights.
 
-    `tensors` holds the averages by their names in the model's `state_dict`. What is not trained keeps its value.
+    `tensors` holds the averages by their names in the model's `state_dict`. Tensors that are not trained keep their values.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -26,7 +26,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Update the average with the present weights."""
+        """Update the average with the current weights."""
         torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)
 
     @contextmanager

@@ -21,15 +21,15 @@ EPS = 1e-8
 
 
 def unserved(params: OptimizerParams) -> str:
-    """In words, what an optimiser needs and the fused path cannot do; empty if it can do everything."""
+    """In words, the setting of an optimiser that the fused path cannot use; empty if it can use the optimiser."""
     return "" if isinstance(params, AdamWParams) else f"train.optimizer.name = '{params.name}'"
 
 
 class FusedAdamW:
-    """As `dit.optim.optimizer.Optimizer`, for AdamW on a float32 model; it also updates `ema`, and the copies in `network`."""
+    """An `Optimizer` for AdamW on a float32 model, which also updates `ema` and the bf16 copies in `network`."""
 
     def __init__(self, model: nn.Module, network: FastNetwork, params: TrainParams, ema: EMA) -> None:
-        from dit.fused.kernels import AdamWEMA  # needs Triton, which torch for CUDA brings along
+        from dit.fused.kernels import AdamWEMA  # imported here: needs Triton, which comes with torch for CUDA
 
         assert isinstance(params.optimizer, AdamWParams), "the caller asks `unserved` first"
         self.params = params.optimizer
@@ -48,7 +48,7 @@ class FusedAdamW:
         )
 
     def _factors(self, model: nn.Module) -> Tensor:
-        """(2, weights): what multiplies the learning rate of each weight, and its product with the weight decay."""
+        """(2, weights): the multiplier of each weight's learning rate, and this times the multiplier of its weight decay."""
         by_weight = multipliers(self.params.groups, roles(model))
         factors = [by_weight[name] for name in self.weights]
         rates = [factor.learning_rate for factor in factors]
@@ -56,7 +56,7 @@ class FusedAdamW:
         return torch.tensor([rates, decays], device=next(iter(self.weights.values())).device)
 
     def step(self, learning_rate: float, factor: Tensor) -> None:
-        """Update the weights, their copies and their average along the gradients times `factor`, a scalar on the device."""
+        """Update the weights, their copies and their average. `factor`, a scalar on the device, multiplies the gradients."""
         self.updates += 1
         beta1, beta2 = self.params.betas
         self._update(
@@ -70,13 +70,13 @@ class FusedAdamW:
         )
 
     def second_moments(self) -> dict[str, SecondMoment]:
-        """As `dit.optim.optimizer.Optimizer`; all share one count of updates, always in the same place on the device."""
+        """The second moments, as in `Optimizer`. All share one count of updates, whose address on the device never changes."""
         decay, updates = self.params.betas[1], self._updates_on_device.fill_(self.updates)
         moments = self.second_moment if self.updates else {}
         return {name: SecondMoment(value, decay, updates, EPS) for name, value in moments.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """All state, by the name of its weight and under the keys of `torch.optim.AdamW`."""
+        """All state, by name of the weight, under the keys of `torch.optim.AdamW`."""
         step = torch.tensor(float(self.updates))
         by_weight = {
             name: {"step": step, "exp_avg": self.first_moment[name], "exp_avg_sq": self.second_moment[name]}
@@ -86,7 +86,7 @@ class FusedAdamW:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned. The weights must have been restored: their copies are made again."""
+        """Restore what `state_dict` returned. Restore the weights first, because this also copies them into `network`."""
         for name, saved in state["weights"].items():
             self.first_moment[name].copy_(saved["exp_avg"])
             self.second_moment[name].copy_(saved["exp_avg_sq"])

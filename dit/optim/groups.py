@@ -1,4 +1,4 @@
-"""Parameter groups: which weights a role selector names, and what multiplies their learning rate and weight decay."""
+"""Parameter groups: which weights a role selector names, and the multipliers of their learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def multipliers(groups: Sequence[ParameterGroup], every_role: Sequence[Role]) ->
 
 
 def _multipliers(group: ParameterGroup, role: Role) -> Multipliers:
-    """With `base_fan_in`, weight decay grows as the learning rate falls, so that their product stays.
+    """The multipliers that `group` gives a weight. With `base_fan_in`, weight decay grows as the learning rate falls, so that
+    their product stays the same.
 
     Yang et al. (2022), "Tensor Programs V", table 3, Adam; microsoft/mup mup/optim.py, `MuAdam`, on matrices that grow.
     """

@@ -18,11 +18,11 @@ from dit.sections import TrainParams
 from dit.sections.optim import AdamWParams, MuonParams, NamedOptimizerParams, OptimizerParams, SGDParams
 
 LEARNING_RATE = "learning_rate_multiplier"
-"""A key of torch's parameter groups, which `set_learning_rate` reads."""
+"""The key of the multiplier in a parameter group of torch; `set_learning_rate` reads it."""
 
 
 def check(params: TrainParams, every_role: Sequence[Role]) -> None:
-    """Raise `ConfigError` where `train.optimizer` does not fit a network of these roles; the message begins with its key."""
+    """Raise `ConfigError` if `train.optimizer` does not fit a network with these roles; the message begins with its key."""
     optimizer = params.optimizer
     try:
         multipliers(optimizer.groups, every_role)
@@ -49,7 +49,7 @@ def _refuse_weight_decay(params: NamedOptimizerParams) -> None:
 
 
 def hidden_weights(params: MuonParams, every_role: Sequence[Role]) -> set[str]:
-    """The weights that Muon updates: the matrices among those that `hidden` names."""
+    """The weights that Muon updates: the matrices among the weights that `hidden` names."""
     found = whole_weights(params.hidden, every_role, "hidden")
     matrices = {name for name, role in found.items() if len(role.shape) == 2}
     if not matrices:
@@ -62,15 +62,15 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimiser of `torch.optim` on the trained weights of `model`, grouped by their multipliers.
 
-    Without `decays` there is no weight decay. `fused` asks for torch's fused kernels where the optimiser has a section of its
-    own. Raises `ConfigError` as `check` does.
+    If `decays` is false, there is no weight decay. If `fused` is true, adamw, sgd and the AdamW of muon use torch's fused
+    kernels. Raises `ConfigError` as `check` does.
     """
     every_role = roles(model)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     factors = multipliers(params.groups, every_role)
 
     def grouped(names: Sequence[str], weight_decay: float | None, multiplier: float = 1.0) -> list[dict[str, Any]]:
-        """Parameter groups of torch, in the order in which weights first need them."""
+        """The parameter groups of torch, one for each distinct pair of multipliers, in the order of their first weights."""
         found: dict[Multipliers, dict[str, Any]] = {}
         for name in names:
             factor = factors[name]
@@ -117,7 +117,7 @@ class Together(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take a step with each."""
+        """Take one step with each optimiser."""
         for part in self.parts:
             part.step()
 
@@ -130,7 +130,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 @dataclass(frozen=True)
 class SecondMoment:
-    """Adam's running mean of the squared gradients of one weight, without the correction of its bias; Kingma & Ba (2015).
+    """Adam's running mean of the squared gradients of one weight, without bias correction; Kingma & Ba (2015).
 
     A step multiplies it by `decay` and adds `1 - decay` times the squared gradient; `updates` counts the steps so far.
     """
@@ -151,7 +151,7 @@ class Optimizer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
     def backward(self, loss: Tensor) -> None:
-        """Set the gradients of `loss`, without the factor of loss scaling."""
+        """Compute the gradients of `loss`, and undo the factor of loss scaling."""
         self.torch.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.torch)
@@ -164,7 +164,7 @@ class Optimizer:
         return [gradient.contiguous() / factor if self.scaler.is_enabled() else gradient.contiguous() for gradient in gradients]
 
     def step(self, learning_rate: float) -> None:
-        """Update the weights along their gradients; skip this where loss scaling found one that is not finite."""
+        """Update the weights along their gradients. Loss scaling skips the update if a gradient is not finite."""
         set_learning_rate(self.torch, learning_rate)
         self.scaler.step(self.torch)
         self.scaler.update()
@@ -179,7 +179,7 @@ class Optimizer:
         return {name: found[weight] for name, weight in self.weights.items() if weight in found}
 
     def state_dict(self) -> dict[str, Any]:
-        """All state, by the name of its weight, for a checkpoint that any engine can go on from."""
+        """All state, by name of the weight, for a checkpoint from which any engine can continue."""
         by_weight = {name: dict(self.torch.state[weight]) for name, weight in self.weights.items()}
         return {"weights": by_weight, "scaler": self.scaler.state_dict()}
 
@@ -196,12 +196,15 @@ class Optimizer:
             self.torch.state[weight] = {
                 key: _placed(value, weight, key != "step" or bool(on_device[weight])) for key, value in saved.items()
             }
-        if state["scaler"]:  # a run without loss scaling has no state of it
+        if state["scaler"]:  # empty in a checkpoint of a run without loss scaling
             self.scaler.load_state_dict(state["scaler"])
 
 
 def _placed(value: Any, weight: Tensor, on_device: bool) -> Any:
-    """A value of the state where torch wants it: `torch.optim.Optimizer.load_state_dict` leaves counts of steps on the host."""
+    """A value of the state on the device where torch expects it, in memory of its own.
+
+    Counts of steps stay on the host unless `on_device`, as in `torch.optim.Optimizer.load_state_dict`.
+    """
     if not isinstance(value, Tensor):
         return value
     if value.shape == weight.shape:

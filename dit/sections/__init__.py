@@ -1,6 +1,6 @@
 """The sections of `params.yaml` as typed, validated objects.
 
-Nothing here has a default. Each value stands once, in `params.yaml`; `dit.config` reads the whole file.
+Values have no defaults here: each stands in `params.yaml`, except the few that may be left out. `dit.config` reads the file.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SCHEDULERS = {
     "v": ("ddpm", "ddim", "dpmsolver++"),
     "flow": ("flow_euler", "flow_heun"),
 }
-"""Which samplers fit which training objective."""
+"""By training objective, the samplers that fit it."""
 
 
 Factors = dict[str, list[Any] | dict[LevelName, Any]]
@@ -64,9 +64,9 @@ Factors = dict[str, list[Any] | dict[LevelName, Any]]
 
 
 class StudyParams(Section):
-    """Which strategies are compared, with which factors they are crossed, over which seeds, and what is asked of the runs.
+    """The strategies that are compared, the factors that are crossed with them, the seeds, and which runs are sampled.
 
-    What stands below `seeds` may be left out: without it, each strategy runs once with every seed, and all runs are sampled.
+    The keys below `seeds` may be left out: without them, each strategy runs once with every seed, and all runs are sampled.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -74,26 +74,28 @@ class StudyParams(Section):
     strategies: Annotated[list[Name], Field(min_length=1)]
     seeds: Annotated[list[Seed], Field(min_length=1)]
     factors: Factors = Field(default_factory=dict)
-    """Parameters whose levels are crossed with each other and with strategies and seeds."""
+    """Parameters and their levels, which are crossed with each other and with strategies and seeds."""
     settings: dict[LevelName, dict[str, Any]] = Field(default_factory=dict)
-    """In place of `factors`: named combinations of parameters, where the full product is too large."""
+    """In place of `factors`: named combinations of parameters, for studies whose full product would be too large."""
     only: dict[Name, dict[str, Any]] = Field(default_factory=dict)
-    """By strategy: a value, or levels, that one strategy has in place of those of `params.yaml` and of `factors`."""
+    """By strategy and key: a value, or levels, that this strategy has instead of those in `params.yaml` and `factors`."""
     choose_on: list[Seed] = Field(default_factory=list)
-    """The seeds on which each strategy's best learning rate is chosen. The other seeds report, and these do not."""
+    """The seeds on which each strategy's best learning rate is chosen. Results are reported on the other seeds only."""
     declared: list[Name] = Field(default_factory=list)
-    """The strategies whose comparison with the baseline is primary. One that the study leaves out is ignored; see `primary`."""
+    """The strategies whose comparison with the baseline is primary. Names that are not in `strategies` are ignored."""
     sample: Literal["all", "best", "one", "none"] = "all"
-    """Which runs are sampled: all, those at each strategy's best setting, one of those each (for its pictures), or none."""
+    """Which runs are sampled: all; `best`, the runs at each strategy's best setting; `one`, one of these for each strategy (for
+    its pictures); or none.
+    """
 
     def fixed(self, strategy: str) -> dict[str, Any]:
-        """What `strategy` has at every setting in place of what the others have: the single values of `only`."""
+        """By key, the single values that `only` gives `strategy`; they hold at every setting of the strategy."""
         own = self.only.get(strategy, {})
         return {key: value for key, value in own.items() if not isinstance(value, (list, dict))}
 
     @property
     def primary(self) -> list[str]:
-        """The declared strategies that the study has. Verdicts on them are corrected for their number."""
+        """The declared strategies that are in the study. Verdicts on them are corrected for their number."""
         return [name for name in self.declared if name in self.strategies]
 
     @model_validator(mode="after")
@@ -149,12 +151,12 @@ class ModelParams(Section):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What stands beside the name; `dit.models.options_of` checks it."""
+        """The options of the backbone; `dit.models.options_of` checks them."""
         return dict(self.model_extra or {})
 
 
 class DiffusionParams(Section):
-    """What the network predicts, and the noise it sees."""
+    """What the network predicts, and the noise of its inputs."""
 
     objective: Literal["eps", "x0", "v", "flow"]
     learn_sigma: bool
@@ -179,7 +181,7 @@ class DiffusionParams(Section):
 
 
 class ValidationParams(Section):
-    """Fixed noise and timesteps on held-out latents."""
+    """Validation with fixed noise and timesteps on held-out latents."""
 
     samples: PositiveInt
     seed: Seed
@@ -220,7 +222,9 @@ class TrainParams(Section):
     validation: ValidationParams
     checkpoint_every: PositiveInt
     keep_checkpoints: Annotated[tuple[PositiveInt | Literal["last"], ...], Field(strict=False)] = ()
-    """Steps whose checkpoints outlive the run, and `last`, from which a run goes on when `steps` is raised; may be left out."""
+    """Steps whose checkpoints are kept after the run. `last` keeps the last checkpoint, from which a run with more steps can
+    continue. May be left out.
+    """
     stop_on_collapse: bool
     precision: Precision
     backend: Backend
@@ -232,12 +236,12 @@ class TrainParams(Section):
 
     @property
     def depends_on_length(self) -> bool:
-        """Whether a step before the last one depends on `steps`, as the learning rate of a decay does."""
+        """Whether any step before the last one depends on `steps`, as it does if the learning rate decays."""
         return not isinstance(self.schedule, ConstantSchedule)
 
     @model_serializer(mode="wrap")
     def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A key that may be left out is no part of parameters that do not have it, nor of their digest."""
+        """Omit a key that was left out, so that parameters without it, and their digest, stay the same."""
         written: dict[str, Any] = serialize(self)
         if not self.keep_checkpoints:
             written.pop("keep_checkpoints", None)
@@ -283,7 +287,9 @@ class EvaluateParams(Section):
     kernel_subsets: PositiveInt
     nearest_k: PositiveInt
     reference: FilePath | None = None
-    """Statistics of other images, such as those of a published table, to which samples are compared too; may be left out."""
+    """A file with statistics of other images, such as the reference of a published table, with which samples are also compared.
+    May be left out.
+    """
     grid_rows: PositiveInt
     precision: Precision
     backend: Backend
@@ -293,7 +299,7 @@ class EvaluateParams(Section):
 
     @model_serializer(mode="wrap")
     def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """As that of `TrainParams`."""
+        """See `TrainParams`."""
         written: dict[str, Any] = serialize(self)
         if self.reference is None:
             written.pop("reference", None)

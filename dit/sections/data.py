@@ -1,4 +1,4 @@
-"""Sections `images`, `autoencoder` and `latents`: from pictures to what a network trains on."""
+"""Sections `images`, `autoencoder` and `latents`: from pictures to the latents on which a network trains."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class UnlabelledSource(Section):
 
 
 class HuggingFaceSource(Section):
-    """A data set of the `datasets` library; `dit.data.sources.huggingface`. Without a `label_column` all is one class."""
+    """A data set of the `datasets` library; `dit.data.sources.huggingface`. Without `label_column`, it has one class."""
 
     kind: Literal["huggingface"]
     path: str
@@ -79,7 +79,7 @@ class IdxSource(Section):
 
 
 class WebDatasetSource(Section):
-    """Tar shards of the `webdataset` library; `dit.data.sources.webdataset`. Without a `label_key` all is one class."""
+    """Tar shards of the `webdataset` library; `dit.data.sources.webdataset`. Without `label_key`, they have one class."""
 
     kind: Literal["webdataset"]
     shards: Text
@@ -141,7 +141,7 @@ class PretrainedAutoencoder(Section):
 
 
 class IdentityAutoencoder(Section):
-    """Stage `autoencoder` where the latents are the pixels themselves."""
+    """Stage `autoencoder` without an autoencoder: the latents are the pixels themselves."""
 
     kind: Literal["identity"]
     latent_channels: Literal[1, 3]
@@ -151,24 +151,24 @@ class IdentityAutoencoder(Section):
 
 
 class ShiftAndScale(Section):
-    """`(z - shift) * scale`, each one number or one for each channel."""
+    """Normalisation by `(z - shift) * scale`; shift and scale are one number each, or a list with one number per channel."""
 
     shift: Number | list[Number]
     scale: PositiveFloat | list[PositiveFloat]
 
     def factors(self, channels: int) -> tuple[list[float], list[float]]:
-        """Shift and scale, each one for every latent channel. Raises `ConfigError` for lists of another length."""
+        """Shift and scale, each with one number per latent channel. Raises `ConfigError` for lists of another length."""
         return _per_channel("shift", self.shift, channels), _per_channel("scale", self.scale, channels)
 
 
 class MeanAndStd(Section):
-    """`(z - mean) / std`, each one number or one for each channel."""
+    """Normalisation by `(z - mean) / std`; mean and std are one number each, or a list with one number per channel."""
 
     mean: Number | list[Number]
     std: PositiveFloat | list[PositiveFloat]
 
     def factors(self, channels: int) -> tuple[list[float], list[float]]:
-        """Shift and scale, each one for every latent channel. Raises `ConfigError` for lists of another length."""
+        """Shift and scale, each with one number per latent channel. Raises `ConfigError` for lists of another length."""
         return _per_channel("mean", self.mean, channels), [1 / std for std in _per_channel("std", self.std, channels)]
 
 

@@ -16,17 +16,17 @@ Selectors = str | Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
 
 
 class ParameterGroup(Section):
-    """Weights by role, and what multiplies their learning rate and their weight decay."""
+    """Weights, selected by role, and the multipliers of their learning rate and weight decay."""
 
     role: Selectors
     learning_rate_multiplier: PositiveFloat = 1.0
     weight_decay_multiplier: NonNegativeFloat = 1.0
     base_fan_in: PositiveInt | None = None
-    """Where given, the learning rate is also multiplied by base_fan_in / fan_in, the width rule of µP for Adam."""
+    """If given, the learning rate is also multiplied by base_fan_in / fan_in, the width rule of µP for Adam."""
 
 
 class OptimizerSection(Section):
-    """What every optimiser has. `weight_decay` is multiplied by the learning rate where the optimiser decouples it."""
+    """The keys of every optimiser. If an optimiser decouples `weight_decay`, it multiplies it by the learning rate."""
 
     groups: Annotated[tuple[ParameterGroup, ...], Field(strict=False)]
     """Later groups override earlier ones; weights that no group names have multipliers of 1."""
@@ -67,7 +67,7 @@ class MuonParams(OptimizerSection):
 
 
 class NamedOptimizerParams(OptimizerSection):
-    """Any class of `torch.optim` by its name, and what it is called with besides the weights and the learning rate."""
+    """Any class of `torch.optim`, by name, and its arguments other than the weights and the learning rate."""
 
     name: str
     arguments: dict[str, Any]
@@ -75,7 +75,7 @@ class NamedOptimizerParams(OptimizerSection):
     @model_validator(mode="before")
     @classmethod
     def _has_arguments(cls, data: Any) -> Any:
-        """Name the choices at once: the keys of another optimiser would each be an error too."""
+        """Name the choices in one error; otherwise each key of another optimiser would be an error too."""
         if isinstance(data, Mapping) and "arguments" not in data:
             raise ValueError(
                 f"name = {data.get('name')!r}: expected adamw, sgd or muon, or a class of torch.optim beside its `arguments`, "
@@ -99,13 +99,13 @@ OptimizerParams = Annotated[
 
 
 class ScheduleSection(Section):
-    """What every schedule has: a linear warm-up, whose last step is the first with the whole learning rate."""
+    """The keys of every schedule: a linear warm-up, whose last step is the first with the full learning rate."""
 
     warmup_steps: Count
 
 
 class ConstantSchedule(ScheduleSection):
-    """The whole learning rate after the warm-up."""
+    """The full learning rate after the warm-up."""
 
     name: Literal["constant"]
 
@@ -115,16 +115,16 @@ class DecaySchedule(ScheduleSection):
 
     name: Literal["linear", "cosine"]
     final_fraction: Fraction
-    """Of the learning rate, where the decay ends."""
+    """The fraction of the learning rate at which the decay ends."""
 
 
 class WSDSchedule(ScheduleSection):
-    """Warm-up, stable, decay: the whole learning rate until the last `decay_steps`, in which it falls along a line."""
+    """Warm-up, stable, decay: the full learning rate until the last `decay_steps`, in which it falls along a line."""
 
     name: Literal["wsd"]
     decay_steps: PositiveInt
     final_fraction: Fraction
-    """Of the learning rate, where the decay ends."""
+    """The fraction of the learning rate at which the decay ends."""
 
 
 ScheduleParams = Annotated[ConstantSchedule | DecaySchedule | WSDSchedule, Field(discriminator="name")]

@@ -1,4 +1,4 @@
-"""What the sections of `params.yaml` are made of: their base, and the types of their values."""
+"""The base class of the sections of `params.yaml`, and the types of their values."""
 
 from __future__ import annotations
 
@@ -15,28 +15,32 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 LARGEST = 10**9
-"""Of whole numbers that have no limit of their own. What is larger is a slip of the pen, and would fail after hours."""
+"""Largest whole number of a parameter that has no other limit. A larger number is a typing error, which would otherwise show
+only after hours.
+"""
 PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Threads = Annotated[int, Field(gt=0, le=1024)]
 Width = Annotated[int, Field(gt=0, le=2**16)]
-"""Channels of a layer."""
+"""Number of channels of a layer."""
 Depth = Annotated[int, Field(gt=0, le=1000)]
-"""Blocks of a network; the deepest of Wang et al. (2022), "DeepNet: Scaling Transformers to 1,000 Layers", has 1,000."""
+"""Number of blocks of a network. The deepest one of Wang et al. (2022), "DeepNet: Scaling Transformers to 1,000 Layers", has
+1,000 layers.
+"""
 MOST_PIXELS = 4096
-"""Height and width of an image."""
+"""Largest height and width of an image."""
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 FilePath = Annotated[Path, Field(strict=False)]
 MOST_SETTINGS = 1000
-"""Combinations of levels in a study. Each is checked beforehand, which takes a millisecond or more."""
+"""Most combinations of levels in a study. Each is checked before the study runs, which takes a millisecond or more."""
 LEVEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", re.ASCII)
-"""A level of a factor as part of the names of runs, folders and stages: 0.001, 1e-05, DiT-S_4."""
+"""What a level of a factor looks like in the names of runs, folders and stages: 0.001, 1e-05, DiT-S_4."""
 LevelName = Annotated[str, Field(pattern=f"^{LEVEL_NAME.pattern}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values are of their own kind, and nothing changes after loading."""
+    """Base of all sections: unknown keys are errors, values are not converted to other types, and sections are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

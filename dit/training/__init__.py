@@ -1,1 +1,1 @@
-"""Training: pure batches, the loop, the optimiser with its EMA, validation on fixed noise, checkpoints."""
+"""Training: the loop, its engines, validation on fixed noise, diagnoses, detection of collapses, and kept checkpoints."""

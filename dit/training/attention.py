@@ -1,4 +1,4 @@
-"""Attention as a network computes it: the logits and the entropy of every call, whatever the network is."""
+"""Measures the logits and the entropy of every attention call of any network."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 LOGITS_AT_ONCE = 2**24
-"""Logits, 64 MiB of them, that are held at a time."""
+"""Number of logits, 64 MiB in float32, that are held in memory at a time."""
 
 
 class Attention(TorchFunctionMode):
-    """Within the block, `read` gets the `statistics` of every call of `scaled_dot_product_attention`.
+    """Within the block, `read` receives the `statistics` of every call of `scaled_dot_product_attention`.
 
-    So queries and keys are what softmax sees, normalised and turned by their positions where the network does so.
+    So queries and keys are those of the softmax: normalised and rotated by position, if the network does this.
     """
 
     def __init__(self, read: Callable[[Tensor, Tensor], None]) -> None:
@@ -28,7 +28,7 @@ class Attention(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], _types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call the function; torch sends every one through here."""
+        """Call `function`. Within the block, torch calls this method in place of each of its functions."""
         given = kwargs or {}
         if function is F.scaled_dot_product_attention:
             query, key = (args[index] if len(args) > index else given[name] for index, name in enumerate(("query", "key")))
@@ -41,9 +41,9 @@ def statistics(queries: Tensor, keys: Tensor, scale: float | None = None) -> tup
     """The largest absolute logit, and the mean entropy in nats over samples, heads and queries, as scalars on the device.
 
     `queries` (B, heads, T, K) and `keys` (B, heads, S, K); a logit is q . k times `scale`, by default 1 / sqrt(K), without any
-    mask. Logits grow ahead of the divergence of Dehghani et al. (2023), "Scaling vision transformers to 22 billion parameters",
-    section 3.1; entropy falls ahead of that of Zhai et al. (2023), "Stabilizing transformer training by preventing attention
-    entropy collapse".
+    mask. Both may warn of divergence: logits grow before it in Dehghani et al. (2023), "Scaling vision transformers to 22
+    billion parameters", section 3.1, and entropy falls before it in Zhai et al. (2023), "Stabilizing transformer training by
+    preventing attention entropy collapse".
     """
     *batch, tokens, width = queries.shape
     rows = max(1, LOGITS_AT_ONCE // (math.prod(batch[1:]) * tokens * keys.shape[-2]))

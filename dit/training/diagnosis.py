@@ -1,4 +1,4 @@
-"""A diagnosed step: what each role and each block of the network does in it. On a GPU, CUDA graphs measure small networks."""
+"""Diagnoses a step: measures each role and each block of the network. On a GPU, it uses CUDA graphs for small networks."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from dit.training.engines import Engine, clip_factor
 from dit.training.indicators import SAMPLES, BlockState, activations, block_states, second_moment_ratios
 
 MOST_CAPTURED = 2**27
-"""Parameters of the largest network whose diagnoses are captured. A larger one keeps the GPU busy without that."""
+"""Most parameters of a network whose diagnoses become CUDA graphs. A larger network keeps the GPU busy without graphs."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a diagnosed step shows of every role, and of every block and the rest of the network."""
+    """What a diagnosed step shows about every role, and about every block and the rest of the network."""
 
     roles: list[RoleState]
     blocks: list[BlockState]
 
 
 Places = list[tuple[str, int, int]]
-"""Where second moments and their counts of updates are on the device, by the name of the weight."""
+"""For each weight: its name, and the addresses of its second moment and its count of updates on the device."""
 
 
 def places(moments: Mapping[str, SecondMoment]) -> Places | None:
-    """Where a graph would read `moments`; None where it cannot, since a count of updates on the host would stay as it is now.
+    """The addresses from which a graph would read `moments`; None if a count of updates is on the host.
 
-    `torch.optim` counts on the host for optimisers by name, such as Adam.
+    A graph would use such a count as it was when the graph was recorded. `torch.optim` keeps counts on the host for optimisers
+    by name, such as Adam.
     """
     found: Places = []
     for name, moment in moments.items():
@@ -47,12 +48,12 @@ def places(moments: Mapping[str, SecondMoment]) -> Places | None:
 
 
 class Diagnosis:
-    """Diagnoses steps of `model`, which `engine` trains. Nothing that the run depends on changes.
+    """Diagnoses steps of `model`, which `engine` trains. A diagnosis does not change the results of the run.
 
-    A diagnosis is about a thousand small operations. A GPU computes them sooner than the host can launch them, so those before
-    the update are one CUDA graph, and those after it another. The graphs read weights, gradients and second moments where
-    these are: their addresses are fixed once a step was taken, so the first step is diagnosed without graphs. Second moments
-    that come later, or from a checkpoint, have other addresses, and new graphs.
+    A diagnosis consists of about a thousand small operations, which a GPU computes faster than the host can launch them. So the
+    operations before the update are one CUDA graph, and the operations after it another. The graphs read weights, gradients and
+    second moments at fixed addresses. These are known only after the first step, so the first step is diagnosed without graphs.
+    If the addresses of second moments change, as after loading a checkpoint, new graphs are recorded.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Diagnosis:
         self._any_yet = False
         self._capturable = (
             is_nvidia(diffusion.device)
-            and precision != torch.float16  # loss scaling lets the host decide whether to step
+            and precision != torch.float16  # with loss scaling, the host decides whether to update the weights
             and backbone_of(model).capturable
             and sum(weight.numel() for weight in model.parameters()) <= MOST_CAPTURED
         )
@@ -81,9 +82,9 @@ class Diagnosis:
     def __call__(
         self, batch: Batch, gradient_norm: Tensor, clipped_share: float | None, update: Callable[[], None]
     ) -> Findings:
-        """Diagnose the step that `update` takes, when the engine holds its gradients, of `batch` and of this norm.
+        """Diagnose the step that `update` takes. The engine must already hold the gradients of `batch`, with `gradient_norm`.
 
-        `clipped_share` goes into the findings as it is. The host waits for the device once, at the end.
+        `clipped_share` is copied into the findings. The host waits for the device once, at the end.
         """
         self._moments = self.engine.second_moments()
         stepped = bool(self._moments) or self._any_yet
@@ -104,7 +105,7 @@ class Diagnosis:
         return Findings(self.probe.states(read[of_blocks:]), block_states(read[:of_blocks], clipped_share))
 
     def _held(self, gradients: list[Tensor | None], captured: bool) -> list[Tensor | None]:
-        """The gradients in float32; always in the same memory where a graph reads them."""
+        """The gradients in float32; if they are for a graph (`captured`), always at the same addresses."""
         if not captured:
             return [None if gradient is None else gradient.float() for gradient in gradients]
         found = [gradient for gradient in gradients if gradient is not None]

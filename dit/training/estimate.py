@@ -1,4 +1,4 @@
-"""What a training run will cost: the time of a step and the memory, from a few steps on latents of noise."""
+"""Estimates the cost of a training run: the time of a step and the memory, from a few steps on latents of noise."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from dit.optim.fused import unserved
 from dit.training.engines import ENGINES
 
 CLASSES = 1000
-"""Classes of the probe's network; those of a data set are known only once its images are read."""
+"""Number of classes for the estimate. The real number is known only when the images of the data set have been read."""
 WARM_UP = 2
-"""Steps that are not timed: a GPU compiles and captures in them."""
+"""Steps that are not timed, because a GPU engine compiles and records graphs in them."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of training: seconds of one step, bytes of memory at most, number of weights."""
+    """The cost of training: seconds per step, peak memory in bytes, and number of weights."""
 
     seconds_per_step: float
     memory: int
@@ -36,9 +36,9 @@ class Estimate:
 
 
 def estimate(params: Params, strategy: str, steps: int = 3) -> Estimate:
-    """Take a few training steps as a run of `params` would, on noise, and measure them. Nothing is written.
+    """Measure a few training steps of a run with `params`, on noise. Nothing is written.
 
-    The memory is that of the GPU, or what this process grew by. Validation and diagnoses are not part of the steps.
+    The memory is the memory of the GPU, or without one the growth of this process. Steps have no validation and no diagnosis.
     """
     train = params.train
     make_deterministic(train.threads, train.deterministic)
@@ -72,7 +72,7 @@ def _batch(params: Params, device: torch.device) -> Batch:
 
 
 def _memory(device: torch.device) -> int:
-    """The most memory that was in use so far, in bytes."""
+    """The peak memory so far, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""Tables of a run that grow on disk while it trains, so that whoever wants to can watch it."""
+"""Tables of a run that grow on disk while it trains, so that a user can watch the run."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 from dit.training.records import Records
 
 WATCHED = ("metrics", "validation")
-"""The tables that grow: the ones that have a curve by step from the first steps on."""
+"""The tables that grow on disk. Both have values by step from the first steps on, which a user can plot."""
 
 
 class GrowingTables:
-    """Copies of the tables in `WATCHED`, as `directory/NAME.csv`. The first `update` begins them anew; later ones append."""
+    """Copies of the tables in `WATCHED`, as `directory/NAME.csv`. The first `update` replaces old files; later ones append."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._written = dict.fromkeys(WATCHED, 0)
 
     def update(self, records: Records) -> None:
-        """Append the rows that were recorded since the last update, whole lines at once."""
+        """Append the rows that were recorded since the last update; each write consists of whole lines."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for name in WATCHED:
             rows = getattr(records, name)
@@ -37,6 +37,6 @@ class GrowingTables:
             self._written[name] = len(rows)
 
     def remove(self) -> None:
-        """Remove them, once the run has ended and its tables are complete elsewhere."""
+        """Remove the files. Call it when the run has ended and its complete tables are written elsewhere."""
         for name in WATCHED:
             (self.directory / f"{name}.csv").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What may warn of a collapse, block by block: attention logits, the residual stream, and gradients that surprise Adam."""
+"""Indicators that may warn of a collapse, by block: attention logits, the residual stream, and gradients unexpected by Adam."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from dit.optim.optimizer import SecondMoment
 from dit.training.attention import Attention
 
 SAMPLES = 16
-"""The network is called on this many samples of the batch, because all their attention weights are held at once."""
+"""Number of samples of the batch on which the network is called, to save time and memory."""
 
 CHUNK = 2**26
-"""Entries of weights, 256 MiB of them, whose second moments are compared with gradients at a time."""
+"""Most entries of weights, 256 MiB in float32, whose second moments are compared with gradients at a time."""
 
 
 @dataclass(frozen=True)
 class BlockState:
-    """One block at one step; `block` is None for all weights outside of blocks. What does not apply, or is not finite, is None.
+    """One block at one step; `block` is None for the rest of the network. A value that does not apply or is not finite is None.
 
-    - `max_attention_logit`, `attention_entropy`: of `dit.training.attention.statistics`;
+    - `max_attention_logit`, `attention_entropy`: see `dit.training.attention.statistics`;
     - `residual_rms`: root mean square of the residual stream after the block;
     - `second_moment_ratio`: the root mean square of g / sqrt(v) over the block's weights, g the gradient and v the second
       moment that Adam divides by. It is RMS_t of Wortsman et al. (2023), "Stable and low-precision training for large-scale
-      vision-language models", after Shazeer & Stern (2018), "Adafactor": about 1 where gradients are as Adam expects them.
-      Their loss spikes followed its spikes by 1 to 8 steps;
+      vision-language models", after Shazeer & Stern (2018), "Adafactor". It is about 1 if gradients are as Adam expects. In
+      Wortsman et al. (2023), loss spikes followed spikes of RMS_t by 1 to 8 steps;
     - `clipped_share`: the fraction of the last 64 steps in which the gradient was clipped, the same for all blocks.
     """
 
@@ -48,13 +48,13 @@ class BlockState:
 
 @torch.no_grad()
 def activations(model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], precision: torch.dtype) -> Tensor:
-    """The first three readings of every block and of the rest of the network, 3 * (blocks + 1), one reading after the other.
+    """The first three values of `BlockState`, for every block and the rest of the network: a vector (3 * (blocks + 1),).
 
-    They are NaN where they do not apply. `inputs` are noisy latents, timesteps and labels. All stays on the device, so that it
-    can be a part of a CUDA graph.
+    The vector holds one kind of value after the other; values that do not apply are NaN. `inputs` are noisy latents, timesteps
+    and labels. All tensors stay on the device, so a CUDA graph can record this function.
     """
     seen, training = _Activations(model), model.training
-    model.eval()  # nothing is dropped, so that nothing is drawn
+    model.eval()  # without dropout, so that no random number is drawn
     with seen, autocast(inputs[0].device, precision):
         model(*inputs)
     model.train(training)
@@ -71,7 +71,7 @@ def second_moment_ratios(
     """`BlockState.second_moment_ratio` of every block and of the rest of the network, (blocks + 1,); NaN without moments.
 
     `gradients`, float32, and the optimiser's second moments `moments` are keyed by the names of the weights; clipping will
-    multiply the gradients by `clip_factor`. All stays on the device, so that it can be a part of a CUDA graph.
+    multiply the gradients by `clip_factor`. All tensors stay on the device, so a CUDA graph can record this function.
     """
     backbone = backbone_of(model)
     of_weight = {role.parameter: role.block for role in backbone.roles(model)}
@@ -91,7 +91,7 @@ def second_moment_ratios(
 
 
 def _chunks(names: Sequence[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """The names in their order, in chunks of at most `CHUNK` entries, or of one name."""
+    """The names, in order, in chunks of at most `CHUNK` entries; a larger weight is a chunk of its own."""
     chunk: list[str] = []
     entries = 0
     for name in names:
@@ -105,7 +105,7 @@ def _chunks(names: Sequence[str], sizes: Mapping[str, int]) -> Iterator[list[str
 
 
 def _sums_of_ratios(gradients: list[Tensor], moments: list[SecondMoment], clip_factor: Tensor) -> Sequence[Tensor]:
-    """The sum of g^2 / max(v, eps^2) of each weight, with the v of the coming step: updated with g^2, its bias corrected."""
+    """The sum of g^2 / max(v, eps^2) of each weight; v is the second moment of the coming step, updated and bias-corrected."""
     squares = torch._foreach_mul(gradients, clip_factor)
     torch._foreach_mul_(squares, squares)
     coming = torch._foreach_mul(squares, [1 - moment.decay for moment in moments])
@@ -116,7 +116,7 @@ def _sums_of_ratios(gradients: list[Tensor], moments: list[SecondMoment], clip_f
 
 
 def _bias_corrections(moments: list[SecondMoment]) -> Any:
-    """1 - decay^updates after the coming step, of each; computed once for those that share one count of updates."""
+    """1 - decay^updates of each moment after the coming step; computed once for moments that share one count of updates."""
     found = {(id(moment.updates), moment.decay): moment for moment in moments}
     corrections = {key: 1 - moment.decay ** (moment.updates + 1) for key, moment in found.items()}
     return [corrections[id(moment.updates), moment.decay] for moment in moments]
@@ -136,9 +136,9 @@ ByBlock = dict[int | None, Tensor]
 
 
 class _Activations:
-    """What a call of the network within the block shows of its blocks: scalars on the device.
+    """Records scalars about each block, on the device, while the network is called within a `with` block.
 
-    Where a block attends several times, `logits` has its largest logit, and `entropies` the entropy of its last attention.
+    If a block calls attention several times, `logits` has the largest logit, and `entropies` the entropy of the last call.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,7 +1,7 @@
-"""The checkpoints of a run that outlive it: those asked for, the one before a collapse, and the last one of a finished run.
+"""The checkpoints that stay after a run: requested ones, the last good one before a collapse, and the last of a finished run.
 
-In the run's scratch folder, `kept/STEP` and `ended/STEP` hold one checkpoint each, the state before step STEP, and `run.json`
-beside them says what run it is: with its latents, that is all that a continuation needs.
+In the run's scratch folder, each `kept/STEP` and `ended/STEP` holds one checkpoint, the state before step STEP. `run.json`
+beside them describes the run. A continuation needs only these files and the latents of the run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RECENT, SUSPECT, KEPT, ENDED = "recent", "suspect", "kept", "ended"
 
 
 class RunSettings(Section):
-    """What a run is, beside its latents and its initial weights; `name` is for people."""
+    """What defines a run, in addition to its latents and initial weights; `name` is only for the reader."""
 
     name: str
     seed: Seed
@@ -44,10 +44,10 @@ class RunSettings(Section):
 
 
 class KeptRun(Section):
-    """What `run.json` holds: the settings of a run, where its latents were and which ones, and how it computed.
+    """The content of `run.json`: the settings of a run, the path and digest of its latents, and how it was computed.
 
-    `sizes` are those that `dit.models.build` needs, `latents_digest` is what `digest` returns; `device`, `precision` and
-    `backend` are those that the run had where its parameters say auto; `processes` is their number.
+    `sizes` are the sizes that `dit.models.build` needs; `digest` returns `latents_digest`; `device`, `precision` and `backend`
+    are what the run used, also if its parameters say auto; `processes` is the number of processes.
     """
 
     settings: RunSettings
@@ -62,7 +62,7 @@ class KeptRun(Section):
 
     @classmethod
     def read(cls, path: Path) -> KeptRun:
-        """Read a `run.json`. Raises `ConfigError` where there is none, or it is of another version of this project."""
+        """Read a `run.json`. Raises `ConfigError` if it is missing, or is from another version of this project."""
         try:
             data = json.loads(path.read_text())
         except FileNotFoundError:
@@ -76,12 +76,12 @@ class KeptRun(Section):
 
 
 def digest(store: LatentStore) -> str:
-    """A digest of all latents: of the manifest, which holds the checksums of the arrays."""
+    """A digest of all latents: the SHA-256 of the manifest, which contains the checksums of the arrays."""
     return hashlib.sha256((store.store.directory / MANIFEST).read_bytes()).hexdigest()
 
 
 class Shelf:
-    """A folder with a checkpoint for each of some steps."""
+    """A folder that holds checkpoints of several steps, each in a folder named after its step."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -96,15 +96,15 @@ class Shelf:
         return sorted(int(path.parent.name) for path in found if path.parent.name.isdecimal())
 
     def before(self, step: int) -> int | None:
-        """The last checkpoint at `step` or earlier."""
+        """The step of the last checkpoint at `step` or earlier; None if there is none."""
         return max((found for found in self.steps() if found <= step), default=None)
 
     def add(self, step: int, source: Path) -> None:
-        """Keep the last checkpoint of the folder `source`, which is of `step`."""
+        """Keep the last checkpoint of the folder `source`, whose step is `step`."""
         checkpoint.copy(source, self.path(step))
 
     def only(self, step: int | None, source: Path | None = None) -> None:
-        """Keep no checkpoint but that of `step`, which is added where there is a `source`."""
+        """Remove all checkpoints except that of `step`; with a `source`, first add it from there."""
         if step is not None and source is not None:
             self.add(step, source)
         for other in self.steps():
@@ -115,8 +115,9 @@ class Shelf:
 class Keeper:
     """Decides which checkpoints of a run to keep.
 
-    `recent` are the last checkpoints, as many as an event may yet ask for; `suspect` is the one before a spike that lasts.
-    Before the first collapse, or a divergence, a checkpoint is kept unasked. These methods are for the main rank alone.
+    `recent` holds the last checkpoints, as far back as an event may need them; `suspect` holds the checkpoint before a spike
+    that has not ended. The last good checkpoint before the first collapse, or before a divergence, is kept even if the user did
+    not ask for it. Only the main rank calls these methods.
     """
 
     def __init__(self, scratch: Path, run: KeptRun | None) -> None:
@@ -125,7 +126,7 @@ class Keeper:
         self._scratch = scratch
 
     def saved(self, step: int, asked_for: bool) -> None:
-        """The checkpoint in the scratch folder is now that of `step`."""
+        """Record that the checkpoint in the scratch folder is now the one of `step`; keep it if the user `asked_for` it."""
         self.recent.add(step, self._scratch)
         reach = self.recent.before(step - BEFORE - COLLAPSE_STEPS)
         for old in self.recent.steps():
@@ -135,8 +136,10 @@ class Keeper:
             self._keep(step, self._scratch)
 
     def judged(self, event: Event, collapses: int) -> str:
-        """Keep the checkpoint that an event calls for, after `collapses` collapses. Returns what was kept, in words, or
-        nothing."""
+        """Keep the checkpoint that `event` requires; `collapses` counts the collapses so far, with this event.
+
+        Returns in words what was kept, or an empty string.
+        """
         if event.kind == "recovery":
             self.suspect.only(None)
         elif event.kind == "collapse" and collapses == 1:
@@ -146,7 +149,10 @@ class Keeper:
         return ""
 
     def ending(self, step: int, what: str) -> str:
-        """Keep the last good checkpoint before a collapse or a divergence at `step`, and say so; empty where there is none."""
+        """Keep the last good checkpoint before a collapse or a divergence at `step`.
+
+        Returns in words what was kept, or an empty string if there is no good checkpoint.
+        """
         shelf = self.suspect if self.suspect.steps() else self.recent
         good = shelf.before(step - BEFORE)
         if good is None:
@@ -156,7 +162,7 @@ class Keeper:
         return f"kept the checkpoint of step {good:,}, before the {what} at step {step:,}, in {self.kept.path(good)} ({size})"
 
     def forget(self) -> None:
-        """The run has ended: remove what no event can ask for any more."""
+        """Remove the checkpoints in `recent` and `suspect`. Call it when the run has ended."""
         for shelf in (self.recent, self.suspect):
             shutil.rmtree(shelf.directory, ignore_errors=True)
 
@@ -183,11 +189,11 @@ class Kept:
 
     @property
     def size(self) -> str:
-        """Its size in words."""
+        """The size of the checkpoint in words."""
         return megabytes(self.path)
 
     def load(self) -> dict[str, Any]:
-        """The state, in the memory of the host. Raises `ConfigError` where the file is damaged."""
+        """The state, in host memory. Raises `ConfigError` if the file is damaged."""
         state = checkpoint.load(self.path, torch.device("cpu"))
         if state is None:
             raise ConfigError(f"{self.path}: no whole checkpoint is here; continue another one")
@@ -195,7 +201,7 @@ class Kept:
 
 
 def kept_in(*scratch: Path) -> Iterator[Kept]:
-    """All kept checkpoints of the runs that have these scratch folders."""
+    """All kept checkpoints in the scratch folders `scratch`, one folder for each run."""
     for shelf in (Shelf(each / name) for each in scratch for name in (KEPT, ENDED)):
         if steps := shelf.steps():
             run = KeptRun.read(shelf.directory / RUN)

@@ -1,4 +1,4 @@
-"""The training loop: pure batches in, EMA weights and what was measured on the way out."""
+"""The training loop: takes batches, which depend on seed and step alone, and makes EMA weights and records."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from dit.training.stability import Observation, Stability, observe
 from dit.training.validation import Validation
 
 EARLY_DIAGNOSES = 5
-"""The first optimiser steps, at which roles wake up, are all diagnosed."""
+"""Number of first optimiser steps that are all diagnosed, since roles wake up in them."""
 
 NOISE_PART = 4
-"""A diagnosed step compares its gradient with the gradient of every fourth sample of its batch, to tell how noisy it is."""
+"""A diagnosed step estimates its gradient noise: it compares its gradient with that of every fourth sample of the batch."""
 
 
 class Trainer:
-    """One run: a network with its weights set, its data, and all state that a checkpoint holds.
+    """One run: a network whose weights are set, its data, and all state that a checkpoint holds.
 
-    `scratch` holds the checkpoint and belongs to this run alone. Afterwards `ema` holds the averaged weights, `records` what
-    was measured and how stable the run was, and `divergence` is None unless a value that is not finite stopped the run.
-    `settings` describe the run for whoever continues one of its kept checkpoints. Runs that differ only in length share the
+    The folder `scratch` holds the checkpoint and belongs to this run alone. After the run, `ema` holds the averaged weights,
+    `records` the measurements and events, and `divergence` is None unless a value that was not finite stopped the run.
+    `settings` describe the run for a continuation from one of its kept checkpoints. Runs that differ only in length share the
     folder `ended`: a run that keeps its last checkpoint leaves it there for a longer run.
     """
 
@@ -124,7 +124,7 @@ class Trainer:
         )
 
     def averaged_weights(self) -> dict[str, Tensor]:
-        """The averaged weights on the host, by their names in the model. All ranks must call this; the main rank gets them."""
+        """The averaged weights on the host, by name in the model. All ranks must call this; only the main rank gets tensors."""
         return cast("dict[str, Tensor]", self.ranks.gather_state(self.ema.tensors))
 
     def run(self, description: str) -> None:
@@ -133,7 +133,7 @@ class Trainer:
         self.go_on(description)
 
     def go_on(self, description: str) -> None:
-        """Train from the present state to `last_step`, to divergence, or to a collapse that ends the run."""
+        """Train from the current state to `last_step`, to divergence, or to a collapse that ends the run."""
         self.description = description
         first, started = self.steps_done, time.monotonic()
         with progress(self.last_step, description, "step", done=first, shown=self.ranks.is_main) as bar:
@@ -161,7 +161,7 @@ class Trainer:
         return self.divergence is not None or (self.params.stop_on_collapse and self.stability.phase == "collapse")
 
     def forget(self) -> None:
-        """Remove what an ended run no longer needs; call this once its results are on disk. Kept checkpoints stay."""
+        """Remove the files that an ended run no longer needs. Call it when the results are on disk. Kept checkpoints stay."""
         if self.ranks.is_main:
             checkpoint.remove(self.scratch)
             self.growing.remove()
@@ -186,7 +186,7 @@ class Trainer:
         return not self.sharded and (step < EARLY_DIAGNOSES or step % self.params.diagnose_every == 0)
 
     def _diagnosed_update(self, step: int, batch: Batch, gradient_norm: Tensor, of_part: Tensor | None) -> None:
-        """Take the step, and record what it does. Recording changes nothing that the run depends on."""
+        """Take the step, and record its diagnosis, which does not change the results of the run."""
         limit = self.params.gradient_clip
         everyone = Batch(*(self.ranks.gather(rows, self.params.batch_size) for rows in vars(batch).values()))
         clipped_share = None if limit is None else self.stability.clipped_share(limit)
@@ -203,20 +203,20 @@ class Trainer:
         return len(range(0, self.params.batch_size, NOISE_PART))
 
     def _gradient_norm_of_part(self, batch: Batch) -> Tensor | None:
-        """The norm of the gradient of every fourth sample, whatever ranks they are on; None for a batch of one."""
+        """The norm of the gradient of every fourth sample of the batch of all ranks; None for a batch of one sample."""
         if self._part_size == self.params.batch_size:
             return None
         own = batch.rows(slice(-self.ranks.local_slice(self.params.batch_size).start % NOISE_PART, None, NOISE_PART))
-        share = len(own.labels) * self.ranks.size / self._part_size  # 0 where all of the part is on other ranks
+        share = len(own.labels) * self.ranks.size / self._part_size  # 0 if the whole part is on other ranks
         return self.engine.gradient_norm_of(own if share else batch.first(1), share)
 
     def _reading_due(self, step: int) -> bool:
-        """Losses stay on the device between these steps, so that it never waits for the host."""
+        """Whether losses are read after `step`. Otherwise they stay on the device, which then does not wait for the host."""
         after = step + 1
         return (
             step % self.params.log_every == 0
             or self._validation_due(after)
-            or self._diagnosis_due(after)  # which tells the share of the steps before it that were clipped
+            or self._diagnosis_due(after)  # a diagnosis records the share of clipped steps before it
             or after == self.last_step
             or self._checkpoint_due(after)
         )
@@ -225,7 +225,7 @@ class Trainer:
         return step % self.params.checkpoint_every == 0 or step in self.params.keep_checkpoints
 
     def _read_losses(self) -> float:
-        """Record the losses since the last reading, or the divergence that they show; returns the last error."""
+        """Record the losses since the last reading, and a divergence if one is not finite. Returns the last error."""
         mse = math.nan
         first = self.steps_done - len(self._pending)
         losses = self.ranks.mean(torch.stack(self._pending)).tolist()
@@ -242,7 +242,7 @@ class Trainer:
         return mse
 
     def _judge(self, seen: Observation) -> None:
-        """Record what this step shows of the run's stability."""
+        """Record what this step shows about the stability of the run."""
         self.stability, event, kept = observe(self.stability, seen)
         self.records.spikes += kept
         if event is not None:
@@ -264,7 +264,7 @@ class Trainer:
             print(f"{self.description}: {line}", flush=True)
 
     def _validation_due(self, step: int) -> bool:
-        """Validation is due at the powers of two, where strategies differ most, and then at equal intervals."""
+        """Whether validation is due: at powers of two first, as strategies differ most early, and then at equal intervals."""
         every = self.params.validate_every
         return step % every == 0 or (step < every and step.bit_count() == 1)
 
@@ -286,14 +286,14 @@ class Trainer:
             self.growing.update(self.records)
 
     def _save(self) -> None:
-        """Write a checkpoint; all ranks call this. It can be read by any number of ranks, with DDP or FSDP."""
+        """Write a checkpoint; all ranks call this. Any number of ranks can read it, with DDP or FSDP."""
         state = self._state()
         if self.ranks.is_main:
             checkpoint.save(self.scratch, state)
             self.keeper.saved(self.steps_done, self.steps_done in self.params.keep_checkpoints)
 
     def _save_last(self, shelf: Shelf) -> None:
-        """Keep the state of a finished run from before its last validation: a longer run may not validate at this step."""
+        """Keep the state of a finished run before its last validation, as a longer run may not validate at this step."""
         state = self._state()
         if self.ranks.is_main:
             checkpoint.save(self.scratch, state)
@@ -314,7 +314,7 @@ class Trainer:
         return gathered
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Set all that the rest of the run depends on, from what a checkpoint of it holds."""
+        """Restore all state that the rest of the run depends on, from the state in a checkpoint."""
         self.steps_done = state["steps_done"]
         restore(self.model.state_dict(), state["model"])
         restore(self.ema.tensors, state["ema"])
@@ -323,7 +323,7 @@ class Trainer:
         self.stability = Stability.from_state_dict(state["stability"])
 
     def _resume(self, description: str) -> None:
-        host = torch.device("cpu")  # no device need hold all of a sharded network
+        host = torch.device("cpu")  # so that no device has to hold all of a sharded network
         state, where = checkpoint.load(self.scratch, host), ""
         if state is None and self.ended and (shorter := max(self.ended.steps(), default=self.last_step)) < self.last_step:
             state, where = checkpoint.load(self.ended.path(shorter), host), ", from the end of a shorter run"

@@ -1,4 +1,4 @@
-"""What a training run measures on its way, and what it ends with: no wall-clock times, which would differ every time."""
+"""What a training run records while it trains, and how it ends. No wall-clock times, as they would differ every time."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ TABLES: dict[str, tuple[str, ...]] = {
     "events": ("event", "step", "kind", "quantity", "value", "reference"),
     "spikes": ("event", "step", "loss", "mse", "gradient_norm", "learning_rate"),
 }
-"""By field of `Records`, the columns that its table has at least; `validation` also has one for each range of timesteps."""
+"""By field of `Records`, the columns of its table; `validation` also has one column for each range of timesteps."""
 
 
 @dataclass
 class Records:
-    """Rows measured so far: part of a checkpoint, so that a resumed run ends with all of them.
+    """Rows recorded so far. They are part of a checkpoint, so that a resumed run ends with all rows.
 
     - `metrics`: loss, error, gradient norm and learning rate of a logged step;
     - `validation`: errors of the trained and of the averaged weights at a validated step;
@@ -87,8 +87,9 @@ class Records:
 class Event:
     """A change in how stable a run is, found by `dit.training.stability`.
 
-    `event` counts them from 0, `step` is the one at which it began, `value` that of `quantity` there (for `mse`, the median of
-    the steps that decided it), and `reference` the limit that it rose above, or fell below in a recovery.
+    `event` numbers the events from 0. `step` is the step at which the event began, `value` is the value of `quantity` at this
+    step (for `mse`, the median over the steps that decided the event), and `reference` is the limit that the value rose above,
+    or fell below in a recovery.
     """
 
     event: int
@@ -101,7 +102,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Collapse:
-    """From `step` on the error was above `limit`, at about `mse`. `spike` is the event before it, where that was a spike."""
+    """From `step` on the error was above `limit`, at about `mse`. `spike` is the event before, or None if that was no spike."""
 
     step: int
     mse: float
@@ -111,7 +112,7 @@ class Collapse:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first step at which `quantity` was not finite, and what it was. The weights are those that the loop stopped with."""
+    """The first step at which `quantity` was not finite, and its value. The weights are those at which the loop stopped."""
 
     step: int
     quantity: str
@@ -120,7 +121,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Initial:
-    """Before the first step: the validation error, None where it is not finite, and the error of an output that is zero."""
+    """Before the first step: the validation error, None if it is not finite, and the error of an output of zero."""
 
     validation_mse: float | None
     target_second_moment: float
@@ -137,9 +138,9 @@ class Final:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `final` is None unless it finished; `diverged` and `collapsed` are None unless it did so.
+    """How a run ended. `final`, `diverged` and `collapsed` are None unless the run finished, diverged or collapsed.
 
-    A run that collapsed first and diverged later has the status "collapsed", and both of the others.
+    A run that collapsed first and diverged later has the status "collapsed", and both `diverged` and `collapsed`.
     """
 
     status: Literal["finished", "diverged", "collapsed"]
@@ -163,7 +164,7 @@ class Outcome:
 def outcome(
     records: Records, divergence: Divergence | None, *, steps_done: int, parameters: int, target_second_moment: float
 ) -> Outcome:
-    """The outcome of a run of a network with so many `parameters`, whose zero output costs `target_second_moment`."""
+    """The outcome of a run. The network has `parameters` weights; an output of zero has the error `target_second_moment`."""
     before = records.validation[0]["mse"]
     trained, averaged = records.validation[-2:]
     collapse = records.collapse

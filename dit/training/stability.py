@@ -1,4 +1,4 @@
-"""Spikes, recoveries and collapses of a run, found from its loss, error and gradient norm as they are read, step by step.
+"""Detects spikes, recoveries and collapses of a run from its loss, error and gradient norm, step by step.
 
 A spike is a loss or a gradient norm far beyond its recent past. A run collapses when it loses at least half of its improvement
 in error over an output of zero, and stays there. A loss that is not finite is a divergence, which the loop records.
@@ -15,40 +15,41 @@ from typing import Any, Literal
 from dit.training.records import Event, Row
 
 WINDOW = 128
-"""The recent past is this many steps: enough for a steady median deviation, few beside a run whose collapse matters."""
+"""Steps of the recent past: enough for a steady median deviation, and few compared with a run whose collapse matters."""
 
 MIN_HISTORY = 32
-"""A shorter past judges nothing: values change fast in the first steps, and a deviation of so few values is rough."""
+"""With fewer past steps, no value is judged: values change fast in the first steps, and the deviation of so few values is a
+rough estimate."""
 
 DEVIATIONS = 8.0
-"""A value beyond so many standard deviations of its recent past, in logarithms, is a spike. Losses and gradient norms of small
-batches have heavy tails, so a limit of 3, as for normal numbers, would be crossed every few hundred steps."""
+"""A value is a spike if its logarithm lies more than this many standard deviations above the recent past. Losses and gradient
+norms of small batches have heavy tails, so they would cross a limit of 3, as for normal numbers, every few hundred steps."""
 
 LEAST_LOSS_RATIO, LEAST_NORM_RATIO = 1.5, 2.0
-"""No loss or gradient norm below this multiple of the median is a spike, however quiet the past was. In the collapse of a
-DiT-S/4 at a constant rate of 1e-3, gradient norms doubled 10 to 30 steps ahead of it."""
+"""A loss or gradient norm below this multiple of the median is not a spike, however quiet the past was. When a DiT-S/4
+collapsed at a constant learning rate of 1e-3, its gradient norms had doubled 10 to 30 steps before."""
 
 NORMAL = 1.4826
-"""A standard deviation over the median absolute deviation, for normal numbers: 1 / Phi^-1(3/4); Rousseeuw & Croux (1993)."""
+"""Standard deviation divided by median absolute deviation of normal numbers: 1 / Phi^-1(3/4); Rousseeuw & Croux (1993)."""
 
 RECOVERY_STEPS = 8
 """A spike is over when loss and gradient norm have been below its limits for this many steps."""
 
 COLLAPSE_STEPS = 16
-"""A run has collapsed when its error stayed above the limit for this many steps: longer than a spike of a few bad steps, and
-few enough to detect it within 20 steps of the onset."""
+"""A run has collapsed if its error stayed above the limit for this many steps: more than a spike of a few bad steps has, and
+few enough to detect the collapse within 20 steps of its onset."""
 
 LOST = 0.5
-"""A run has collapsed where it lost this fraction of what it had gained over an output of zero."""
+"""A run has collapsed if it lost this fraction of its improvement in error over an output of zero."""
 
 GAINED = 0.9
 """A run whose error never fell below this fraction of a zero output's error has gained nothing, so it cannot collapse."""
 
 KEPT = 64
-"""Steps before a spike that are kept at full rate."""
+"""Number of steps before a spike of which every single step is recorded."""
 
 SMALLEST = 1e-30
-"""Stands for zero, whose logarithm does not exist."""
+"""The logarithm of this number is used for smaller values, as zero has no logarithm."""
 
 Phase = Literal["calm", "spike", "collapse"]
 Watched = Literal["loss", "gradient_norm"]
@@ -56,7 +57,7 @@ Watched = Literal["loss", "gradient_norm"]
 
 @dataclass(frozen=True)
 class Observation:
-    """What is known of one step. `gradient_norm` may be infinite or NaN: loss scaling skips such a step."""
+    """What was measured at one step. `gradient_norm` may be infinite or NaN: loss scaling skips such a step."""
 
     step: int
     loss: float
@@ -70,11 +71,11 @@ class Stability:
     """Everything that the judgement of the next step depends on; part of a checkpoint.
 
     - `losses`, `norms`: logarithms of the last `WINDOW` values outside spikes;
-    - `errors`: the last `COLLAPSE_STEPS` errors; `best`: the lowest median of so many;
-    - `spiking`: what began the present spike; `limits`: of loss and gradient norm, in logarithms, when it began; `duration`:
-      for how many steps it has lasted; `quiet`: for how many steps both have been back below the limits;
-    - `recent`: the last step and the `KEPT` before it; `kept_until`: the last step that was kept for a spike;
-    - `count`: of events.
+    - `errors`: the last `COLLAPSE_STEPS` errors; `best`: the lowest median that `errors` has had;
+    - `spiking`: the quantity whose value began the present spike; `limits`: the limits of loss and gradient norm when it began,
+      in logarithms; `duration`: its steps so far; `quiet`: the steps for which both values have been below the limits again;
+    - `recent`: the last step and the `KEPT` steps before it; `kept_until`: the last step that was recorded for a spike;
+    - `count`: the number of events so far.
     """
 
     zero_output_error: float
@@ -93,7 +94,7 @@ class Stability:
 
     @property
     def collapse_limit(self) -> float:
-        """The error above which the run counts as collapsed; infinite while it has gained nothing that it could lose."""
+        """The error above which the run counts as collapsed; infinite while it has gained nothing (see `GAINED`)."""
         if self.best > GAINED * self.zero_output_error:
             return math.inf
         return self.best + LOST * (self.zero_output_error - self.best)
@@ -109,15 +110,15 @@ class Stability:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Stability:
-        """The state that `state_dict` describes."""
+        """The `Stability` whose `state_dict` is `state`."""
         return cls(**{**state, "recent": tuple(Observation(**row) for row in state["recent"])})
 
 
 def observe(state: Stability, seen: Observation) -> tuple[Stability, Event | None, list[Row]]:
-    """Judge one step, the one after those that `state` knows, with a finite loss.
+    """Judge the step that follows the steps of `state`; its loss must be finite.
 
-    Returns the next state, the event that this step decided, and for a spike the rows of the steps up to it that no earlier
-    spike has kept. The event of a recovery or a collapse names the step at which it began.
+    Returns the next state, the event that this step decided (or None), and, for a spike, rows of the steps up to it that no
+    earlier spike has recorded. The event of a recovery or a collapse names the step at which it began.
     """
     state = replace(state, errors=(*state.errors, seen.mse)[-COLLAPSE_STEPS:], recent=(*state.recent, seen)[-KEPT - 1 :])
     event: Event | None
@@ -141,7 +142,7 @@ def observe(state: Stability, seen: Observation) -> tuple[Stability, Event | Non
 
 
 def _calm(state: Stability, seen: Observation) -> tuple[Stability, Event | None]:
-    """Look for the first step of a spike; add any other step to the recent past."""
+    """Check whether this step begins a spike; otherwise add it to the recent past."""
     if _unusual(seen.loss, state.losses, LEAST_LOSS_RATIO) or _unusual(seen.gradient_norm, state.norms, LEAST_NORM_RATIO):
         limits = _limit(state.losses, LEAST_LOSS_RATIO), _limit(state.norms, LEAST_NORM_RATIO)
         beyond = _beyond(seen, limits)
@@ -154,7 +155,10 @@ def _calm(state: Stability, seen: Observation) -> tuple[Stability, Event | None]
 
 
 def _spiking(state: Stability, seen: Observation) -> tuple[Stability, Event | None]:
-    """Wait until values have been below the limits for long enough. If they stay above, begin a new recent past."""
+    """End the spike when both values have been below the limits for `RECOVERY_STEPS`.
+
+    If this has not happened after `WINDOW` steps, end the spike without a recovery, and begin a new recent past.
+    """
     quiet = 0 if _beyond(seen, state.limits) else state.quiet + 1
     if quiet == RECOVERY_STEPS:
         first = state.recent[-RECOVERY_STEPS]
@@ -166,7 +170,7 @@ def _spiking(state: Stability, seen: Observation) -> tuple[Stability, Event | No
 
 
 def _collapsed(state: Stability, seen: Observation) -> tuple[Stability, Event | None]:
-    """Wait until the error has been below its limit for as long as a collapse takes, then begin a new recent past."""
+    """End the collapse when the error has been below its limit for `COLLAPSE_STEPS`, and begin a new recent past."""
     if max(state.errors) > state.collapse_limit:
         return state, None
     began = seen.step - COLLAPSE_STEPS + 1
@@ -185,7 +189,7 @@ def _unusual(value: float, past: Sequence[float], least_ratio: float) -> bool:
     if len(past) < MIN_HISTORY or not math.isfinite(value):
         return False
     least = _log(value) - math.log(least_ratio)
-    return least > min(past) and least > median(past)  # the first is quick, and settles most steps
+    return least > min(past) and least > median(past)  # the first comparison is fast and decides most steps
 
 
 def _limit(past: Sequence[float], least_ratio: float) -> float:

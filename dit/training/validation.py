@@ -1,4 +1,4 @@
-"""Validation error on held-out latents with fixed noise and timesteps: the same problem for every strategy, seed and step."""
+"""Validation error on held-out latents with fixed noise and timesteps, which are the same for every strategy, seed and step."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from dit.seeding import generator
 
 @dataclass(frozen=True)
 class Score:
-    """Mean squared error over all samples, and over those of each timestep bucket, from low to high noise."""
+    """Mean squared error over all samples, and over the samples of each timestep bucket, from low to high noise."""
 
     mse: float
     by_bucket: list[float]
 
 
 class Validation:
-    """A fixed set of noisy latents, with timesteps spread evenly over the noising time; each rank measures its rows of it."""
+    """A fixed set of noisy latents whose timesteps are evenly spaced; each rank measures its own rows of the set."""
 
     def __init__(self, store: LatentStore, diffusion: Diffusion, params: ValidationParams, ranks: Ranks | None = None) -> None:
         self.ranks = ranks or Ranks(diffusion.device)
@@ -47,12 +47,12 @@ class Validation:
 
     @property
     def target_second_moment(self) -> float:
-        """Mean of the squared target: the error of a network whose output is zero (1 for eps, up to sampling)."""
+        """Mean of the squared target: the error of a network whose output is zero (for eps, 1 up to sampling error)."""
         return self.target.square().mean().item()
 
     @torch.no_grad()
     def __call__(self, model: Callable[[Tensor, Tensor, Tensor], Tensor], precision: torch.dtype) -> Score:
-        """Measure `model`, called as `model(x, t, y)`: the same on every rank."""
+        """Measure `model`, which is called as `model(x, t, y)`. Every rank returns the same score."""
 
         def measure(rows: Tensor) -> tuple[Tensor]:
             output = model(self.x_t[rows], self.timesteps[rows], self.labels[rows])

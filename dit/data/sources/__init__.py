@@ -1,4 +1,4 @@
-"""Sources of images, a file for each kind: class names, and for each split a stream of images and of rejected items."""
+"""Sources of images, one file for each kind. A source has class names, and for each split a stream of images and rejections."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from dit.errors import DataError
 from dit.seeding import generator
 
 UNLABELLED = "all"
-"""The class of all images where a source has no labels."""
+"""The class of all images of a source without labels."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """How many items of each class a split has, and a stream that yields each of them once, in a fixed order."""
+    """The number of items of each class in a split, and a stream that yields each item once, in a fixed order."""
 
     per_class: tuple[int, ...]
     stream: Iterator[Sample | Rejected]
 
     @property
     def count(self) -> int:
-        """How many items it has."""
+        """The number of items of the split."""
         return sum(self.per_class)
 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source. Streams are lazy: at no time does a source hold all its images."""
+    """An opened source. Its streams are lazy: they never hold all images in memory."""
 
     class_names: list[str]
     train: Split
     validation: Split
     rejected: list[Rejected]
-    """Items known to be no images before any is read; in no stream."""
+    """Items that are rejected before any image is read; they are not in the streams."""
     notes: list[str]
-    """Sentences that a reader of the manifest should see."""
+    """Sentences for the reader of the manifest."""
 
 
 def hold_out(count: int, fraction: float, seed: int, class_name: str) -> tuple[list[int], list[int]]:
     """A random but repeatable split of the items 0..count-1 of one class: indices for training, indices for validation.
 
-    Both are in ascending order and hold one item at least. Raises `DataError` for a class of fewer than two items.
+    Both lists are ascending and have at least one item. Raises `DataError` for a class with fewer than two items.
     """
     if count < 2:
         raise DataError(f"class '{class_name}' has {count} image: expected 2 or more, as some are held out for validation")
@@ -58,7 +58,7 @@ def hold_out(count: int, fraction: float, seed: int, class_name: str) -> tuple[l
 def hold_out_each(
     labels: Sequence[Any], class_names: Mapping[Any, str], fraction: float, seed: int
 ) -> tuple[list[int], list[int]]:
-    """`hold_out` in each class: of items with these labels, the positions for training and for validation, ascending.
+    """Apply `hold_out` to each class of the items with these `labels`: positions for training and for validation, ascending.
 
     `class_names` maps a label, as the source writes it, to the name of its class.
     """
@@ -73,12 +73,12 @@ def hold_out_each(
 
 
 def per_class(labels: Sequence[Any], class_names: Mapping[Any, str]) -> tuple[int, ...]:
-    """How many of `labels` each class has, in the order of `class_names`."""
+    """How often each class occurs in `labels`, in the order of `class_names`."""
     counted = Counter(labels)
     return tuple(counted[label] for label in class_names)
 
 
 def check_validation_labels(validation: Sequence[Any], class_names: Mapping[Any, str], where: str) -> None:
-    """Raise `DataError`, which names `where` they come from, for labels of validation that training lacks."""
+    """Raise `DataError` for validation labels that training lacks; the message names `where` the labels come from."""
     if unknown := sorted(set(validation) - set(class_names)):
         raise DataError(f"{where} has labels that training lacks: {unknown}")

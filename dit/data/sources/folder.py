@@ -1,4 +1,4 @@
-"""Sources `folder`, image files in the layout of ImageNet, `root/class/*.{jpg,jpeg,png,webp}`, and `unlabelled`, in any."""
+"""Source `folder`: image files in the layout of ImageNet, `root/class/*.{jpg,jpeg,png,webp}`; `unlabelled`: in any layout."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Listing = dict[str, list[str]]
 """Class name -> paths of its image files below the root, both sorted."""
 
 ListFiles = Callable[[Path, str], tuple[Listing, list[Rejected]]]
-"""A root and the key that names it -> its image files, and its other files."""
+"""A function: (root folder, the key that gives it) -> its image files by class, and its other files as rejected."""
 
 
 def open_source(images: ImagesParams, source: FolderSource) -> Source:
     """List the files; pixels are read later, as a stream.
 
-    Names that begin with a dot, and what stands next to the class folders, are not looked at. Any other entry of a class
-    folder is an image file or is rejected. Raises `DataError` for a folder without classes, a class without images, and class
-    folders that differ between training and validation.
+    Names that begin with a dot, and files beside the class folders, are ignored. Any other entry of a class folder is an image
+    file or is rejected. Raises `DataError` for a folder without classes, a class without images, and class folders that differ
+    between training and validation.
     """
     return _open(images, source, _list)
 
@@ -33,14 +33,14 @@ def open_source(images: ImagesParams, source: FolderSource) -> Source:
 def open_unlabelled(images: ImagesParams, source: UnlabelledSource) -> Source:
     """List the files at any depth below the root, all of one class; pixels are read later, as a stream.
 
-    Names that begin with a dot are not looked at, and links to folders are not followed; any other file is an image file or is
+    Names that begin with a dot are ignored, and links to folders are not followed; any other file is an image file or is
     rejected. Raises `DataError` for a folder without images.
     """
     return _open(images, source, _list_unlabelled)
 
 
 def pictures(images: ImagesParams, source: FolderSource | UnlabelledSource) -> tuple[list[Encoded], list[Encoded]]:
-    """The pictures for training and for validation, by class, none of them read. Raises `DataError` as `open_source` does."""
+    """List the pictures for training and for validation, without reading them. Raises `DataError` as `open_source` does."""
     train, validation, _ = _listings(images, source, _list_unlabelled if source.kind == "unlabelled" else _list)
     return list(_files(source.root, train)), list(_files(source.validation_root or source.root, validation))
 
@@ -48,7 +48,7 @@ def pictures(images: ImagesParams, source: FolderSource | UnlabelledSource) -> t
 def _listings(
     images: ImagesParams, source: FolderSource | UnlabelledSource, list_files: ListFiles
 ) -> tuple[Listing, Listing, list[Rejected]]:
-    """The files for training, those for validation, and what is no image file."""
+    """The image files for training, the image files for validation, and all other files as rejected."""
     train, rejected = list_files(source.root, "images.source.root")
     if source.validation_root is None:
         return *_hold_out(train, source.validation_fraction, images.seed), rejected
@@ -70,7 +70,7 @@ def _open(images: ImagesParams, source: FolderSource | UnlabelledSource, list_fi
 
 
 def _list(root: Path, key: str) -> tuple[Listing, list[Rejected]]:
-    """The image files of each class, as paths below `root`, and whatever else lies in the class folders."""
+    """The image files of each class, as paths below `root`, and all other entries of the class folders as rejected."""
     if not root.is_dir():
         raise DataError(f"{key} = {root}: no such folder: expected a folder that holds one folder of images for each class")
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
@@ -91,7 +91,7 @@ def _list(root: Path, key: str) -> tuple[Listing, list[Rejected]]:
 
 
 def _list_unlabelled(root: Path, key: str) -> tuple[Listing, list[Rejected]]:
-    """All image files below `root` as those of one class, and whatever other files are there."""
+    """All image files below `root`, in one class, and all other files as rejected."""
     if not root.is_dir():
         raise DataError(f"{key} = {root}: no such folder: expected a folder of images")
     files: list[str] = []
@@ -106,7 +106,7 @@ def _list_unlabelled(root: Path, key: str) -> tuple[Listing, list[Rejected]]:
 
 
 def _sort_out(root: Path, files: Iterable[str]) -> tuple[list[str], list[Rejected]]:
-    """The image files among paths below `root`, and the others as rejected."""
+    """The image files among `files`, which are paths below `root`, and all others as rejected."""
     images = [file for file in files if file.lower().endswith(SUFFIXES)]
     others = sorted(set(files) - set(images))
     return images, [Rejected(_title(root, file), f"not one of {', '.join(SUFFIXES)}") for file in others]
@@ -127,5 +127,5 @@ def _files(root: Path, listing: Listing) -> Iterator[Encoded]:
 
 
 def _title(root: Path, file: str) -> str:
-    """How messages call a file: from the last part of `root` on, so that it does not depend on where the data lies."""
+    """The name of a file in messages: its path from the last part of `root` on, so it does not depend on where the data is."""
     return PurePath(root.name, file).as_posix()

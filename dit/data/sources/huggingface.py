@@ -21,7 +21,7 @@ KEY = "images.source"
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a split, in ascending order, and beside each its label as the data set writes it."""
+    """Some rows of a split, in ascending order, and for each row its label as the data set writes it."""
 
     dataset: Dataset
     split: str
@@ -32,10 +32,9 @@ class Rows:
 def open_source(images: ImagesParams, source: HuggingFaceSource) -> Source:
     """Open the data set; images stay encoded in memory-mapped files until they are read, as a stream.
 
-    Classes are the labels that occur in the training split, in the order of their values, or one where no column holds labels.
-    Raises `ConfigError` for an unknown
-    data set, split or column, and where `datasets` is not installed; `DataError` for labels that cannot be used;
-    `ConnectionError` where the hub does not answer.
+    Classes are the labels that occur in the training split, in the order of their values; without a label column there is one
+    class. Raises `ConfigError` for an unknown data set, split or column, and if `datasets` is not installed; `DataError` for
+    labels that cannot be used; `ConnectionError` if the hub does not answer.
     """
     train, rejected = _labelled(_open(source, "train_split", source.train_split), source.train_split, source)
     classes = _classes(train, source.label_column)
@@ -56,9 +55,9 @@ def open_source(images: ImagesParams, source: HuggingFaceSource) -> Source:
 
 
 def first_pictures(source: HuggingFaceSource, count: int) -> list[Encoded]:
-    """The pictures among the first `count` rows of training, not decoded: a look that prepares and downloads no whole split.
+    """The pictures in the first `count` rows of training, not decoded. It does not download or prepare a whole split.
 
-    Raises as `open_source` does, also where none of these rows has an image and a label.
+    Raises the same errors as `open_source`, and `DataError` if none of these rows has an image and a label.
     """
     if source.validation_split is not None:
         _open(source, "validation_split", source.validation_split, streamed=True)
@@ -75,9 +74,9 @@ def first_pictures(source: HuggingFaceSource, count: int) -> list[Encoded]:
 
 
 def _open(source: HuggingFaceSource, key: str, split: str, streamed: bool = False) -> Any:
-    """One split, its columns checked, from a directory that `save_to_disk` wrote, or from whatever `load_dataset` reads.
+    """One split with checked columns, from a directory that `save_to_disk` wrote, or from any path that `load_dataset` reads.
 
-    Returns a `Dataset`. If `streamed`, returns an `IterableDataset`, which reads rows only as they are asked for.
+    Returns a `Dataset`; if `streamed`, an `IterableDataset`, which reads rows only on demand.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
@@ -113,7 +112,10 @@ def _is_saved(path: Path) -> bool:
 
 
 def _saved_split(saved: Any, path: str, key: str, split: str) -> Dataset:
-    """`save_to_disk` keeps several splits by name, or a single one without a name, which is then the training split."""
+    """The split called `split` in a saved data set.
+
+    `save_to_disk` saves several splits by name, or a single split without a name, which is used as the training split.
+    """
     if not isinstance(saved, dict):
         if key == "train_split":
             return saved
@@ -124,7 +126,7 @@ def _saved_split(saved: Any, path: str, key: str, split: str) -> Dataset:
 
 
 def _with_encoded_images(dataset: Any, source: HuggingFaceSource) -> Any:
-    """The columns that are read, images left encoded. Raises `ConfigError` where they are missing or of another kind."""
+    """Only the columns that are read, with encoded images. Raises `ConfigError` if one is missing or has a wrong type."""
     from datasets import Image, Value
 
     features = dataset.features
@@ -143,13 +145,13 @@ def _with_encoded_images(dataset: Any, source: HuggingFaceSource) -> Any:
             f"{KEY}.image_column = '{source.image_column}' holds {image}: expected a column of images, or of their bytes"
         )
     dataset = dataset.select_columns([column for column in columns.values() if column is not None])
-    if isinstance(image, Value) and image.dtype == "binary_view":  # which `datasets` casts to bytes, but not to images
+    if isinstance(image, Value) and image.dtype == "binary_view":  # `datasets` casts this to bytes, but not to images
         dataset = dataset.cast_column(source.image_column, Value("binary"))
     return dataset.cast_column(source.image_column, Image(decode=False))
 
 
 def _holds_labels(feature: Any) -> bool:
-    """Whether a column holds labels, in any of Arrow's spellings; a dictionary has become what it is a dictionary of."""
+    """Whether a column holds labels, in any of Arrow's types; `datasets` has replaced a dictionary by its values."""
     from datasets import ClassLabel, Value
 
     strings = ("string", "large_string", "string_view")
@@ -159,7 +161,7 @@ def _holds_labels(feature: Any) -> bool:
 
 
 def _holds_images(feature: Any) -> bool:
-    """Whether a column holds encoded images: as such, as bytes, or as the structs that `datasets` stores them in."""
+    """Whether a column holds encoded images: as `Image`, as bytes, or as the structs in which `datasets` stores images."""
     from datasets import Image, Value
 
     if isinstance(feature, dict):
@@ -170,7 +172,7 @@ def _holds_images(feature: Any) -> bool:
 
 
 def _labelled(dataset: Dataset, split: str, source: HuggingFaceSource) -> tuple[Rows, list[Rejected]]:
-    """The rows that have a label, and those that have none, which a `ClassLabel` writes as -1."""
+    """The rows with a label, and the rows without one as rejected; a `ClassLabel` column may also mark them by -1."""
     from datasets import ClassLabel
 
     if source.label_column is None:
@@ -197,7 +199,7 @@ def _classes(train: Rows, column: str | None) -> dict[Any, str]:
 
 
 def _hold_out(whole: Rows, classes: dict[Any, str], fraction: float, seed: int) -> tuple[Rows, Rows]:
-    """Split the rows of each class."""
+    """Split the rows of each class into training and validation."""
     train, validation = (
         Rows(whole.dataset, whole.split, [whole.rows[i] for i in chosen], [whole.labels[i] for i in chosen])
         for chosen in hold_out_each(whole.labels, classes, fraction, seed)
@@ -212,7 +214,7 @@ def _pictures(part: Rows, index: dict[Any, int], column: str) -> Iterator[Encode
 
 
 def _encoded(cell: dict[str, Any] | None) -> Path | bytes:
-    """The file of an image that is left encoded, or its bytes."""
+    """The file of an encoded image, or its bytes."""
     if not cell:
         return b""
     return Path(cell["path"]) if cell["bytes"] is None and cell["path"] else cell["bytes"] or b""

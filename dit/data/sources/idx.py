@@ -1,7 +1,7 @@
-"""Source `idx`: the four files of MNIST, and of the sets made after it, such as Fashion-MNIST and KMNIST.
+"""Source `idx`: the four files of MNIST and of data sets in the same format, such as Fashion-MNIST and KMNIST.
 
-The format, by LeCun, Cortes & Burges (1998), http://yann.lecun.com/exdb/mnist/: two zero bytes, the type of the values (8 for
-unsigned bytes), the number of dimensions; the dimensions, four bytes each, most significant first; then the values.
+The format is from LeCun, Cortes & Burges (1998), http://yann.lecun.com/exdb/mnist/: two zero bytes, the type of the values (8
+for unsigned bytes), the number of dimensions; the size of each dimension in four bytes, most significant first; the values.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from dit.sections import IdxSource, ImagesParams
 
 KEY = "images.source.root"
 FILES = {"train": "train", "validation": "t10k"}
-"""Split -> how the names of its files begin."""
+"""Split -> the start of its file names."""
 
 UNSIGNED_BYTES = 8
 GZIP = b"\x1f\x8b"
-"""How compressed data begins (RFC 1952, 2.3.1), whatever the file is called."""
+"""The first bytes of gzip data (RFC 1952, 2.3.1), whatever the name of the file."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One split: its file of images, their number, height and width, and their labels (N,)."""
+    """One split: the file of its images, their number, height and width, and their labels (N,)."""
 
     path: Path
     count: int
@@ -47,8 +47,8 @@ class Part:
 def open_source(images: ImagesParams, source: IdxSource) -> Source:
     """Read headers and labels; images are read later, as a stream.
 
-    Classes are the labels that occur in training. Raises `DataError` for a folder without the four files, for files that are
-    not what their names say, and for class names that do not reach the labels.
+    Classes are the labels that occur in training. Raises `DataError` for a folder without the four files, for files whose
+    content does not fit their names, and for labels without a class name.
     """
     parts = {split: _open(source.root, name) for split, name in FILES.items()}
     classes = _classes(parts["train"].labels, source.class_names)
@@ -65,8 +65,8 @@ def open_source(images: ImagesParams, source: IdxSource) -> Source:
 def fit(pixels: np.ndarray, size: int, channels: int) -> np.ndarray:
     """A grey picture (H, W) uint8 as an image (size, size, channels).
 
-    One that is no larger keeps its pixels and is put in the middle of black, the background of these sets; a larger one is
-    cropped and resized like the pictures of other sources.
+    A picture that is not larger than `size` keeps its pixels and is padded with black, the background of these data sets. A
+    larger picture is cropped and resized like the pictures of other sources.
     """
     height, width = pixels.shape
     if max(height, width) <= size:
@@ -96,7 +96,7 @@ def _open(root: Path, name: str) -> Part:
 
 
 def _find(root: Path, start: str, end: str) -> Path:
-    """The file of that name, with a dash or, as some programs unpack it, a dot; compressed or not."""
+    """The file called `start`-`end`, or with a dot in place of the dash, as some programs unpack it; compressed or not."""
     names = [f"{start}{joint}{end}{suffix}" for suffix in ("", ".gz") for joint in "-."]
     for name in names:
         if (root / name).is_file():
@@ -108,7 +108,7 @@ def _find(root: Path, start: str, end: str) -> Path:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[IO[bytes]]:
-    """The content of a file, unpacked. Raises `DataError` where it is damaged."""
+    """The content of a file, unpacked if it is compressed. Raises `DataError` if it is damaged."""
     with path.open("rb") as file:
         packed = file.read(len(GZIP)) == GZIP
         file.seek(0)

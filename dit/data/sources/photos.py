@@ -1,7 +1,7 @@
 """Source `photos`: random crops of the photographs and textures that scikit-image ships; each picture is a class.
 
-Training crops come from the left of each picture and validation crops from the right, so no pixel is in both. A crop spans
-between 1 and `max_zoom` times `size` pixels of the picture, or less where the region is smaller than that.
+Training crops come from the left of each picture and validation crops from the right, so no pixel is in both. The side of a
+crop is 1 to `max_zoom` times `size` pixels of the picture, or less if the region is smaller.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ PICTURES = {
     "rocket": "rocket.jpg",
     "text": "text.png",
 }
-"""Class name -> file in `skimage/data`. Left out: those that the wheel does not carry, drawings, and nearly blank ones."""
+"""Class name -> file in `skimage/data`. Drawings, nearly blank pictures and pictures that the wheel lacks are left out."""
 
 FRAMES = {"retina": (206, 206, 1205, 1205)}
-"""The part of a picture that is used, where its margin is black: left, top, right, bottom."""
+"""For a picture with a black margin, the part of it that is used: left, top, right, bottom."""
 
 SMALLEST_REGION = 16
 
@@ -99,7 +99,9 @@ def split_regions(size: tuple[int, int], validation_region: float) -> tuple[Box,
 
 
 def crop_box(region: Box, size: int, max_zoom: float, draws: torch.Generator) -> Box:
-    """A random square inside `region`: its side uniform in [size, max_zoom * size], then its place."""
+    """A random square inside `region`: its side is uniform in [size, max_zoom * size], or the short side of `region` if that
+    is smaller; its place is uniform.
+    """
     zoom, x, y = torch.rand(3, generator=draws, dtype=torch.float64).tolist()
     side = min(round(size * (1 + zoom * (max_zoom - 1))), region.short_side)
     left = region.left + int(x * (region.right - region.left - side + 1))
@@ -108,7 +110,7 @@ def crop_box(region: Box, size: int, max_zoom: float, draws: torch.Generator) ->
 
 
 def _cut(picture: Image.Image, box: Box, size: int, channels: int) -> np.ndarray:
-    """Crop first and then resize: Pillow's filter, which widens as it shrinks a picture, would otherwise see beyond the box."""
+    """The pixels of `box` at `size`. The picture is cropped before it is resized, so that no pixel outside the box counts."""
     crop = picture.crop((box.left, box.top, box.right, box.bottom))
     resized = crop.resize((size, size), Image.Resampling.BICUBIC).convert(MODES[channels])
     return np.asarray(resized).reshape(size, size, channels)

@@ -21,7 +21,7 @@ WHOLE_NUMBER = re.compile(r"-?\d+", re.ASCII)
 
 @dataclass(frozen=True)
 class Part:
-    """Some samples of some shards: their positions, ascending, and the label of each as the shards write it."""
+    """Some samples of some shards: their positions, ascending, and the label of each sample as the shards write it."""
 
     shards: list[Path]
     positions: list[int]
@@ -31,9 +31,8 @@ class Part:
 def open_source(images: ImagesParams, source: WebDatasetSource) -> Source:
     """Read all shards once for their labels; images are read later, as a stream.
 
-    Classes are the labels that occur in training, in the order of numbers where all are whole numbers, else of the alphabet.
-    Raises `ConfigError` for a shard that is not there, and where `webdataset` is not installed; `DataError` for what is no
-    shard.
+    Classes are the labels that occur in training, in numerical order if all are whole numbers, else in alphabetical order.
+    Raises `ConfigError` for a missing shard, and if `webdataset` is not installed; `DataError` for a file that is not a shard.
     """
     train, rejected = _labelled(source, "shards", source.shards)
     classes = {label: str(label) for label in sorted(set(train.labels))}
@@ -60,9 +59,9 @@ def open_source(images: ImagesParams, source: WebDatasetSource) -> Source:
 
 
 def first_pictures(source: WebDatasetSource, count: int) -> list[Encoded]:
-    """The pictures among the first `count` samples of training, not decoded: a look that does not read all shards.
+    """The pictures in the first `count` samples of training, not decoded. It does not read all shards.
 
-    Raises as `open_source` does, also where none of these samples has an image and a label.
+    Raises the same errors as `open_source`, and `DataError` if none of these samples has an image and a label.
     """
     _shards("validation_shards", source.validation_shards or "")
     samples = list(islice(_samples(_shards("shards", source.shards)), count))
@@ -81,7 +80,7 @@ def first_pictures(source: WebDatasetSource, count: int) -> list[Encoded]:
 
 
 def _labelled(source: WebDatasetSource, key: str, pattern: str) -> tuple[Part, list[Rejected]]:
-    """The samples that have an image and a label, and those that lack one."""
+    """The samples that have an image and a label, and all other samples as rejected."""
     shards = _shards(key, pattern)
     positions, labels, rejected = [], [], []
     for position, sample in enumerate(_samples(shards)):
@@ -108,7 +107,7 @@ def _shards(key: str, pattern: str) -> list[Path]:
         raise ConfigError(f"{KEY}.kind = 'webdataset' needs the webdataset library: pip install -e '.[webdataset]'") from None
     try:
         shards = [Path(name) for name in braceexpand(pattern) if name]
-    except ValueError as error:  # of unbalanced braces
+    except ValueError as error:  # the braces are not balanced
         raise ConfigError(f"{KEY}.{key} = '{pattern}': {error}") from None
     if missing := [shard for shard in shards if not shard.is_file()]:
         raise ConfigError(
@@ -121,7 +120,7 @@ def _shards(key: str, pattern: str) -> list[Path]:
 def _samples(shards: list[Path]) -> Iterator[dict[str, Any]]:
     """The samples of all shards: key and shard under `__key__` and `__url__`, and the bytes of each file by its extension.
 
-    Shards are opened here, not by the library, for which some names are commands to run.
+    This function opens the shards itself, because the library would run some file names as commands.
     """
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -144,7 +143,7 @@ def _samples(shards: list[Path]) -> Iterator[dict[str, Any]]:
 
 
 def _image(sample: dict[str, Any], keys: str) -> bytes | None:
-    """What lies under the first of the keys, such as `jpg;png`, that the sample has."""
+    """The image of a sample, under the first key of `keys`, such as `jpg;png`, that the sample has; None if it has none."""
     return next((sample[key] for key in keys.lower().split(";") if key in sample), None)
 
 

@@ -1,8 +1,8 @@
-"""Triton kernels for what lies between the matrix products, and the products, some of which end in it.
+"""The matrix products, some fused with the operation that follows, and Triton kernels for the operations between them.
 
-`dit.fused.operations` holds their formulas in plain PyTorch. Tokens are rows: (B, T, D) is (B * T, D). All arithmetic but that
-of products is float32, whatever the tensors hold. What must be summed over tokens (shift, scale, gate, biases) is added per
-chunk of tokens, in a fixed order and without atomics, so that it repeats exactly.
+`dit.fused.operations` has their formulas in plain PyTorch. Tokens are rows: (B, T, D) is (B * T, D). All arithmetic except that
+of products is float32, whatever the dtype of the tensors. Sums over tokens (for shift, scale, gate and biases) are computed per
+chunk of tokens, in a fixed order and without atomics, so that results repeat exactly.
 """
 
 from dit.fused.kernels.adamw import AdamWEMA

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 ELEMENTS = 1024
-"""Elements of one weight that one program of the optimiser updates."""
+"""Number of elements that one program of the optimiser updates; all belong to one weight."""
 
 
 @triton.jit
@@ -36,9 +36,9 @@ def _adamw_ema(
     addresses, lengths, factors, owner, offset, factor, step_size, decay, beta1, beta2, root_correction, eps, ema_weight,
     COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK elements of one weight. `addresses` (6, COUNT): weight, copy, gradient, moments, average.
+    """One program: BLOCK elements of one weight. `addresses` (6, COUNT): weight, copy, gradient, both moments, average.
 
-    `factors` (2, COUNT) multiply `step_size` and `decay`, the part by which a weight shrinks.
+    `factors` (2, COUNT) multiply `step_size` and `decay`, the fraction by which a weight shrinks.
     """
     which = tl.load(owner + tl.program_id(0))
     start = tl.multiple_of(tl.load(offset + tl.program_id(0)), BLOCK)
@@ -66,12 +66,12 @@ def _adamw_ema(
 
 
 class AdamWEMA:
-    """One launch that updates every weight, its bf16 copy, its moments and its average."""
+    """Updates every weight, its bf16 copy, its moments and its average in one launch."""
 
     def __init__(self, factors: Tensor, weights: list[Tensor], *others: list[Tensor]) -> None:
         """`factors` (2, weights) in float32 multiply the step size and the decay of each weight.
 
-        `weights`, then their copies, gradients, first and second moments and averages, all contiguous.
+        `others` are the copies of `weights`, gradients, first moments, second moments and averages; all tensors are contiguous.
         """
         self.factors = factors
         device = weights[0].device
@@ -86,9 +86,10 @@ class AdamWEMA:
         self, factor: Tensor, *, step_size: float, decay: float, betas: tuple[float, float], root_correction: float,
         eps: float, ema_weight: float,
     ) -> None:  # fmt: skip
-        """`factor`, a scalar on the device, multiplies every gradient; `step_size` is lr over the first bias correction.
+        """Take one step.
 
-        `decay` is the part of itself that a weight loses.
+        `factor`, a scalar on the device, multiplies every gradient. `step_size` is the learning rate divided by the bias
+        correction of the first moment. `decay` is the fraction of itself that a weight loses.
         """
         _adamw_ema[(len(self.owner),)](
             self.addresses, self.lengths, self.factors, self.owner, self.offset, factor, step_size, decay, *betas,

@@ -1,8 +1,9 @@
-"""Attention: forward where sequences are short, else cuDNN's; backward always.
+"""Attention: its forward pass for short sequences (cuDNN computes longer ones), and its backward pass for all.
 
-A head of SIZE channels is cut in WIDE and REST ones, powers of two. What a program owns is read with zeros where REST has
-channels of another head. What it walks through is read, on Hopper and later, by descriptors of whole tensors, `wide` and
-`rest`: what they bring of another head meets those zeros, or is not stored. Other cards load tiles.
+A head of SIZE channels is split into WIDE and REST channels, both powers of two, so REST may also cover channels of the next
+head. When a program loads the tokens that it owns, it sets those channels to zero. On Hopper and later, it reads the tokens
+that it walks through by descriptors of whole tensors, `wide` and `rest`. These do read channels of the next head, but the zeros
+cancel them, or they are not stored. Other GPUs load tiles.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dit.fused.kernels.sums import add_rows, divisor, has_tensor_copies
 
 @triton.jit
 def _tile(pointer, rows, stride, FIRST: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr):
-    """Columns FIRST to FIRST + COUNT, zero from SIZE on, of `rows` of a matrix."""
+    """Columns FIRST to FIRST + COUNT of `rows` of a matrix; columns from SIZE on are zero."""
     columns = FIRST + tl.arange(0, COUNT)
     at = pointer + rows[:, None] * stride + columns[None, :]
     if FIRST + COUNT <= SIZE:
@@ -31,7 +32,7 @@ def _walk(
     described, tensor, row, channel, stride, ROWS: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of `tensor` from `row` on, and of a head that starts at `channel`, its columns FIRST to FIRST + COUNT."""
+    """ROWS rows of `tensor` from `row` on; columns FIRST to FIRST + COUNT of the head that starts at `channel`."""
     if DESCRIBED:
         return described.load([row, channel + FIRST])
     return _tile(tensor + channel, row.to(tl.int64) + tl.arange(0, ROWS), stride, FIRST, COUNT, SIZE)
@@ -39,7 +40,7 @@ def _walk(
 
 @triton.jit
 def _put(pointer, rows, stride, total, value, FIRST: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr):
-    """Store what `_tile` would load, and its sum over rows at `total`."""
+    """Store `value` where `_tile` would load it, and its sum over rows at `total`."""
     columns = FIRST + tl.arange(0, COUNT)
     inside = columns < SIZE
     at = pointer + rows[:, None] * stride + columns[None, :]
@@ -56,7 +57,7 @@ def _attention_forward(
     TOKENS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
     STAGES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """One program: OWN queries of one head of one sample, with a running maximum; Dao et al. (2022), algorithm 1."""
+    """One program: the output of OWN queries of one head and sample, with a running maximum; Dao et al. (2022), algorithm 1."""
     pair, block = tl.program_id(0) // (TOKENS // OWN), tl.program_id(0) % (TOKENS // OWN)
     width = heads * SIZE
     first, channel = pair // heads * TOKENS, pair % heads * SIZE
@@ -103,8 +104,8 @@ def _attention_backward_queries(
 ):  # fmt: skip
     """One program: the gradients of OWN queries of one head of one sample; Dao et al. (2022), appendix B.2.
 
-    `delta` gets the sums of `out * dout` over the channels of the head, `partial` those of the gradients over OWN tokens, one
-    row of (B * blocks, 3D).
+    It writes the sums of `out * dout` over the channels of the head to `delta`, and the sums of the gradients over its OWN
+    tokens to `partial`, one row of (B * blocks, 3D).
     """
     blocks = TOKENS // OWN
     pair, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -155,7 +156,7 @@ def _attention_backward_keys(
 ):  # fmt: skip
     """One program: the gradients of OWN keys and values of one head of one sample, and their sums, as for queries.
 
-    The probabilities are computed once more from `lse`, so that nothing is summed between programs.
+    It computes the probabilities again from `lse`, so programs do not have to add to each other's results.
     """
     blocks = TOKENS // OWN
     pair, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -205,22 +206,23 @@ def _attention_backward_keys(
 
 
 CUDNN_TOKENS = 128
-"""From this length on, cuDNN's forward is the faster one.
+"""From this number of tokens on, cuDNN's forward pass is faster than this one.
 
-NVIDIA lists it as deterministic on Ampere, Ada and Hopper (cuDNN frontend, "Attention", support matrix), although torch's own
-choice leaves it out of deterministic runs.
+NVIDIA lists it as deterministic on Ampere, Ada and Hopper (cuDNN frontend, "Attention", support matrix), although torch does
+not choose it in deterministic runs.
 """
 
 POWER_OF_TWO_HEADS = {"OWN": 64, "OTHER": 32, "STAGES": 4, "num_warps": 4}
 OTHER_HEADS = {"OWN": 64, "OTHER": 32, "STAGES": 3, "num_warps": 4}
-"""Tokens of a program, tokens of one of its steps, and how it is run, for heads whose size is or is not a power of two.
+"""Tokens of a program (OWN), tokens of one of its steps (OTHER), and launch settings: for heads whose size is a power of two,
+and for other heads.
 
-Of the nine to sixteen settings of each kernel that were measured on an H100, they are the fastest or within 4 % of it.
+Nine to sixteen settings of each kernel were measured on an H100. These are the fastest, or within 4 % of the fastest.
 """
 
 
 def _settings(qkv: Tensor, num_heads: int) -> dict[str, int]:
-    """Compile-time arguments."""
+    """The compile-time arguments of the kernels."""
     tokens, size = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
     wide = 1 << (size.bit_length() - 1)
     rest = max(16, triton.next_power_of_2(size - wide)) if size > wide else 0
@@ -231,7 +233,7 @@ def _settings(qkv: Tensor, num_heads: int) -> dict[str, int]:
 
 
 def _described(x: Tensor, settings: dict[str, int]) -> tuple[Tensor, TensorDescriptor | Tensor, TensorDescriptor | Tensor]:
-    """`x` (B, T, ...), and it as rows that are read by OTHER tokens and WIDE or REST channels."""
+    """`x` (B, T, ...), and two descriptors of its rows, which read OTHER tokens and WIDE or REST channels at a time."""
     if not settings["DESCRIBED"]:
         return x, x, x
     widths = settings["WIDE"], settings["REST"] or settings["WIDE"]
@@ -240,7 +242,7 @@ def _described(x: Tensor, settings: dict[str, int]) -> tuple[Tensor, TensorDescr
 
 
 def attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """`operations.attention` between its matrix products: qkv (B, T, 3D) -> heads (B, T, D) and log-sum-exp (B, heads, T)."""
+    """`operations.attention` without its projection to qkv: qkv (B, T, 3D) -> heads (B, T, D), log-sum-exp (B, heads, T)."""
     batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     if tokens >= CUDNN_TOKENS:
         q, k, v = qkv.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, T, D / heads)

@@ -1,4 +1,4 @@
-"""The gated residual, the norm after it and its modulation, forward and backward: each one pass over what it reads."""
+"""The gated residual, the norm after it and its modulation, forward and backward; each reads its inputs only once."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from dit.fused.kernels.sums import add_rows, divisor
 
 PROGRAMS = 1024
-"""Into how many programs the norm's backward is cut, at least: enough for every multiprocessor to have several in flight."""
+"""Desired number of programs in the norm's backward pass: enough for every multiprocessor to have several in flight."""
 
 NORM_STAGES = 3
 """Tokens in flight in one program of the norm's backward."""
 
 FOLD = 256
-"""Columns of one program that adds partial sums."""
+"""Number of columns of one program that adds partial sums."""
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _residual_norm_forward(
     x, branch, bias, gate, shift, scale, x_out, h, mean_out, rstd_out, tokens, gate_stride, stride, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """One program: CHUNK tokens of one sample. `x` is one sample that all share, where SHARED."""
+    """One program: CHUNK tokens of one sample. If SHARED, `x` has one sample, which all samples share."""
     columns = tl.arange(0, BLOCK)
     inside = columns < D
     first = tl.program_id(0) * CHUNK
@@ -54,7 +54,9 @@ def _residual_norm_backward(
     dx_out, dh, x_out, branch, bias, gate, scale, mean_in, rstd_in, dx, dbranch, partial, tokens, planes, gate_stride, stride,
     D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: CHUNK tokens of one sample; its sums go to `partial` (4, planes, D): of dh, dh xhat, dx branch, dx."""
+    """One program: CHUNK tokens of one sample. Writes the sums of dh, dh xhat, dx (branch + bias) and dx over these tokens to
+    `partial` (4, planes, D).
+    """
     columns = tl.arange(0, BLOCK)
     inside = columns < D
     program = tl.program_id(0)
@@ -95,7 +97,7 @@ def _residual_norm_backward(
 def _fold(
     partial, gate, dshift, dscale, dgate, dbias, planes, gate_stride, D: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr
 ):
-    """One program: BLOCK columns of one sample; adds its CHUNKS partial sums. `dbias` is per sample here."""
+    """One program: BLOCK columns of one sample. Adds the CHUNKS partial sums of the sample. `dbias` is still per sample."""
     sample = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < D
@@ -119,7 +121,7 @@ def _fold(
 
 
 def _chunk(batch: int, tokens: int) -> int:
-    """Tokens of one sample that one program of the norm's backward walks through; at most 16 programs share a sample."""
+    """The number of tokens, of one sample, for one program of the norm's backward pass; at most 16 programs share a sample."""
     chunks = 1
     while tokens % (2 * chunks) == 0 and batch * chunks < PROGRAMS and chunks < 16:
         chunks *= 2
@@ -129,7 +131,7 @@ def _chunk(batch: int, tokens: int) -> int:
 def residual_norm(
     x: Tensor, branch: Tensor, bias: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`operations.residual_norm` forward: new x, h, and the rows' mean and inverse deviation (B * T,)."""
+    """`operations.residual_norm` forward: the new x, h, and the mean and inverse standard deviation of each row, (B * T,)."""
     batch, tokens, width = branch.shape
     chunk, block = divisor(tokens, 4), triton.next_power_of_2(width)
     x_out, h = torch.empty_like(branch), torch.empty_like(branch)

@@ -1,4 +1,4 @@
-"""Matrix products: cuBLASLt's with what ends in them, and one whose end cuBLASLt is slow at."""
+"""Matrix products: from cuBLASLt, with fused epilogues, and one Triton kernel, as one epilogue of cuBLASLt is slow."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dit.fused.kernels.sums import add_rows, is_hopper, sum_rows
 ROOT, CUBE = tl.constexpr(gelu.ROOT), tl.constexpr(gelu.CUBE)
 
 NARROW = 768
-"""Up to this width, on Hopper, the product here that ends in the GELU's derivative beats cuBLASLt's with a sum after it.
+"""Up to this width, on Hopper, the Triton product with the GELU's derivative is faster than cuBLASLt's with a sum after it.
 
-Measured on an H100: 0.26 ms instead of 0.32 for the 65536 tokens of DiT-S/2, 0.70 instead of 0.71 for DiT-B/2; but 0.69 instead
-of 0.64 for the 32768 of DiT-XL/2.
+Measured on an H100: 0.26 ms instead of 0.32 ms for 65536 tokens of DiT-S/2, 0.70 ms instead of 0.71 ms for DiT-B/2; but 0.69 ms
+instead of 0.64 ms for 32768 tokens of DiT-XL/2.
 """
 
 
@@ -44,7 +44,7 @@ def matmul(dy: Tensor, weight: Tensor) -> Tensor:
 
 @triton.jit
 def _dgelu(u):
-    """The derivative of the tanh-approximated GELU, with the GPU's own approximation of tanh: 11 bits, where bf16 has 8."""
+    """The derivative of the tanh-approximated GELU. The GPU's instruction for tanh is exact to 11 bits, and bf16 has 8."""
     square = u * u
     z = u * (ROOT + ROOT * CUBE * square)
     t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1)
@@ -56,7 +56,7 @@ def _matmul_dgelu(
     dy, weight, u, du, partial, rows, columns,
     K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of `du`, and its sums over rows. Tiles of TOGETHER rows of tiles are next to each other in time."""
+    """One program: a tile of `du`, and its sums over rows. The tiles of TOGETHER rows of tiles run right after each other."""
     across = tl.cdiv(columns, COLUMNS)
     group = tl.program_id(0) // (TOGETHER * across)
     height = tl.minimum(tl.cdiv(rows, ROWS) - group * TOGETHER, TOGETHER)
@@ -72,11 +72,13 @@ def _matmul_dgelu(
 
 
 TILE = {"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "TOGETHER": 16, "num_stages": 3, "num_warps": 8, "maxnreg": 128}
-"""Of `_matmul_dgelu`: the fastest of twenty that were measured. With more registers, a multiprocessor has only one program."""
+"""Settings of `_matmul_dgelu`, the fastest of twenty that were measured. With more registers for each thread, a multiprocessor
+could run only one program at a time.
+"""
 
 
 def matmul_dgelu(dy: Tensor, weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """`(dy @ weight) * gelu'(u)`, and its sum over all but the last dimension."""
+    """`(dy @ weight) * gelu'(u)`, and its sum over all dimensions except the last."""
     flat, wide = dy.flatten(0, 1), u.flatten(0, 1)
     (rows, depth), columns = flat.shape, wide.shape[1]
     if depth > NARROW or not is_hopper(dy.device):

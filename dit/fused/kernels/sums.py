@@ -1,4 +1,4 @@
-"""Sums over rows, in a fixed order, and what the other kernels share."""
+"""Sums over rows, in a fixed order, and functions that the other kernels share."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, COLUMNS = 512, 512
-"""Of one program that adds the gradient of a bias, at most."""
+"""Most rows and columns of one program that sums the gradient of a bias."""
 
 
 @triton.jit
 def _sum_rows(x, out, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr):
-    """One program: CHUNK rows of BLOCK columns, added to one row of `out`."""
+    """One program: sums CHUNK rows of BLOCK columns, and writes the result to one row of `out`."""
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([STEP, BLOCK], tl.float32)
     for start in tl.range(0, CHUNK, STEP, num_stages=3):
@@ -25,7 +25,7 @@ def _sum_rows(x, out, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 
 
 def sum_rows(x: Tensor) -> Tensor:
-    """Sum over all but the last dimension, (D,)."""
+    """The sum over all dimensions except the last, (D,)."""
     width = x.shape[-1]
     rows, block = x.numel() // width, divisor(width, COLUMNS)
     chunk = divisor(rows, ROWS)
@@ -50,11 +50,11 @@ def divisor(number: int, most: int) -> int:
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    """Whether it is an H100, H200 or the like."""
+    """Whether `device` is a GPU of the Hopper generation, such as H100 and H200."""
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @cache
 def has_tensor_copies(device: torch.device) -> bool:
-    """Whether one instruction of it copies a tile of a described tensor, as on Hopper and its successors."""
+    """Whether `device` has an instruction that copies a tile by a tensor descriptor, as Hopper and its successors have."""
     return torch.cuda.get_device_capability(device)[0] >= 9

@@ -18,7 +18,7 @@ from dit.models.sizes import SIZES, SizedOptions, sizes_of
 
 PATCH_SIZES = (2, 4, 8)
 TOKENS = 16
-"""The attention kernel works on whole tiles of this many tokens."""
+"""Tokens in a tile of the attention kernel, which works only on whole tiles."""
 
 
 def _build(name: str, options: SizedOptions, *, learn_sigma: bool, **latents: int) -> DiT:
@@ -26,17 +26,17 @@ def _build(name: str, options: SizedOptions, *, learn_sigma: bool, **latents: in
 
 
 def gradient_flow(model: DiT, weights: Mapping[str, Pattern]) -> dict[str, Pattern]:
-    """The pattern of every role's gradient, from those of the weights."""
+    """The pattern of every role's gradient, from the patterns of the weights."""
     return Flow(weights, model.depth, model.num_heads, (model.latent_size // model.patch_size) ** 2).gradients
 
 
 def _supports(model: DiT) -> bool:
-    """GPUs have checked 16 to 1024 tokens, in heads of 24, 32, 64 and 72."""
+    """Whether the kernels support `model`. They were tested on GPUs with 16 to 1024 tokens and heads of 24, 32, 64 and 72."""
     return model.pos_embed.shape[1] % TOKENS == 0
 
 
 def _fast(model: nn.Module) -> FastNetwork:
-    from dit.models.dit.fast import FusedDiT  # imports Triton's operations, which a CPU never needs
+    from dit.models.dit.fast import FusedDiT  # imported here, as it imports Triton, which a CPU does not need
 
     return FusedDiT(cast("DiT", model))
 

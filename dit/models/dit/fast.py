@@ -1,8 +1,7 @@
-"""A DiT on a bf16 copy of its weights, with `dit.fused.operations` between the matrix products.
+"""A DiT that computes with a bf16 copy of its weights, and with `dit.fused.operations` between the matrix products.
 
-The residual stream, the weights in use and their gradients are bf16, as matrix products under autocast have them; sums,
-statistics and everything inside an operation are float32. The float32 weights stay in the model, and the optimiser owns the way
-between.
+The residual stream, the copied weights and their gradients are bf16, as in matrix products under autocast; sums, statistics and
+everything inside an operation are float32. The model keeps the float32 weights, and the optimiser updates the bf16 copies.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from dit.models.dit.network import Attention, DiT, DiTBlock
 from dit.models.layers import MLP, unpatchify
 
 ALIGNMENT = 64
-"""Elements, 128 bytes in bf16: where the gradient of a weight may begin."""
+"""The gradient of each weight begins in `flat` at a multiple of this many elements, which are 128 bytes in bf16."""
 
 
 class FusedDiT:
-    """Called as `fused(x, t, y)` like the model it is made from, whose weights it copies.
+    """A copy of `model` that is called in the same way, as `fused(x, t, y)`.
 
-    `copies` are the copies of the model's trained weights, in its order. Those of all modulation layers are parts of one
-    matrix, since all of them are applied to the same `c`: one product instead of one for each block. All gradients lie in one
-    piece of memory, `flat`, at addresses that never change.
+    `copies` are the copies of the model's trained weights, in the model's order. The weights of all modulation layers are parts
+    of one matrix, since all these layers are applied to the same `c`: one product replaces one product per block. All gradients
+    are parts of one contiguous tensor, `flat`, at addresses that never change.
     """
 
     def __init__(self, model: DiT, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -51,7 +50,7 @@ class FusedDiT:
 
     @cached_property
     def flat(self) -> Tensor:
-        """All gradients, with zeros between them; made when it is first asked for, as sampling needs none."""
+        """All gradients, with zeros between them; allocated on first use, as sampling needs no gradients."""
         return self.positions.new_zeros(sum(self._lengths), dtype=self.dtype)
 
     @property
@@ -60,7 +59,7 @@ class FusedDiT:
 
     @cached_property
     def _parts(self) -> list[Tensor]:
-        """The part of `flat` for each owner, in its shape. From then on, gradients of matrices are computed in these parts."""
+        """The part of `flat` for each owner, in the owner's shape. After this, gradients of matrices are written there."""
         pieces = zip(self._owners, self.flat.split(self._lengths), strict=True)
         parts = [piece[: owner.numel()].view_as(owner) for owner, piece in pieces]
         for owner, part in zip(self._owners, parts, strict=True):
@@ -89,7 +88,7 @@ class FusedDiT:
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Noisy latents `x` (B, C, H, W), timesteps `t` (B,), labels `y` (B,) -> (B, C or 2C, H, W)."""
-        with torch.autocast(x.device.type, enabled=False):  # every dtype is chosen here
+        with torch.autocast(x.device.type, enabled=False):  # this class chooses every dtype itself
             return self._forward(x, t, y)
 
     def _forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -107,7 +106,7 @@ class FusedDiT:
         return unpatchify(final.linear(h), network.patch_size, network.out_channels)
 
     def _patches(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, T, D): patches cut out and projected by one matrix product, without its bias."""
+        """(B, C, H, W) -> (B, T, D): cut the patches out and project them by one matrix product, without the bias."""
         patches = F.pixel_unshuffle(x, self.copy.patch_size).flatten(2).transpose(1, 2)  # (B, T, C * P * P)
         return F.linear(patches.to(self.dtype).contiguous(), self.copy.x_embedder.proj.weight.flatten(1))
 

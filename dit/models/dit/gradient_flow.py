@@ -1,4 +1,4 @@
-"""One forward and backward pass of a DiT, read on the patterns of its weights."""
+"""One forward and backward pass of a DiT, computed on the patterns of its weights."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from dit.models.gradient_flow import (
 
 
 class Flow:
-    """One forward and backward pass of a DiT of `depth` blocks on `tokens` tokens; `gradients` is what each role receives.
+    """One forward and backward pass of a DiT of `depth` blocks on `tokens` tokens.
 
-    Inputs, positions, and the loss gradient of the output are generic; tokens and their norms are never zero. What another
-    network may have in its place, such as a norm with weights, is a method of its own.
+    `gradients` holds the pattern of each role's gradient. Inputs, positions, and the gradient of the loss by the output are
+    generic; tokens and their norms are never zero. Each part that another network may replace, such as a norm, is a method that
+    a subclass may override.
     """
 
     rotary = False
@@ -46,14 +47,14 @@ class Flow:
         self._conditioning_backward()
 
     def _embed_conditioning(self) -> None:
-        """SiLU(timestep_mlp.out(SiLU(timestep_mlp.in(features))) + label); attributes are what comes before each SiLU."""
+        """SiLU(timestep_mlp.out(SiLU(timestep_mlp.in(features))) + label); keeps the inputs of both SiLU as attributes."""
         self.timestep_hidden = self._linear("timestep_mlp.in", PER_SAMPLE)
         label = transposed(PER_SAMPLE, self.weights["label_table.weight"])  # a row of the table
         self.embedding = self._linear("timestep_mlp.out", activation(self.timestep_hidden)) + label
         self.conditioning = activation(self.embedding)
 
     def _final_layer(self) -> Vector:
-        """projection(norm(x) * (1 + scale) + shift); the gradient of the residual stream x."""
+        """projection(norm(x) * (1 + scale) + shift); returns the gradient of the residual stream x."""
         modulated = self._modulate("final.modulation", "final.norm")
         delta = self._receive("final.projection", ANYTHING, modulated)
         return self._modulate_backward("final.modulation", "final.norm", delta)
@@ -75,7 +76,7 @@ class Flow:
         return self._receive(f"{block}.mlp_in", delta * slope(self._linear(f"{block}.mlp_in", x)), x)
 
     def _attention(self, block: str, stream: Vector) -> None:
-        """x + gate * attn_out(attention(query(h), key(h), value(h))), of h = norm(x) * (1 + scale) + shift."""
+        """x + gate * attn_out(attention(query(h), key(h), value(h))), where h = norm(x) * (1 + scale) + shift."""
         role, norm = f"{block}.modulation.attn", f"{block}.norm.attn"
         modulated = self._modulate(role, norm)
         query, key, value = (self._linear(f"{block}.qkv.{name}", modulated) for name in ("query", "key", "value"))
@@ -96,7 +97,7 @@ class Flow:
         self._modulate_backward(role, norm, received + from_key, received if self._sum_vanishes(key) else None)
 
     def _receive_keys(self, block: str, key: Vector, delta: Vector, modulated: Vector) -> Vector:
-        """As `_receive`; where the gradients of all keys sum to zero, what they have in common receives none."""
+        """`_receive` for keys. If the gradients of all keys sum to zero, the part that all keys share receives no gradient."""
         delta = self._head_norm_backward(f"{block}.norm.key", key, delta)
         if not self._sum_vanishes(key):
             return self._receive(f"{block}.qkv.key", delta, modulated)
@@ -125,17 +126,17 @@ class Flow:
         return linear(x, self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"])
 
     def _receive(self, layer: str, delta: Vector, x: Vector) -> Vector:
-        """Note what a linear layer with input `x` receives from its output's gradient; that of its input."""
+        """Record the gradients of a linear layer with input `x` and output gradient `delta`; return its input's gradient."""
         self.gradients[f"{layer}.weight"] = outer(delta, x)
         self.gradients[f"{layer}.bias"] = total(delta)
         return transposed(delta, self.weights[f"{layer}.weight"])
 
     def _norm(self, norm: str) -> Vector:
-        """norm(x) of the residual stream: layer norm without weights."""
+        """norm(x), where x is the residual stream and the norm is a layer norm without weights."""
         return Vector(shared="centred") if self.one_token else Vector(own="centred")
 
     def _norm_backward(self, norm: str, delta: Vector) -> Vector:
-        """The gradient of x, from which layer norm removes what all features share."""
+        """The gradient of x. Layer norm removes the part of the gradient that all features share."""
         return self._norm(norm) if {delta.own, delta.shared} - {"zero", "uniform"} else NOTHING
 
     def _scale(self, role: str) -> Vector:
@@ -151,13 +152,16 @@ class Flow:
         return self._norm(norm) * self._scale(role) + self._linear(f"{role}.shift", self.conditioning)
 
     def _modulate_backward(self, role: str, norm: str, delta: Vector, summed: Vector | None = None) -> Vector:
-        """Note what shift and scale receive, shift from the sum over tokens of `summed`; the gradient of the stream x."""
+        """Record the gradients of shift and scale; return the gradient of the residual stream x.
+
+        The gradient of shift is the sum over tokens of `summed`, or of `delta` if `summed` is None.
+        """
         self._modulation_receives(f"{role}.shift", delta if summed is None else summed)
         self._modulation_receives(f"{role}.scale", delta * self._norm(norm))
         return self._norm_backward(norm, delta * self._scale(role))
 
     def _gate(self, role: str, stream: Vector, branch: Vector) -> Vector:
-        """Note what the gate of `stream + gate * branch` receives; the gradient of the branch."""
+        """Record the gradient of the gate in `x + gate * branch`, whose gradient is `stream`; return the branch's gradient."""
         self._modulation_receives(role, stream * branch)
         return stream * self._linear(role, self.conditioning)
 

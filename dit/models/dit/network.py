@@ -1,8 +1,8 @@
-"""The Diffusion Transformer of Peebles & Xie (2023), and nothing else: no weight is chosen here (see `dit.init`).
+"""The network of Peebles & Xie (2023), the Diffusion Transformer, without its initialisation, which `dit.init` sets.
 
-The network, its arithmetic and the names in its `state_dict` are those of facebookresearch/DiT `models.py`, so that a
-published checkpoint loads with `strict=True`. Labels are dropped by the batch, not by the network: class `num_classes` is the
-null class of classifier-free guidance.
+The network, its arithmetic and the names in its `state_dict` are as in facebookresearch/DiT `models.py`, so a published
+checkpoint loads with `strict=True`. The code that makes a batch drops labels, not the network: class `num_classes` is the null
+class of classifier-free guidance.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ class DiT(Denoiser):
         return unpatchify(self.final_layer(x, c), self.patch_size, self.out_channels)
 
     def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
-        """What timesteps (B,) and labels (B,) tell every block, (B, D)."""
+        """The conditioning (B, D) of every block, from timesteps (B,) and labels (B,)."""
         return self.t_embedder(t) + self.y_embedder(y)
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each `x + gate * f(scale * norm(x) + shift)`; section 3.2, "adaLN-Zero block"."""
+    """Attention and MLP, each `x + gate * f((1 + scale) * norm(x) + shift)`; section 3.2, "adaLN-Zero block"."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and the output projection that this laboratory is about."""
+    """A modulated norm and the output projection."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()

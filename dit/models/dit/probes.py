@@ -12,7 +12,7 @@ from dit.models.probes import attention_heads, gates_of, mlp_units, output_units
 
 
 def units(model: DiT) -> dict[str, Tensor]:
-    """The units of the head, of every MLP and of every attention layer, by the role under which their count is recorded."""
+    """The units of the head, every MLP and every attention layer, by the role under which the number of units is recorded."""
     found = {"final.projection.weight": output_units(model.final_layer.linear)}
     for index, block in enumerate(cast("list[DiTBlock]", list(model.blocks))):
         found[f"block[{index}].mlp_in.weight"] = mlp_units(block.mlp)

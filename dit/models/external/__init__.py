@@ -1,7 +1,8 @@
-"""Somebody else's network: a class of diffusers, or what a function of the user's returns, as a backbone like any other.
+"""The backbone for external networks: a class of diffusers, or the network that a user's function returns.
 
 In params.yaml `model: {name: "diffusers:DiTTransformer2DModel", arguments: {...}}`, or a name such as `package.module:factory`.
-Nothing is known of such a network but what it does, so its roles are its tensors, and its wake-up is measured, not predicted.
+The laboratory does not know the structure of such a network, so its roles are its tensors, and its wake-up is measured, not
+predicted.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 class ExternalOptions(Options):
-    """Arguments of the class or of the function, beside those that follow from the study."""
+    """Arguments of the class or the function, in addition to those that follow from the study."""
 
     arguments: dict[str, Any] = Field(default_factory=dict)
 
@@ -50,9 +51,9 @@ def _build(
 
 
 def _constructed(make: sources.Maker, sizes: dict[str, Any]) -> External:
-    """Build the network. What no rule sets (buffers, and tensors that are not trained) starts the same in all runs.
+    """Build the network. Buffers and frozen parameters, which no rule sets, have the same values in all runs.
 
-    For the meta device, it is built there if its constructor runs there, and otherwise built on the CPU and moved.
+    If the default device is meta and the constructor fails there, the network is built on the CPU and moved to meta.
     """
     construct = partial(External, make, **sizes)
     with seeded("external"):
@@ -60,13 +61,13 @@ def _constructed(make: sources.Maker, sizes: dict[str, Any]) -> External:
             return construct()
         try:
             return construct()
-        except Exception:  # a constructor that reads numbers of its tensors may raise anything there
+        except Exception:  # on meta, a constructor that reads values of its tensors may raise anything
             with torch.device("cpu"):
                 return construct().to("meta")
 
 
 def blocks(model: External) -> list[Block]:
-    """The modules that pass a residual stream on, as seen when the network was called; none of them is known from inside."""
+    """The modules through which the residual stream passes, as `check` found them by a call; `between` is not known."""
     modules = dict(model.named_modules())
     return [Block(cast("nn.Module", modules[path])) for path in model.block_paths]
 

@@ -1,4 +1,4 @@
-"""Where somebody else's network keeps its blocks: lists of modules that are alike, and those that pass a stream on."""
+"""Finds the blocks of an external network: in lists of modules of one class, the modules that keep the shape of their input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 def containers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Lists, and dictionaries, of layers that are themselves made of layers: where blocks are kept, in nearly every network."""
+    """Lists and dictionaries of modules that have one class and contain modules; nearly all networks keep blocks there."""
     for path, module in model.named_modules():
         elements = list(module.children()) if isinstance(module, CONTAINERS) else []
         if elements and all(type(item) is type(elements[0]) for item in elements) and any(elements[0].children()):
@@ -18,7 +18,7 @@ def containers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def outermost(model: nn.Module) -> dict[str, int]:
-    """The path of every block that lies in no other, and its place in its list, in the order of the network."""
+    """By path of every block that is not inside another block, its index in its list; in the order of the network."""
     found: dict[str, int] = {}
     for path, module in containers(model):
         if not any(path.startswith(f"{block}.") for block in found):
@@ -27,9 +27,9 @@ def outermost(model: nn.Module) -> dict[str, int]:
 
 
 def stream_blocks(model: nn.Module, call: Callable[[], object]) -> tuple[str, ...]:
-    """The outermost blocks whose first argument and output have one shape when `call` runs the network, in the order called.
+    """The outermost blocks whose first argument and output have the same shape when `call` runs the network, in call order.
 
-    A list is left out if any of its modules is not a block, as where a U-Net changes its resolution.
+    A list is left out if any of its modules does not keep the shape, such as a module of a U-Net that changes the resolution.
     """
     seen: list[str] = []
     modules = dict(model.named_modules())

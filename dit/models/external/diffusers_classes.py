@@ -1,4 +1,4 @@
-"""How networks of diffusers are built for a study and called: their conventions, as data."""
+"""How networks of diffusers are built for a study and called; tables describe the conventions of diffusers."""
 
 from __future__ import annotations
 
@@ -18,31 +18,34 @@ SIZES: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "in_channels": lambda study: study["latent_channels"],
     "out_channels": lambda study: study["latent_channels"] * (2 if study["learn_sigma"] else 1),
 }
-"""Arguments of a constructor that follow from the study, where it has them."""
+"""Arguments that follow from the study, for constructors that have them."""
 
 CLASSES: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "num_embeds_ada_norm": lambda study: study["num_classes"],
     "num_class_embeds": lambda study: study["num_classes"] + 1,
 }
-"""How a constructor is told the number of classes, so that class `num_classes`, the null class, has an embedding.
+"""The argument that sets the number of classes. Class `num_classes`, the null class, must have an embedding too.
 
-`CombinedTimestepLabelEmbeddings`, which `num_embeds_ada_norm` makes, adds that row itself, as it drops labels; the
-`nn.Embedding` of `num_class_embeds` has as many rows as it is told. diffusers 0.42.1, models/embeddings.py, unets/unet_2d.py.
+With `num_embeds_ada_norm`, `CombinedTimestepLabelEmbeddings` adds the row of the null class itself, as it drops labels. With
+`num_class_embeds`, an `nn.Embedding` has exactly this many rows. Source: diffusers 0.42.1, models/embeddings.py,
+unets/unet_2d.py.
 """
 
 CALL = {"x": ("hidden_states", "sample"), "t": ("timestep",), "y": ("class_labels",)}
-"""What `forward` calls the noisy latents, the timesteps and the labels."""
+"""The names that arguments of `forward` may have for the noisy latents x, the timesteps t and the labels y."""
 
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 DROPOUT = "dropout_prob"
-"""With this probability a label embedder of diffusers replaces a label in training. Here the batch does; so it is set to 0."""
+"""The attribute with the probability that a label embedder of diffusers drops a label in training. It is set to 0, because here
+labels are dropped when a batch is made.
+"""
 
 
 def maker(name: str, arguments: Mapping[str, Any], study: Mapping[str, Any]) -> Maker:
-    """Builds the class `name` with `arguments` and what follows from the study.
+    """A function that builds the class `name` with `arguments` and the arguments that follow from the study.
 
-    Raises `ConfigError` for a class that is not there or not class-conditional, and for arguments that it does not take.
+    Raises `ConfigError` if diffusers has no such class, if it is not class-conditional, or if it does not take the arguments.
     """
     found = diffusers_class(name)
     where = f"diffusers:{name}"
@@ -56,7 +59,7 @@ def maker(name: str, arguments: Mapping[str, Any], study: Mapping[str, Any]) -> 
 
 
 def _call(found: type[nn.Module], where: str) -> tuple[str, str, str]:
-    """The names by which `forward` takes x, t and y. Raises `ConfigError` where it lacks one, or needs something else."""
+    """The names of the arguments x, t and y of `forward`. Raises `ConfigError` if one is missing or others are required."""
     parameters = inspect.signature(found.forward).parameters
     given = {part: name for part, known in CALL.items() for name in known if name in parameters}
     lacking = [" or ".join(known) for part, known in CALL.items() if part not in given]

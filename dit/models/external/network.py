@@ -1,4 +1,4 @@
-"""Somebody else's network in the calling convention of the laboratory: `model(x, t, y)`, and a tensor back."""
+"""Wraps an external network in the calling convention of the laboratory: `model(x, t, y)` returns a tensor."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dit.errors import ConfigError
 from dit.models.contract import Denoiser
 
 Made = tuple[nn.Module, tuple[str, str, str] | None]
-"""A network, and the names by which its `forward` takes x, t and y; None where it takes them in this order."""
+"""A network, and the names of the arguments x, t and y of its `forward`; None if it takes them by position, in this order."""
 
 
 class External(Denoiser):
-    """Calls the network that `make` returns. It has that network's parts as its own, so tensors keep their names.
+    """Calls the network that `make` returns. The parts of that network are also its own parts, so tensors keep their names.
 
-    `block_paths` are the modules that pass the residual stream on, in the order of the network.
+    `block_paths` are the paths of the modules through which the residual stream passes, in the order of their calls.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class External(Denoiser):
         self.out_channels = latent_channels * (2 if learn_sigma else 1)
         self.block_paths: tuple[str, ...] = ()
         inner, self.names = make()
-        self.__dict__["inner"] = inner  # not as a part of its own, which would stand before every name
+        self.__dict__["inner"] = inner  # not as a submodule, as its name would then stand before every tensor name
         self._modules, self._parameters, self._buffers = inner._modules, inner._parameters, inner._buffers
         self._non_persistent_buffers_set = inner._non_persistent_buffers_set
 
@@ -42,7 +42,7 @@ class External(Denoiser):
         return sample_of(output)
 
     def train(self, mode: bool = True) -> Self:
-        """As every module; the network itself is in the same mode as its parts."""
+        """Set the mode as in any module, and also set the mode of the wrapped network."""
         if "inner" in self.__dict__:
             self.__dict__["inner"].training = mode
         return super().train(mode)
@@ -52,7 +52,10 @@ class External(Denoiser):
 
 
 def sample_of(output: Any) -> Tensor:
-    """The tensor in what a network returned: itself, its `sample`, or the first of a tuple. Raises `ConfigError`."""
+    """The tensor in the output of a network: the output itself, its `sample`, or the first item of a tuple or list.
+
+    Raises `ConfigError` if there is no such tensor.
+    """
     for found in (
         output,
         getattr(output, "sample", None),

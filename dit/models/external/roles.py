@@ -1,4 +1,4 @@
-"""Roles of somebody else's network: every trained tensor is one, by its own name."""
+"""Roles of an external network: every trained tensor is one role, and its path is the name of the tensor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dit.models.roles import Role
 
 
 def roles(model: External) -> list[Role]:
-    """Every trained tensor of `model` whole; rules may take some rows of one."""
+    """One role for each trained tensor of `model`, with all its rows; rules may select some rows of a role."""
     blocks = outermost(model)
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters() if weight.requires_grad}
     return [
@@ -28,6 +28,6 @@ def roles(model: External) -> list[Role]:
 
 
 def _fan_in(name: str, shapes: dict[str, tuple[int, ...]]) -> int:
-    """Inputs of a tensor's layer: those of a bias are the inputs of the weight beside it."""
+    """Number of inputs of a tensor's layer; a bias has the fan_in of the weight beside it."""
     beside = f"{name.removesuffix('bias')}weight" if name.endswith("bias") else name
     return math.prod(shapes.get(beside, ())[1:])

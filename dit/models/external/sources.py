@@ -1,4 +1,4 @@
-"""Other people's code by its name: a class of diffusers, or a function in a module of the user's."""
+"""Finds external code by its name: a class of diffusers, or a function in a module of the user."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Maker = Callable[[], Made]
 
 
 def diffusers_class(name: str) -> type[nn.Module]:
-    """The network of diffusers called `name`. Raises `ConfigError` where there is none."""
+    """The class of diffusers called `name`. Raises `ConfigError` if diffusers has no network of this name."""
     import diffusers
 
     found = getattr(diffusers, name, None) if name and not name.startswith("_") else None
@@ -33,7 +33,7 @@ def diffusers_class(name: str) -> type[nn.Module]:
 
 
 def built(constructor: Callable[..., nn.Module], arguments: Mapping[str, Any], where: str) -> nn.Module:
-    """What `constructor` makes of `arguments`. Raises `ConfigError` that shows them, and tells `where` they are given."""
+    """Call `constructor` with `arguments`. Raises `ConfigError` that shows them, and says `where` the user gives them."""
     try:
         return constructor(**arguments)
     except Exception as error:
@@ -55,7 +55,7 @@ def working_directory_searched() -> Iterator[None]:
 
 
 def imported(module: str) -> ModuleType:
-    """The module of that name. Raises `ConfigError` where there is none; an import that it lacks itself is its own error."""
+    """Import a module. Raises `ConfigError` if it does not exist; if an import inside it fails, that error is raised."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -65,7 +65,7 @@ def imported(module: str) -> ModuleType:
 
 
 def function(module: str, name: str) -> Callable[..., Any]:
-    """The function `name` of a module. Raises `ConfigError` where there is none."""
+    """The function `name` of a module. Raises `ConfigError` if the module has no such function."""
     found = getattr(imported(module), name, None)
     if not callable(found):
         raise ConfigError(f"'{module}:{name}': {module} has no function '{name}'")
@@ -73,9 +73,9 @@ def function(module: str, name: str) -> Callable[..., Any]:
 
 
 def maker(module: str, name: str, arguments: Mapping[str, Any], sizes: Mapping[str, Any]) -> Maker:
-    """Calls the function `name` of `module` with `arguments` and those of `sizes` that it asks for by name.
+    """A function that calls the function `name` of `module` with `arguments`, and with those `sizes` that it has arguments for.
 
-    Raises `ConfigError` for arguments that it does not take, or that the study sets.
+    Raises `ConfigError` for arguments that the function does not take, or that follow from the study.
     """
     where = f"{module}:{name}"
     try:
@@ -92,7 +92,7 @@ def maker(module: str, name: str, arguments: Mapping[str, Any], sizes: Mapping[s
 
 
 def check_arguments(where: str, factory: Callable[..., Any], arguments: Mapping[str, Any], follows: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` unless `factory` takes `arguments` beside those that follow from the study."""
+    """Raise `ConfigError` unless `factory` takes `arguments` together with `follows`, which follow from the study."""
     if twice := sorted(arguments.keys() & follows.keys()):
         raise ConfigError(f"model.arguments of {where}: {twice[0]} follows from the study ({follows[twice[0]]}); leave it out")
     try:

@@ -1,4 +1,4 @@
-"""One call of somebody else's network, when it is built: what would fail in the middle of a study fails here."""
+"""Calls an external network once when it is built, so that errors appear here and not in the middle of a study."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ SAMPLES = 2
 
 
 def check(network: External, name: str) -> None:
-    """Call `network` once, on the null class too, and note its blocks. Raises `ConfigError` if the call fails. Some operations
-    do not exist on the meta device, so there it reports only wrong shapes and precisions.
+    """Call `network`, also with the null class, and record its blocks. Raises `ConfigError` if the call fails.
+
+    Some operations do not exist on the meta device, so there it reports only wrong shapes and dtypes.
     """
     weights = [weight for weight in network.parameters() if weight.requires_grad]
     if not weights:
@@ -32,7 +33,7 @@ def check(network: External, name: str) -> None:
                 _call(copy.deepcopy(network).double(), name, torch.float64)
     except ConfigError:
         raise
-    except Exception as error:  # whatever the network does
+    except Exception as error:  # the network may raise any error
         if not weights[0].is_meta or _about_precision(error):
             raise ConfigError(_explained(error, network, name)) from error
     finally:
@@ -66,7 +67,7 @@ def _check_signature(network: External, name: str) -> None:
 def _about_precision(error: Exception) -> bool:
     """Whether a trial call failed because of a dtype.
 
-    For an operation that a device lacks, as the meta device may, torch raises NotImplementedError, and names dtypes as well.
+    If a device, such as meta, lacks an operation, torch raises NotImplementedError, whose message may also mention a dtype.
     """
     return not isinstance(error, UserError | NotImplementedError) and "dtype" in str(error)
 

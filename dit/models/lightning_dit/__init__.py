@@ -16,14 +16,14 @@ from dit.models.sizes import SIZES, Size, SizedOptions, sizes_of
 PATCH_SIZES = (1, 2, 4, 8)
 
 LIGHTNING_SIZES = {**SIZES, "1p0B": Size(24, 1536, 24), "1p6B": Size(28, 1792, 28)}
-"""The sizes of DiT, and two larger ones from `LightningDiT_models` in hustvl/LightningDiT."""
+"""The sizes of DiT, and two larger sizes from `LightningDiT_models` in hustvl/LightningDiT."""
 
 
 class LightningDiTOptions(SizedOptions):
-    """Sizes that replace those of the name, and the five choices of the published code.
+    """Sizes that replace the sizes of the network's name, and the five choices of the published code.
 
-    Their defaults are those of the published configuration, `configs/lightningdit_xl_vavae_f16d32.yaml`: rotary positions,
-    SwiGLU and RMSNorm, with shifts and without normalised queries and keys.
+    The choices default to the published configuration, `configs/lightningdit_xl_vavae_f16d32.yaml`: rotary positions, SwiGLU
+    and RMSNorm, with shifts and without normalised queries and keys.
     """
 
     use_qknorm: bool = False

@@ -1,4 +1,4 @@
-"""One forward and backward pass of a LightningDiT, read on the patterns of its weights: what differs from a DiT."""
+"""One forward and backward pass of a LightningDiT on the patterns of its weights: the parts that differ from a DiT."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from dit.models.lightning_dit.roles import SWIGLU
 
 
 def gradient_flow(model: LightningDiT, weights: Mapping[str, Pattern]) -> dict[str, Pattern]:
-    """The pattern of every role's gradient, from those of the weights."""
+    """The pattern of every role's gradient, from the patterns of the weights."""
     return LightningFlow(weights, model).gradients
 
 
 class LightningFlow(Flow):
-    """As `Flow`, with the choices of a LightningDiT."""
+    """The `Flow` of a LightningDiT, with its choices."""
 
     def __init__(self, weights: Mapping[str, Pattern], model: LightningDiT) -> None:
         self.variant: Variant = model.variant
@@ -36,7 +36,7 @@ class LightningFlow(Flow):
         super().__init__(weights, model.depth, model.num_heads, (model.latent_size // model.patch_size) ** 2)
 
     def _hidden(self, block: str, x: Vector) -> Vector:
-        """SiLU(first half of mlp_in(x)) * second half, or as in DiT."""
+        """SiLU(first half of mlp_in(x)) * second half with SwiGLU; otherwise as in DiT."""
         if not self.variant.use_swiglu:
             return super()._hidden(block, x)
         first, second = (self._linear(f"{block}.{half}", x) for half in SWIGLU)
@@ -52,7 +52,7 @@ class LightningFlow(Flow):
         return received[0] + received[1]
 
     def _norm(self, norm: str) -> Vector:
-        """RMSNorm removes nothing, and multiplies by its weight."""
+        """norm(x), where x is the residual stream. RMSNorm subtracts no mean, and multiplies by its weight."""
         return self._root_mean_square() * self._weight(norm) if self.variant.use_rmsnorm else super()._norm(norm)
 
     def _norm_backward(self, norm: str, delta: Vector) -> Vector:
@@ -62,14 +62,16 @@ class LightningFlow(Flow):
         return self._root_mean_square() if delta * self._weight(norm) else NOTHING
 
     def _root_mean_square(self) -> Vector:
-        """x / rms(x) of the residual stream."""
+        """x / rms(x), where x is the residual stream."""
         return Vector(shared="generic") if self.one_token else Vector(own="generic")
 
     def _weight(self, norm: str) -> Vector:
         return linear(ONE, self.weights[f"{norm}.weight"])
 
     def _sum_vanishes(self, key: Vector) -> bool:
-        """As in DiT, but not with positions, which turn each token differently, nor with a norm that differs between tokens."""
+        """The sum vanishes as in DiT, except with rotary positions, which differ between tokens, and except with a norm of keys
+        whose factors differ between tokens.
+        """
         same = key.own == "zero" or (key.own == "uniform" and not self.variant.use_rmsnorm)
         return not self.rotary and (same or not self.variant.use_qknorm)
 
@@ -84,7 +86,7 @@ class LightningFlow(Flow):
         if not self.variant.use_qknorm:
             return delta
         normed = self._head_normed(x)
-        shared_is_seen = self.rotary or not norm.endswith(".key")  # softmax sees nothing that all keys share
+        shared_is_seen = self.rotary or not norm.endswith(".key")  # softmax ignores what all keys share
         self.gradients[f"{norm}.weight"] = total(delta * (normed if shared_is_seen else Vector(own=normed.own)))
         if not self.variant.use_rmsnorm:
             self.gradients[f"{norm}.bias"] = total(delta) if shared_is_seen else ZERO
@@ -95,7 +97,7 @@ class LightningFlow(Flow):
         return Vector(own="centred") if {inner.own, inner.shared} - {"zero", "uniform"} else NOTHING
 
     def _head_normed(self, x: Vector) -> Vector:
-        """Queries or keys, normalised in each head. A norm is not linear: what tokens share mixes with their own."""
+        """Queries or keys, normalised in each head. A norm is not linear, so it mixes the own and shared parts of tokens."""
         if self.variant.use_rmsnorm:
             kind: Kind = x.kind if x.kind in ("zero", "uniform") else "generic"
             return Vector(own=kind) if x.own != "zero" else Vector(shared=kind)

@@ -1,4 +1,4 @@
-"""The choices of a LightningDiT, and the layers that it may have where DiT has others: RMSNorm, SwiGLU, rotary positions."""
+"""The choices of a LightningDiT, and the layers with which it may replace those of DiT: RMSNorm, SwiGLU, rotary positions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dit.models.layers import without_values
 
 @dataclass(frozen=True)
 class Variant:
-    """The five choices of the published code, by its names; all false is a DiT."""
+    """The five choices of the published code, under the names that it uses. If all are false, the network is a DiT."""
 
     use_qknorm: bool
     use_swiglu: bool
@@ -31,13 +31,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., size) -> (..., size). Means are taken in float32, or in float64 for float64."""
+        """(..., size) -> (..., size). The mean is computed in float32, or in float64 if `x` is float64."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype) * self.weight
 
 
 class SwiGLU(nn.Module):
-    """w3(SiLU(first) * second), where the rows of w12 make both halves; Shazeer (2020), "GLU Variants", eq. 6, with biases."""
+    """w3(SiLU(first) * second), where w12(x) is `first` and `second`; Shazeer (2020), "GLU Variants", eq. 6, with biases."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -53,9 +53,9 @@ class SwiGLU(nn.Module):
 class RotaryEmbedding(nn.Module):
     """Rotary positions of a square image: Su et al. (2021), on two axes as in EVA-02 (Fang et al. 2023).
 
-    Each pair of neighbouring features is turned by an angle: the row of the token times a frequency in the first half of the
-    head, its column times the same frequencies in the second. `head_size` is a multiple of 4. The tables of cosines and sines
-    (T, head_size) are part of the published `state_dict`.
+    Each pair of neighbouring features is rotated by an angle. In the first half of the head the angle is the row of the token
+    times a frequency; in the second half it is the column times the same frequency. `head_size` is a multiple of 4. The tables
+    of cosines and sines (T, head_size) are part of the published `state_dict`.
     """
 
     freqs_cos: Tensor
@@ -75,11 +75,11 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("freqs_sin", whole.sin())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Queries or keys (B, heads, T, head_size) -> the same, turned."""
+        """Queries or keys (B, heads, T, head_size) -> rotated queries or keys, in the same shape."""
         quarter_turn = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
         return x * self.freqs_cos + quarter_turn * self.freqs_sin
 
 
 def block_norm(hidden_size: int, variant: Variant) -> nn.Module:
-    """The norm of a block: RMSNorm with weights, or LayerNorm without."""
+    """The norm of a block: RMSNorm with weights, or LayerNorm without weights."""
     return RMSNorm(hidden_size) if variant.use_rmsnorm else nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)

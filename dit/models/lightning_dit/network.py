@@ -1,8 +1,8 @@
-"""LightningDiT (Yao & Wang 2025, "Reconstruction vs. Generation"), and nothing else: no weight is chosen here (see `dit.init`).
+"""LightningDiT (Yao & Wang 2025, "Reconstruction vs. Generation") without its initialisation, which `dit.init` sets.
 
-The network, its arithmetic and the names in its `state_dict` are those of hustvl/LightningDiT `models/lightningdit.py`, so that
-a published checkpoint loads with `strict=True`. It is called as every network here: timesteps grow with noise, and the velocity
-is noise - data; see `dit.models.layers.own_time`.
+The network, its arithmetic and the names in its `state_dict` are as in hustvl/LightningDiT `models/lightningdit.py`, so a
+published checkpoint loads with `strict=True`. It has the calling convention of all networks here: timesteps grow with noise,
+and the velocity is noise - data; see `dit.models.layers.own_time`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dit.models.lightning_dit.layers import RMSNorm, RotaryEmbedding, SwiGLU, Va
 
 
 class LightningDiT(Denoiser):
-    """A DiT with rotary positions, SwiGLU, RMSNorm and normalised queries and keys, each by choice; it predicts a velocity."""
+    """A DiT that predicts a velocity. Rotary positions, SwiGLU, RMSNorm and normalised queries and keys are optional."""
 
     learn_sigma = False
 
@@ -69,12 +69,12 @@ class LightningDiT(Denoiser):
         return -unpatchify(self.final_layer(x, c), self.patch_size, self.latent_channels)
 
     def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
-        """What timesteps (B,) and labels (B,) tell every block, (B, D)."""
+        """The conditioning (B, D) of every block, from timesteps (B,) and labels (B,)."""
         return self.t_embedder(own_time(t)) + self.y_embedder(y)
 
 
 class LightningDiTBlock(nn.Module):
-    """Attention and MLP, each `x + gate * f(scale * norm(x) + shift)`, as in DiT; without shift by choice."""
+    """Attention and MLP, each `x + gate * f((1 + scale) * norm(x) + shift)`, as in DiT; without shift if `wo_shift`."""
 
     def __init__(self, hidden_size: int, num_heads: int, variant: Variant) -> None:
         super().__init__()
@@ -95,14 +95,14 @@ class LightningDiTBlock(nn.Module):
         return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
     def _parts(self, modulation: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Shift, where there is one, scale and gate of a branch, each (B, D)."""
+        """Shift, scale and gate of a branch, each (B, D); shift is None if the block has no shifts."""
         if self.wo_shift:
             return None, *modulation.chunk(2, dim=1)  # type: ignore[return-value]
         return modulation.chunk(3, dim=1)  # type: ignore[return-value]
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm, always with a shift, and the output projection."""
+    """A modulated norm, always with a shift, and the output projection."""
 
     def __init__(self, hidden_size: int, out_features: int, variant: Variant) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class FinalLayer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; queries and keys of each head may be normalised, then turned by their position."""
+    """Multi-head self-attention; queries and keys of each head may be normalised, and then rotated by position."""
 
     def __init__(self, hidden_size: int, num_heads: int, variant: Variant) -> None:
         super().__init__()

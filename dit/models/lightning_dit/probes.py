@@ -15,7 +15,7 @@ from dit.models.probes import attention_heads, gates_of, mlp_units, output_units
 
 
 def units(model: LightningDiT) -> dict[str, Tensor]:
-    """The units of the head, of every MLP and of every attention layer, by the role under which their count is recorded."""
+    """The units of the head, every MLP and every attention layer, by the role under which the number of units is recorded."""
     sees_key_bias = model.variant.use_rope or model.variant.use_qknorm
     found = {"final.projection.weight": output_units(model.final_layer.linear)}
     for index, block in enumerate(cast("list[LightningDiTBlock]", list(model.blocks))):
@@ -29,7 +29,7 @@ def units(model: LightningDiT) -> dict[str, Tensor]:
 
 
 def swiglu_units(mlp: SwiGLU) -> Tensor:
-    """The hidden units of a SwiGLU (H, 3D + 2): weights and biases of both halves, and outgoing weights, of each."""
+    """The hidden units of a SwiGLU (H, 3D + 2): each unit's weights and biases in both halves, and its outgoing weights."""
     halves = torch.cat([mlp.w12.weight, mlp.w12.bias[:, None]], dim=1).chunk(2)
     return torch.cat([*halves, mlp.w3.weight.T], dim=1)
 

@@ -1,4 +1,4 @@
-"""What each weight of a LightningDiT is for, in the words of `dit.models.dit.roles` where DiT has the same."""
+"""What each weight of a LightningDiT is for. Weights that DiT also has are called as in `dit.models.dit.roles`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dit.models.lightning_dit.network import LightningDiT
 from dit.models.roles import Layer, Role, roles_of
 
 SWIGLU = ("silu.mlp_in", "linear.mlp_in")
-"""The two halves of `w12`: that under SiLU, and that which multiplies it; hustvl/LightningDiT `SwiGLUFFN.forward`."""
+"""The two halves of `w12`: the second multiplies the SiLU of the first; hustvl/LightningDiT `SwiGLUFFN.forward`."""
 
 
 def roles(model: LightningDiT) -> list[Role]:
@@ -30,7 +30,7 @@ def _layers(depth: int, variant: Variant) -> Iterator[Layer]:
 
 
 def _block(block: str, module: str, variant: Variant) -> Iterator[Layer]:
-    """The norms have roles where they have weights."""
+    """The layers of a block. Norms without weights are listed too; `roles_of` makes roles only of weights that exist."""
     yield Layer(f"{block}.norm.attn", f"{module}.norm1")
     yield Layer(f"{block}.qkv", f"{module}.attn.qkv", ("query", "key", "value"), heads="rows")
     yield Layer(f"{block}.norm.query", f"{module}.attn.q_norm")

@@ -17,7 +17,7 @@ from dit.models.sizes import SIZES, SizedOptions, sizes_of
 
 
 class SiTOptions(SizedOptions):
-    """Sizes that replace those of the name, and the head: the published checkpoints have `sigma_head` true."""
+    """Sizes that replace the sizes of the network's name, and whether there is a sigma head, as in published checkpoints."""
 
     sigma_head: bool = True
 
@@ -29,7 +29,7 @@ def _build(name: str, options: SiTOptions, *, learn_sigma: bool, **latents: int)
 
 
 def units(model: SiT) -> dict[str, Tensor]:
-    """As those of a DiT, without the units of the head whose output is dropped."""
+    """The units of a DiT, without those units of its head whose output SiT drops."""
     head = output_units(model.final_layer.linear).unflatten(0, (-1, model.out_channels))  # (P * P, C or 2C, D + 1)
     return {**dit_units(model), "final.projection.weight": head[:, : model.latent_channels].flatten(0, 1)}
 

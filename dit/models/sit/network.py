@@ -1,7 +1,7 @@
 """SiT (Ma et al. 2024): a DiT that predicts a velocity; willisma/SiT `models.py` and `transport/`.
 
-A published checkpoint loads with `strict=True`. It is called as every network here: timesteps grow with noise, and the velocity
-is noise - data; see `dit.models.layers.own_time`.
+A published checkpoint loads with `strict=True`. SiT has the calling convention of all networks here: timesteps grow with noise,
+and the velocity is noise - data; see `dit.models.layers.own_time`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dit.models.layers import own_time
 
 
 class SiT(DiT):
-    """A DiT whose time is in [0, 1] and whose velocity is data - noise, wrapped to be called as every network here.
+    """A DiT whose time is in [0, 1] and whose velocity is data - noise, wrapped in the calling convention of all networks here.
 
-    With `sigma_head`, as published, its head has channels for a sigma as well, which are computed and dropped.
+    With `sigma_head`, as published, the head also computes channels for a sigma, and `forward` drops them.
     """
 
     def __init__(self, *, sigma_head: bool, **sizes: Any) -> None:
@@ -30,5 +30,5 @@ class SiT(DiT):
         return -super().forward(x, t, y)[:, : self.latent_channels]
 
     def conditioning(self, t: Tensor, y: Tensor) -> Tensor:
-        """What timesteps (B,) and labels (B,) tell every block, (B, D)."""
+        """The conditioning (B, D) of every block, from timesteps (B,) and labels (B,)."""
         return super().conditioning(own_time(t), y)
