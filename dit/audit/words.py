@@ -1,4 +1,4 @@
-"""How an audit report says things: items that are alike together, numbers and names in short."""
+"""Words of an audit report: groups of similar items, and short forms of numbers and names."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def capital(sentence: str) -> str:
 
 
 def without_effect(change: float | None) -> bool:
-    """Whether a change of an input, as a fraction of the output, is none but for rounding."""
+    """Whether an input changes the output by no more than rounding; `change` is a fraction of the output."""
     return change is not None and change < NEGLIGIBLE
 
 
