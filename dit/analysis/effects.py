@@ -46,7 +46,7 @@ class Effect:
 
     @property
     def p_value(self) -> float:
-        """The two-sided, uncorrected p-value of no effect. On the scale `ratio`, it and the interval come from logarithms."""
+        """The two-sided, uncorrected p-value of no effect; on the scale `ratio`, a p-value for logarithms, like the interval."""
         found = self.estimate
         if self.scale == "difference" or found.low is None or found.high is None:
             return p_value(found)

@@ -21,7 +21,7 @@ from pipelines.evidence.judging import Answers, FactorialAnswers, survived
 from pipelines.evidence.results import Ended
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
-"""Colours that most colour-blind people tell apart. Okabe and Ito (2008), "Color Universal Design"."""
+"""Colours that most colour-blind people can tell apart. Okabe and Ito (2008), "Color Universal Design"."""
 MARKERS = "osD^vPX"
 
 
@@ -67,7 +67,7 @@ def _points(tuning: Tuning) -> tuple[Point, ...]:
 
 
 def _around(means: list[float]) -> tuple[float, float]:
-    """Limits of an axis that shows all means; a long interval of one of them is cut, so that the others are told apart."""
+    """Limits of an axis that shows all means; a long interval is cut off, so that the means can be told apart."""
     margin = 0.1 * (max(means) - min(means))
     return min(means) - margin, max(means) + margin
 
