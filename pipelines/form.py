@@ -27,7 +27,7 @@ def overrides() -> Schema:
     Sections in which the user chooses the keys, such as `strategies`, are given as a whole.
     """
     known = {"properties": dict(_keys()), "additionalProperties": {"const": EXPECTED}}
-    return {"type": "object", "if": True, "then": known}  # the form makes a field of each of an object's own properties
+    return {"type": "object", "if": True, "then": known}  # as `properties`, each key would be a field of the form
 
 
 def profiles() -> Schema:

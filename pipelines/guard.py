@@ -70,7 +70,7 @@ def start(
 
 
 def settings(spare: bool) -> tuple[str, str]:
-    """The arguments of a guard, before its command."""
+    """The arguments of `guard.py` before the command."""
     return str(int(spare)), str(GRACE_SECONDS_SPARED if spare else GRACE_SECONDS)
 
 

@@ -19,7 +19,7 @@ WORD = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
 
 
 def assignments(texts: Iterable[str]) -> dict[str, Any]:
-    """The value of each key, read as YAML. Raises `UserError` for what is no assignment."""
+    """The value of each key, read as YAML. Raises `UserError` for a text that is no assignment."""
     return dict(_assignment(text) for text in texts)
 
 

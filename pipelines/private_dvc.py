@@ -33,7 +33,7 @@ def keep(root: Path) -> None:
     chosen = config["core"].get(KEY)
     if chosen and not chosen.endswith(str(PLACE)):
         return
-    with suppress(OSError):  # of a folder that cannot be written, or that belongs to somebody else
+    with suppress(OSError):  # the folder cannot be written, or it belongs to another user
         folder(place)
         if chosen != str(place):  # no place yet, or the place of a folder from which this one was copied
             with config.edit("local") as settings:

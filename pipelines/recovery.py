@@ -31,7 +31,7 @@ KEPT = Path(".scratch/recovery/dvc.lock")
 """The copy of `dvc.lock` after the last stage of a study."""
 _ONE_AT_A_TIME = threading.Lock()
 _ENTRY = re.compile(r"^  (?=\S)", re.MULTILINE)
-"""Where the entry of a stage begins in a `dvc.lock`."""
+"""The beginning of a stage's entry in a `dvc.lock`."""
 
 
 def workspace(root: Path, tell: Tell) -> None:

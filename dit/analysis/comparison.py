@@ -18,7 +18,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 FEWEST = 3
-"""Seeds below which no interval is drawn from an estimate, and no verdict from pairs."""
+"""With fewer seeds than this, an estimate has no interval, and a comparison has no verdict."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ METRICS = (
     Metric("precision", "precision", lower_is_better=False),
     Metric("recall", "recall", lower_is_better=False),
 )
-"""What a finished run is judged by."""
+"""The metrics by which a finished run is judged."""
 
 INITIAL = Metric("initial_validation_mse", "initial validation error")
 """A metric that every run has, even one that diverged."""

@@ -1,7 +1,7 @@
 """Whether one strategy trains later than another or ends worse: steps behind at equal error, and steps to a threshold.
 
-A delay is a number of steps by which one error curve is shifted against another; a level difference is a factor between the
-errors that stays. At one budget they look alike, and they lead to opposite conclusions for longer training.
+A delay is a number of steps by which one error curve is shifted against another; a level difference is a constant factor
+between the errors. At one budget they look alike, but they lead to opposite conclusions for longer training.
 
 Curves are compared seed by seed, because runs of one seed share batches and noise; intervals are Student's over seeds, which
 assumes that seeds are independent and their values about normal.
@@ -130,7 +130,7 @@ def compare_curves(strategy: Curves, baseline: Curves, start: float | None = Non
     """Compare two strategies that were validated at the same steps.
 
     `start`: the first step that counts, by default an eighth of training. `at`: the step of `expected`, by default the last
-    one. Raises UserError where the steps differ, fewer than three of them count, or no seed has both curves whole.
+    one. Raises UserError if the steps differ, if fewer than three of them count, or if both curves are complete at no seed.
     """
     if not np.array_equal(strategy.steps, baseline.steps):
         raise UserError("the two strategies were validated at different steps: validate both at the same steps")

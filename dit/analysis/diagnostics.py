@@ -83,7 +83,7 @@ class RoleProbe:
 
     @torch.no_grad()
     def changes(self) -> Tensor:
-        """The norm of each role's change since `norms`."""
+        """The norm of each role's change since the last call of `norms`."""
         changes = torch._foreach_sub(self._previous, list(self.weights.values()))
         return _vector([torch._foreach_norm(self._by_role(dict(zip(self.weights, changes, strict=True))))])
 
@@ -92,7 +92,7 @@ class RoleProbe:
         self._previous = []
 
     def states(self, read: Sequence[float]) -> list[RoleState]:
-        """Every role's state, from the numbers of `norms`, `symmetry` and `changes`, one after the other."""
+        """The state of every role, from the concatenated numbers that `norms`, `symmetry` and `changes` returned."""
         values = iter(read)
         gradients, nonzero, weights = ([next(values) for _ in self.roles] for _ in range(3))
         units, ranks, openness = ({path: next(values) for path in paths} for paths in self._special)

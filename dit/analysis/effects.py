@@ -46,7 +46,7 @@ class Effect:
 
     @property
     def p_value(self) -> float:
-        """The two-sided, uncorrected p-value of no effect; on the scale `ratio`, a p-value for logarithms, like the interval."""
+        """The two-sided, uncorrected p-value of no effect; on the scale `ratio`, computed from logarithms like the interval."""
         found = self.estimate
         if self.scale == "difference" or found.low is None or found.high is None:
             return p_value(found)
@@ -144,7 +144,7 @@ def _refuse_unbalanced(factors: Factors, runs: Runs, seeds: Sequence[int]) -> No
 
 
 def _effect(factors: Factors, values: np.ndarray, chosen: Mapping[int, int], scale: Scale) -> Effect:
-    """The effect of taking each axis of `chosen` from level 0 to the level that is named there."""
+    """The effect of changing each axis in `chosen` from level 0 to the level that `chosen` gives for it."""
     names = list(factors)
     changed = values
     for axis, level in chosen.items():

@@ -255,7 +255,7 @@ def _point(rate: float, values: list[float | None]) -> Point:
 
 @dataclass(frozen=True)
 class _Curve:
-    """Log errors (R, seeds) at ascending log rates (R,), their means (R,), NaN where a run failed, and the best row."""
+    """Log errors (R, seeds) at ascending log rates (R,), their means (R,), NaN if a run failed, and the best rate's index."""
 
     log_rates: np.ndarray
     log_errors: np.ndarray

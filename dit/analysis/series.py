@@ -15,7 +15,7 @@ from dit.analysis.diagnostics import GradientNoise, noise_scale
 from dit.analysis.wakeup import is_weight, kind
 
 NOISE_WINDOW = 5
-"""Diagnosed steps over which the gradient noise scale is averaged."""
+"""The number of diagnosed steps over which the gradient noise scale is averaged."""
 
 SMOOTHING = 5
 """How many logged rows the running mean of the training error covers."""

@@ -26,10 +26,10 @@ HEAD_SIZE = 64
 """Width of an attention head in the coordinate check, as in DiT-S, DiT-B and DiT-L."""
 
 COORDINATE_DEPTH = 2
-"""Blocks of the networks in the coordinate check."""
+"""The number of blocks of the networks in the coordinate check."""
 
 COORDINATE_SAMPLES = 8
-"""Samples of each batch that the coordinate check uses: its networks are wide."""
+"""How many samples of each batch the coordinate check uses; its networks are wide."""
 
 
 @dataclass(frozen=True)

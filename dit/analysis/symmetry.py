@@ -6,8 +6,8 @@ weights are.
 
 - The units of an *output* layer each have their own target, so their columns of delta differ. A head that starts at zero has
   equal rows, and distinct gradients: its rows are distinct after one step. Zero weights are no symmetry there.
-- The units of a *hidden* layer have delta = (delta_out W_out) * activation'(y). Units that start equal, rows of W and columns
-  of W_out, have equal columns of delta, receive equal gradients, and stay equal for ever.
+- The units of a *hidden* layer have delta = (delta_out W_out) * activation'(y). Units that start equal, that is with equal rows
+  of W and equal columns of W_out, have equal columns of delta, receive equal gradients, and stay equal for ever.
 """
 
 from __future__ import annotations

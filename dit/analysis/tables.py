@@ -1,4 +1,4 @@
-"""What a strategy does to every role of a network, and what two strategies change, as rows to show."""
+"""Rows of tables: what a strategy draws for every role of a network, and which roles two strategies draw differently."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Change:
 
 
 def rows(model: nn.Module, strategy: Strategy, every_block: bool = False) -> list[Row]:
-    """The roles of `model`, whose weights `strategy` has set. Blocks of one rule share a row, unless `every_block`."""
+    """The roles of `model`, whose weights `strategy` has set. Blocks with the same rule share a row, unless `every_block`."""
     claimed = claims(strategy, roles(model))  # in parts, where a rule takes some rows of a role
     weights = dict(model.named_parameters())
 

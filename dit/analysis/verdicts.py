@@ -1,4 +1,4 @@
-"""What a study may say of two strategies: declared comparisons, corrected for their number, and exploratory ones that say so.
+"""What a study may conclude about two strategies: declared comparisons are corrected for their number, others are exploratory.
 
 Each comparison is a paired t-test over seeds. It assumes that seeds are independent and that their differences are about
 normal, which three to five pairs cannot test.
@@ -72,9 +72,9 @@ class Comparison:
 class Judgement:
     """The answer to a comparison. `reason` says why there is no verdict.
 
-    `mean`, `low` and `high` are the mean difference and its 95 % interval, of this comparison alone, as fractions of the
-    baseline's mean where `relative`, else in units of the metric. `p` is two-sided; Holm-corrected over `family` declared
-    comparisons, uncorrected for an exploratory one.
+    `mean`, `low` and `high` are the mean difference and its 95 % interval, which is not corrected; as fractions of the
+    baseline's mean if `relative`, otherwise in units of the metric. `p` is two-sided: Holm-corrected over `family` declared
+    comparisons, or uncorrected for an exploratory comparison.
     """
 
     comparison: Comparison

@@ -1,6 +1,6 @@
-"""The wake-up schedule: from which optimiser step on each role receives a gradient. Predicted without running, and measured.
+"""The wake-up schedule: the optimiser step from which each role receives a gradient, predicted without running and measured.
 
-The prediction knows the architecture, and which weights are zero or equal at the start; see `dit.models.gradient_flow`.
+The prediction uses the architecture, and which weights are zero or equal at the start; see `dit.models.gradient_flow`.
 """
 
 from __future__ import annotations

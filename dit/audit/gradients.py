@@ -77,7 +77,7 @@ def train(probe: Probe, loss: LossFunction, steps: int, learning_rate: float) ->
             rounding[name] |= noise.cpu()
             _step(weights[name], gradient, size > threshold, learning_rate)
     probe.model.zero_grad(set_to_none=True)
-    if probe.dtype != torch.float64:  # a row that is zero alone, among others that are not, is a sum that rounds to zero
+    if probe.dtype != torch.float64:  # a single zero row among nonzero rows is a sum that was rounded to zero
         for name, when in first.items():
             rounding[name] |= _alone(when == steps)
     return [wake for name, when in first.items() for wake in _wakes(name, when, rounding[name], name in used, steps)]
@@ -104,7 +104,7 @@ def _wakes(name: str, when: Tensor, rounding: Tensor, used: bool, steps: int) ->
             yield Wake(tensor=name, rows=listed(rows), step=step, reason=None)
             continue
         stretches = torch.diff(rows.int(), prepend=torch.zeros(1, dtype=torch.int)).eq(1).cumsum(0)
-        # A sum that rounds to exactly zero is among others that do not.
+        # A zero row in a stretch of rows with rounding errors is a sum that was rounded to zero.
         noisy = rows & torch.isin(stretches, stretches[rows & rounding])
         reasons: dict[Literal["unused", "rounding", "zero"], Tensor] = {"rounding": noisy, "zero": rows & ~noisy}
         for reason, members in reasons.items() if used else [("unused", rows)]:

@@ -20,7 +20,7 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers whose rows are units."""
 
 ALIKE = 0.5
-"""Above this cosine, an output continues an input stream: 1 if nothing was added, less if it was then normalised."""
+"""An output continues an input stream if their cosine is above this: 1 if nothing was added, less if it was normalised too."""
 
 
 @dataclass
@@ -160,7 +160,7 @@ class Silence:
 
 class _Watcher:
     again: Callable[..., Any]
-    """What the module does, unwatched."""
+    """The module's own `forward`, which is not watched."""
 
     def enter(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Called before the module."""
@@ -244,7 +244,7 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 
 
 def _number(tensor: Tensor) -> float:
-    """A sum of the entries, each with a weight of its own."""
+    """A sum of the entries, each with another weight."""
     values = tensor.detach().double().flatten()
     return float(values @ torch.linspace(1, 2, len(values), dtype=torch.float64, device=values.device))
 

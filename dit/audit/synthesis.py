@@ -92,7 +92,7 @@ def _needed(defaults: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, 
     """Values for arguments whose default is None, with which no network can be built."""
     missing = {name for name, value in defaults.items() if value is None}
     found: dict[str, Any] = {name: value for name, value in FILLED.items() if name in missing}
-    if "in_channels" in missing and "norm_num_groups" in defaults:  # a picture is normalised by groups, and not cut in patches
+    if "in_channels" in missing and "norm_num_groups" in defaults:  # group norms are for images, without patches
         found |= {"in_channels": defaults["norm_num_groups"], "patch_size": None}
     if {"in_channels", "out_channels"} <= missing:
         found["out_channels"] = found["in_channels"]
@@ -196,7 +196,7 @@ def inputs(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
                 model(**{argument: chosen[argument] for argument in names if argument in chosen})
         except Exception as error:
             reached = len(list(traceback.walk_tb(error.__traceback__)))
-            if reached > progress:  # an error from deep inside tells more than one about a layout that cannot be right
+            if reached > progress:  # an error from deep inside the network tells more than one about a wrong layout
                 problem, progress = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", reached
         else:
             return {argument: chosen[argument] for argument in names if argument in chosen}

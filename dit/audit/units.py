@@ -1,4 +1,4 @@
-"""Units of a layer that start equal, and whether they part."""
+"""Units of a layer that start equal, and whether they become different."""
 
 from __future__ import annotations
 

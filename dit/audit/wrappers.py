@@ -24,7 +24,7 @@ def inside(module: nn.Module) -> nn.Module | None:
     kinds = {kind.__name__ for kind in type(module).__mro__}
     if kinds & {"FullyShardedDataParallel", "FSDPModule", "FlattenParamsWrapper"}:
         raise UserError(f"{type(module).__name__} holds a shard of the weights; {SHARDED}")
-    if "OptimizedModule" in kinds:  # by its name, as to import what it is of takes seconds
+    if "OptimizedModule" in kinds:  # by its name, because importing its class takes seconds
         return module.get_submodule("_orig_mod")
     if isinstance(module, DistributedDataParallel | nn.DataParallel | AveragedModel):
         return module.module

@@ -83,10 +83,11 @@ def measure_kernel_distance(
 
 
 def measure_precision_recall(real: Tensor, generated: Tensor, *, nearest_k: int) -> tuple[float, float]:
-    """Share of generated images among the real ones, and of real images among the generated; Kynkäänniemi et al. (2019), eq. 2.
+    """Share of generated images in the region of real ones, and of real images in the region of generated ones.
 
-    A set's region is the union of balls around its samples, each as wide as the distance to the `nearest_k`-th neighbour.
-    Raises `ConfigError` where a sample has too few neighbours, `DataError` for features that are not finite.
+    Kynkäänniemi et al. (2019), eq. 2: a set's region is the union of balls around its samples; the radius of a ball is the
+    distance to the `nearest_k`-th neighbour. Raises `ConfigError` if a sample has too few neighbours, `DataError` for features
+    that are not finite.
     """
     _check_finite(real, generated)
     check_count("nearest_k", nearest_k, len(real) - 2, "real")

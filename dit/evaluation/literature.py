@@ -82,10 +82,11 @@ def inception_score(logits: Tensor, splits: int = SPLITS) -> float:
 
 
 def precision_recall(real: Tensor, generated: Tensor, nearest_k: int) -> tuple[float, float]:
-    """Share of generated images among the real ones, and of real images among the generated; Kynkäänniemi et al. (2019), eq. 2.
+    """Share of generated images in the region of real ones, and of real images in the region of generated ones.
 
-    Features (N, D) and (M, D). A set's region is the union of balls around its samples, each as wide as the distance to the
-    `nearest_k`-th neighbour. Raises `ConfigError` where a sample has too few neighbours.
+    Features are (N, D) and (M, D). Kynkäänniemi et al. (2019), eq. 2: a set's region is the union of balls around its samples;
+    the radius of a ball is the distance to the `nearest_k`-th neighbour. Raises `ConfigError` if a sample has too few
+    neighbours.
     """
     for kind, features in (("real", real), ("generated", generated)):
         if len(features) <= nearest_k:

@@ -1,4 +1,4 @@
-"""What a check finds: what was looked at, where it is named, what is there, and what is expected."""
+"""One finding of a check: what was checked, where it is named, what was found, and what is expected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAMED = re.compile(r"[\w.]+(?:\[\d+\])?[\w.\[\]]* = .+?(?=: |; |, but |, where 
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the table. `where` is a key of params.yaml with its value, or a file; `found` is what is there."""
+    """One row of the table. `where` is a key of params.yaml with its value, or a file; `found` is what the check found."""
 
     what: str
     where: str

@@ -89,7 +89,7 @@ def _classes(counts: Counts) -> str:
 
 
 def _spread(pictures: list[Encoded]) -> list[Encoded]:
-    """`SAMPLE` of the pictures, from the first to the last."""
+    """At most `SAMPLE` of the pictures, evenly spread over all of them."""
     count = min(SAMPLE, len(pictures))
     return [pictures[index * len(pictures) // count] for index in range(count)]
 

@@ -1,4 +1,4 @@
-"""Records and tables: how one is written, read and checked."""
+"""Records and tables: how they are written, read and checked."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from pipelines.stages.entry import run_dvc_stage
 
 
 def best(params: Params, item: Item) -> None:
-    """Choose on the seeds `study.choose_on`, by default on all seeds, and write `runs/best/<strategy>.json`."""
+    """Choose on the seeds of `study.choose_on`, or on all, and write `runs/best/<strategy>.json`."""
     found = designs.design(params.study)
     with complete_directory(item.out) as out:
         for strategy in params.study.strategies:

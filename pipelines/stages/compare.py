@@ -34,7 +34,7 @@ class Report:
 
 
 def compare(params: Params, item: Item) -> None:
-    """Read exactly the runs of the study, remove other runs from the workspace, and write `reports`."""
+    """Read exactly the runs of the study, drop others from the workspace, and write `reports`."""
     report = make_report(params)
     drop_departed(report.study)
     with complete_directory("reports", sealed=False) as out:

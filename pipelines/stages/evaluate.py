@@ -36,7 +36,7 @@ from pipelines.stages.entry import run_dvc_stage, run_key
 
 
 def evaluate(params: Params, item: Item) -> None:
-    """Evaluate one training run, or the run at a strategy's best setting, and write `runs/evaluate/<key>`.
+    """Evaluate one training run and write `runs/evaluate/<run>`, or that of a strategy's best setting.
 
     A run that did not finish training, or whose samples are not finite, is a result too: it has no grid and no distances.
     """

@@ -26,7 +26,7 @@ from pipelines.stages.entry import run_dvc_stage, run_key
 
 
 def train(params: Params, item: Item) -> None:
-    """Initialise a network, train it, and write `runs/train/<run>`: alone, or as one of a group of processes."""
+    """Initialise, train, and write `runs/train/<run>`: alone, or as one of a group of processes."""
     make_deterministic(params.train.threads, params.train.deterministic)
     with joined(resolve_device(params.train.device)) as ranks:
         train_on(ranks, params, item)
