@@ -87,7 +87,7 @@ def project(root: Path, stages: int) -> Path:
 
 
 def run(root: Path, *arguments: str) -> None:
-    """Run a command of DVC."""
+    """A command of DVC."""
     subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=root, check=True)
 
 
@@ -143,7 +143,7 @@ def taken_in(head: Path) -> dict[str, Any]:
 
 
 class Idle(Node):
-    """A node that does nothing, because the results are on the remote already."""
+    """A node that does nothing: the results are on the remote already."""
 
     def run(self, stage: str, log: Any, environment: Any = None, command: str = "") -> dag.Outcome:
         """Report that the stage ran."""

@@ -67,7 +67,7 @@ def main(
 def trainer(
     params: config.Params, name: str, batch_size: int, device: torch.device, window: int, store: LatentStore
 ) -> Trainer:
-    """A trainer that diagnoses the first step of every second window."""
+    """A run that diagnoses the first step of every second window."""
     size = {"latent_size": store.latent_size, "latent_channels": store.latent_channels}
     network = models.build(name, **size, num_classes=store.num_classes, learn_sigma=params.diffusion.learn_sigma)
     init.apply(network, params.study.baseline, 0)

@@ -145,7 +145,7 @@ def worker(
 
 
 def die_at(run: Timed, last: int) -> None:
-    """End this process with SIGKILL when it reaches step `last`."""
+    """End this process with SIGKILL when it comes to step `last`."""
     train = run._train
 
     def train_until_killed(step: int) -> None:

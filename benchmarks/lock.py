@@ -61,7 +61,7 @@ def change(path: Path, number: int) -> None:
 
 
 def taken(path: Path, number: int) -> float:
-    """Seconds of CPU time for one change."""
+    """Seconds of CPU of one change."""
     before = time.process_time()
     change(path, number)
     return time.process_time() - before

@@ -94,7 +94,7 @@ def plan(
 
 
 def table(report: Result) -> Table:
-    """The estimates side by side."""
+    """The plans side by side."""
     rows = {
         "global batch": ("batch", "{:,}"),
         "DDP: GB through each GPU a step": ("ddp_gb_per_gpu", "{:.2f}"),

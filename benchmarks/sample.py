@@ -36,7 +36,7 @@ from dit.sampling import Network, balanced_labels, sample
 GPU_CASES = "DiT-XL/2:128@32 DiT-B/2:128@32 DiT-S/2:256@32 DiT-Tiny/2:64@8"
 CPU_CASES = "DiT-Micro/2:8@8"
 SOLVERS = {"ddpm": 250, "dpmsolver++": 20}
-"""The published sampler with its steps, and a solver with few steps."""
+"""The published sampler and its steps, and a solver of few steps."""
 GUIDANCE_SCALE = 1.5
 
 

@@ -122,7 +122,7 @@ def study(root: Path, variables: dict[str, str]) -> Result:
 
 
 def environment(root: Path) -> dict[str, str]:
-    """The environment for a study with the code in `root`."""
+    """The environment of a study of the code in `root`."""
     own = {"PYTHONPATH": str(root), "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
     return {**os.environ, **own}
 

@@ -85,7 +85,7 @@ class StoppedError(Exception):
 
 
 def read(root: Path) -> dict[str, Stage]:
-    """All stages of the project in `root`, in an order in which they can run. Raises `ConfigError` if DVC cannot read it."""
+    """All stages of the project in `root` in an order in which they can run. Raises `ConfigError` where DVC cannot read it."""
     if not (root / "dvc.yaml").exists():
         raise ConfigError(f"{root / 'dvc.yaml'}: no such file; run this in the folder that holds the study's dvc.yaml")
     private_dvc.keep(root)

@@ -36,7 +36,7 @@ def module(name: str) -> list[str]:
 
 
 def make_pool(prefect: Service) -> None:
-    """Create the work pool, or bring it up to date."""
+    """Make the work pool, or bring it up to date."""
     made = {"name": POOL, "type": "process", "base_job_template": JOB_TEMPLATE}
     if fetch(prefect, "/api/work_pools/", json.dumps(made).encode()) is None:  # it exists already
         fetch(prefect, f"/api/work_pools/{POOL}", json.dumps({"base_job_template": JOB_TEMPLATE}).encode(), "PATCH")

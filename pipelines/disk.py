@@ -19,7 +19,7 @@ _WORDS = re.compile(r"no space left on|disk quota exceeded|disk is full|os error
 
 
 class FullDiskError(UserError):
-    """There is no space left. The message says where, and what can be deleted."""
+    """There is no space left. The message says where, and what can be freed."""
 
     def __init__(self, path: str | Path) -> None:
         where = Path(path).absolute()
@@ -53,6 +53,6 @@ def is_nearly_full(path: Path) -> bool:
 
 
 def check(path: Path) -> None:
-    """Raise `FullDiskError` if hardly any space is left."""
+    """Raise `FullDiskError` where there is hardly any space left."""
     if is_nearly_full(path):
         raise FullDiskError(path)

@@ -43,7 +43,7 @@ class Followed:
     run_id: str
     sent: set[tuple[str, int]] = field(default_factory=set)
     changed: float = 0.0
-    """When the run's tables had last changed."""
+    """When its tables had last changed."""
 
 
 class Live:

@@ -15,7 +15,7 @@ from dvc.config import Config
 from dvc.exceptions import DvcException
 
 VARIABLE = "DVC_SITE_CACHE_DIR"
-"""The environment variable by which the user chooses another place."""
+"""The environment variable by which a person chooses another place."""
 KEY = "site_cache_dir"
 PLACE = Path(".dvc/tmp/site")
 

@@ -35,7 +35,7 @@ _ENTRY = re.compile(r"^  (?=\S)", re.MULTILINE)
 
 
 def workspace(root: Path, tell: Tell) -> None:
-    """Repair `dvc.lock` and DVC's list of files in use."""
+    """Mend `dvc.lock` and DVC's list of files in use."""
     restore_lock(root, tell)
     release_rwlock(root, tell)
 

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from pipelines.dag import Stage
 
 DESIGN = "design"
-"""The stage whose outputs follow from parameters and code only, so that they are known before it runs."""
+"""The stage whose outputs follow from parameters and code alone, so that they are known before it runs."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """Stages that are not up to date, but whose results DVC has."""
+    """Stages that are not up to date, and whose results DVC has."""
 
     cached: frozenset[str]
     """Stages with results in DVC's cache on this machine; DVC restores these instead of running the stage."""

@@ -30,7 +30,7 @@ Value = tuple[str, int, float]
 
 @dataclass(frozen=True)
 class Finished:
-    """One run of the study that has been trained and, if the study samples it, evaluated."""
+    """One run of the study that has been trained and, where the study samples it, evaluated."""
 
     planned: design.Run
     train: Path
@@ -73,7 +73,7 @@ class Finished:
 
 
 def finished(root: Path, study: Params) -> Iterator[Finished]:
-    """The runs of a study whose outputs exist and belong together."""
+    """The runs of a study whose outputs are there, and belong together."""
     planned = design.design(study.study)
     evaluations = {record.run: (path, record) for path, record in _evaluations(root)}
     analyses = {run: root / folder for run, folder in folders.analyses(study, planned).items()}

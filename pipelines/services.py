@@ -275,7 +275,7 @@ def _prefect_command(port: int) -> list[str]:
 
 
 def _password() -> str:
-    """A new password in the form `user:secret`, which both Prefect's clients and `curl --user` accept."""
+    """A new password, in the form `user:secret`, which both Prefect's clients and `curl --user` take."""
     return f"study:{secrets.token_urlsafe(32)}"
 
 

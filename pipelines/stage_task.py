@@ -40,7 +40,7 @@ def _is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bo
 def run_stage(
     stage: str, up_to_date: bool, processes: dag.Processes | Node, environment: Mapping[str, str], command: str = ""
 ) -> State[Any]:
-    """One DVC stage. It ends as Cached if DVC had nothing to compute, and as Failed if its `command` failed."""
+    """One DVC stage. It ends as Cached where DVC had nothing to compute, and as Failed where its `command` failed."""
     if up_to_date:
         return Completed(name="Cached", message="up to date")
     log = run_log()

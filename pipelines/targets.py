@@ -13,12 +13,12 @@ from pipelines import design
 
 
 def matching(target: str, names: Iterable[str]) -> list[str]:
-    """The stages that a target means: the one of this name, those of a pattern such as `*@adaln_zero-*`, or of a group."""
+    """The stages that a target means: one of that name, those of a pattern such as `*@adaln_zero-*`, or of a group."""
     return [name for name in names if fnmatchcase(name, target) or name.partition("@")[0] == target]
 
 
 def check(targets: Iterable[str], names: Collection[str]) -> None:
-    """Raises `ConfigError`, which names the nearest stage, for a target that means none of `names`."""
+    """Raises `ConfigError`, which names the nearest stage, for a target that is none of `names`."""
     groups = dict.fromkeys(name.partition("@")[0] for name in names)
     for target in targets:
         if not matching(target, names):
@@ -29,7 +29,7 @@ def check(targets: Iterable[str], names: Collection[str]) -> None:
 
 
 def names(root: Path, params: Params) -> list[str]:
-    """The stages of the `dvc.yaml` in `root` with these parameters, found without DVC, which takes seconds to read it."""
+    """The stages of the `dvc.yaml` in `root` with these parameters, without DVC, which takes seconds to read it."""
     try:
         stages = yamlfile.read(root / "dvc.yaml")["stages"]
     except FileNotFoundError:

@@ -70,7 +70,7 @@ class Synced:
     added: list[str] = field(default_factory=list)
     present: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    """Runs of the study that have not been trained or evaluated yet."""
+    """Runs of the study that have not been trained, or evaluated, yet."""
 
     def __str__(self) -> str:
         waiting = f", {len(self.missing)} not there yet" if self.missing else ""
@@ -280,7 +280,7 @@ def _log_picture(client: MlflowClient, run_id: str, grid: Path, step: int) -> No
 
 
 def log(client: MlflowClient, run_id: str, settings: Sequence[Param], metrics: Sequence[Metric]) -> None:
-    """Log settings and numbers in requests of a size that every server accepts."""
+    """Log settings and numbers in requests of a size that every server takes."""
     for first in range(0, len(settings), PARAMS_PER_REQUEST):
         client.log_batch(run_id, params=settings[first : first + PARAMS_PER_REQUEST])
     for first in range(0, len(metrics), METRICS_PER_REQUEST):

@@ -28,7 +28,7 @@ NOT_BEGUN = None
 
 
 class WarmProcess:
-    """A guard that the server forked, used like the `Popen` that `guard.start` returns: it ends when `stdin` is closed."""
+    """A guard that the server forks, used like the `Popen` that `guard.start` returns: it ends when `stdin` is closed."""
 
     def __init__(self, stdin: IO[str], stdout: IO[str], status: IO[str]) -> None:
         self.stdin: IO[str] | None = stdin
@@ -69,7 +69,7 @@ class WarmServer:
         self._send(list(modules))
 
     def start(self, command: str, arguments: list[str], environment: Mapping[str, str]) -> WarmProcess | None:
-        """Run DVC with `arguments` under guard, for a stage with this `command`. None if the server cannot."""
+        """Run DVC with `arguments` under guard, for a stage with this `command`. None where the server cannot."""
         found = MODULE_COMMAND.fullmatch(command)
         if self._process is None or not found:
             return None

@@ -160,7 +160,7 @@ def error_at(step: int) -> Metric:
 
 
 def steps_to(step: int) -> str:
-    """The name of a record: the step at which a run reaches the error that the baseline has at `step`."""
+    """The name of the step at which a run reaches the error that the baseline has at `step`."""
     return f"steps_to_baseline_step_{step}"
 
 

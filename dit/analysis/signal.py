@@ -193,7 +193,7 @@ class _Stream:
 
 @contextmanager
 def _streams(model: nn.Module) -> Iterator[list[_Stream]]:
-    """Record the residual stream of every block during a forward pass."""
+    """Watch the residual stream of every block during a forward pass."""
     blocks = backbone_of(model).blocks(model)
     streams = [_Stream() for _ in blocks]
     hooks = []

@@ -59,7 +59,7 @@ class Start:
 
     @property
     def measured(self) -> wakeup.Schedule:
-        """The wake-up schedule that was measured."""
+        """The wake-up schedule that was seen."""
         return wakeup.schedule(self.gradients)
 
 

@@ -104,7 +104,7 @@ def made(constructor: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Modul
 
 @contextmanager
 def _limited(name: str) -> Iterator[None]:
-    """Within the block, a network with too many modules, or with a weight that is larger than the memory, is refused."""
+    """Within the block, a network of too many modules, or with a weight larger than the memory, is refused."""
     modules = 0
     memory = psutil.virtual_memory().total
 

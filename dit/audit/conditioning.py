@@ -154,7 +154,7 @@ def _different(base: Observation, other: Observation) -> set[str]:
 
 
 def _feeding(probe: Probe, base: Observation, paths: list[str]) -> set[str]:
-    """The layers among `paths` whose output another of them reads, found by disturbing halves of the list."""
+    """The layers among `paths` whose output another of them reads: found by disturbing halves of the list."""
     every = set(paths)
 
     def search(some: list[str]) -> set[str]:

@@ -20,7 +20,7 @@ from dit.init.weights import StateDict, state_dict
 from dit.models.external.sources import diffusers_class
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-"""How names of weight files begin: in diffusers, and in files that accelerate and transformers write."""
+"""How names of weight files begin: in diffusers, and in what accelerate and transformers write."""
 
 SUFFIXES = (".safetensors", ".bin")
 """Suffixes of weight files, in the order of preference; of a `.bin`, only tensors and plain values are read."""
@@ -82,7 +82,7 @@ def _remapped(name: str, config: Mapping[str, Any]) -> str:
 
 
 def read_directory(path: Path, reading: Reading, anchors: tuple[str, ...] = ()) -> Weights:
-    """The weights that `from_pretrained` would read. Raises `DataError` if there are none."""
+    """The weights that `from_pretrained` would read. Raises `DataError` where there are none."""
     files, index = _weight_files(path, reading.variant)
     tensors: dict[str, Any] = {}
     for file in files:

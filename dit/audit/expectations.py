@@ -73,7 +73,7 @@ TOPICS: dict[Expectation, tuple[Topic, ...]] = {
 
 
 def known(expectation: str) -> Expectation:
-    """The expectation of this name. Raises `ConfigError` if there is none."""
+    """The expectation of that name. Raises `ConfigError` where there is none."""
     for name in EXPECTATIONS:
         if name == expectation:
             return name

@@ -15,7 +15,7 @@ SAMPLES = 3
 
 @dataclass(frozen=True)
 class Normal:
-    """Normal noise of this shape."""
+    """Normal noise of a shape."""
 
     shape: tuple[int, ...]
 

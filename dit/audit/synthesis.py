@@ -30,7 +30,7 @@ TEXT = 7
 CLASSES = 10
 SMALL_WIDTH = 64
 LARGE = 256
-"""Widths above this are reduced."""
+"""Widths above this are made small."""
 LAYERS = 2
 MAX_ATTEMPTS = 500
 """How many combinations of input layouts are tried at most."""

@@ -63,7 +63,7 @@ class FeatureExtractor:
 
     @cached_property
     def _features(self) -> Callable[[Tensor], Tensor]:
-        """The network; on an NVIDIA GPU as a CUDA graph, because its kernels take less time than their launches."""
+        """The network; on an NVIDIA GPU as a CUDA graph, since its kernels take less time than their launch."""
         return captured(self.network, self.device)
 
     @cached_property

@@ -14,7 +14,7 @@ from dit.errors import ConfigError
 from dit.sections import FeaturesParams
 
 POOLED = 2048
-"""Features of the last pooling layer, `pool_3`, for FID, precision and recall."""
+"""Features of the last pooling layer, `pool_3`: of FID, precision and recall."""
 SPATIAL_CHANNELS, SPATIAL_SIDE = 7, 17
 SPATIAL = SPATIAL_CHANNELS * SPATIAL_SIDE**2
 """Features for sFID: the first 7 channels of `mixed_6/conv`, 17 x 17 positions; Nash et al. (2021), OpenAI's `evaluator.py`."""

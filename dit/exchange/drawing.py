@@ -98,7 +98,7 @@ def labels_for(trained: Trained, count: int, classes: list[int] | None) -> Tenso
 def images(trained: Trained, labels: Tensor, settings: EvaluateParams, ranks: Ranks) -> Iterator[np.ndarray]:
     """One image for each of `labels` (N,), a batch at a time, in order: (B, H, W, C) uint8, on every rank.
 
-    Raises `ConfigError` if no autoencoder is known, `DataError` for latents that are not finite.
+    Raises `ConfigError` where no autoencoder is known, `DataError` for latents that are not finite.
     """
     if trained.autoencoder is None:
         raise ConfigError(

@@ -21,7 +21,7 @@ from pipelines.evidence.judging import Answers, FactorialAnswers, survived
 from pipelines.evidence.results import Ended
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
-"""Colours that most colour-blind people can tell apart. Okabe and Ito (2008), "Color Universal Design"."""
+"""Colours that most colour-blind people tell apart. Okabe and Ito (2008), "Color Universal Design"."""
 MARKERS = "osD^vPX"
 
 

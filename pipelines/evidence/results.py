@@ -181,7 +181,7 @@ def made_here(place: Workplace, root: Path, workers: int, minutes: float) -> Mad
 
 
 def _commit(root: Path) -> str:
-    """The commit that is checked out, with a plus sign if files differ from it; empty if this is no git repository."""
+    """The commit that is checked out, with a plus sign where files differ from it; empty where this is no git repository."""
     found = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=root, capture_output=True, text=True, check=False)
     return found.stdout.strip()
 

@@ -1,4 +1,4 @@
-"""Records and tables: how they are written, read and checked."""
+"""Records and tables: how one is written, read and checked."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Finite = Annotated[float | None, BeforeValidator(_finite)]
 
 
 class Entry(BaseModel):
-    """Base of everything that is written as JSON; made from keywords, from JSON, or from an object with the same attributes."""
+    """Base of all that is written as JSON; made from keywords, from JSON, or from an object with the same attributes."""
 
     model_config = ConfigDict(frozen=True, from_attributes=True)
 

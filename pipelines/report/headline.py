@@ -169,7 +169,7 @@ def _undecided(study: Study, found: Judgement) -> str:
 
 
 def _many_settings(pairs: list[Pair], tuned: list[AtBest], delay: str | None) -> str:
-    """The answer over several rates or settings: yes or no only if all of them agree."""
+    """The answer over several rates or settings: yes or no only where all of them agree."""
     found = {one.judgement.answer for one in tuned or pairs}
     start = {frozenset({"worse"}): "Yes.", frozenset({"better"}): "No."}.get(frozenset(found), "")
     if found == {"no verdict"} and not delay:

@@ -49,7 +49,7 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """The seed of its random draws."""
+        """The seed of its draws."""
         return self.design.seed
 
     @property
@@ -217,7 +217,7 @@ class Study:
 
     @property
     def others(self) -> list[str]:
-        """Every strategy except the baseline."""
+        """Every strategy but the baseline."""
         return [name for name in self.runs if name != self.baseline]
 
     @property

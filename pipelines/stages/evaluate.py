@@ -96,7 +96,7 @@ def against_reference(seen: Seen | None, reference: Statistics, params: Params) 
 
 
 def reference_used(params: Params, reference: Statistics | None) -> ReferenceUsed | None:
-    """What the record says about the reference."""
+    """What the record says of the reference."""
     path = params.evaluate.reference
     if path is None or reference is None:
         return None
