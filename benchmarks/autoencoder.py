@@ -1,7 +1,7 @@
-"""Training speed of the autoencoder, as stage `autoencoder` does it: `python benchmarks/autoencoder.py`.
+"""Training speed of the autoencoder, as in stage `autoencoder`: `python benchmarks/autoencoder.py`.
 
-On an NVIDIA GPU with the sizes of profiles/gpu.yaml, by each backend that `dit.autoencoder.training` has; else with those of
-the default study. CPU figures are only ratios.
+On a GPU it has the sizes of profiles/gpu.yaml, otherwise those of the default study. On an NVIDIA GPU, each backend of
+`dit.autoencoder.training` is measured. CPU figures are only good for ratios.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main(
 
 
 def measure_all(report: Result, params: Params, store: ImageStore, device: torch.device, output: Path | None) -> None:
-    """Each backend; and on an NVIDIA GPU how far the pixels of a fused decoder in bf16 are from those of float32."""
+    """Measure each backend, and on an NVIDIA GPU the difference of a fused decoder's pixels in bf16 to those in float32."""
     nvidia = is_nvidia(device)
     backends: list[training.Backend] = ["eager", "graph", "fused"] if nvidia else ["eager"]
     for backend in backends:
@@ -83,7 +83,7 @@ def sized(device: torch.device) -> Params:
 
 
 def measure(params: Params, images: np.ndarray, device: torch.device, steps: int, backend: training.Backend) -> Result:
-    """Steps per second once the first ones are over, the seconds until then, and on a GPU the kernel times of a step."""
+    """Steps per second after the first three steps, the seconds until then, and on a GPU the kernel times of a step."""
     started = time.perf_counter()
     take = training.Steps(params.autoencoder, images, device, backend)
     for step in range(3):
@@ -100,7 +100,7 @@ def measure(params: Params, images: np.ndarray, device: torch.device, steps: int
 
 
 def table(report: Result) -> Table:
-    """What was measured, for a terminal."""
+    """The results as a table for a terminal."""
     shown = Table("backend", "steps/s", "x eager", "s to the third step")
     sizes = f"{report['pixels']} pixels, channels {report['channels']}, batches of {report['batch_size']}"
     shown.title = f"{heading(report)}; {sizes}"

@@ -1,8 +1,8 @@
-"""What a stage costs the head of a cluster: `python benchmarks/cluster.py`.
+"""How much work a stage causes for the head of a cluster: `python benchmarks/cluster.py`.
 
-A study of stages without work, each of which writes a few bytes. All of them are made beforehand, by one process of DVC in a
-clone that shares nothing with the head but a DVC remote, and the nodes do nothing, so that the head is as busy as with many
-nodes. Measured are the head's own work with results, and then the whole flow: Prefect, Ray and DVC.
+The study's stages do no work; each writes a few bytes. One DVC process makes all results beforehand in a clone that shares
+only a DVC remote with the head, and the nodes do nothing, so the head is as busy as with many nodes. The benchmark measures
+first the head's own work with results, and then the whole flow: Prefect, Ray and DVC.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main(
 
 
 def project(root: Path, stages: int) -> Path:
-    """A DVC project with so many stages, and a remote beside it."""
+    """Create a DVC project with this many stages, and a remote beside it."""
     root.mkdir()
     (root / "params.yaml").write_text("seed: 0\n")
     (root / "dvc.yaml").write_text(STAGES)
@@ -92,7 +92,7 @@ def run(root: Path, *arguments: str) -> None:
 
 
 def make_all(root: Path) -> None:
-    """Run all stages of a project, as `dvc repro` does, which takes seconds for each where there are thousands."""
+    """Run all stages of a project, with the same result as `dvc repro`, which takes seconds a stage if there are thousands."""
     with chdir(root), Repo() as repo, repo.lock:
         stages = repo.index.stages
         lock = LockFile(root / "dvc.lock", [stage.name for stage in stages])
@@ -106,7 +106,7 @@ def make_all(root: Path) -> None:
 
 
 def taken_in(head: Path) -> dict[str, Any]:
-    """The CPU time of each part of the head's work on a stage, and the wall-clock time of all, in milliseconds."""
+    """Milliseconds of CPU time for each part of the head's work on a stage, and of wall-clock time for all parts."""
     begun = time.perf_counter()
     stages = dag.read(head)
     read_seconds = time.perf_counter() - begun
@@ -146,15 +146,15 @@ class Idle(Node):
     """A node that does nothing: the results are on the remote already."""
 
     def run(self, stage: str, log: Any, environment: Any = None, command: str = "") -> dag.Outcome:
-        """Say that it ran."""
+        """Report that the stage ran."""
         return dag.Outcome.RAN
 
     def ran(self, stage: str, seconds: float) -> None:
-        """Nobody is told."""
+        """Do nothing."""
 
 
 def flow_over(head: Path) -> dict[str, Any]:
-    """The CPU time of each process, and the wall-clock time, in milliseconds of a stage, of the flow over all stages."""
+    """Run the flow over all stages; return its CPU time by process and its wall-clock time, in milliseconds a stage."""
     os.chdir(head)
     server = services.prefect_server({})
     os.environ.update(server.environment)
@@ -189,7 +189,7 @@ def flow_over(head: Path) -> dict[str, Any]:
 
 
 def cpu_seconds() -> dict[str, float]:
-    """CPU time so far of the head, of Prefect's server, and of Ray's processes, those that run stages apart."""
+    """CPU time so far of the head, of Prefect's server, of Ray's processes that run stages, and of its other processes."""
     used: dict[str, float] = {"head": sum(psutil.Process().cpu_times()[:2])}
     for process in psutil.Process().children(recursive=True):
         words = " ".join(process.cmdline())

@@ -1,7 +1,7 @@
-"""The share of training time that diagnostics cost: `python benchmarks/diagnostics.py [--model DiT-S/2]`.
+"""The share of training time that diagnostics take: `python benchmarks/diagnostics.py [--model DiT-S/2]`.
 
-Trains on random latents, through the study's own training loop. Windows of steps that hold one diagnosed step alternate with
-windows that hold none, so that both see the same machine; the difference of their medians is what one diagnosis costs.
+Trains on random latents with the study's own training loop. Windows of steps with one diagnosed step alternate with windows
+without any, so that both see the machine in the same state; the difference of their medians is the time of one diagnosis.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dit.diffusion import Diffusion
 from dit.training.loop import EARLY_DIAGNOSES, Trainer
 
 PUBLISHED_LATENT_SIZE = 32
-"""Of an image of 256 pixels under a published autoencoder."""
+"""The latent size of an image of 256 pixels with a published autoencoder."""
 
 
 def main(
@@ -77,9 +77,9 @@ def trainer(
 
 
 def windows(run: Trainer, window: int, repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds of each plain window and of each diagnosed one, past the first steps, which are all diagnosed."""
+    """Seconds of each plain window and of each diagnosed window, after the first steps, which are all diagnosed."""
     taken: tuple[list[float], list[float]] = ([], [])
-    warm = -(-EARLY_DIAGNOSES // (2 * window)) * 2 + 2  # whole pairs of windows, the last of them like those that count
+    warm = -(-EARLY_DIAGNOSES // (2 * window)) * 2 + 2  # complete pairs of windows, the last pair like those that count
     for index in range(warm + 2 * repeats):
         wait(run.diffusion.device)
         started = time.perf_counter()
@@ -92,7 +92,7 @@ def windows(run: Trainer, window: int, repeats: int) -> tuple[list[float], list[
 
 
 def costs(train: sections.TrainParams, plain: list[float], diagnosed: list[float], window: int) -> Result:
-    """Milliseconds, and the shares of training time that diagnoses take."""
+    """Milliseconds of a step and of a diagnosis, and the shares of training time that diagnoses take."""
     step = statistics.median(plain) / window
     diagnosis = statistics.median(diagnosed) - statistics.median(plain)
     early = sum(number % train.diagnose_every > 0 for number in range(min(EARLY_DIAGNOSES, train.steps)))
@@ -110,12 +110,12 @@ def costs(train: sections.TrainParams, plain: list[float], diagnosed: list[float
 
 
 def share(part: float, rest: float) -> float:
-    """Of the whole that both make up."""
+    """The share of `part` in the sum of both."""
     return part / (part + rest)
 
 
 def table(found: Result) -> Table:
-    """What was measured, for a terminal."""
+    """The results as a table for a terminal."""
     rows = {
         "network": f"{found['model']}, {found['tokens']} tokens, batch of {found['batch_size']}, "
         f"{found['precision']}, {found['backend']}",

@@ -1,7 +1,8 @@
-"""Training on several GPUs of one host: `python benchmarks/distributed.py`. With gloo on a CPU, where figures are only ratios.
+"""Training on several GPUs of one host: `python benchmarks/distributed.py`. On a CPU it uses gloo; figures are only ratios.
 
-Throughput and its scaling at a fixed batch for each GPU, by DDP and FSDP2, with the time that communication adds; loss curves
-of one global batch on one process and on several; a run that is killed on some processes and goes on on others.
+It measures throughput and its scaling at a fixed batch for each GPU, with DDP and FSDP2, and the time that communication adds.
+It compares loss curves of one global batch on one process and on several, and of a run that is killed and then continued on
+another number of processes.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ GPU_CASES = "DiT-XL/2:128@32 DiT-S/2:256@32"
 CPU_CASES = "DiT-Micro/2:8@8"
 CURVE_CASES = {"cuda": "DiT-Tiny/2:256@16", "cpu": "DiT-Micro/2:8@8"}
 EXACT = "fp32"
-"""The precision of runs that are killed and continued, by the plain network: what differs then is the order of sums alone."""
+"""The precision of runs that are killed and continued, by the plain network, so that only the order of sums differs."""
 WAYS = "ddp fsdp"
 MULTICAST = "0"
-"""NVLink multicast of NCCL, unless the environment says otherwise: a fault in it can put all GPUs of a host out of service."""
+"""Whether NCCL uses NVLink multicast, unless the environment says: a fault in it can put all GPUs of a host out of service."""
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -78,9 +79,9 @@ def main(
 def launch(
     count: int, case: str, parallel: str, steps: int, scratch: Path, *, precision: str = "auto", killed_at: int = 0
 ) -> Result:
-    """Run `worker` on `count` processes: what the first of them wrote, or its exit code where one was `killed_at` a step.
+    """Run `worker` on `count` processes. Returns what the main rank wrote, or the exit code if a rank was `killed_at` a step.
 
-    Speed is measured, unless a `precision` asks for a loss curve.
+    Speed is measured, unless `precision` is given: then the result is a loss curve.
     """
     scratch.parent.mkdir(parents=True, exist_ok=True)
     result = scratch.with_suffix(".json")
@@ -156,7 +157,7 @@ def die_at(run: Timed, last: int) -> None:
 
 
 def speed(run: Timed) -> Result:
-    """Images a second of all ranks; the memory of this one, and its milliseconds a step of nothing but communication."""
+    """Images a second of all ranks, peak memory of this rank, and milliseconds a step in which it only communicates."""
     found: Result = {"images_per_second": run.steady_rate}
     if run.diffusion.device.type == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -165,7 +166,7 @@ def speed(run: Timed) -> Result:
 
 
 def exposed_communication(run: Timed, steps: int = 3) -> float:
-    """Milliseconds a step in which kernels of NCCL run and no others."""
+    """Milliseconds a step in which only kernels of NCCL run."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for step in range(steps):
             run._train(run.params.steps + step + 1)  # past the steps at which something is logged
@@ -188,7 +189,7 @@ def covered(spans: list[tuple[float, float]]) -> float:
 
 
 def curves(case: str, ways: list[str], most: int, steps: int, precision: str, root: Path) -> Iterator[Result]:
-    """Losses of one global batch on one process, on `most`, and, in float32, on one number until a kill and then on another."""
+    """Loss curves of one global batch: on one process, on `most`, and, in float32, on another number of them after a kill."""
 
     def run(count: int, parallel: str, scratch: str, killed_at: int = 0) -> Result:
         return launch(count, case, parallel, steps, root / scratch, precision=precision, killed_at=killed_at)
@@ -212,7 +213,7 @@ def compared(mse: list[float], alone: list[float]) -> Result:
 
 
 def throughput(report: Result) -> Table:
-    """Images a second, and the share of that of one process times their number."""
+    """A table of images a second and efficiency: the rate divided by the rate of one process times their number."""
     shown = Table("case (batch per GPU)", "parallel", "processes", "images/s", "efficiency", "GiB each", "exposed ms/step")
     shown.title = heading(report)
     base = {(row["case"], row["parallel"]): row["images_per_second"] for row in report["results"] if row["processes"] == 1}
@@ -225,7 +226,7 @@ def throughput(report: Result) -> Table:
 
 
 def equality(report: Result) -> Table:
-    """How far loss curves of the same global batch are apart."""
+    """A table of the differences between loss curves of the same global batch."""
     shown = Table(
         "precision", "parallel", "processes", "steps", "largest relative difference", "last mse", "ended with", "after s"
     )

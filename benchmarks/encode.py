@@ -1,7 +1,7 @@
-"""Encoding and decoding at 256 pixels, as stages `latents` and `evaluate` do it: `python benchmarks/encode.py`.
+"""Speed of encoding and decoding at 256 pixels, as in stages `latents` and `evaluate`: `python benchmarks/encode.py`.
 
-The autoencoder has the shape of the published f8 one (stabilityai/sd-vae-ft-ema) and random weights, or, on a CPU, a quarter of
-its width. CPU figures are only ratios.
+The autoencoder has random weights and the shape of the published f8 autoencoder (stabilityai/sd-vae-ft-ema), on a CPU with a
+quarter of its width. CPU figures are only good for ratios.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def published_shape(widths: list[int], pixels: int) -> AutoencoderKL:
 
 
 def encoding(autoencoder: AutoencoderKL, encoder: Encoder, images: np.ndarray, batch_size: int) -> list[Result]:
-    """Images per second of the encoder alone, and of what stage `latents` does."""
+    """Images per second of the encoder alone, and of the whole work of stage `latents`."""
     parts = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
     settings = shipped().latents.model_copy(update={"batch_size": batch_size, "flip": False, "dtype": "float16"})
     labels = np.zeros(len(images), np.int64)
@@ -114,7 +114,7 @@ def encoding(autoencoder: AutoencoderKL, encoder: Encoder, images: np.ndarray, b
 
 
 def decoding(decoder: Decoder, exact: Decoder, latents: Tensor, batches: int) -> list[Result]:
-    """Images per second of the decoder, and how far its pixels are from those of `exact`, which decodes in float32."""
+    """Images per second of the decoder, and the difference of its pixels to those of `exact`, which decodes in float32."""
     with FlopCounterMode(display=False) as counter:
         exact(latents[:1])
     error = pixel_error(decoder(latents), exact(latents))
@@ -129,7 +129,7 @@ def decoding(decoder: Decoder, exact: Decoder, latents: Tensor, batches: int) ->
 
 
 def table(report: Result) -> Table:
-    """What was measured, for a terminal."""
+    """The results as a table for a terminal."""
     shown = Table("work", "precision", "backend", "images/s", "x fp32", "of matmul rate", "error: mean, largest, PSNR")
     shown.title = f"{heading(report)}; {report['pixels']} pixels, batches of {report['batch_size']}"
     plain = {

@@ -1,6 +1,6 @@
-"""Speed of the feature network, as stages `features` and `evaluate` use it: `python benchmarks/features.py`.
+"""Speed of the feature network, as in stages `features` and `evaluate`: `python benchmarks/features.py`.
 
-On an NVIDIA GPU launched kernel by kernel and as a CUDA graph. CPU figures are only ratios.
+On an NVIDIA GPU it is measured kernel by kernel and as a CUDA graph. CPU figures are only good for ratios.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def measure(extractor: FeatureExtractor, images: np.ndarray, batches: int, graph
 
 @torch.inference_mode()
 def eager(extractor: FeatureExtractor, images: np.ndarray) -> torch.Tensor:
-    """What the extractor computes, launched kernel by kernel."""
+    """The extractor's computation, launched kernel by kernel."""
     pixels: torch.Tensor = extractor.network(extractor._pixels(images))
     return pixels.float().cpu()
 
 
 def table(report: Result) -> Table:
-    """What was measured, for a terminal."""
+    """The results as a table for a terminal."""
     shown = Table("launched", "images/s", "x eager")
     sizes = f"{report['pixels']} pixels to {report['size']}, batches of {report['batch_size']}"
     shown.title = f"{heading(report)}; {report['extractor']}, {sizes}"

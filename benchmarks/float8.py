@@ -1,9 +1,9 @@
-"""What float8 could save a training step: `python benchmarks/float8.py`, on a GPU that has float8 matrix units.
+"""How much time float8 could save in a training step: `python benchmarks/float8.py`, on a GPU with float8 matrix units.
 
-Times the matrix products of a network's blocks in bf16 and in float8 (e4m3, one scale for each tensor), forward and for both
-gradients, and what float8 needs beside them: the largest value of each tensor, and the conversion. A float8 product takes its
-second factor column by column, so the gradients need transposed copies too. The optimiser, attention and everything between
-products stay as they are.
+It times the matrix products of a network's blocks in bf16 and in float8 (e4m3, one scale for each tensor), forward and for both
+gradients, and the additional work of float8: the largest value of each tensor, and the conversion. A float8 product reads its
+second factor column by column, so the gradients need transposed copies too. The estimate assumes that the optimiser, attention
+and everything between products take the same time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KINDS = ("bf16_ms", "float8_ms", "casts_ms")
 
 
 class Product(NamedTuple):
-    """A linear layer of a block: its name, inputs and outputs."""
+    """A linear layer of a block: its name, and its numbers of inputs and outputs."""
 
     name: str
     inputs: int
@@ -112,7 +112,7 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 
 def table(report: Result) -> Table:
-    """What was measured, for a terminal."""
+    """The results as a table for a terminal."""
     shown = Table(
         "layer", "bf16, ms", "float8, ms", "conversions, ms", title=f"{heading(report)}; one block of {report['case']}"
     )

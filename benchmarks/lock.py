@@ -1,6 +1,6 @@
-"""What it costs to change one entry of `dvc.lock`, by DVC alone and as here: `python benchmarks/lock.py`.
+"""Time to change one entry of `dvc.lock`, by DVC alone and with `pipelines.atomic_dvc`: `python benchmarks/lock.py`.
 
-After each stage, DVC puts the stage's entry into `dvc.lock`. The entries of this benchmark have the size of those of a study.
+After each stage, DVC writes the stage's entry into `dvc.lock`. The entries of this benchmark are as large as those of a study.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(
 
 
 def stage(number: int) -> tuple[str, Mapping[str, Any]]:
-    """Name and entry of a training run, of which `number` is the seed."""
+    """Name and entry of a training run with the seed `number`."""
     name = f"adaln_zero-learning_rate=0.001-{number}"
     files = [f"runs/design/train/{name}.json", "data/latents"]
     deps = [{"path": file, "hash": "md5", "md5": MD5, "size": 1000 + number} for file in files]
@@ -52,7 +52,7 @@ def stage(number: int) -> tuple[str, Mapping[str, Any]]:
 
 
 def change(path: Path, number: int) -> None:
-    """What DVC does after a stage: compare its entry with the file's, and write it."""
+    """Do what DVC does after a stage: compare its entry with the one in the file, and write it."""
     name, entry = stage(number)
     with modify_yaml(path) as data:
         if data["stages"].get(name) != entry:
@@ -68,7 +68,7 @@ def taken(path: Path, number: int) -> float:
 
 
 def table(report: Result) -> Table:
-    """Seconds by the number of entries."""
+    """A table of CPU seconds by the number of entries."""
     alone, here = report["cpu_seconds"].values()
     shown = Table("entries", "DVC alone, s of CPU", "here, s of CPU", "x", title=heading(report))
     for count in alone:

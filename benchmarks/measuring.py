@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine they ran on, its matrix product rate, latents to work on, and where results go."""
+"""Shared parts of the benchmarks: a description of the machine, its matrix product rate, random latents, and result files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Result = dict[str, Any]
 
 CHANNELS, CLASSES = 4, 1000
 COARSE = 4
-"""Latent pixels across which random latents do not change."""
+"""The side, in latent pixels, of the squares in which random latents are constant."""
 
 PHASES = {
     "attention": ("attention", "sdpa", "flash", "fmha"),
@@ -47,7 +47,7 @@ PHASES = {
     "optimiser and EMA": ("_adamw_ema", "multi_tensor", "FusedAdam"),
     "bias gradients": ("_sum_rows", "reduce_kernel"),
 }
-"""Substrings of kernel names, the first match counts; the rest is `all else`."""
+"""Substrings of kernel names by phase; the first match counts, and other kernels are `all else`."""
 
 
 class Case(NamedTuple):
@@ -62,7 +62,7 @@ class Case(NamedTuple):
 
 
 def parse_case(text: str, multiple: int = COARSE) -> Case:
-    """Of the option `--cases`, with latents of a `multiple`. Raises `typer.BadParameter`, which says what is expected."""
+    """Parse a case of `--cases`; its latent size must be a multiple of `multiple`. Raises `typer.BadParameter`."""
     found = re.fullmatch(r"(.+):([1-9]\d*)@([1-9]\d*)", text)
     try:
         if not found:
@@ -76,7 +76,7 @@ def parse_case(text: str, multiple: int = COARSE) -> Case:
 
 
 def parse_cases(text: str, device: torch.device, gpu: str, cpu: str, multiple: int = COARSE) -> list[Case]:
-    """Several, separated by spaces; without any, those of `gpu` on CUDA, else those of `cpu`."""
+    """Parse several cases, separated by spaces; by default the cases in `gpu` on CUDA, otherwise those in `cpu`."""
     return [parse_case(part, multiple) for part in (text or (gpu if device.type == "cuda" else cpu)).split()]
 
 
@@ -86,20 +86,20 @@ def shipped() -> Params:
 
 
 def machine(device: torch.device) -> Result:
-    """What the figures were measured on and with."""
+    """The machine and the versions with which figures were measured."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "diffusers": version("diffusers")}
     return {"device": name, **versions, "python": platform.python_version(), "threads": torch.get_num_threads()}
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
+    """Wait until the device has finished all its work."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
 
 def matmul_rate(device: torch.device) -> float:
-    """TFLOP/s of a square bf16 matrix product (float32 on a CPU), on random numbers."""
+    """TFLOP/s of a square matrix product of random numbers, in bf16 on CUDA and in float32 elsewhere."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     for repeats in (3, 20):
@@ -112,7 +112,7 @@ def matmul_rate(device: torch.device) -> float:
 
 
 def kernel_times(work: Callable[[], object], steps: int) -> Result:
-    """Milliseconds of kernel time a step by phase, and of the fifteen longest kernels; `work` takes so many steps."""
+    """Milliseconds of kernel time a step, by phase and for the fifteen longest kernels; `work` takes `steps` steps."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize()
@@ -126,7 +126,7 @@ def kernel_times(work: Callable[[], object], steps: int) -> Result:
 
 
 def phase_table(results: dict[str, Result]) -> Table:
-    """Kernel times by phase, a column for each result; what a step takes beyond their sum, the device waits."""
+    """Kernel times by phase, a column for each result; the rest of a step's time, the device is idle."""
     times = Table("kernel ms a step", *results)
     for phase in [*PHASES, "all else"]:
         times.add_row(phase, *(f"{row['phases'][phase]:.2f}" for row in results.values()))
@@ -135,9 +135,9 @@ def phase_table(results: dict[str, Result]) -> Table:
 
 
 def pixel_error(found: np.ndarray, exact: np.ndarray) -> Result:
-    """How far pixels are from the exact ones, both uint8: mean and largest difference in grey values, and the PSNR in dB.
+    """The error of pixels against exact ones, both uint8: mean and largest difference in grey values, and the PSNR in dB.
 
-    Where they are the same, the PSNR is None.
+    If they are equal, the PSNR is None.
     """
     difference = np.abs(found.astype(np.int64) - exact)
     mean_square = float(np.square(difference).mean())
@@ -165,7 +165,7 @@ def random_latents(directory: Path, size: int, train: int = 2048, validation: in
 
 
 def write(report: Result, output: Path | None) -> None:
-    """Write what is known so far as JSON, so that a benchmark that is stopped has not been in vain."""
+    """Write the results so far as JSON, so that a benchmark that is stopped early keeps them."""
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=1) + "\n")

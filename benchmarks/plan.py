@@ -1,6 +1,6 @@
-"""What a run on many GPUs should take, from what was measured on one: `python benchmarks/plan.py`; docs/scaling.md explains it.
+"""Estimate the time of a run on many GPUs from measurements on one: `python benchmarks/plan.py`; docs/scaling.md explains it.
 
-Step times are results of `benchmarks/train.py`. Everything about links, disks and latencies is an assumption, and an option.
+Step times are results of `benchmarks/train.py`. The speeds of links and disks are assumptions, which options can change.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ GPUS_OF_A_HOST = 8
 IMAGENET = 1_281_167
 """Training images of ImageNet-1k; Russakovsky et al. (2015), table 2."""
 EVALUATED = 50_000
-"""Samples of the usual Fréchet distance; Dhariwal & Nichol (2021), section 2.2."""
+"""The usual number of samples for a Fréchet distance; Dhariwal & Nichol (2021), section 2.2."""
 BF16, FP32 = 2, 4
 STATE = 4
-"""Float32 numbers that a checkpoint holds for each weight: itself, two moments of Adam, and its average."""
+"""How many float32 numbers a checkpoint holds for each weight: the weight, two moments of Adam, and the average."""
 
 
 def main(
@@ -53,7 +53,7 @@ def main(
 
 
 def parameters(name: str, size: int) -> int:
-    """How many weights a network has."""
+    """The number of weights of a network."""
     with torch.device("meta"):
         network = models.build(name, latent_size=size, latent_channels=CHANNELS, num_classes=CLASSES, learn_sigma=True)
     return sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
@@ -62,10 +62,10 @@ def parameters(name: str, size: int) -> int:
 def plan(
     measured: Result, weights: int, count: int, epochs: float, link: float, network: float, disk: float, forward: float
 ) -> Result:
-    """One number of GPUs, at the batch per GPU that was measured.
+    """The estimate for `count` GPUs, with the measured batch on each GPU.
 
-    An all-reduce of V bytes sends 2 (n - 1) / n V through every GPU, a reduce-scatter or an all-gather half of that (Patarasuk
-    & Yuan 2009). DDP reduces bf16 gradients after the backward pass, in one call, so that all of it adds to the step. FSDP
+    An all-reduce of V bytes sends 2 (n - 1) / n V through every GPU, a reduce-scatter or an all-gather half as much (Patarasuk
+    & Yuan 2009). DDP reduces bf16 gradients in one call after the backward pass, so all of this time adds to the step. FSDP
     gathers bf16 weights twice and scatters float32 gradients while blocks compute.
     """
     step = measured["milliseconds_per_step"] / 1e3

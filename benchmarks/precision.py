@@ -1,7 +1,7 @@
-"""Whether a fast path learns what plain float32 learns: `python benchmarks/precision.py`.
+"""Whether a fast path trains as well as plain float32: `python benchmarks/precision.py`.
 
-Both train on the same batches, from the same weights. Their loss curves differ by rounding; the measure of that is how much the
-curves of different seeds differ.
+Both train on the same batches, from the same weights. Their loss curves differ by rounding; this difference is compared with
+the difference between the curves of different seeds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dit.devices import make_deterministic, resolve_device
 PLAIN = "fp32 eager"
 VARIANTS = {"cuda": (PLAIN, "bf16 auto"), "cpu": (PLAIN, "bf16 eager")}
 SMOOTHED = 50
-"""Training errors are means over so many logged steps: one step's depends on its timesteps above all."""
+"""Training errors are means over this many logged steps, because the error of one step depends mostly on its timesteps."""
 
 
 def main(
@@ -60,7 +60,7 @@ def main(
 
 
 def curves(metrics: list[Result], validation: list[Result]) -> pd.DataFrame:
-    """Errors by step: of training, smoothed, and of validation, where it was measured."""
+    """Errors by step: of training, smoothed, and of validation at the validated steps."""
     training = pd.DataFrame(metrics).set_index("step")["mse"].rolling(SMOOTHED).mean()
     rows = pd.DataFrame(validation)
     measured = rows[rows["weights"] == "model"].set_index("step")["mse"]
@@ -68,7 +68,7 @@ def curves(metrics: list[Result], validation: list[Result]) -> pd.DataFrame:
 
 
 def compared(runs: list[pd.DataFrame], plain: list[pd.DataFrame]) -> Result:
-    """By curve: errors at the end, and their rms difference to float32, in standard deviations over seeds."""
+    """By curve: errors at the end, and the RMS difference of the curves to float32, in standard deviations over seeds."""
     result: Result = {}
     for curve in ("training", "validation"):
         ours, theirs = (np.stack([run[curve].dropna() for run in group]) for group in (runs, plain))
@@ -84,7 +84,7 @@ def compared(runs: list[pd.DataFrame], plain: list[pd.DataFrame]) -> Result:
 
 
 def table(report: Result) -> Table:
-    """The variants against float32."""
+    """A table of the variants compared with float32."""
     shown = Table("variant", "curve", "error at the end, by seed", "mean difference", "rms difference / deviation over seeds")
     shown.title = f"{heading(report)}; {report['model']}, {report['steps']} steps of {report['batch_size']}"
     for variant, found in report["variants"].items():

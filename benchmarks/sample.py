@@ -1,4 +1,4 @@
-"""Sampling speed, as stage `evaluate` samples: `python benchmarks/sample.py` on any device. CPU figures are only ratios."""
+"""Sampling speed, as in stage `evaluate`: `python benchmarks/sample.py` on any device. CPU figures are only good for ratios."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ def main(
 
 
 def measure(case: Case, backend: str, measured: int, device: torch.device) -> list[Result]:
-    """One network, with each solver. A step takes the difference of a run and one of twice its steps: the median of three."""
+    """Measure one network with each solver. The time of a step comes from the difference of a run and one of twice its steps.
+
+    The median of three such differences counts.
+    """
     name, batch, size = case
     params = shipped()
     network = models.build(name, latent_size=size, latent_channels=CHANNELS, num_classes=CLASSES, learn_sigma=True)
@@ -110,7 +113,7 @@ def measure(case: Case, backend: str, measured: int, device: torch.device) -> li
 
 
 def table(report: Result) -> Table:
-    """What was measured, for a terminal."""
+    """The results as a table for a terminal."""
     shown = Table("model", "batch", "backend", "solver", "images/s", "x eager", "ms/step", "TFLOP/s", "of matmul", "start s")
     shown.title = f"{heading(report)}, guidance {report['guidance_scale']}"
     eager = {(row["model"], row["scheduler"]): row for row in report["results"] if row["backend"] == "eager"}

@@ -1,7 +1,7 @@
-"""What fewer solver steps cost in quality: `make study`, then `python benchmarks/solvers.py` in the same folder.
+"""How fewer solver steps change the quality of samples: `make study`, then `python benchmarks/solvers.py` in the same folder.
 
-The trained networks of the study's baseline are sampled by each solver, from the same noise and labels, and the samples are
-compared with the real validation images as stage `evaluate` does it.
+Each solver samples the trained networks of the study's baseline from the same noise and labels, and the samples are compared
+with the real validation images as in stage `evaluate`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main(
 
 
 def table(report: Result) -> Table:
-    """Means over seeds, and how far seeds are apart."""
+    """A table of means over seeds, and of the spread between seeds."""
     shown = Table("solver", "steps", *(name.replace("_", " ") for name in SHOWN), "seconds a seed")
     shown.title = f"{report['model']}, {report['strategy']}: {report['samples']} samples, {report['real']} real images"
     for solver, steps in dict.fromkeys((row["solver"], row["steps"]) for row in report["results"]):

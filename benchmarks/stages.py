@@ -1,7 +1,7 @@
-"""What the tools around the science cost: `python benchmarks/stages.py`.
+"""How much time the tools around the science take: `python benchmarks/stages.py`.
 
-How long each stage takes to start, and how long a micro study takes as plain function calls in one process, by `dvc repro`,
-and as the Prefect flow with its MLflow view; then both again with nothing to do.
+It measures how long each stage takes to start, and how long a micro study takes as plain function calls in one process, by
+`dvc repro`, and as the Prefect flow with its MLflow view; then the last two again with nothing to do.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def main(
 
 
 def copy(root: Path, overrides: Mapping[str, Any] = MICRO) -> Path:
-    """This working tree in a repository of its own, with `overrides`, by default those of the micro study."""
+    """Copy this working tree into a repository of its own, with `overrides`, by default those of the micro study."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
     for name in filter(None, names):
@@ -106,7 +106,7 @@ def copy(root: Path, overrides: Mapping[str, Any] = MICRO) -> Path:
 
 
 def timed(root: Path, *command: str) -> float:
-    """Seconds that a command takes in `root`. Raises `CalledProcessError` with what it printed where it fails."""
+    """Seconds that a command takes in `root`. If it fails, raises `CalledProcessError` with what it printed."""
     own = {"PYTHONPATH": str(root), "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
     started = time.perf_counter()
     done = subprocess.run(
@@ -120,7 +120,7 @@ def timed(root: Path, *command: str) -> float:
 
 
 def starts(report: Result) -> Table:
-    """How long programs take until their first line of work."""
+    """A table of the time that programs take to start."""
     shown = Table("start", "s", "x torch", title=heading(report))
     for name, seconds in report["start_seconds"].items():
         shown.add_row(name, f"{seconds:.2f}", f"{seconds / report['start_seconds']['import torch']:.1f}")
@@ -128,7 +128,7 @@ def starts(report: Result) -> Table:
 
 
 def studies(report: Result) -> Table:
-    """The micro study by each way."""
+    """A table of the time that the micro study takes in each way."""
     shown = Table("micro study", "s", "x one process", title=f"{os.cpu_count()} cores")
     for name, seconds in report["study_seconds"].items():
         shown.add_row(name, f"{seconds:.1f}", f"{seconds / report['study_seconds']['one process']:.2f}")

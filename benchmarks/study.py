@@ -1,8 +1,8 @@
-"""How long a study takes until its answer, by phase, and what of it is not its stages' own work: `python benchmarks/study.py`.
+"""How long a study takes until its answer, by phase, and how much of it is overhead: `python benchmarks/study.py`.
 
-A micro study runs as `make study` does: with stages that start cold, then warm, then warm with one stage at a time, and then
-with nothing to do. Its stages run as plain function calls in one process as well: that is their own work. With `--shipped`,
-the study of `params.yaml` runs once instead, warm; with `--profile gpu`, that of `profiles/gpu.yaml`.
+A micro study runs as by `make study`: with stages that start cold, then warm, then warm with one stage at a time, and then
+with nothing to do. Its stages also run as plain function calls in one process, which measures their own work. With `--shipped`,
+the study of `params.yaml` runs once instead, warm; with `--profile gpu`, the study of `profiles/gpu.yaml`.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ def own_work(root: Path) -> dict[str, float]:
 
 
 def study(root: Path, variables: dict[str, str]) -> Result:
-    """Run `make study` in `root`: when its stages began and ended, and when an answer was there, in seconds from its start.
+    """Run `make study` in `root`. Returns when stages began and ended, and when an answer appeared, in seconds from the start.
 
-    What it prints is shown as it comes.
+    The output of the study is shown while it runs.
     """
     begun = time.perf_counter()
     process = subprocess.Popen(
@@ -128,7 +128,7 @@ def environment(root: Path) -> dict[str, str]:
 
 
 def phases(report: Result) -> Table:
-    """When each phase of each study ended, and the sum of what its stages took."""
+    """A table of the times at which each study reached its phases."""
     names = ("first stage begins", "first answer", "report", "total")
     shown = Table("study", *(f"{name}, s" for name in names), "x warm", title=f"{heading(report)}, {report['cores']} cores")
     warm = report["studies"]["warm"]["total"]
@@ -139,7 +139,7 @@ def phases(report: Result) -> Table:
 
 
 def overhead(report: Result) -> Table:
-    """What a stage takes beyond its own work, with one at a time: the median of each kind."""
+    """A table of the time that a stage takes beyond its own work, with one stage at a time: the median of each kind."""
     own, taken = report["own_seconds"], report["studies"]["warm, one at a time"]["stages"]
     shown = Table("stage", "own work, s", "as a stage, s", "beyond it, s", title="warm, one at a time, medians")
     for kind in dict.fromkeys(name.partition("@")[0] for name in taken):

@@ -1,4 +1,4 @@
-"""Training throughput of the real loop: `python benchmarks/train.py` on any device. CPU figures are only ratios."""
+"""Throughput of the real training loop: `python benchmarks/train.py` on any device. CPU figures are only good for ratios."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ GPU_CASES = "DiT-XL/2:128@32 DiT-B/2:256@32 DiT-S/2:256@32 DiT-Tiny/2:64@8"
 CPU_CASES = "DiT-Tiny/2:64@8"
 GPU_BACKENDS, CPU_BACKENDS = "auto deterministic eager", "eager"
 FORWARD_AND_BACKWARD = 3
-"""The backward pass multiplies twice where the forward pass multiplies once."""
+"""FLOPs of forward and backward pass, relative to the forward pass: the backward pass needs two products for each product."""
 OUT_OF_MEMORY = "out of memory"
 FEWEST_STEPS = 8
 SHORTEST_MEASUREMENT = 1.0
-"""Seconds: less is at the mercy of whatever else the host does, as the 31 steps of a small network would be."""
+"""The shortest measurement in seconds: other work of the host disturbs a shorter one, as of 31 steps of a small network."""
 
 
 class Timed(Trainer):
-    """A trainer that notes when step 1 and each half of its steps have ended; validation falls outside of the second half."""
+    """A trainer that notes the times after the first step, after the first step of the second half, and after the last step."""
 
     def run(self, description: str) -> None:
-        """As `Trainer.run`, timed."""
+        """Run the trainer, and note when it starts."""
         self.started = time.perf_counter()
         super().run(description)
 
@@ -68,12 +68,12 @@ class Timed(Trainer):
 
     @property
     def measured_seconds(self) -> float:
-        """What the second half took, but for its first step, which validation precedes."""
+        """Seconds of the second half of the steps, without its first step, because validation comes before that step."""
         return self.ended[2] - self.ended[1]
 
     @property
     def steady_rate(self) -> float:
-        """Images per second in that time."""
+        """Images per second in `measured_seconds`."""
         steps = self.params.steps - self.params.steps // 2 - 1
         return steps * self.params.batch_size / self.measured_seconds
 
@@ -109,7 +109,7 @@ def check_steps(steps: int) -> None:
 
 
 def measure(case: Case, backend: str, steps: int, device: torch.device, profile: bool) -> Result:
-    """Runs of the training loop, checkpoints and diagnoses of later steps left out."""
+    """Measure the training loop without checkpoints and without diagnoses of later steps."""
     name, batch, size = case
     deterministic = backend == "deterministic"
     result: Result = {"model": name, "batch_size": batch, "latent_size": size, "backend": backend}
@@ -138,7 +138,7 @@ def measure(case: Case, backend: str, steps: int, device: torch.device, profile:
 
 
 def run_timed(make: Callable[..., Timed], steps: int, description: str) -> tuple[Timed, float]:
-    """A trainer after so many `steps`, or as many more as a measurement needs; and the time to the very first of them."""
+    """A trainer after `steps` steps, or more if the measurement needs more; and the seconds to the very first step."""
     first = None
     while True:
         trainer = make(steps=steps)
@@ -162,7 +162,7 @@ def build(
     seed: int = 0,
     **changes: object,
 ) -> Timed:
-    """A trainer with the shipped parameters, but for `changes`, and for what a benchmark leaves out."""
+    """A trainer with the shipped parameters, except `changes`, and without the parts that a benchmark leaves out."""
     params = shipped()
     never = dict.fromkeys(("diagnose_every", "validate_every", "checkpoint_every"), 1 << 30)
     validation = params.train.validation.model_copy(update={"samples": 64, "batch_size": min(64, batch)})
@@ -185,7 +185,7 @@ def forward_flops(name: str, size: int) -> int:
 
 
 def train_three(trainer: Trainer) -> None:
-    """Three steps of training and nothing else."""
+    """Take three training steps, and do nothing else."""
     for step in range(3):
         trainer.engine.gradients(trainer.batches(step))
         trainer._update(step)

@@ -1,10 +1,10 @@
 """Orchestration: DVC stage entry points, Prefect flows, the MLflow view and the report. No science lives here.
 
-No tool that is used here sends usage data, unless its own switch says otherwise.
+No tool that is used here sends usage data, unless the user sets the tool's own switch.
 
-What torch compiles is kept with the project's scratch files. Torch's default is a folder of /tmp that any user of the machine
-may make first, and fill with code. The settings of matplotlib, which torchmetrics imports, are kept there too. Where matplotlib
-cannot write in the user's home, it makes a folder in /tmp, and each fork of the process that made it would remove it.
+Torch keeps its compiled code with the project's scratch files, because its default is a folder in /tmp that any user of the
+machine may create first and fill with code. The settings of matplotlib, which torchmetrics imports, are kept there too: if
+matplotlib cannot write in the user's home, it makes a folder in /tmp, which every fork of its process would remove.
 """
 
 import os

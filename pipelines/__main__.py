@@ -66,7 +66,7 @@ def study(
     engine: Annotated[Engine, ENGINE] = Engine.LOCAL,
 ) -> None:
     """Run all stages of the study that are not up to date, as a Prefect flow, and add its runs to MLflow."""
-    from pipelines import up_to_date  # with PyTorch, which `up` and `down` do without
+    from pipelines import up_to_date  # imports PyTorch, which `up` and `down` do not need
 
     overrides, at_once = assignments(set_ or []), whole_number("WORKERS", workers)
     disk.check(Path.cwd())
@@ -92,7 +92,7 @@ def study(
     except KeyboardInterrupt:
         print("interrupted; the next run goes on from here", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGINT) from None
-    except Exception:  # Prefect's server could not write, say
+    except Exception:  # for example, Prefect's server could not write
         disk.check(Path.cwd())
         if server.has_ended():
             raise UserError(services.ENDED) from None
@@ -148,7 +148,7 @@ def _port(name: str, text: str) -> int:
 
 
 class _Lines(logging.Formatter):
-    """`stage | text`, without what a log file needs and a person does not."""
+    """Lines `stage | text` for a terminal, without passwords and without details for log files."""
 
     def format(self, record: logging.LogRecord) -> str:
         name = getattr(record, "task_run_name", None)
@@ -158,9 +158,9 @@ class _Lines(logging.Formatter):
 
 
 def _log_for_people(name: str, server: services.PrefectServer) -> None:
-    """On this terminal, only what the flow says to people, defects, and what is not Prefect's; Prefect's log has it all.
+    """Show on this terminal only the flow's lines for the user, defects, and other libraries' lines; Prefect's log has all.
 
-    What Prefect says because its disk is full or its `server` has ended is no defect: the study says that itself.
+    Errors that Prefect logs because the disk is full or its `server` has ended are no defects: the study reports these itself.
     """
 
     def matters(record: logging.LogRecord) -> bool:
@@ -173,7 +173,7 @@ def _log_for_people(name: str, server: services.PrefectServer) -> None:
     handler.addFilter(matters)
     for logger in (logging.getLogger(), logging.getLogger("prefect._internal")):
         logger.handlers = [handler]
-    logging.raiseExceptions = False  # a log that cannot be written, as on a full disk, is no news for a person
+    logging.raiseExceptions = False  # do not report a log that cannot be written, as on a full disk
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The answer first: the first seed of every strategy and setting runs before the others, and gets a report that is partial.
+"""The answer first: the first seed of every strategy and setting runs before other seeds, and gets a partial report.
 
-That report is a file where `compare` will write, or where the report of an experiment is kept. It is no output of a stage: DVC
-removes it when `compare` runs, and until then finds that `compare` is not up to date.
+The partial report is written where `compare` will write, or where an experiment keeps its report. It is no output of a stage:
+DVC removes it when `compare` runs, and until then considers `compare` not up to date.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pipelines import dag, design, guard
 COMPARE = "compare"
 MODULE = "pipelines.partial_report"
 PATIENCE_SECONDS = 30.0
-"""A study that may have ended by then gets no partial report: making it takes some 10 s of one core."""
+"""No partial report is made before this time, because the study may be over soon: making it takes some 10 s of one core."""
 
 
 def ranks(params: Params) -> dict[str, int]:
-    """Which seed of the study each stage of one seed belongs to, counted from 0."""
+    """For each stage that belongs to one seed: the position of this seed in the study, counted from 0."""
     seeds = params.study.seeds
     return {
         f"{stage}@{key}": seeds.index(item.seed)
@@ -36,10 +36,10 @@ def ranks(params: Params) -> dict[str, int]:
 
 
 class PartialReport:
-    """Written once, in a process beside the stages, when all that it shows is there and later seeds have still to run.
+    """Writes the partial report to `out` once, in a process beside the stages, while later seeds still have to run.
 
-    `out` is where, `say` is told what came of it. It is not made in the first `patience` seconds. The process has ended when
-    the block is left.
+    It starts when all runs of the first seed have ended, but not in the first `patience` seconds. `say` gets one line with the
+    result. The process has ended when the block is left.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class PartialReport:
         self.stop()
 
     def note(self, stage: str) -> None:
-        """A stage is up to date now. Begin the report once all that it needs are, if others have still to run."""
+        """Note that `stage` is up to date. Start the report if all stages that it needs are, and others still have to run."""
         self._missing.discard(stage)
         self._later.discard(stage)
         if self._later and not self._missing and self._thread is None and time.monotonic() >= self._earliest:

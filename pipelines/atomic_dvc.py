@@ -1,10 +1,10 @@
 """DVC whose lock files are complete at every moment: `python atomic_dvc.py ARGUMENTS` is `dvc ARGUMENTS`.
 
-DVC empties `dvc.lock` and `.dvc/tmp/rwlock` and writes them anew in place. If it is killed in between, part of a file is left,
-and on a full disk nothing. Here they are replaced by a rename.
+DVC empties `dvc.lock` and `.dvc/tmp/rwlock` and then writes them anew. If it is killed in between, only a part of a file is
+left; on a full disk nothing is left. Here a new file replaces the old one by a rename.
 
-To change one entry of `dvc.lock`, DVC reads all of them with their layout and formats all of them again, which takes seconds
-where there are hundreds. Here only the entry that changes is read and formatted. The file has the same bytes.
+To change one entry of `dvc.lock`, DVC reads and formats all entries, which takes seconds if there are hundreds of them. Here
+only the changed entry is read and formatted. The resulting file has the same bytes.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from dvc.utils.serialize import _yaml as serialize
 
 FILES = ("dvc.lock", "rwlock")
 HEADER = "schema: '2.0'\nstages:\n"
-"""How a `dvc.lock` begins that lists stages and nothing else."""
+"""The beginning of a `dvc.lock` that lists only stages."""
 _ENTRY = re.compile(r"^  (?=[^\s:])", re.MULTILINE)
-"""Where the entry of a stage begins. Below a name of 128 letters or more, which stands behind "?", a ":" follows."""
+"""The beginning of a stage's entry. A name of 128 letters or more follows "? ", and the next line begins with ":"."""
 _FOREIGN = re.compile(r"^\S|^    (deps|outs):\n      - |(^|[:-]) +[&*#]", re.MULTILINE)
-"""Behind the header, perhaps other keys, indented lists, values that entries share, or comments. DVC writes none for stages."""
+"""Signs of a layout that DVC does not write: other keys, indented lists, values that entries share, or comments."""
 
 
 @contextmanager
 def replacing(path: Path, encoding: str | None = "utf-8") -> Iterator[IO[str]]:
-    """A text file that appears at `path` when the block is left, and not if it raises."""
+    """A text file that appears at `path` when the block ends without an error."""
     temporary = path.parent / ".dvc" / "tmp"
     partial = (temporary if temporary.is_dir() else path.parent) / f"{path.name}.partial"
     try:
@@ -46,16 +46,16 @@ def replacing(path: Path, encoding: str | None = "utf-8") -> Iterator[IO[str]]:
 
 
 class Entries(dict[str, Any]):
-    """The stages of a `dvc.lock`: an entry is the text of its lines until `get` reads it or another takes its place."""
+    """The entries of a `dvc.lock` by stage: each is the text of its lines, or the parsed entry that replaced it."""
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The content of the entry of stage `name`, as DVC asks for it."""
+        """The content of the entry of stage `name`, parsed for DVC."""
         entry = super().get(name, default)
         return serialize.parse_yaml("stages:\n" + entry, FILES[0])["stages"][name] if isinstance(entry, str) else entry
 
 
 def entries(text: str) -> dict[str, str] | None:
-    """The lines of each stage's entry in a `dvc.lock`; None where it is empty, holds more, or has another layout than DVC's."""
+    """The lines of each stage's entry in a `dvc.lock`; None if it has no stages, other keys, or another layout than DVC's."""
     head, *found = _ENTRY.split(text)
     if not found or head != HEADER or not text.endswith("\n") or _FOREIGN.search(text, len(HEADER)):
         return None
@@ -63,7 +63,7 @@ def entries(text: str) -> dict[str, str] | None:
 
 
 def _name(entry: str) -> str:
-    """The stage that the lines of an `entry` are about."""
+    """The name of the stage to which the lines `entry` belong."""
     if entry.startswith(("?", "'", '"')):
         return str(next(iter(serialize.parse_yaml(f"  {entry}", FILES[0]))))
     return entry.partition(":\n")[0]
@@ -75,7 +75,7 @@ def entry_text(stage: str, entry: Mapping[str, Any]) -> str:
 
 
 def install() -> None:
-    """Have the DVC of this process replace its lock files, and write only what changes in `dvc.lock`."""
+    """Make DVC in this process replace its lock files by a rename, and format only changed entries of `dvc.lock`."""
     original: Callable[..., Any] = LocalFileSystem.open
 
     def opened(self: LocalFileSystem, path: str, mode: str = "r", **options: Any) -> Any:

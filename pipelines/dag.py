@@ -1,7 +1,7 @@
-"""DVC's graph as Python: which stages there are, what each waits for, which are up to date, and how one is run.
+"""DVC's graph in Python: which stages there are, what each waits for, which are up to date, and how to run one.
 
-The graph is read from DVC and nowhere repeated. A stage runs as `dvc repro --single-item`, so that `dvc.lock` ends the same
-whoever starts it.
+The graph is read from DVC and not repeated anywhere. Stages run as `dvc repro --single-item`, so `dvc.lock` is the same
+whoever starts them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CHATTER = re.compile(
     r"\s*(> |git add|dvc config core.autostage|Running stage|Updating lock|Generating lock|To track the|To enable auto"
     r"|Use `dvc push`|ERROR: failed to reproduce|$)"
 )
-"""What DVC says around every stage, and what `run` says by its result."""
+"""Lines that DVC prints around every stage, or that only repeat the result of `run`."""
 _EXIT_CODE = re.compile(r"failed to run: .*, exited with (-?\d+)")
 _LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by")
 
@@ -49,13 +49,13 @@ class Stage:
 
     name: str
     upstream: tuple[str, ...]
-    """The stages whose outputs it reads."""
+    """The stages whose outputs this stage reads."""
     outs: tuple[str, ...]
-    """The paths that it writes."""
+    """The paths that this stage writes."""
     up_to_date: bool
-    """All that it and the stages above it declare is as `dvc.lock` says: command, parameters, dependencies and outputs."""
+    """Whether command, parameters, dependencies and outputs of this stage and of all stages above agree with `dvc.lock`."""
     place: int = 0
-    """Where it stands in `dvc.yaml`, counted from 0."""
+    """Its position in `dvc.yaml`, counted from 0."""
     command: str = ""
 
 
@@ -67,7 +67,7 @@ class Outcome(Enum):
 
 
 class StageError(Exception):
-    """A stage did not end well. `exit_code` is that of its command, or None where DVC itself failed."""
+    """A stage failed. `exit_code` is the exit code of its command, or None if DVC itself failed."""
 
     def __init__(self, stage: str, exit_code: int | None, transient: bool, reason: str) -> None:
         super().__init__(f"stage '{stage}' failed{'' if exit_code is None else f' with exit code {exit_code}'}: {reason}")
@@ -101,10 +101,10 @@ def read(root: Path) -> dict[str, Stage]:
 
 @contextmanager
 def checking(root: Path) -> Iterator[Callable[[str], bool]]:
-    """Says of a stage that has not run, once those above it are done, whether `dvc repro` has nothing to do for it.
+    """Yields a function that says whether `dvc repro` would have nothing to do for a stage, once the stages above are done.
 
-    It is DVC's own comparison, in this process and on a project that stays open: below outputs that came out as they were, no
-    process has to start to find that. The project is read when the first stage is asked about.
+    The function makes DVC's own comparison in this process, on a project that stays open. So no process has to start for a
+    stage if the outputs above it came out unchanged. The project is read when the first stage is asked about.
     """
     with Repo(str(root), _wait_for_lock=True) as repo:
         stages: dict[str, Any] = {}
@@ -115,14 +115,14 @@ def checking(root: Path) -> Iterator[Callable[[str], bool]]:
                     if not stages:
                         stages.update({stage.name: stage for stage in _pipeline(repo.index.stages)})
                     return not stages[name].status()
-            except DvcException:  # a dependency is in use, say; `dvc repro` waits, or tells what is wrong
+            except DvcException:  # for example, a dependency is in use; `dvc repro` waits, or reports what is wrong
                 return False
 
         yield unchanged
 
 
 def _pipeline(nodes: Iterable[Any]) -> list[Any]:
-    """The stages of `dvc.yaml` among DVC's stages, as it lists them; data added by `dvc add` is no stage to run."""
+    """The stages of `dvc.yaml` among DVC's nodes, in DVC's order; data that `dvc add` added is no stage to run."""
     return [stage for stage in nodes if isinstance(stage, PipelineStage)]
 
 
@@ -133,7 +133,7 @@ def _stage(graph: Any, stage: PipelineStage, place: int) -> Stage:
 
 
 def _in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
-    """Upstream first, otherwise as in `dvc.yaml`; a stage below one that is not up to date is not up to date either."""
+    """The stages, upstream first, otherwise as in `dvc.yaml`; a stage below one that is not up to date is not up to date."""
     ordered: dict[str, Stage] = {}
 
     def add(name: str) -> None:
@@ -150,9 +150,9 @@ def _in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
 
 
 def order_lock(root: Path, stages: Collection[Stage]) -> None:
-    """Put the entries of `dvc.lock` in the order of `dvc.yaml`, as `dvc repro` does: side by side, stages end as it happens.
+    """Put the entries of `dvc.lock` in the order of `dvc.yaml`, as `dvc repro` does; parallel stages end in any order.
 
-    `stages` are those of `dvc.yaml`. A lock file that is in order already is only looked through.
+    `stages` are all stages of `dvc.yaml`. A lock file that is already in order is not written.
     """
     lock, order = root / "dvc.lock", [stage.name for stage in sorted(stages, key=lambda stage: stage.place)]
     if LockFile(lock, order).written:
@@ -162,11 +162,11 @@ def order_lock(root: Path, stages: Collection[Stage]) -> None:
 
 
 def select(stages: Mapping[str, Stage], targets: Collection[str] | None) -> dict[str, Stage]:
-    """The stages that `targets` name, and all that they need. None, or nothing, names everything.
+    """The stages that `targets` name, and all stages that they need; every stage if `targets` is None or empty.
 
-    A target is a stage, a pattern such as `*@adaln_zero-*`, or a group such as `train`, which is every `train@...`.
+    A target is a stage, a pattern such as `*@adaln_zero-*`, or a group such as `train`, which means every `train@...`.
 
-    Raises `ConfigError` for a target that is no stage.
+    Raises `ConfigError` for a target that names no stage.
     """
     if not targets:
         return dict(stages)
@@ -179,7 +179,7 @@ def select(stages: Mapping[str, Stage], targets: Collection[str] | None) -> dict
 
 
 class Processes:
-    """Runs stages of one workspace side by side, and ends those that still run when the block is left."""
+    """Runs stages of one workspace side by side; when the block is left, it ends stages that still run."""
 
     def __init__(self, root: Path, environment: Mapping[str, str]) -> None:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
@@ -203,14 +203,14 @@ class Processes:
             self._warm.close()
 
     def warm_up(self, stages: Iterable[Stage], tell: Callable[[str], None]) -> None:
-        """Have `stages` start from a process that imports once what they need, where this machine can."""
+        """Start a process that imports once what `stages` need, and from which they then start, if this machine can do so."""
         if warm.wanted() and (modules := warm.modules(stage.command for stage in stages)):
             self._warm = warm.WarmServer(self.root, self.environment, modules, tell)
 
     def run(
         self, stage: str, log: Callable[[str], None], environment: Mapping[str, str] | None = None, command: str = ""
     ) -> Outcome:
-        """Bring one stage up to date, giving each line that it prints to `log`; `command` is what it runs, where known.
+        """Bring one stage up to date, and give each line that it prints to `log`; `command` is the stage's command, if known.
 
         Raises `StageError`, or `StoppedError` once the block has been left.
         """
@@ -245,7 +245,7 @@ class Processes:
 
 
 def _follow(process: guard.Guarded, last: deque[str], log: Callable[[str], None]) -> Outcome:
-    """Read what DVC and its stage print, up to the end; keep the `last` lines."""
+    """Read everything that DVC and its stage print, and keep the `last` lines."""
     outcome = Outcome.RAN
     for line in (plain(line.rstrip()) for line in process.stdout or ()):
         last.append(line)
@@ -257,7 +257,10 @@ def _follow(process: guard.Guarded, last: deque[str], log: Callable[[str], None]
 
 
 def _failure(stage: str, code: int, output: list[str]) -> StageError:
-    """What a failed stage's output says. Killed, out of resources but disk, and kept out by a lock are worth another try."""
+    """The error that a failed stage's output tells.
+
+    Another try makes sense if the stage was killed, lacked resources other than disk space, or met a lock.
+    """
     text = "\n".join(output)
     reported = _EXIT_CODE.search(text)
     exit_code = int(reported[1]) if reported else (code if _signal_number(code) else None)
@@ -281,7 +284,7 @@ def _signal_number(code: int) -> int:
 
 
 def dvc(root: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
-    """Run a DVC command in `root` and return what it printed. Raises `UserError` with its message where it fails."""
+    """Run a DVC command in `root` and return what it printed. Raises `UserError` with DVC's message if the command fails."""
     private_dvc.keep(root)
     variables = {**os.environ, **(environment or {})}
     done = subprocess.run([*DVC, *arguments], cwd=root, env=variables, capture_output=True, text=True, check=False)

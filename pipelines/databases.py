@@ -1,4 +1,4 @@
-"""SQLite files that a study can do without, as they hold no result: whether one can be used, and how it is set aside."""
+"""SQLite files that hold no results of a study: find out whether one can be used, and set a damaged one aside."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def fault(path: Path, seconds: float = 1.0) -> sqlite3.Error | IsADirectoryError | None:
-    """What keeps a database from being written, such as damage or somebody who has locked it for `seconds`; None if nothing."""
+    """Why a database cannot be written: for example damage, or a lock that lasts more than `seconds`. None if it can."""
     if path.is_dir():
         return IsADirectoryError(f"{path} is a folder")
     if not path.exists():
@@ -37,7 +37,7 @@ def _damage(found: tuple[str] | None) -> sqlite3.DatabaseError:
 
 
 def is_damaged(found: sqlite3.Error | IsADirectoryError | None) -> bool:
-    """Whether a fault is of the file itself, and not of its use or of the disk."""
+    """Whether the file itself is damaged; locks and faults of the disk do not count."""
     return isinstance(found, IsADirectoryError) or getattr(found, "sqlite_errorcode", None) in DAMAGE
 
 
@@ -53,7 +53,7 @@ def mend(path: Path, tell: Callable[[str], None]) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Rename a database and what SQLite keeps beside it; what was set aside before goes."""
+    """Rename a database and SQLite's files beside it; a database that was set aside earlier is deleted."""
     for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
         source, target = path.with_name(name), path.with_name(f"{name}.damaged")
         shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""The work pool and the deployments of prefect.yaml; `python -m pipelines.deploy` brings them into a server.
+"""The work pool and the deployments of prefect.yaml; `python -m pipelines.deploy` registers them with a server.
 
-What the flow imports takes longer than all else that `make up` does, so it is imported while the server still starts.
+The imports of the flow take longer than everything else in `make up`, so they run while the server is starting.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ JOB_TEMPLATE = {
     "job_configuration": {"stream_output": True},
     "variables": {"type": "object", "properties": {}, "additionalProperties": False},
 }
-"""What a run through the worker may choose about its process: nothing, so neither its command nor environment nor folder."""
+"""A run through the worker may choose nothing about its process: neither its command nor its environment nor its folder."""
 DEPLOYED = PREFECT_HOME / "deployed"
-"""What the deployments were made from."""
+"""The file with the digest of what the deployments were made from."""
 DEPLOYMENT = "/api/deployments/name/study/local"
 
 
@@ -38,17 +38,17 @@ def module(name: str) -> list[str]:
 def make_pool(prefect: Service) -> None:
     """Make the work pool, or bring it up to date."""
     made = {"name": POOL, "type": "process", "base_job_template": JOB_TEMPLATE}
-    if fetch(prefect, "/api/work_pools/", json.dumps(made).encode()) is None:  # there is one
+    if fetch(prefect, "/api/work_pools/", json.dumps(made).encode()) is None:  # it exists already
         fetch(prefect, f"/api/work_pools/{POOL}", json.dumps({"base_job_template": JOB_TEMPLATE}).encode(), "PATCH")
 
 
 def is_deployed() -> bool:
-    """Whether the deployments were last made from the code and parameters that are here now."""
+    """Whether the deployments were last made from the present code and parameters."""
     return DATABASE.exists() and DEPLOYED.exists() and DEPLOYED.read_text() == _deployed_from()
 
 
 def _deployed_from() -> str:
-    """A digest of what deployments depend on: prefect.yaml, code, and, for the form, parameters, profiles and strategies."""
+    """A digest of what deployments depend on: prefect.yaml, code, and parameters, profiles and strategies for the form."""
     code = [path for folder in ("dit", "pipelines") for path in sorted(Path(folder).rglob("*.py"))]
     files = [
         Path("prefect.yaml"),
@@ -64,7 +64,7 @@ def _deployed_from() -> str:
 
 
 def start_deploying(environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    """Begin to make the deployments of `prefect.yaml`, or to bring them up to date; they are once the work pool is there."""
+    """Start a process that makes or updates the deployments of `prefect.yaml` as soon as the work pool exists."""
     command = module("pipelines.deploy")
     output = subprocess.PIPE
     return subprocess.Popen(
@@ -73,7 +73,7 @@ def start_deploying(environment: Mapping[str, str]) -> subprocess.Popen[str]:
 
 
 def finish_deploying(process: subprocess.Popen[str], environment: Mapping[str, str]) -> None:
-    """Wait until the deployments are made. Raises `UserError` where they cannot be."""
+    """Wait until the deployments are made. Raises `UserError` if that fails."""
     said, _ = process.communicate()
     if process.returncode:
         raise UserError(f"prefect deploy failed: {redacted(said.strip(), environment=environment)}")
@@ -81,7 +81,7 @@ def finish_deploying(process: subprocess.Popen[str], environment: Mapping[str, s
 
 
 def wait_for_pool(environment: Mapping[str, str]) -> None:
-    """Wait until the work pool exists in the server at `PREFECT_API_URL`. Raises `UserError` where it does not in time."""
+    """Wait until the work pool exists on the server at `PREFECT_API_URL`. Raises `UserError` if it does not exist in time."""
     api = Service("prefect", 0, 0, environment["PREFECT_API_URL"], environment["PREFECT_API_AUTH_STRING"])
     if not wait(lambda: fetch(api, f"/work_pools/{POOL}") is not None):
         raise UserError(f"there is no work pool '{POOL}' at {shown(api.url)}")

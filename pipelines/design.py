@@ -1,8 +1,8 @@
-"""The stages of a study as data: `design.yaml`, from which `dvc.yaml` makes them, and the parameters of each.
+"""The stages of a study as data: `design.yaml`, from which `dvc.yaml` makes the stages, and the parameters of each stage.
 
-DVC cannot multiply factors that a person names, so the list of stages is a file beside `params.yaml`, written from it whenever
-a study starts. What a stage depends on beside its inputs is one JSON file in `runs/design`: its parameters, the rules of its
-strategy, and a digest of its code.
+DVC cannot combine the levels of factors that a user names. So the list of stages is the file `design.yaml`, written from
+`params.yaml` whenever a study starts. Besides its inputs, a stage depends on one JSON file in `runs/design`, which holds its
+parameters, the rules of its strategy, and a digest of its code.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from dit.errors import ConfigError, InputError
 FILE = "design.yaml"
 OUT = Path("runs/design")
 ROOT = Path(__file__).parents[1]
-"""The project whose code this is."""
+"""The project to which this code belongs."""
 CODE = "pipelines/code.yaml"
 HEADER = """\
 # The stages of the study, which dvc.yaml reads. Made from params.yaml by `make study`, `make plan` and stage `design`: edit
 # params.yaml, not this file.
 """
 ALL = "all"
-"""The name of a stage that all runs of the study share."""
+"""The key of a stage that all runs of the study share."""
 DISTANCES = tuple(f"evaluate.{key}" for key in ("num_samples", "kernel_subset_size", "kernel_subsets", "nearest_k", "seed"))
-"""What a distance between two sets of images depends on."""
+"""Parameters on which a distance between two sets of images depends."""
 DATA = {
     "images": ("images",),
     "autoencoder": ("images", "autoencoder"),
     "latents": ("images", "autoencoder", "latents"),
     "features": ("images", "autoencoder", "features", *DISTANCES),
 }
-"""Stages that make data, and the parameters in which their outputs may differ."""
+"""Stages that make data, and the parameters on which their outputs depend."""
 READS = {"images": (), "autoencoder": ("images",), "latents": ("images", "autoencoder"), "features": ("images", "autoencoder")}
 ANALYSED = (*DATA["latents"], "model", "diffusion", "analyse", "train.optimizer")
-"""A strategy is analysed once for all settings that agree in these; its first steps use the learning rate of params.yaml."""
+"""A strategy is analysed once for all settings with the same values of these; it uses the learning rate of params.yaml."""
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "images": ("images.size", "images.channels", "images.seed", "images.max_rejected", "images.source"),
     "autoencoder": ("autoencoder",),
@@ -54,7 +54,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "evaluate": ("model", "diffusion", "evaluate", "features"),
     "compare": ("study",),
 }
-"""What each stage reads of the parameters of its setting."""
+"""The parameters that each stage reads."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ class Item:
 
     @property
     def identity_file(self) -> Path:
-        """Where stage `design` writes what determines this stage, beside its inputs."""
+        """The file in which stage `design` writes everything but the inputs that determines this stage."""
         return OUT / self.stage / f"{self.key}.json"
 
 
 def items(params: Params) -> dict[str, dict[str, Item]]:
-    """Every stage of the study but `design`, by its first name and its key."""
+    """Every stage of the study except `design`: by the kind of stage, and then by its key."""
     found = designs.design(params.study)
     data = {stage: designs.distinct(found.settings(), keys) for stage, keys in DATA.items()}
     made: dict[str, dict[str, Item]] = {stage: {} for stage in PARAMETERS}
@@ -102,7 +102,7 @@ def items(params: Params) -> dict[str, dict[str, Item]]:
 
 
 def _evaluations(params: Params, found: Design, data: Mapping[str, Mapping[str, Setting]]) -> dict[str, Item]:
-    """Stages `evaluate`. Which run is a strategy's best is known only once all have been trained: it stands in `runs/best`."""
+    """The stages `evaluate`. A strategy's best run is known only after all runs have been trained; `runs/best` names it."""
     study = params.study
     if study.sample == "all":
         folders = {run.name: {kind: _folder(kind, run.setting, data) for kind in EVALUATED} for run in found.runs}
@@ -129,19 +129,19 @@ def _evaluation(params: Params, run: Run, inputs: Mapping[str, str]) -> Item:
 
 
 def _reference(params: Params, setting: Setting) -> dict[str, str]:
-    """The file of reference statistics as an input, where there is one: other content is another evaluation."""
+    """The file of reference statistics as an input, if there is one: if its content changes, the evaluation runs again."""
     path = setting.levels.get("evaluate.reference", params.evaluate.reference)
     return {} if path is None else {"reference": str(path)}
 
 
 def sampled_seeds(params: Params) -> list[int]:
-    """The seeds of the best settings that are sampled: those on which nothing was chosen, or the first of them."""
+    """The seeds that are sampled at the best settings: those that chose nothing, or only the first of them."""
     reporting = [seed for seed in params.study.seeds if seed not in params.study.choose_on]
     return reporting[:1] if params.study.sample == "one" else reporting
 
 
 def _folder(kind: str, setting: Setting, data: Mapping[str, Mapping[str, Setting]]) -> str:
-    """Where the data of `setting` lie: data/latents, or data/latents/size=64 where factors touch them."""
+    """The folder with the data of `setting`: data/latents, or data/latents/size=64 if the data depend on a factor."""
     name = designs.share(setting, DATA[kind], data[kind])
     return f"data/{kind}/{name}" if name else f"data/{kind}"
 
@@ -164,7 +164,7 @@ def content(params: Params) -> str:
     listed: dict[str, Any] = {
         stage: {key: _listed(item) for key, item in by_key.items()} for stage, by_key in found.items() if stage != "compare"
     }
-    # A study without samples has no floors of distances: in their place stands a folder that is always there.
+    # A study without samples has no distances of reference images: a folder that always exists replaces their folder.
     listed["floors"] = "data/features" if found["features"] else str(OUT / "images")
     listed["evaluated"] = "runs/evaluate" if found["evaluate"] else str(OUT / "compare" / f"{ALL}.samples.json")
     listed["reconstructions"] = f"{next(iter(found['autoencoder'].values())).out}/metrics.json"
@@ -173,13 +173,13 @@ def content(params: Params) -> str:
 
 
 def curve_name(run: Run) -> str:
-    """What the curve over all seeds of one strategy and setting is called."""
+    """The name of the mean curve over all seeds of one strategy and setting."""
     return "-".join(filter(None, (run.strategy, run.setting.name)))
 
 
 def _listed(item: Item) -> dict[str, str]:
-    """The values that `dvc.yaml` reads. An evaluation without a reference depends in its place on its own file once more, since
-    DVC has no dependencies that may be left out.
+    """The values that `dvc.yaml` reads. DVC has no optional dependencies, so an evaluation without a reference names its own
+    identity file a second time in place of the reference.
     """
     own_out = {"out": item.out} if item.stage in DATA else {}
     stand_in = {"reference": item.identity_file.as_posix()} if item.stage == "evaluate" else {}
@@ -187,7 +187,7 @@ def _listed(item: Item) -> dict[str, str]:
 
 
 def write(root: Path, params: Params) -> bool:
-    """Bring `design.yaml` of `root` up to date with `params`; whether it was not."""
+    """Bring `design.yaml` of `root` up to date with `params`; return whether it changed."""
     path, wanted = root / FILE, content(params)
     if path.exists() and path.read_text() == wanted:
         return False
@@ -198,7 +198,7 @@ def write(root: Path, params: Params) -> bool:
 
 
 def item_named(params: Params, stage: str, key: str) -> Item:
-    """The stage called `stage`@`key`. Raises `ConfigError` where the study has none."""
+    """The stage called `stage`@`key`. Raises `ConfigError` if the study has no such stage."""
     known = items(params)[stage]
     if key not in known:
         example = next(iter(known), None)
@@ -208,9 +208,9 @@ def item_named(params: Params, stage: str, key: str) -> Item:
 
 
 def identity(params: Params, item: Item) -> dict[str, Any]:
-    """What determines a stage beside its inputs: parameters, the rules of its strategy, and its code.
+    """Everything but the inputs that determines a stage: parameters, the rules of its strategy, and its code.
 
-    `params` are those of its setting.
+    `params` are the parameters at the setting of the stage.
     """
     about: dict[str, Any] = {}
     if item.stage in ("analyse", "train"):
@@ -222,7 +222,7 @@ def identity(params: Params, item: Item) -> dict[str, Any]:
 
 
 def parameters(params: Params, stage: str) -> dict[str, Any]:
-    """What `stage` reads of the parameters, by dotted key of `params.yaml`."""
+    """The parameters that `stage` reads, by dotted key of `params.yaml`."""
     return {key: _value(params, key) for key in PARAMETERS[stage]}
 
 
@@ -234,7 +234,7 @@ def _value(params: Params, key: str) -> Any:
 
 
 def checked_identity(params: Params, item: Item) -> dict[str, Any]:
-    """What stage `design` wrote for this stage. Raises `InputError` where that is missing, or is not what holds now."""
+    """The identity that stage `design` wrote for this stage. Raises `InputError` if it is missing or out of date."""
     path = item.identity_file
     if not path.is_file():
         raise InputError(path)
@@ -263,7 +263,7 @@ def code(stage: str) -> list[str]:
 
 
 def code_files(path: Path) -> list[Path]:
-    """The files of a piece of code, without what Python compiled."""
+    """The files of code at `path`, without Python's compiled files."""
     if path.is_file():
         return [path]
     return [file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts]

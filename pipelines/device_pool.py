@@ -1,4 +1,4 @@
-"""Which stages run at the same time: each on GPUs of its own, where GPUs are used, else as many at once as the cores allow."""
+"""Which stages run at the same time: each on its own GPUs if the study uses GPUs, otherwise as many as the cores allow."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dit.config import Params
 from dit.sections import EvaluateParams, LatentsParams, TrainParams
 
 NO_GPU = ""
-"""What a stage holds in a pool without GPUs."""
+"""The name that a stage acquires in a pool without GPUs."""
 
 
 class DevicePool:
-    """GPUs that stages acquire and release; a GPU that is listed several times is used by as many stages at once."""
+    """GPUs that stages acquire and release; a GPU that is listed n times is shared by up to n stages."""
 
     def __init__(self, gpus: Sequence[str], max_parallel: int, processes: Mapping[str, int]) -> None:
         """At most `max_parallel` stages run at once.
@@ -30,9 +30,9 @@ class DevicePool:
         self._running = 0
 
     def acquire(self, stage: str) -> list[str] | None:
-        """The GPUs for `stage`, those that the fewest stages use first; None where it must wait.
+        """The GPUs for `stage`, preferring those that the fewest stages use; None if the stage must wait.
 
-        A stage that needs more GPUs than there are gets all of them, and then reports the error itself.
+        A stage that needs more GPUs than the pool has gets all of them, and then reports the error itself.
         """
         count = min(self._processes.get(stage.partition("@")[0], 1), self._different)
         chosen = [gpu for gpu, free in self._free.most_common(count) if free]
@@ -51,7 +51,7 @@ class DevicePool:
 def device_pool(params: Params, workers: int | None) -> DevicePool:
     """The devices of this machine for a study with `params`.
 
-    `workers` stages run at once; without it, one for each GPU, or as many as the CPU's cores allow.
+    At most `workers` stages run at once; by default one for each GPU, or as many as the CPU's cores allow.
     """
     sections: dict[str, LatentsParams | TrainParams | EvaluateParams] = {
         "latents": params.latents,
@@ -77,5 +77,5 @@ def _without_gpus(max_parallel: int) -> DevicePool:
 
 
 def environment(gpus: list[str]) -> dict[str, str]:
-    """The environment variables that show a stage its GPUs, and no others."""
+    """The environment variables that let a stage see only its own GPUs."""
     return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if any(gpus) else {}

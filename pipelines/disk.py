@@ -1,4 +1,4 @@
-"""A full disk: how it is recognised in whatever it makes fail, and what a person is told."""
+"""A full disk: how to recognise it behind other errors, and what to tell the user."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from dit.errors import UserError
 
 LEAST_BYTES = 32 * 1024**2
-"""A study that finds less does not start: its servers and their logs alone could not be written."""
+"""With less free space a study does not start: even the files and logs of its servers would not fit."""
 EXIT_CODE = os.EX_TEMPFAIL
 _NUMBERS = (errno.ENOSPC, errno.EDQUOT)
 _WORDS = re.compile(r"no space left on|disk quota exceeded|disk is full|os error (28|122)\b", re.IGNORECASE)
-"""Of the system, SQLite, and libraries in Rust."""
+"""Messages about a full disk: of the operating system, of SQLite, and of libraries in Rust."""
 
 
 class FullDiskError(UserError):
@@ -33,12 +33,12 @@ class FullDiskError(UserError):
 
 
 def is_full(text: str) -> bool:
-    """Whether words of a program say that the disk is full."""
+    """Whether a program's message says that the disk is full."""
     return bool(_WORDS.search(text))
 
 
 def full_path(error: BaseException | None) -> Path | None:
-    """Where there was no space, if that is what an error, or one behind it, is about."""
+    """The path at which there was no space, if an error or one of its causes is about a full disk; otherwise None."""
     while error is not None:
         if (isinstance(error, OSError) and error.errno in _NUMBERS) or is_full(str(error)):
             name = error.filename if isinstance(error, OSError) else None
@@ -48,7 +48,7 @@ def full_path(error: BaseException | None) -> Path | None:
 
 
 def is_nearly_full(path: Path) -> bool:
-    """Whether a disk has less space left than a study needs to start: then whatever fails, fails because of that."""
+    """Whether a disk has less free space than a study needs to start: then any failure is blamed on the disk."""
     return shutil.disk_usage(path).free < LEAST_BYTES
 
 

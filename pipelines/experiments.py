@@ -1,7 +1,7 @@
-"""An isolated DVC experiment: the study as it stands in the workspace, with other parameters, in a git worktree of its own.
+"""An isolated DVC experiment: the study of the workspace with other parameters, run in its own git worktree.
 
-The worktree shares DVC's cache and the scratch directory with the workspace, so that nothing known is computed again. The
-workspace stays as it was; `dvc exp show` there lists the result, and `dvc exp apply` brings it in.
+The worktree shares DVC's cache and the scratch directory with the workspace, so that known results are not computed again. The
+workspace does not change; `dvc exp show` lists the result there, and `dvc exp apply` copies it into the workspace.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ IDENTITY = {
     for who in ("AUTHOR", "COMMITTER")
     for what, value in (("NAME", "dit study"), ("EMAIL", "study@localhost"))
 }
-"""Who an experiment's commit is by, on a machine where git has not been told."""
+"""The author of an experiment's commit if git has no user configured."""
 
 
 def parameters(root: Path, overrides: Mapping[str, Any] | None = None, here: bool = True) -> Params:
-    """The parameters of the workspace with `overrides`, checked. Raises `ConfigError` that names the wrong key.
+    """The parameters of the workspace with `overrides`, checked. Raises `ConfigError`, which names the wrong key.
 
-    Wrong is also what this machine cannot do, unless the study runs elsewhere, not `here`.
+    If the study runs `here`, parameters that this machine cannot satisfy are wrong too.
     """
     path = root / "params.yaml"
     params, where = config.load(path), "params.yaml"
@@ -57,7 +57,7 @@ def parameters(root: Path, overrides: Mapping[str, Any] | None = None, here: boo
 
 
 def _check_machine(params: Params, where: str) -> None:
-    """Raises `ConfigError` for what this machine cannot do."""
+    """Raises `ConfigError` for a device, precision or backend that this machine does not have."""
     for name in DEVICES:
         section = getattr(params, name)
         try:
@@ -74,10 +74,10 @@ def _check_machine(params: Params, where: str) -> None:
 
 
 def profile(root: Path, name: str) -> dict[str, Any]:
-    """The overrides of `profiles/<name>.yaml`, which fit the parameters of the workspace. `name` may start with a folder.
+    """The overrides of `profiles/<name>.yaml`, checked with the parameters of the workspace. `name` may start with a folder.
 
-    They are named by dotted key, or, where a section is to be of another kind, as `autoencoder` may be, by the whole section.
-    Raises `ConfigError` where there is no such profile, or where it or what it makes of the parameters is wrong.
+    An override is named by a dotted key; a section that changes its kind, such as `autoencoder`, is given as a whole.
+    Raises `ConfigError` if there is no such profile, or if the profile or the resulting parameters are wrong.
     """
     known = sorted(file.relative_to(root / PROFILES).with_suffix("").as_posix() for file in (root / PROFILES).rglob("*.yaml"))
     path = PROFILES / f"{name}.yaml"
@@ -95,7 +95,7 @@ def profile(root: Path, name: str) -> dict[str, Any]:
 
 
 def only(root: Path, strategies: Collection[str]) -> dict[str, Any]:
-    """The overrides by which a study compares the baseline with these strategies alone."""
+    """Overrides with which a study compares only these strategies with the baseline."""
     study = config.load(root / "params.yaml").study
     named = [study.baseline, *(name for name in strategies if name != study.baseline)]
     return {"study.strategies": named, "study.declared": [name for name in study.declared if name in named]}
@@ -107,11 +107,11 @@ def _is_override(key: Any, value: Any) -> bool:
 
 @contextmanager
 def workspace(root: Path, overrides: Mapping[str, Any], name: str, files: Collection[tuple[str, str]] = ()) -> Iterator[Path]:
-    """A worktree with the files and outputs of `root` as they are, and `overrides` in its parameters.
+    """A worktree with the present files and outputs of `root`, and with `overrides` in its parameters.
 
-    `files` are the keys and paths of what parameters name: the worktree has it too, as links where git and DVC do not bring it.
-    Outputs may be stale until stages have run, so that what is below an output that came out as it was holds still; then comes
-    `forget_stale`. The worktree is gone when the block is left, however it is left.
+    `files` are keys and paths of files that parameters name: the worktree gets links to those that git and DVC do not provide.
+    Outputs may be stale until stages have run, so that a stage below an output that came out unchanged is still up to date;
+    call `forget_stale` afterwards. The worktree is removed when the block is left, even by an error.
     """
     _remove_abandoned(root)
     private_dvc.keep(root)
@@ -135,7 +135,7 @@ def workspace(root: Path, overrides: Mapping[str, Any], name: str, files: Collec
 
 
 def forget_stale(path: Path) -> None:
-    """Drop the outputs of the worktree at `path` that are not up to date: none of them must be taken for a result."""
+    """Drop the outputs of the worktree at `path` that are not up to date, so that nobody takes them for results."""
     lock = path / "dvc.lock"
     stale = [stage for stage in dag.read(path).values() if not stage.up_to_date]
     if not stale or not lock.exists():
@@ -152,7 +152,7 @@ def forget_stale(path: Path) -> None:
 def save(root: Path, path: Path, name: str, stages: Collection[str]) -> None:
     """Record the worktree at `path` as the DVC experiment `name` of `root`, with the outputs of `stages`.
 
-    DVC looks at all stages once for each that it is told; told none, which means all, it looks once.
+    DVC goes through all stages once for each stage that it is given; without any, which means all stages, it does so once.
     """
     some = set(stages) if set(stages) != set(dag.read(path)) else ()
     known = _git(root, "config", "user.email", check=False).strip()
@@ -161,7 +161,7 @@ def save(root: Path, path: Path, name: str, stages: Collection[str]) -> None:
 
 
 def _copy_changes(root: Path, path: Path, linked: Collection[str]) -> None:
-    """Uncommitted work: what git sees as changed or new and does not ignore, but for new folders that will be `linked`."""
+    """Copy uncommitted work: files that git lists as changed or new, except those in new folders that will be `linked`."""
     _copy(root, path, _git(root, "diff", "--name-only", "--no-renames", "-z", "HEAD").split("\0"))
     whole = [each for each in linked if not (path / each).exists()]
     new = _git(root, "ls-files", "--others", "--exclude-standard", "-z").split("\0")
@@ -181,7 +181,7 @@ def _copy(root: Path, path: Path, names: Iterable[str]) -> None:
 
 
 def _share_cache(root: Path, path: Path) -> None:
-    """DVC's cache is that of `root`, linked rather than copied; what DVC remembers of the worktree goes with it."""
+    """Let the worktree use DVC's cache of `root`, by links, not copies; DVC's index of the worktree stays in the worktree."""
     local = root / ".dvc" / "config.local"
     if local.exists():
         shutil.copy2(local, path / ".dvc" / "config.local")
@@ -195,7 +195,7 @@ def _share_cache(root: Path, path: Path) -> None:
 
 
 def _remove_abandoned(root: Path) -> None:
-    """Worktrees of processes that were killed."""
+    """Remove worktrees of processes that were killed."""
     for path in (root / EXPERIMENTS).glob("*.*"):
         owner = path.suffix[1:]
         if path.is_dir() and owner.isdigit() and not psutil.pid_exists(int(owner)):
@@ -209,7 +209,7 @@ def _remove(root: Path, path: Path) -> None:
 
 @contextmanager
 def _one_at_a_time(root: Path) -> Iterator[None]:
-    """DVC notes the experiment being saved in refs that all worktrees share."""
+    """Only one experiment is saved at a time, because DVC notes it in git refs that all worktrees share."""
     with (root / EXPERIMENTS / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

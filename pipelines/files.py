@@ -1,4 +1,4 @@
-"""How files of the study are written: complete or absent, JSON for diffs, and what no output may hold in scratch."""
+"""How files of the study are written: outputs complete or not at all, JSON for diffs, and other files in scratch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dit import checksums
 
 @contextmanager
 def complete_directory(path: str | Path, sealed: bool = True) -> Iterator[Path]:
-    """A new directory that appears at `path` by one rename, complete, or not at all; what was there is moved away before.
+    """A new directory that appears at `path` complete, by one rename, or not at all; an old one there is moved away before.
 
-    If `sealed`, it gets the checksums of its files, unless its manifest holds them.
+    If `sealed`, the directory gets checksums of its files, unless its manifest holds them.
     """
     path = Path(path)
     partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
@@ -42,7 +42,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def json_text(value: object) -> str:
-    """What `write_json` writes."""
+    """The text that `write_json` writes."""
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 

@@ -1,6 +1,6 @@
-"""Prefect's view of the study: the flow `study`, in which every DVC stage is a task, run where and when the graph allows.
+"""Prefect's view of the study: the flow `study`, in which every DVC stage is a task that runs as soon as the graph allows.
 
-The graph, and what is up to date, come from DVC (`pipelines.dag`); nothing about a stage is repeated here.
+The graph, and which stages are up to date, come from DVC (`pipelines.dag`); nothing about a stage is repeated here.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ if TYPE_CHECKING:
     from pipelines.cluster.engine import Cluster, Places
 
 REFUSED = "Refused"
-"""How the name of the state of a study begins that was not started."""
+"""The beginning of the state's name for a study that was refused before it started."""
 SIGN_IN_FIRST = "the browser opens it once it is signed in to MLflow, by the link that `make up` prints"
 MOST_SHOWN = 100
-"""Stages of a study of which each is a task even where it has nothing to do: a task costs Prefect some 20 ms."""
+"""Up to this many stages, a stage with nothing to do is a task as well: a task costs Prefect some 20 ms."""
 
 
 @task(name="mlflow", task_run_name="mlflow", cache_policy=NO_CACHE, persist_result=False)
 def fill_mlflow(workspace: Path, tags: Mapping[str, str]) -> State[Any]:
-    """Bring the finished runs into MLflow. A tracking server that is away is reported, and loses nothing."""
+    """Add the finished runs to MLflow. A tracking server that does not answer is reported, and nothing is lost."""
     log = run_log()
     try:
         synced = tracking.sync(workspace, tags)
@@ -121,7 +121,7 @@ def study(
 
 @contextmanager
 def _workspace(root: Path, overrides: dict[str, Any] | None, params: Params) -> Iterator[tuple[Path, str | None]]:
-    """Where the stages run, and the name of the DVC experiment, if it is one."""
+    """The folder in which the stages run, and the name of the DVC experiment (None without overrides)."""
     if not overrides:
         with exclusively(root):
             recovery.workspace(root, run_log().warning)
@@ -133,7 +133,7 @@ def _workspace(root: Path, overrides: dict[str, Any] | None, params: Params) -> 
 
 
 def _failed(message: str) -> State[Any]:
-    """A failed state whose name says why: `prefect deployment run --watch` prints nothing else of it."""
+    """A failed state whose name says why, because `prefect deployment run --watch` prints only the name."""
     return Failed(name=naming.short(f"Failed: {message}"), message=message)
 
 
@@ -141,7 +141,7 @@ def _failed(message: str) -> State[Any]:
 def _places(
     engine: str, params: Params, workers: int | None, workspace: Path, stages: Mapping[str, dag.Stage]
 ) -> Iterator[tuple[DevicePool | Places, Callable[[str], bool], Cluster | None]]:
-    """What decides how many stages run at once, what says that one has nothing to run, and the cluster, if there is one."""
+    """The pool of devices, a function that says whether a stage has nothing to run, and the cluster, if there is one."""
     scratch = os.environ.get("DIT_SCRATCH", "")
     if engine == "local":
         if "://" in scratch:
@@ -166,9 +166,9 @@ def _run(
     trial: str,
     here: bool,
 ) -> State[Any]:
-    """Run the stages that `targets` need, then show what came out: in MLflow, as artifacts, and as a DVC experiment.
+    """Run the stages that `targets` need, then show the results: in MLflow, as artifacts, and as a DVC experiment.
 
-    Stages that run `here` are refused beforehand where this machine cannot run them.
+    If the stages run `here`, the pre-flight first refuses a study that this machine cannot run.
     """
     every = dag.read(workspace)
     stages = dag.select(every, targets)
@@ -179,7 +179,7 @@ def _run(
     scratch = str(Path(".scratch" if "://" in scratch else scratch).resolve())
     tags = {"dvc_experiment": experiment, "trial": trial} if experiment else {}
 
-    log = run_log()  # the thread that tells has no run of Prefect's
+    log = run_log()  # the thread that logs has no run of Prefect
 
     def tell(page: str) -> None:
         log.info("curves while they grow: %s", services.mlflow_page(tracking_uri(), page))
@@ -224,11 +224,11 @@ def run_all(
     partial_report: answer_first.PartialReport,
     cluster: Cluster | None = None,
 ) -> dict[str, State[Any]]:
-    """Run every stage as a task once those above it are done and a device is free; the state in which each ended.
+    """Run every stage as a task once the stages above it are done and a device is free; return the final state of each.
 
-    A stage that is `unchanged` when those above it are done needs no device and no process. Stages acquire devices in order,
-    those of the first seed first, of which `partial_report` makes a report. One below a stage that failed ends as NotReady; the
-    others go on. A `cluster` runs the stages that it takes.
+    A stage that is `unchanged` once the stages above it are done needs no device and no process. Stages acquire devices in
+    order, the first seed first, because `partial_report` reports on it. A stage below a failed one ends as NotReady; other
+    stages go on. A `cluster` runs the stages that it accepts.
     """
     graph = TopologicalSorter({name: stage.upstream for name, stage in stages.items()})
     graph.prepare()
@@ -271,7 +271,7 @@ def run_all(
 
 
 class _Tasks:
-    """The tasks of a study: those that were started, and the state in which each ended."""
+    """The tasks of a study that were started, and the final state of each."""
 
     def __init__(self, stages: Mapping[str, dag.Stage], processes: dag.Processes, cluster: Cluster | None) -> None:
         self._stages, self._processes, self._cluster = stages, processes, cluster
@@ -281,11 +281,11 @@ class _Tasks:
 
     @property
     def running(self) -> bool:
-        """Whether any has been started and has not ended."""
+        """Whether any task has been started and has not ended."""
         return bool(self._futures.keys() - self.states.keys())
 
     def start(self, name: str, gpus: Sequence[str] = (), up_to_date: bool = False) -> None:
-        """Start the task of a stage: on the cluster, if there is one that takes it, or here, on these GPUs."""
+        """Start the task of a stage: on the cluster, if there is one and it accepts the stage, otherwise here on these GPUs."""
         self._futures[name] = self._submitted(name, gpus, up_to_date)
         self._futures[name].add_done_callback(lambda _future: self._finished.put(name))
 
@@ -304,7 +304,7 @@ class _Tasks:
         return future
 
     def wait(self) -> str:
-        """Wait until any task has ended; its stage."""
+        """Wait until any task has ended, and return its stage."""
         name = self._finished.get()
         self._futures[name].wait()
         self.states[name] = self._futures[name].state
@@ -312,16 +312,16 @@ class _Tasks:
 
 
 def _failure(states: Mapping[str, State[Any]]) -> str:
-    """One line for each stage that failed, and one for those that were not run because of it."""
+    """One line for each stage that failed, and one line for all stages that did not run because of that."""
     failed = [state.message or name for name, state in states.items() if state.is_failed() or state.is_crashed()]
     skipped = [name for name, state in states.items() if state.is_pending()]
     return "\n".join([*failed, *([f"not run because of that: {', '.join(skipped)}"] if skipped else [])])
 
 
 def comparison(workspace: Path, report: Path, page: str, mlflow: str) -> str:
-    """What the study found, in Markdown: the report's headline, every strategy with intervals, and where the rest is.
+    """The findings of the study in Markdown: the report's headline, every strategy with intervals, and where the rest is.
 
-    `page` is the address of the report for a browser, empty where none serves it; `mlflow` the message of task `mlflow`.
+    `page` is the address of the report for a browser, empty if no server has it; `mlflow` is the message of task `mlflow`.
     """
     summary = json.loads((workspace / "reports" / "summary.json").read_text())
     shown = [name for name in summary["metrics"] if "_step_" not in name]  # at the end of training, and before it
@@ -349,7 +349,7 @@ def _cell(strategy: Mapping[str, Any], metric: str) -> str:
 
     A verdict is exploratory, unless the study declared the comparison.
     """
-    from dit.analysis.comparison import signed  # with SciPy, for which no study is to wait at its start
+    from dit.analysis.comparison import signed  # imports SciPy, which would delay the start of a study
 
     mean, found = strategy["mean"].get(metric), strategy.get("difference", {}).get(metric, {})
     if mean is None:
@@ -364,7 +364,7 @@ def _cell(strategy: Mapping[str, Any], metric: str) -> str:
 
 
 def _report_file(workspace: Path, experiment: str | None) -> Path:
-    """Where the report is in the end. The worktree of an experiment goes; its report stays."""
+    """Where the report is after the study. The worktree of an experiment is removed; a copy of its report stays."""
     return (Path.cwd() / experiments.EXPERIMENTS / experiment if experiment else workspace / "reports") / "index.html"
 
 

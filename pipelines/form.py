@@ -1,6 +1,6 @@
-"""What the form of a Prefect deployment offers and takes: a JSON schema of this folder's parameters, profiles and strategies.
+"""JSON schema for the form of a Prefect deployment, from this folder's parameters, profiles and strategies.
 
-The server checks a flow run against it before anything starts, whether it comes from the form or from `prefect deployment run`.
+The server checks every flow run against it before anything starts, also runs that `prefect deployment run` creates.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from pipelines.experiments import PROFILES
 
 Schema = dict[str, Any]
 EXPECTED = "a dotted key of params.yaml, such as train.steps"
-"""What the server says it expected where a key is not known: the text of its message, as no value is this."""
+"""What the server's message says for an unknown key. As the schema's `const` it is a value that nobody gives."""
 SIMPLE = ("integer", "number", "boolean", "string")
 
 
 def overrides() -> Schema:
-    """Any dotted key of `params.yaml`, each with a value that it can have; checks that concern several keys come later.
+    """Any dotted key of `params.yaml`, with a value of its type; checks across several keys come later.
 
-    Sections in which a person chooses the keys, such as `strategies`, are given as a whole.
+    Sections in which the user chooses the keys, such as `strategies`, are given as a whole.
     """
     known = {"properties": dict(_keys()), "additionalProperties": {"const": EXPECTED}}
-    return {"type": "object", "if": True, "then": known}  # the form makes a field of each of an object's own properties
+    return {"type": "object", "if": True, "then": known}  # as `properties`, each key would be a field of the form
 
 
 def profiles() -> Schema:
@@ -55,7 +55,7 @@ def _parameters() -> Schema:
 
 
 def _keys() -> Iterator[tuple[str, Schema]]:
-    """Every dotted key that any kind of each section has, with its schema where that is simple."""
+    """Every dotted key that any kind of a section has, with its schema if the schema is simple."""
     found: dict[str, Schema] = {}
     for name, schema in _parameters()["properties"].items():
         _walk(name, schema, found)
@@ -72,7 +72,7 @@ def _walk(name: str, schema: Mapping[str, Any], found: dict[str, Schema]) -> Non
 
 
 def _kinds(schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The schemas of which a value meets one."""
+    """The alternative schemas, of which a value must meet one."""
     if "$ref" in schema:
         yield from _kinds(_parameters()["$defs"][schema["$ref"].rpartition("/")[2]])
     elif alternatives := schema.get("oneOf") or schema.get("anyOf"):

@@ -1,7 +1,7 @@
-"""The gate before Prefect's server and the MLflow UI: it answers this machine's user, and no web page and no other user.
+"""The gate in front of Prefect's server and the MLflow UI: it admits this machine's user, but no other user and no web page.
 
-The password comes in the environment, where only the same user can read it. A browser signs in by a link that `make up` prints:
-it works once, and holds no password.
+The password is passed in the environment, which only the same user can read. A browser signs in by a link that `make up`
+prints; the link works once, and holds no password.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ PAGE = f"""<!doctype html>
   }});
 </script>
 """
-"""What a browser signs in by. Prefect's pages look for the password under that name in the storage of their own origin."""
+"""The page by which a browser signs in. Prefect's pages look for `prefect-password` in the storage of their own origin."""
 
 
 def pages_host(password: str) -> str:
-    """The name under which a browser opens pages that it signs in to by a cookie.
+    """The host name under which a browser opens pages to which it signs in by a cookie.
 
-    Browsers send a cookie to all ports of a name, so also to what another user has listen on 127.0.0.1. This name nobody else
-    knows. Names under `.localhost` are this machine (RFC 6761, 6.3).
+    Browsers send a cookie to all ports of a host name, so for 127.0.0.1 also to a server of another user. Nobody else knows
+    this name. Names under `.localhost` are this machine (RFC 6761, 6.3).
     """
     return f"mlflow-{hashlib.sha256(password.encode()).hexdigest()[:20]}.localhost"
 
@@ -63,10 +63,10 @@ def authorization(password: str) -> str:
 
 
 class Gate:
-    """Refuses pages of other origins, and lets a browser sign in.
+    """Refuses requests from pages of other origins, and lets a browser sign in.
 
-    Where the application `checks` passwords itself, as Prefect does, also on its websockets, its pages are given the password.
-    Otherwise the gate asks for it, as a header or as a cookie that no script can read.
+    If the application `checks` passwords itself, as Prefect does (on websockets too), signing in gives its pages the password.
+    Otherwise the gate requires the password, in a header or in a cookie that no script can read.
     """
 
     def __init__(self, app: ASGIApp, password: str, *, checks: bool) -> None:
@@ -82,7 +82,7 @@ class Gate:
         await (answer or self.app)(scope, receive, _unframed(send))
 
     async def _answer(self, scope: Scope, receive: Receive) -> Response | None:
-        """What the gate itself has to say to a request; None where the application answers."""
+        """The gate's own answer to a request; None if the application is to answer."""
         headers = Headers(scope=scope)
         method = scope.get("method", "")
         if not _same_origin(headers, method):
@@ -98,7 +98,7 @@ class Gate:
         return PlainTextResponse(ADVICE, 401)
 
     async def _sign_in(self, request: Request) -> Response:
-        """A new ticket for whoever has the password, or the password for a ticket: as a cookie where the gate asks for it."""
+        """Answer a password with a new ticket, and a ticket with the password, as a cookie if the gate checks passwords."""
         now = time.monotonic()
         self.tickets = {ticket: end for ticket, end in self.tickets.items() if end > now}
         if self._knows(request.headers.get("authorization"), authorization(self.password)):
@@ -139,10 +139,10 @@ def mlflow() -> ASGIApp:
 
 
 class Reports:
-    """Answers with the reports of the folder `root`, and lets the application answer everything else.
+    """Serves the reports of the folder `root`, and lets the application answer everything else.
 
-    There is the study's own and one for each experiment; no other file can be named. A report runs its scripts as a page of
-    nowhere: it cannot use the API that is served under the same name.
+    These are the study's report and one for each experiment; no other file can be requested. The scripts of a report run in a
+    sandbox without an origin, so they cannot use the API under the same host name.
     """
 
     def __init__(self, app: ASGIApp, root: Path) -> None:
@@ -166,7 +166,7 @@ def report_path(experiment: str | None) -> str:
 
 
 def report_file(experiment: str | None) -> Path:
-    """Where that report lies in the folder."""
+    """The file of that report, relative to the project's folder."""
     return Path(".scratch/experiments", experiment, "index.html") if experiment else Path("reports/index.html")
 
 
@@ -176,10 +176,10 @@ def _guarded(app: ASGIApp, password: str, *, checks: bool) -> ASGIApp:
 
 
 def _same_origin(headers: Headers, method: str) -> bool:
-    """Whether a request comes from no page, or from one of the server's own.
+    """Whether a request comes from no page, or from one of this server's pages.
 
-    A link elsewhere may lead here. Nothing else may: browsers send `Origin` with all that may change something and with
-    websockets, and `Sec-Fetch-Site` with all they ask for. Another port of this machine is another origin.
+    Of other pages, only links may lead here: browsers send `Origin` with websockets and with every request that may change
+    something, and `Sec-Fetch-Site` with every request. Another port of this machine is another origin.
     """
     if headers.get("origin", f"http://{headers['host']}") != f"http://{headers['host']}":
         return False
@@ -193,7 +193,7 @@ def _hostname(headers: Headers) -> str:
 
 
 def _unframed(send: Send) -> Send:
-    """Answers that no page from elsewhere can show in a frame, to have it clicked on."""
+    """Add headers that forbid other pages to show an answer in a frame, where a user could be made to click on it."""
 
     async def sent(message: Message) -> None:
         if message["type"] == "http.response.start":

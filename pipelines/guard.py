@@ -1,8 +1,8 @@
-"""Runs a command that must not outlive its starter: `python guard.py SPARED GRACE COMMAND...`.
+"""Run a command that must not outlive its starter: `python guard.py SPARED GRACE COMMAND...`.
 
-The starter holds the other end of standard input. When that closes, because the starter wants so or was killed, the processes
-of the command are asked to end, and killed if they have not after `GRACE` seconds. What a command leaves running when it fails
-or is killed ends in the same way, at once: else it would go on beside the next attempt.
+The starter holds the other end of standard input. When this end closes, on purpose or because the starter was killed, the
+guard asks the processes of the command to end, and kills those that still run after `GRACE` seconds. If a command fails or is
+killed, the guard ends the processes that it leaves running in the same way; otherwise they would go on beside the next attempt.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ SIGNAL_BASE = 128
 
 
 class Running(Protocol):
-    """A process, as a guard sees it."""
+    """What a guard needs of the process that it guards."""
 
     pid: int
 
     def wait(self) -> int:
-        """Wait for its end; its exit code, negative for a signal."""
+        """Wait until the process ends; return its exit code, negative for a signal."""
 
 
 class Guarded(Protocol):
-    """A guard, as its starter sees it."""
+    """What a starter needs of a guard."""
 
     stdin: IO[str] | None
     stdout: IO[str] | None
 
     def wait(self) -> int | None:
-        """Wait for its end; the exit code of its command."""
+        """Wait until the guard ends; return the exit code of its command."""
 
 
 def start(
@@ -52,9 +52,9 @@ def start(
     output: int | IO[Any] = subprocess.PIPE,
     spare: bool = False,
 ) -> subprocess.Popen[str]:
-    """Start `command` under guard, with stdout and stderr together. It ends with this process, or by `stop`.
+    """Start `command` under guard, with stdout and stderr together. It ends when this process ends, or by `stop`.
 
-    With `spare`, only what the command has started is asked to end, and the command itself finishes what it is doing.
+    With `spare`, only the processes that the command has started are asked to end; the command finishes its work.
     """
     return subprocess.Popen(
         [sys.executable, "-P", str(Path(__file__).resolve()), *settings(spare), *command],
@@ -70,12 +70,12 @@ def start(
 
 
 def settings(spare: bool) -> tuple[str, str]:
-    """The arguments of a guard, before its command."""
+    """The arguments of `guard.py` before the command."""
     return str(int(spare)), str(GRACE_SECONDS_SPARED if spare else GRACE_SECONDS)
 
 
 def stop(process: Guarded) -> None:
-    """End a guarded command and all that it started, and wait for that."""
+    """End a guarded command and all processes that it started, and wait until they have ended."""
     if process.stdin:
         process.stdin.close()
     process.wait()
@@ -89,7 +89,7 @@ def _end_with_starter(spared: int | None, grace: float, ending: threading.Event)
 
 
 def _end_others(spared: int | None, grace: float) -> None:
-    """Ask all other processes of the group but `spared` to end, and wait until all have, or `grace` seconds."""
+    """Ask all other processes of the group except `spared` to end, and wait at most `grace` seconds until all have ended."""
     asked = {spared} if spared else set()
     deadline = time.monotonic() + grace
     while (others := _others()) and time.monotonic() < deadline:
@@ -126,13 +126,13 @@ def _signal(pid: int, number: signal.Signals) -> None:
 
 
 def end_with_parent() -> None:
-    """Have this process killed when its parent is, on Linux: a server whose guard was killed would stay for ever."""
+    """On Linux, have this process killed when its parent ends; otherwise a server would outlive a guard that was killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def watch(start: Callable[[], Running], spare: str, grace: str) -> int:
-    """Be the guard of what `start` starts, with `settings`; its exit code, as a shell reports it."""
+    """Guard the process that `start` starts, with `settings`; return its exit code as a shell reports it."""
     signal.signal(signal.SIGTERM, lambda *_: None)
     ending = threading.Event()
     process = start()

@@ -1,4 +1,4 @@
-"""What is known of the services of this folder: for each a file, which only its owner may read, and the process it names."""
+"""The services of this folder: each has a file that names its process, and that only its owner may read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MARKS = {
     "mlflow": ("gate", gate.MLFLOW_PASSWORD),
     "worker": ("worker", ""),
 }
-"""A word of the command of each service, and the variable that holds its password."""
+"""For each service: a word of its command, and the environment variable that holds its password."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Service:
 
     @property
     def pages(self) -> str:
-        """Where a browser opens it."""
+        """The address at which a browser opens the service."""
         if self.name != "mlflow":
             return self.url
         return self.url.replace(HOST, gate.pages_host(self.password))
 
     @property
     def process(self) -> psutil.Process | None:
-        """The process, if it still runs; another that was given its id does not count."""
+        """The process, if it still runs; another process that got the same id later does not count."""
         try:
             process = psutil.Process(self.pid)
             return process if process.create_time() == self.created and process.status() != psutil.STATUS_ZOMBIE else None
@@ -55,13 +55,13 @@ class Service:
 
 
 def running() -> dict[str, Service]:
-    """The services of this folder that run, by name."""
+    """The running services of this folder, by name."""
     found = [_described(file) for file in sorted(SERVICES.glob("*.json"))]
     return {service.name: service for service in found if service and service.process}
 
 
 def _described(file: Path) -> Service | None:
-    """What a file says. One that is damaged is written anew from the process, if that still runs, or removed."""
+    """The service that a file describes. A damaged file is rewritten from the running process, or removed if there is none."""
     try:
         return TypeAdapter(Service).validate_json(file.read_bytes(), strict=True)
     except FileNotFoundError:
@@ -77,7 +77,7 @@ def _described(file: Path) -> Service | None:
 
 
 def _found(name: str) -> Service | None:
-    """The service of this folder that runs as `name`, from what its process says of itself. A study's own server is none."""
+    """The service `name` of this folder, found among the running processes. The own server of a study does not count."""
     mark, password = MARKS.get(name, ("", ""))
     for process in psutil.process_iter():
         try:
@@ -108,5 +108,5 @@ def write_private(path: Path, text: str) -> None:
 
 
 def say(text: str) -> None:
-    """Tell a person what was mended."""
+    """Tell the user what was repaired."""
     print(text, file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Curves in MLflow while runs train: a thread beside the flow reads their growing tables and sends what is new.
+"""Curves in MLflow while runs train: a thread beside the flow reads the runs' growing tables and sends new rows.
 
-Stages know nothing of it. A store that is away, slow or damaged costs a study nothing: the thread tries again later, and
-`tracking.sync` completes the runs, or makes those that it does not find, from the study's outputs.
+Stages know nothing of this thread. A store that is unreachable, slow or damaged does not hold up a study: the thread tries
+again later, and `tracking.sync` completes the runs, or creates missing ones, from the study's outputs.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from pipelines.run_metrics import curves, params as settings_of
 
 EVERY_SECONDS = 2.0
 AGAIN_SECONDS = 30.0
-"""How long a store that did not answer is left alone."""
+"""How long to wait before asking a store again that did not answer."""
 END_SECONDS = 5.0
-"""How long the last numbers of runs that were interrupted may take."""
+"""How long sending the last numbers of interrupted runs may take."""
 
 
 @dataclass
 class Followed:
-    """A run in MLflow that trains, and the names and steps of the numbers that were sent."""
+    """A run in MLflow that is training, and the names and steps of the numbers that were sent."""
 
     run_id: str
     sent: set[tuple[str, int]] = field(default_factory=set)
@@ -49,7 +49,7 @@ class Followed:
 class Live:
     """Sends the curves of the runs that train in `root` to MLflow for as long as the block lasts.
 
-    `tags` are those that `tracking.sync` gets; `tell` is given the path of the page that shows them, once.
+    `tags` are the same as for `tracking.sync`; `tell` gets the path of the page with the curves, once.
     """
 
     def __init__(self, root: Path, tags: Mapping[str, str], tell: Callable[[str], None]) -> None:
@@ -82,12 +82,12 @@ class Live:
     def _try(self, act: Callable[[], None]) -> bool:
         try:
             act()
-        except Exception:  # whatever is wrong with the store, `tracking.sync` says it at the end of the study
+        except Exception:  # whatever is wrong with the store, `tracking.sync` reports it at the end of the study
             return False
         return True
 
     def _look(self) -> None:
-        """Send what the runs that train here have measured since the last look."""
+        """Send what the runs that are training here have measured since the last call."""
         running = [file.parent for file in scratch("").glob(f"*/{RunningRecord.FILE}")]
         news = [(folder, changed) for folder in running if (changed := _changed(folder)) > self._begun]
         if not news:
@@ -96,7 +96,7 @@ class Live:
         for folder, changed in news:
             try:
                 made = RunningRecord.read(folder)
-            except (UserError, OSError):  # it has just ended, or begins
+            except (UserError, OSError):  # the run has just ended or just begun
                 continue
             if made.folder != str(self.root) or made.run not in self.planned:
                 continue
@@ -117,7 +117,7 @@ class Live:
         return client
 
     def _follow(self, client: MlflowClient, made: RunningRecord) -> Followed | None:
-        """The run in MLflow, made where there is none; None where MLflow has it complete, from an earlier study."""
+        """The run in MLflow, created if it is missing; None if MLflow has it complete, from an earlier study."""
         if made.run_key in self.followed:
             return self.followed[made.run_key]
         assert self._experiment
@@ -148,7 +148,7 @@ class Live:
             self.tell(page)
 
     def _end(self) -> None:
-        """Send the last numbers; mark runs as killed, of which `tracking.sync` completes those that have ended."""
+        """Send the last numbers, and mark all runs as killed; `tracking.sync` completes the runs that have ended."""
         self._look()
         client = MlflowClient(tracking_uri())
         for run in filter(None, self.followed.values()):
@@ -156,7 +156,7 @@ class Live:
 
 
 def _changed(folder: Path) -> float:
-    """When the newest of a run's growing tables changed, or 0 where there is none."""
+    """When one of a run's growing tables last changed; 0 if it has none."""
     times = [0.0]
     for name in WATCHED:
         try:
@@ -167,7 +167,7 @@ def _changed(folder: Path) -> float:
 
 
 def _whole_lines(table: Path) -> pd.DataFrame:
-    """A table that is being written, without the line that is not complete. An empty one, of the right columns, has no rows."""
+    """A table that is being written, without its last line if that is incomplete; without rows if nothing is written yet."""
     text = table.read_text() if table.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole:

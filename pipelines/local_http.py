@@ -1,4 +1,4 @@
-"""HTTP with the local services, and what their ports tell."""
+"""HTTP requests to the local services, and checks of their ports."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ START_SECONDS = 90.0
 
 
 def answers(service: Service, path: str) -> bool:
-    """Whether there is a good answer."""
+    """Whether the service answers `path` without an error."""
     return fetch(service, path) is not None
 
 
 def fetch(service: Service, path: str, body: bytes | None = None, method: str | None = None) -> Any:
-    """The body of the answer, as JSON where it is, or None where there is no good answer."""
+    """The body of the answer, parsed if it is JSON; None if there is no answer or an error."""
     headers = {"Content-Type": "application/json", "Authorization": gate.authorization(service.password)}
     try:
         with urlopen(Request(service.url + path, body, headers, method=method), timeout=5) as answer:
@@ -38,7 +38,7 @@ def fetch(service: Service, path: str, body: bytes | None = None, method: str | 
 
 
 def wait(ready: Callable[[], bool]) -> bool:
-    """Wait until `ready`, or for `START_SECONDS`; whether it is."""
+    """Wait at most `START_SECONDS` until `ready` returns true; return whether it did."""
     deadline = time.monotonic() + START_SECONDS
     while not (done := ready()) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -46,7 +46,7 @@ def wait(ready: Callable[[], bool]) -> bool:
 
 
 def listens(pid: int, url: str) -> bool:
-    """Whether a process, or one that it started, has the port of `url`. Another user's program may have taken it first."""
+    """Whether a process, or one of its children, listens on the port of `url`; another user's program may have taken it."""
     try:
         process = psutil.Process(pid)
         open_ports = [one for each in (process, *process.children(recursive=True)) for one in each.net_connections("tcp")]
@@ -56,7 +56,7 @@ def listens(pid: int, url: str) -> bool:
 
 
 def check_free(port: int, what: str, variable: str) -> None:
-    """Raises `UserError`, which names the variable to set, where another program has a port."""
+    """Raises `UserError`, which names the variable to set, if another program uses the port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

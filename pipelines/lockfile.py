@@ -1,7 +1,7 @@
-"""`dvc.lock` as the text of its entries, so that one of thousands of stages can be added without parsing the others.
+"""`dvc.lock` as the texts of its entries, so that one of thousands of stages can be added without parsing the others.
 
-DVC parses and writes the whole file for each stage. Here DVC writes the text of one entry, and the file is put together from
-those texts in the order of `dvc.yaml`: the same bytes.
+DVC parses and writes the whole file for each stage. Here DVC formats only one entry, and the file is put together from the
+texts of all entries in the order of `dvc.yaml`. The file has the same bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipelines.atomic_dvc import HEADER, entries, entry_text, replacing
 
 
 class LockFile:
-    """The entries of a `dvc.lock`, by stage; `order` is that of `dvc.yaml`. Nothing is written before `write`."""
+    """The entries of a `dvc.lock` by stage; `order` lists the stages as in `dvc.yaml`. Nothing is written before `write`."""
 
     def __init__(self, path: Path, order: Sequence[str] = ()) -> None:
         self.path = path
@@ -26,7 +26,7 @@ class LockFile:
         """Whether the file has these entries in this order."""
 
     def take(self, stage: str) -> None:
-        """Know of a stage what the file says now, which another process may have written."""
+        """Read the entry of a stage from the file again, because another process may have written it."""
         texts, _ = _read(self.path)
         if stage in texts:
             self._texts[stage] = texts[stage]
@@ -35,17 +35,17 @@ class LockFile:
         return stage in self._texts
 
     def text(self, stages: Sequence[str]) -> str:
-        """A `dvc.lock` with the entries of `stages` alone, as far as there are any."""
+        """The text of a `dvc.lock` with only the entries of `stages`; empty if none of them has an entry."""
         known = [self._texts[name] for name in stages if name in self._texts]
         return HEADER + "".join(known) if known else ""
 
     def add(self, stage: str, entry: Mapping[str, Any]) -> None:
-        """Put in what DVC recorded of a stage."""
+        """Add the entry that DVC recorded for a stage."""
         self._texts[stage] = entry_text(stage, entry)
         self.written = False
 
     def write(self) -> None:
-        """Bring the file up to date, by a rename; stages that `dvc.yaml` does not have stay at its end."""
+        """Bring the file up to date, by a rename; stages that are not in `dvc.yaml` stay at its end."""
         if not self.written:
             with replacing(self.path) as file:
                 file.write(self.text(self._names()) + self._rest)
@@ -56,7 +56,7 @@ class LockFile:
 
 
 def _read(path: Path) -> tuple[dict[str, str], str]:
-    """The lines of each entry of a file, and what else it holds. A file in another layout than DVC's is parsed."""
+    """The lines of each entry of a file, and the text of its other keys. A file in another layout than DVC's is parsed."""
     text = path.read_text() if path.exists() else ""
     if found := entries(text):
         return found, ""

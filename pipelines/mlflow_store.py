@@ -1,4 +1,4 @@
-"""MLflow's store, as everything here reaches it: which it is, whether it answers in time, and one writer at a time."""
+"""Access to MLflow's store: its address, whether it answers in time, and one writer at a time."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from pipelines import databases
 from pipelines.redaction import redacted, shown
 
 PROBE_SECONDS = 3.0
-"""How long a tracking server has to answer before the study goes on without it."""
+"""How long the study waits for a tracking server's answer before it goes on without it."""
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
 class UnreachableError(UserError):
-    """The tracking server is away. Nothing is lost: the next `sync` brings in what is missing."""
+    """The tracking server cannot be reached. Nothing is lost: the next `sync` adds what is missing."""
 
 
 def tracking_uri() -> str:
@@ -35,7 +35,7 @@ def tracking_uri() -> str:
 
 
 def prepare_client() -> None:
-    """Have MLflow's client give up soon, and keep to itself what its errors say as well."""
+    """Make MLflow's client give up soon, and not log what its errors say as well."""
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL + 1)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -43,10 +43,12 @@ def prepare_client() -> None:
 
 
 def within(seconds: float, uri: str, act: Callable[[], None], files: str = "") -> None:
-    """Do something with the store at `uri`. Raises `UnreachableError` where it takes too long, or anything else goes wrong.
+    """Run `act`, which uses the store at `uri`. Raises `UnreachableError` if it takes more than `seconds`, or fails.
 
-    Timeouts of requests are for each piece of an answer, so that an answer in small pieces has no end; this is for all of them.
-    `files` is the artifact location that is written to, where that is what is done.
+    A `UserError` of `act` is raised unchanged.
+
+    A request's own timeout applies to each piece of an answer, so an answer in small pieces could last for ever; this deadline
+    applies to all of it. `files` is the artifact location if `act` writes there.
     """
     what = f"files at its artifact location {shown(files)}" if files else "runs"
     errors: SimpleQueue[Exception | None] = SimpleQueue()
@@ -76,7 +78,7 @@ def _away(uri: str, problem: str) -> str:
 
 
 def probe(uri: str) -> None:
-    """Raise `UnreachableError` within seconds, where MLflow itself would try for minutes."""
+    """Raise `UnreachableError` within seconds if the store does not answer; MLflow itself would try for minutes."""
     try:
         parts = urlsplit(uri)
         port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
@@ -107,20 +109,20 @@ def _probe_file(uri: str) -> None:
 
 
 def local_folder(location: str) -> Path | None:
-    """The folder that an artifact location names, or None where it is no folder."""
+    """The folder that an artifact location names; None if it is no folder."""
     parts = urlsplit(location)
     return Path(unquote(parts.path)) if parts.scheme in ("", "file") else None
 
 
 def is_elsewhere(uri: str) -> bool:
-    """Whether a tracking server is on another machine than this one, as far as its address tells."""
+    """Whether a tracking server is on another machine, judged by its address."""
     host = urlsplit(uri).hostname
     return host is not None and host not in ("localhost", "::1") and not host.startswith("127.")
 
 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Two processes that sync at once would both find a run missing."""
+    """Hold a lock, because two processes that sync at once would both find a run missing and add it twice."""
     lock = Path(".scratch/mlflow.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:

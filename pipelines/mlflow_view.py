@@ -1,7 +1,7 @@
-"""What MLflow's pages show of a study: saved views with their columns and charts.
+"""Saved views of a study for MLflow's pages, with their columns and charts.
 
-A saved view is a tag of the experiment, which MLflow's pages read; `tests/test_tracking.py` checks what it relies on against
-the installed version.
+A saved view is a tag of the experiment, which MLflow's pages read; `tests/test_tracking.py` checks that the installed version
+still reads it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run
 
 SHARED = "mlflow.sharedViewState."
-"""What the name of a tag that holds a view begins with."""
+"""The prefix of the name of a tag that holds a view."""
 CURVE = "validation/mse"
 FINAL, INITIAL, DIFFERENCE = "result/validation_mse", "result/initial_validation_mse", "result/difference_to_baseline_percent"
 FACTORS, MEANS = "-factors", "-means"
-"""Endings of the names of the two further views."""
+"""Suffixes of the names of the other two views."""
 SEVERAL = 2
 TRAINING = "workflowType=machine_learning"
-"""The part of an address that has MLflow show its pages about training, not those about language models."""
+"""The part of an address that makes MLflow show its pages for training, not those for language models."""
 
 Chart = dict[str, Any]
 _LINE: Chart = {
@@ -40,38 +40,39 @@ _LINE: Chart = {
     "useGlobalXaxisKey": True,
     "useGlobalLineSmoothing": True,
 }
-"""A curve by step, its errors on a logarithmic axis, where strategies are apart."""
+"""Settings of a chart of curves by step, with errors on a logarithmic axis, on which strategies can be told apart."""
 
 
 @dataclass(frozen=True)
 class View:
-    """The runs of one study as the UI shows them: those with a tag.
+    """The runs of one study in the UI: all runs with the tag `tag`.
 
-    A tag, and not a list of ids, because the store limits the length of a view and a study may have hundreds of runs.
+    Runs are chosen by a tag, not by a list of ids, because the store limits the length of a view and a study may have hundreds
+    of runs.
     """
 
     name: str
     factors: tuple[str, ...] = ()
     numeric: frozenset[str] = field(default_factory=frozenset)
-    """The factors whose levels are numbers, which can be an axis."""
+    """The factors whose levels are numbers, so that they can be an axis."""
 
     @property
     def key(self) -> str:
-        """The name as a part of addresses and tags."""
+        """The name in a form that addresses and tags allow."""
         return re.sub(r"[^A-Za-z0-9_-]", "-", self.name)
 
     @property
     def tag(self) -> str:
-        """The tag of the runs in it."""
+        """The tag of the runs in this view."""
         return f"view.{self.key}"
 
     def address(self, experiment_id: str) -> str:
-        """Where the UI shows it: the page of the experiment's runs, as charts."""
+        """The address at which the UI shows this view: the page of the experiment's runs, as charts."""
         return f"/#/experiments/{experiment_id}/runs?viewStateShareKey={self.key}&compareRunsMode=CHART&{TRAINING}"
 
 
 def show_in(client: MlflowClient, view: View, runs: Collection[Run], others: Iterable[Run]) -> None:
-    """Put `runs` in a view, and take those of `others` out that the study no longer has."""
+    """Add `runs` to a view, and remove those of `others` that are no longer in the study."""
     for run in runs:
         if view.tag not in run.data.tags:
             client.set_tag(run.info.run_id, view.tag, "yes")
@@ -82,7 +83,7 @@ def show_in(client: MlflowClient, view: View, runs: Collection[Run], others: Ite
 
 
 def save(client: MlflowClient, experiment: Experiment, view: View, metrics: Iterable[str]) -> str:
-    """Put a view and its two companions among the "Views" of the UI; the address of the first. Its runs have `metrics`."""
+    """Save a view and the two others among the "Views" of the UI; return the first one's address. Runs have `metrics`."""
     charts = {
         "": _charts(view, open_="answer"),
         FACTORS: _charts(view, open_="factors"),
@@ -106,7 +107,7 @@ def save(client: MlflowClient, experiment: Experiment, view: View, metrics: Iter
 
 
 def _save(client: MlflowClient, experiment: Experiment, name: str, key: str, state: dict[str, Any]) -> None:
-    """Save one view as `mlflow/server/js` does: what it leaves out has the UI's defaults."""
+    """Save one view in the format of `mlflow/server/js`; settings that are left out have the UI's defaults."""
     saved = json.dumps({"name": name, "createdAt": experiment.creation_time, "state": json.dumps(state)})
     if experiment.tags.get(SHARED + key) != saved:
         client.set_experiment_tag(experiment.experiment_id, SHARED + key, saved)
@@ -127,7 +128,7 @@ def _by_strategy(view: View) -> dict[str, Any]:
 
 
 def _charts(view: View, open_: str) -> tuple[list[Chart], list[Chart]]:
-    """The sections that are a person's first, and the charts in them; the section called `open_` is open."""
+    """The sections of charts that come first on the page, and their charts; only the section called `open_` is open."""
     answer = [
         _card("curve", "LINE", "Validation error by step", **_LINE, metricKey=CURVE),
         *(_against(factor) for factor in view.factors if factor in view.numeric),

@@ -1,7 +1,7 @@
 """Files and folders that parameters name: a relative path starts at the project's root, wherever a stage runs.
 
-An experiment runs in a folder of its own, which holds what git and DVC track. What else parameters name, such as pictures that
-git ignores, is linked into it, so that stages, DVC and the pre-flight see the same files under the same names.
+An experiment runs in a folder of its own, which holds the files that git and DVC track. Other files that parameters name, such
+as pictures that git ignores, are linked into it, so stages, DVC and the pre-flight see the same files under the same names.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from dit.sections import PretrainedAutoencoder
 IN_SOURCES = ("root", "validation_root", "path", "shards", "validation_shards")
 """Entries of `images.source` that name a file or folder, or several."""
 DVC_TEMPORARY = (".dvc", "tmp", "exps")
-"""Below this folder of a project, `dvc exp run --temp` and `--queue` copy it."""
+"""The folder in which `dvc exp run --temp` and `--queue` put copies of the project."""
 RESULTS = ("data", "runs", "reports")
-"""Folders in which stages write: a link to a whole one would have an experiment write into the project."""
+"""Folders in which stages write: through a link to such a folder, an experiment would write into the project."""
 UP = "up"
-"""A folder between an experiment's own and the files of its project, one for each `..` with which a path begins."""
+"""The name of extra folders above an experiment's folder, one for each `..` with which a path begins."""
 
 
 def named(params: Params) -> dict[str, str]:
-    """Key -> path as it is written, for every file or folder that these parameters name; some may be names on a hub."""
+    """The path, as written, of every file or folder that these parameters name, by key; some may be names on a hub."""
     source = params.images.source
     found = {f"images.source.{name}": getattr(source, name, None) for name in IN_SOURCES}
     if isinstance(params.autoencoder, PretrainedAutoencoder):
@@ -41,21 +41,21 @@ def named(params: Params) -> dict[str, str]:
 
 
 def named_anywhere(params: Params) -> list[tuple[str, str]]:
-    """As `named`, at every setting of the study. Raises `ConfigError` where a level does not fit the other parameters."""
+    """Like `named`, but for every setting of the study. Raises `ConfigError` if a level does not fit the other parameters."""
     settings = designs.check(params).values()
     return list(dict.fromkeys(each for setting in settings for each in named(setting).items()))
 
 
 def levels_up(paths: Iterable[str]) -> int:
-    """With how many `..` the relative path begins that leads furthest out of the project."""
+    """How many `..` the relative path has that leads furthest out of the project."""
     return max((_levels(path) for path in paths if not os.path.isabs(path)), default=0)
 
 
 def link(files: Mapping[str, str], home: Path, workspace: Path, room: int = 0) -> None:
-    """Link into `workspace`, a copy of the project at `home`, what the copy lacks of the `files` that lie there.
+    """Link into `workspace`, a copy of the project at `home`, those of `files` that exist in `home` but not in the copy.
 
-    `files` are keys of parameters with their paths. Above `workspace`, `room` folders belong to it alone. Raises `ConfigError`
-    for a path that leads out of them, and for a folder in which stages write.
+    `files` maps keys of parameters to paths. The `room` folders directly above `workspace` belong only to it. Raises
+    `ConfigError` for a path that leads out of them, and for a folder in which stages write.
     """
     for key, path in files.items():
         for name in _each(path):
@@ -73,7 +73,7 @@ def link(files: Mapping[str, str], home: Path, workspace: Path, room: int = 0) -
 
 
 def link_from_home(params: Params, workspace: Path) -> None:
-    """As `link`, where `workspace` is a copy of a project that DVC made for an experiment; elsewhere nothing."""
+    """Like `link`, if `workspace` is a copy of a project that DVC made for an experiment; otherwise do nothing."""
     parts = workspace.parts
     for index in range(len(parts) - len(DVC_TEMPORARY)):
         if parts[index : index + len(DVC_TEMPORARY)] == DVC_TEMPORARY:
@@ -82,9 +82,9 @@ def link_from_home(params: Params, workspace: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make `target` the same as `source`: by one link, or, where a folder is there in part, by links to the files it lacks.
+    """Make `target` equal to `source`: by one link, or, if `target` is a folder already, by links to the files it lacks.
 
-    Folders below it become folders, not links, which who lists pictures does not follow.
+    In the second case, folders below `source` become folders, not links, because listing pictures does not follow links.
     """
     if not os.path.lexists(target):
         target.symlink_to(source)
@@ -101,7 +101,7 @@ def _levels(path: str) -> int:
 
 
 def _each(path: str) -> Iterator[str]:
-    """The paths that one with braces, as those of shards, stands for."""
+    """The paths that a path with braces stands for, such as a pattern of shards."""
     if "{" not in path:
         yield path
         return
@@ -109,5 +109,5 @@ def _each(path: str) -> Iterator[str]:
         from braceexpand import braceexpand
 
         yield from braceexpand(path)
-    except (ImportError, ValueError):  # whoever opens the files tells
+    except (ImportError, ValueError):  # an error comes when the files are opened
         yield path

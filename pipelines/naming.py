@@ -1,4 +1,4 @@
-"""What flow runs and quick trials are called: by what they run, in a few words."""
+"""Names of flow runs and quick trials: a few words about what they run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dit.errors import UserError
 MOST_LETTERS = 120
 MOST_OF_EXPERIMENT = 32
 MOST_NAMED = 2
-"""Strategies of a study that are named; of more, the first is, and the others are counted."""
+"""Up to this many strategies are named; of more, the first is named and the others are counted."""
 
 
 def flow_run(root: Path, given: Mapping[str, Any]) -> str:
     """The name of a run of flow `study` with the parameters `given`, such as "study adaln_zero vs 3 others, train.steps=300".
 
-    Wrong parameters have a name as well: the flow says what is wrong with them.
+    Wrong parameters give a name as well; the flow reports what is wrong with them.
     """
     overrides = given.get("overrides") or {}
     profile = f"profile {given['profile']}" if given.get("profile") else ""
@@ -30,12 +30,12 @@ def flow_run(root: Path, given: Mapping[str, Any]) -> str:
 
 
 def trial(overrides: Mapping[str, Any]) -> str:
-    """What a quick trial tries, such as "train.steps=300, study.seeds=[0]"; empty where nothing differs."""
+    """What a quick trial changes, such as "train.steps=300, study.seeds=[0]"; empty if it changes nothing."""
     return short(", ".join(f"{key}={value}".replace(" ", "") for key, value in overrides.items()))
 
 
 def experiment(flow_run_name: str, run_id: str) -> str:
-    """The name of a DVC experiment: what its flow run changes, or else what it runs, short enough for a column of a table."""
+    """The name of a DVC experiment: what its flow run changes, or else what it runs, short enough for a table's column."""
     changed = flow_run_name.partition(", ")[2] or flow_run_name
     words = re.sub(r"[^A-Za-z0-9]+", "-", changed)[:MOST_OF_EXPERIMENT].strip("-")
     return f"{words}-{run_id[-6:]}"

@@ -1,4 +1,4 @@
-"""Other values of parameters as a person types them: `train.steps=300`."""
+"""Overrides of parameters as the user types them: `train.steps=300`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dit import yamlfile
 from dit.errors import ConfigError, UserError
 
 WORD = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
-"""Most of these need no quotes; `true` and `null` do."""
+"""Strings that need no quotes in YAML, except words such as `true` and `null`."""
 
 
 def assignments(texts: Iterable[str]) -> dict[str, Any]:
-    """The value of each key, read as YAML. Raises `UserError` for what is no assignment."""
+    """The value of each key, read as YAML. Raises `UserError` for a text that is no assignment."""
     return dict(_assignment(text) for text in texts)
 
 
@@ -34,7 +34,7 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 def whole_number(name: str, text: str | None, most: int | None = None) -> int | None:
-    """A number from 1 on; None where nothing was given. Raises `UserError` for anything else."""
+    """A whole number of at least 1, and at most `most`; None for no text. Raises `UserError` for anything else."""
     if not text:
         return None
     if not re.fullmatch(r"[0-9]{1,9}", text) or not 0 < int(text) <= (most or int(text)):
@@ -44,9 +44,9 @@ def whole_number(name: str, text: str | None, most: int | None = None) -> int | 
 
 
 def override(text: str, overrides: Mapping[str, Any], where: str = "overrides") -> str:
-    """`text` of a `params.yaml` with dotted keys such as `train.steps` set to other values; comments stay.
+    """The `text` of a `params.yaml` with other values for dotted keys such as `train.steps`; comments stay.
 
-    Raises `ConfigError`, which names `where` they come from, for a key whose section is not there.
+    Raises `ConfigError`, which says `where` the overrides come from, for a key whose section does not exist.
     """
     written = layout()
     data = written.load(text)
@@ -73,7 +73,7 @@ def layout() -> YAML:
 
 
 def _as_written(value: Any) -> Any:
-    """Lists and mappings on one line, as `params.yaml` has them; strings in quotes, but for words that stand for themselves."""
+    """The value in the style of `params.yaml`: lists and mappings on one line, strings in quotes unless they need none."""
     if isinstance(value, dict):
         value = CommentedMap({key: _as_written(entry) for key, entry in value.items()})
     elif isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The report of the first seed alone, while the others run: `python -m pipelines.partial_report FILE`."""
+"""The report of the first seed only, made while other seeds run: `python -m pipelines.partial_report FILE`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipelines.stages.compare import make_report
 from pipelines.stages.entry import exit_codes
 
 NICE = 10
-"""How far it steps back behind the stages that run."""
+"""The niceness of this process, so that running stages come first."""
 
 
 def write(out: Path) -> None:

@@ -1,4 +1,4 @@
-"""`dit plan`: what a study would run, and about how long that takes, before anything starts."""
+"""`dit plan`: which stages a study would run, and about how long they would take, before anything starts."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from dit.design import Design
 
 DURATIONS = Path(".scratch/durations.csv")
-"""How long each stage took that the flow ran: its name, what it was, and seconds."""
+"""How long each stage took that the flow ran: one line with the kind of stage and the seconds."""
 START_SECONDS = 6.0
-"""What a stage takes beside its own work where no earlier one tells: Python starts and DVC reads and writes its files, in a
-default study on two cores (`make bench BENCH=stages` measures both)."""
+"""How long a stage takes if no earlier stage of its kind tells: Python starts, and DVC reads and writes its files. Measured in
+a default study on two cores (`make bench BENCH=stages`)."""
 DIAGNOSED = 0.1
-"""What validation and diagnoses add to training, as a fraction: `make bench BENCH=diagnostics`."""
+"""The fraction of training time that validation and diagnoses add; measured by `make bench BENCH=diagnostics`."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """The stages of one kind: how many run, how many are up to date, and seconds of one; None where nothing tells."""
+    """The stages of one kind: how many will run, how many are up to date, and the seconds of one (None if unknown)."""
 
     kind: str
     to_run: int
@@ -47,11 +47,11 @@ class Plan:
     rows: list[Row]
     parallel: int
     memory: int
-    """Bytes that one training run needs, at most."""
+    """The most bytes that one training run needs."""
 
     @property
     def seconds(self) -> float:
-        """Wall-clock time with `parallel` stages at once; what comes before and after the runs is taken one by one."""
+        """Wall-clock time with `parallel` stages at once; stages before and after the runs count one after another."""
         work = {row.kind: row.to_run * (row.seconds or START_SECONDS) for row in self.rows}
         alone = sum(work.get(kind, 0.0) for kind in ("design", "images", "autoencoder", "latents", "features", "compare"))
         return alone + (sum(work.values()) - alone) / self.parallel
@@ -66,7 +66,7 @@ def note_duration(stage: str, seconds: float, root: Path = Path()) -> None:
 
 
 def durations() -> dict[str, list[float]]:
-    """What the flow remembers of earlier stages, by kind."""
+    """The seconds of earlier stages that the flow noted, by kind."""
     found: dict[str, list[float]] = defaultdict(list)
     for line in DURATIONS.read_text().splitlines() if DURATIONS.exists() else ():
         kind, _, seconds = line.partition(",")
@@ -78,7 +78,7 @@ def durations() -> dict[str, list[float]]:
 
 
 def plan(params: Params, done: Mapping[str, bool], workers: int | None) -> Plan:
-    """The plan of a study whose stages are `done` or not, by name. Trains a few steps of each network to time them."""
+    """The plan of a study; `done` says for each stage whether it is up to date. Times a few training steps of each network."""
     from pipelines.device_pool import device_pool
 
     remembered = durations()
@@ -99,7 +99,7 @@ def plan(params: Params, done: Mapping[str, bool], workers: int | None) -> Plan:
 
 
 def _training(params: Params, names: Iterable[str]) -> tuple[float, int]:
-    """Seconds of all training runs among `names`, one after another, and the most memory that one of them needs."""
+    """The total seconds of the training runs `names`, and the most memory that one of them needs."""
     from dit.design import design
     from dit.training.estimate import estimate
 
@@ -113,20 +113,20 @@ def _training(params: Params, names: Iterable[str]) -> tuple[float, int]:
         cost = repr([here.model, here.images.size, here.autoencoder.downsample, here.diffusion, _costly(here)])
         if cost not in known:
             known[cost] = estimate(here, runs[key].strategy)
-            memory += known[cost].memory  # by which the peak of this process grew: together, what the largest network needs
+            memory += known[cost].memory  # growth of this process's peak: the sum is what the largest network needs
         total += START_SECONDS + here.train.steps * known[cost].seconds_per_step * (1 + DIAGNOSED)
     return total, memory
 
 
 def _costly(params: Params) -> dict[str, Any]:
-    """What the time of a training step depends on."""
+    """The parameters on which the time of a training step depends."""
     return params.train.model_dump(
         include={"batch_size", "optimizer", "precision", "backend", "threads", "device", "processes"}
     )
 
 
 def up_to_date(root: Path, params: Params) -> dict[str, bool]:
-    """For each stage, whether it ran with what it would have with `params`, as `dvc.lock` says, and its output is there."""
+    """For each stage, whether `dvc.lock` records the inputs that it has with `params`, and its output is in the folder."""
     from dvc.utils.serialize import load_yaml
 
     from pipelines import design
@@ -153,7 +153,7 @@ def up_to_date(root: Path, params: Params) -> dict[str, bool]:
 
 @cache
 def _md5(path: Path) -> str | None:
-    """The digest of a file that DVC records, or None where there is none."""
+    """The MD5 digest of a file, as DVC records it; None if there is no file."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
@@ -161,7 +161,7 @@ def _md5(path: Path) -> str | None:
 
 
 def _overlap(out: str, path: str) -> bool:
-    """Whether a stage that reads `path` reads what lies at `out`: all of it, a part, or more."""
+    """Whether `path` and `out` are the same, or one is inside the other."""
     return Path(path).is_relative_to(out) or Path(out).is_relative_to(path)
 
 
@@ -202,7 +202,7 @@ def show(found: Plan) -> None:
 
 
 def _levels(runs: Design) -> dict[str, list[str]]:
-    """The levels of each factor in words: a list or a section is called by its own name, or by that of its setting."""
+    """The levels of each factor in words: a list or a section has its own name, or else the name of its setting."""
     found: dict[str, dict[str, None]] = {}
     for setting in runs.settings():
         for key, level in setting.levels.items():

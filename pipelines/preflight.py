@@ -1,4 +1,4 @@
-"""Pre-flight of a study: what `dit.preflight` opens, and what only the workflow knows: remote, tracking server, DVC's cache."""
+"""Pre-flight of a study: the checks of `dit.preflight`, and those of the workflow: remote, tracking server, DVC's cache."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ READ_BY = {
     "evaluate": {"evaluate"},
     "strategies": {"analyse", "train"},
 }
-"""The stages that read the files which each section names."""
+"""For each section of the parameters, the stages that read the files that it names."""
 
 
 def refusal(workspace: Path, stages: Mapping[str, Stage], warn: Callable[[str], None]) -> str:
-    """Why a study cannot run: a line for each thing that its stages would refuse later; empty where they would refuse nothing.
+    """Why a study cannot run: a line for each thing that its stages would refuse later; empty if there is nothing.
 
-    Only what stages that are not up to date need is opened. `warn` is given what may go wrong.
+    Only files that stages need that are not up to date are opened. `warn` gets a line for each thing that may go wrong.
     """
     running = {name.partition("@")[0] for name, stage in stages.items() if not stage.up_to_date}
     if not running:
         return ""
     params = config.load(workspace / "params.yaml")
     findings = _findings(workspace, params, running)
-    if preflight.errors(findings):  # perhaps of what only stages need that DVC need not run
+    if preflight.errors(findings):  # the errors may concern only stages whose results DVC can restore
         fewer = _without_results(workspace, params, stages)
         findings = findings if fewer is None else fewer
     for finding in findings:
@@ -60,9 +60,9 @@ def _findings(workspace: Path, params: Params, running: set[str]) -> list[Findin
 
 
 def _without_results(workspace: Path, params: Params, stages: Mapping[str, Stage]) -> list[Finding] | None:
-    """What is found where only those stages run whose results DVC's cache has not; None where it has no results.
+    """The findings if only stages run whose results are not in DVC's cache; None if the cache has no results.
 
-    If the study could run once the results on a remote are here, that is told too.
+    The findings also say if the study could run after `dvc pull` had brought results from a remote.
     """
     from dvc.exceptions import DvcException
 
@@ -70,7 +70,7 @@ def _without_results(workspace: Path, params: Params, stages: Mapping[str, Stage
 
     try:
         had = restorable.results(workspace, params, stages)
-    except DvcException:  # another program uses a file, say
+    except DvcException:  # for example, another program uses a file
         return None
 
     def running(besides: frozenset[str]) -> set[str]:
@@ -86,7 +86,7 @@ def _without_results(workspace: Path, params: Params, stages: Mapping[str, Stage
 
 
 def check(root: Path, params: Params, stages: set[str] | None = None) -> list[Finding]:
-    """What the workflow in `root` can tell; nothing where there is no DVC project. `dit check` calls it too."""
+    """The findings about the workflow in `root`; none without a DVC project. `dit check` calls this too."""
     if not (root / ".dvc").is_dir():
         return []
     from pipelines import private_dvc
@@ -96,7 +96,7 @@ def check(root: Path, params: Params, stages: set[str] | None = None) -> list[Fi
 
 
 def _not_here(root: Path, params: Params, stages: set[str] | None) -> Iterator[Finding]:
-    """Files that parameters name, and that DVC tracks, but that are not in the folder, or not all of them."""
+    """Files that parameters name and DVC tracks, but that are missing in the folder, or only partly there."""
     named = [(key, path) for key, path in named_files.named_anywhere(params) if _read(key, stages)]
     keys = {path: key for key, path in reversed(named)}
     if not keys:
@@ -119,7 +119,7 @@ def _read(key: str, stages: set[str] | None) -> bool:
 
 
 def _dvc(root: Path, params: Params, stages: set[str] | None) -> Iterator[Finding]:
-    """The default remote, if there is one, and the disk of the cache, where that is another one."""
+    """Check the default remote, if there is one, and the disk of the cache, if it is not the disk of the folder."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
@@ -140,7 +140,7 @@ def _dvc(root: Path, params: Params, stages: set[str] | None) -> Iterator[Findin
 
 
 def _remote(repo: object, name: str) -> Finding:
-    """Whether the place to which results are pushed answers. A study runs without it, and cannot be shared."""
+    """Whether the DVC remote answers. A study runs without it, but its results cannot be shared."""
     url = repo.config["remote"][name]["url"]  # type: ignore[attr-defined]
     where = f"DVC remote {name} = {shown(url)}"
     expected = "a remote that can be reached; the study runs without it, `dvc push` and `dvc pull` do not"
@@ -152,13 +152,13 @@ def _remote(repo: object, name: str) -> Finding:
 
     try:
         there = within(ANSWER_SECONDS, "it", ask)
-    except Exception as error:  # of whichever library reaches this kind of remote
+    except Exception as error:  # each kind of remote has its own library, with its own errors
         return Finding(WHAT, where, redacted(" ".join(str(error).split()), url)[:200], expected, "warning")
     return Finding(WHAT, where, "answers") if there else Finding(WHAT, where, "not there", expected, "warning")
 
 
 def _tracking() -> Iterator[Finding]:
-    """Whether MLflow's store answers. A study runs without it, and fills it later."""
+    """Whether MLflow's store answers. A study runs without it, and its runs can be added later."""
     from pipelines import mlflow_store
 
     uri = mlflow_store.tracking_uri()

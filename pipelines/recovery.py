@@ -1,7 +1,7 @@
-"""What a study mends by itself before it runs: files that a killed process or a fault of the disk has left damaged.
+"""Repairs that a study makes by itself before it runs, to files that a killed process or a fault of the disk has damaged.
 
-Nothing here is a result: DVC's cache holds those, and what is lost of `dvc.lock` is found again there. Each repair is told in a
-sentence. Call these under the lock of the study.
+None of these files is a result: results are in DVC's cache, from which lost entries of `dvc.lock` can be restored. Each repair
+is reported in one sentence. Call these functions under the lock of the study.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KEPT = Path(".scratch/recovery/dvc.lock")
 """The copy of `dvc.lock` after the last stage of a study."""
 _ONE_AT_A_TIME = threading.Lock()
 _ENTRY = re.compile(r"^  (?=\S)", re.MULTILINE)
-"""Where the entry of a stage begins in a `dvc.lock`."""
+"""The beginning of a stage's entry in a `dvc.lock`."""
 
 
 def workspace(root: Path, tell: Tell) -> None:
@@ -41,7 +41,7 @@ def workspace(root: Path, tell: Tell) -> None:
 
 
 def keep_lock(root: Path) -> None:
-    """Keep a copy of `dvc.lock`, which is complete. No stage fails because there is no room for it."""
+    """Keep a copy of `dvc.lock`, which is complete now. If there is no space for the copy, no stage fails."""
     source, kept = root / "dvc.lock", root / KEPT
     with _ONE_AT_A_TIME, suppress(OSError):
         if source.exists() and not (kept.exists() and kept.read_bytes() == source.read_bytes()):
@@ -52,7 +52,7 @@ def keep_lock(root: Path) -> None:
 
 
 def restore_lock(root: Path, tell: Tell) -> None:
-    """Where `dvc.lock` was cut off, put together what is left of it and the copy that was kept."""
+    """If `dvc.lock` was cut off, combine what is left of it with the copy that was kept."""
     path = root / "dvc.lock"
     if not path.exists() or ((root / KEPT).exists() and (root / KEPT).read_bytes() == path.read_bytes()):
         return
@@ -76,7 +76,7 @@ def restore_lock(root: Path, tell: Tell) -> None:
 
 
 def _entries(text: str) -> dict[str, Any] | None:
-    """The stages of a `dvc.lock`, or None where it is not one."""
+    """The stages of a `dvc.lock`; None if the text is no `dvc.lock`."""
     try:
         return dict(COMPILED_LOCKFILE_SCHEMA(parse_yaml(text, "dvc.lock"))["stages"])
     except (DvcException, Invalid, KeyError, ValueError, TypeError):
@@ -84,7 +84,7 @@ def _entries(text: str) -> dict[str, Any] | None:
 
 
 def _is_cut(found: dict[str, Any], kept: dict[str, Any]) -> bool:
-    """Whether entries look like the first of more, or the last one like a part: so does a file that was cut off at a line."""
+    """Whether a file looks as if it was cut off at the end of a line: entries are missing, or the last one is incomplete."""
     if not found:
         return bool(kept)
     names, before = list(found), list(kept)
@@ -95,7 +95,7 @@ def _is_cut(found: dict[str, Any], kept: dict[str, Any]) -> bool:
 
 
 def release_rwlock(root: Path, tell: Tell) -> None:
-    """Drop from DVC's list of files in use those of processes that are gone, also where another was given their id."""
+    """Remove entries of ended processes from DVC's list of files in use, even if another process has got their id."""
     path = root / ".dvc" / "tmp" / "rwlock"
     if not path.exists():
         return
@@ -117,7 +117,7 @@ def release_rwlock(root: Path, tell: Tell) -> None:
 
 
 def _holds(holder: dict[str, Any], since: float) -> bool:
-    """Whether the process that a list of time `since` names is a DVC that was there at that time."""
+    """Whether the process that the list names is a DVC that was already running at time `since`, when the list was written."""
     pid = int(holder["pid"])
     if pid == os.getpid():
         return True

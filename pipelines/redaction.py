@@ -1,7 +1,7 @@
-"""Passwords, taken out of whatever is shown: messages, logs, artifacts and tags.
+"""Remove passwords from everything that is shown: messages, logs, artifacts and tags.
 
-They come in addresses such as `postgresql://user:secret@host/mlflow`, or in variables of their own. Other programs repeat them
-in their errors, as they stand, decoded, or encoded.
+Passwords are in addresses such as `postgresql://user:secret@host/mlflow`, or in variables of their own. Other programs repeat
+them in their errors: unchanged, decoded, or encoded.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_BACKEND_STORE_URI", "PREFECT_API_URL
 SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PREFECT_API_AUTH_STRING", "PREFECT_API_KEY")
 """Variables whose value is a password."""
 SHORTEST = 4
-"""Shorter passwords are taken out of addresses, but not out of other text, of which they might be any part."""
+"""Shorter passwords are removed from addresses, but not from other text, in which they might be part of any word."""
 USERINFO = re.compile(r"(?<=://)(?!/)(?:([^\s/:@?#]*):(\S*)|([^\s/:@?#]+))(?=@)(?!@\S*@)")
-"""User and password of an address, up to its last `@`: a password may hold what belongs to the rest of an address.
+"""User and password of an address, up to its last `@`, because a password may hold any character of an address.
 
-Where there is no colon, it is one word: that is a user's name or an access token, and nothing tells which.
+Without a colon, the word before the `@` is a user's name or an access token; nothing tells which.
 """
 QUERY = re.compile(r"(?<=[?&])((?:\w*_|ssl)?(?:password|passwd|pwd|token|secret|api_?key))=([^&\s#]+)", re.IGNORECASE)
 
@@ -52,7 +52,7 @@ def _secrets(address: str) -> Iterator[str]:
 
 
 def _forms(secret: str) -> Iterator[str]:
-    """How errors repeat a secret: as it was given, decoded, encoded, in `repr`, and as the header that carries it."""
+    """The forms in which errors repeat a secret: as given, decoded, encoded, as in `repr`, and as in an HTTP header."""
     for plain in {secret, unquote(secret), unquote_plus(secret)}:
         yield from (plain, quote(plain), quote(plain, safe=""), quote_plus(plain), repr(plain)[1:-1])
         yield base64.b64encode(plain.encode(errors="surrogateescape")).decode()

@@ -1,6 +1,6 @@
-"""What DVC has that is not in the folder: results of stages, in its cache or on a remote, and inputs that it tracks.
+"""What DVC can restore into the folder: results of stages from its cache or a remote, and inputs that it tracks.
 
-A stage whose result DVC has does not run, so that what it would read need not be here.
+A stage whose result DVC can restore does not run, so the files that it would read need not be in the folder.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Results:
     """Stages that are not up to date, and whose results DVC has."""
 
     cached: frozenset[str]
-    """In its cache on this machine, from which it takes them instead of running the stage."""
+    """Stages with results in DVC's cache on this machine; DVC restores these instead of running the stage."""
     elsewhere: frozenset[str]
-    """On a remote, if anywhere."""
+    """Stages whose results are not in the cache, but may be on a remote."""
 
 
 def results(root: Path, params: Params, stages: Mapping[str, Stage]) -> Results:
-    """Of `stages`, upstream first, those whose results `dvc.lock` holds for what `params`, code and inputs are now."""
+    """Those of `stages` (upstream first) for which `dvc.lock` records results of the present parameters, code and inputs."""
     identities = _Identities(params)
     cached: set[str] = set()
     elsewhere: set[str] = set()
@@ -61,7 +61,7 @@ def results(root: Path, params: Params, stages: Mapping[str, Stage]) -> Results:
 
 
 class _Identities:
-    """What stage `design` writes for each stage, as checksums by path."""
+    """Checksums of the files that stage `design` writes for the stages, by path."""
 
     def __init__(self, params: Params) -> None:
         self._params = params
@@ -76,7 +76,7 @@ class _Identities:
         return designs.check(self._params)
 
     def md5(self, path: str) -> str | None:
-        """As DVC notes it in `dvc.lock`; None for what is no such file."""
+        """The checksum of the file `path` as DVC records it in `dvc.lock`; None if stage `design` writes no such file."""
         item = self._items.get(path)
         if item is None:
             return None
@@ -85,7 +85,7 @@ class _Identities:
 
 
 def _recorded(stage: Any, above: Collection[Any], identities: _Identities) -> bool:
-    """Whether `dvc.lock` holds the stage as it is now: its command, what design says of it, and results of those above it."""
+    """Whether `dvc.lock` records the stage as it is now: its command, its file from `design`, and results of stages above."""
     if stage.changed_stage() or not all(out.hash_info for out in stage.outs):
         return False
     made = {out.fs_path: out.hash_info for each in above for out in each.outs}
@@ -107,23 +107,23 @@ def _in_cache(out: Any) -> bool:
 
 @dataclass(frozen=True)
 class Tracked:
-    """A path that DVC tracks and that is not in the folder, or only in part."""
+    """A path that DVC tracks and that is missing in the folder, or only partly there."""
 
     path: str
     targets: str
-    """What `dvc pull` is told to bring it."""
+    """The argument of `dvc pull` that brings it."""
     cached: bool
     """Whether DVC's cache on this machine has it."""
     here: int
-    """Files of it that are in the folder."""
+    """How many of its files are in the folder."""
     recorded: int
-    """Files that DVC notes."""
+    """How many files DVC records."""
 
 
 def tracked(root: Path, paths: Collection[str]) -> Iterator[Tracked]:
-    """Of relative `paths` below `root`, those that DVC tracks and that are missing, or have another number of files.
+    """Those of the relative `paths` in `root` that DVC tracks and that are missing, or have another number of files.
 
-    Nothing where DVC cannot read the project.
+    Yields nothing if DVC cannot read the project.
     """
     relative = [path for path in paths if not os.path.isabs(path)]
     if not relative:
@@ -150,7 +150,7 @@ def _count(path: Path) -> int:
 
 
 def _target(stage: Any, root: Path) -> str:
-    """What DVC's commands call a stage, or the data of a `.dvc` file, in the folder `root`."""
+    """The name of a stage, or of a `.dvc` file, in DVC's commands that run in the folder `root`."""
     return str(getattr(stage, "name", "") or os.path.relpath(stage.path, root))
 
 

@@ -1,4 +1,4 @@
-"""A run of the study as MLflow shows it: its settings, and its numbers as series, under the same names in every run."""
+"""A run of the study for MLflow: its settings, and its numbers as series, under the same names in every run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipelines.records.evaluation import EVALUATE, EvaluateRecord
 from pipelines.records.training import DIAGNOSTICS, GRADIENT_NOISE, METRICS, TRAIN, VALIDATION, RunningRecord, TrainRecord
 
 Value = tuple[str, int, float]
-"""The name of a series, a step, and the number there."""
+"""The name of a series, a step, and the value at this step."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Finished:
     evaluate: Path | None
     evaluation: EvaluateRecord | None
     analysis: Path | None
-    """What the analysis of its strategy left, where there is one."""
+    """The folder with the analysis of its strategy, if there is one."""
 
     @property
     def strategy(self) -> str:
@@ -52,7 +52,7 @@ class Finished:
 
     @property
     def name(self) -> str:
-        """As its stages and folders are called."""
+        """The name of the run in its stages and folders."""
         return self.planned.name
 
     @property
@@ -62,12 +62,12 @@ class Finished:
 
     @property
     def status(self) -> str:
-        """How it ended."""
+        """How the run ended."""
         return self.evaluation.status if self.evaluation else self.run.status
 
     @property
     def outcome(self) -> str:
-        """How it ended, and where that was before its end: "collapsed at step 7,495"."""
+        """How the run ended, with the step if it failed: "collapsed at step 7,495"."""
         event = self.run.collapsed or self.run.diverged
         return f"{self.status} at step {event.step:,}" if event else self.status
 
@@ -99,7 +99,7 @@ def _evaluations(root: Path) -> Iterator[tuple[Path, EvaluateRecord]]:
 def params(planned: design.Run, made: TrainRecord | RunningRecord, evaluation: EvaluateRecord | None = None) -> dict[str, str]:
     """All settings, flat: `train.steps`, `evaluate.scheduler`. Rules of initialisation stay together, as JSON.
 
-    A run that has not been evaluated has fewer of them, and the same values of those.
+    A run that has not been evaluated has fewer settings, with the same values.
     """
     settings = {**made.settings.model_dump(), **(evaluation.settings if evaluation else {})}
     rules = json.dumps(settings.pop("rules"))
@@ -118,9 +118,9 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def values(run: Finished, timing: Timing | None) -> Iterator[Value]:
-    """What training and evaluation measured, where it is finite.
+    """The finite values that training and evaluation measured.
 
-    What has one value stands at step 0, where the UI draws bars instead of a line.
+    A metric with a single value is at step 0, so that the UI draws bars instead of a line.
     """
     yield from _finite(_result(run.run))
     yield from curves(METRICS.read(run.train), VALIDATION.read(run.train))
@@ -133,20 +133,20 @@ def values(run: Finished, timing: Timing | None) -> Iterator[Value]:
 
 
 def curves(training: pd.DataFrame, validated: pd.DataFrame) -> Iterator[Value]:
-    """What a run has measured so far in training and in validation, where it is finite."""
+    """The finite values that a run has measured so far in training and in validation."""
     yield from _finite(_training(training))
     yield from _finite(_validation(validated))
 
 
 def difference_to_baseline(run: Finished, baseline: Finished) -> float | None:
-    """By how many percent the final validation error is above that of `baseline`, where both runs finished."""
+    """By how many per cent the final validation error exceeds that of `baseline`; None unless both runs finished."""
     if run.run.final is None or baseline.run.final is None:
         return None
     return 100 * (run.run.final.ema_validation_mse / baseline.run.final.ema_validation_mse - 1)
 
 
 def start_values(analysis: Path) -> Iterator[Value]:
-    """What the analysis of a strategy measured, where it is finite."""
+    """The finite values that the analysis of a strategy measured."""
     yield from _finite(_start(StartRecord.read(analysis)))
     yield from _finite(_first_gradients(analysis))
     yield from _finite(_coordinates(analysis))
@@ -179,7 +179,7 @@ def _training(table: pd.DataFrame) -> Iterator[Measured]:
 
 
 def _validation(table: pd.DataFrame) -> Iterator[Measured]:
-    """The EMA weights, which are the ones evaluated, also by range of timesteps; the model's own beside them."""
+    """Validation errors of the EMA weights, in total and by range of timesteps, and of the weights without averaging."""
     table = table.set_index("step")
     averaged = table[table["weights"] == "ema"]
     yield from _series("validation/mse_without_ema", table[table["weights"] == "model"]["mse"])
@@ -213,7 +213,7 @@ def _noise(train: Path) -> Iterator[Measured]:
 
 
 def _start(start: StartRecord) -> Iterator[Measured]:
-    """The strategy before and in its first steps, and by block: there, the step of a metric is the block."""
+    """The strategy before training, in its first steps, and by block; in metrics by block, the step is the block's index."""
     yield "start/awake_step", 0, start.awake_step
     yield "start/width_exponent", 0, start.width_exponent
     if start.predicted_equals_measured is not None:
@@ -232,7 +232,7 @@ def _start(start: StartRecord) -> Iterator[Measured]:
 
 
 def _first_gradients(analysis: Path) -> Iterator[Measured]:
-    """Norm, ranks and update of the gradients in the first steps, the mean over the weights of each group."""
+    """Norms, ranks and update ratios of the gradients in the first steps, as means over the weights of each group."""
     table = GRADIENTS.read(analysis)
     for name in ("norm", "stable_rank", "numerical_rank", "update_ratio"):
         for part, curve in mean_over_weights(table, name, group).iterrows():
@@ -247,6 +247,6 @@ def _coordinates(analysis: Path) -> Iterator[Measured]:
 
 
 def timing(run: Finished) -> Timing | None:
-    """Wall-clock facts, which live in scratch and never in an output; None where another machine has them."""
+    """How long the run took, read from its scratch folder; None if another machine trained it."""
     directory = scratch(run.run.run_key)
     return Timing.read(directory) if (directory / Timing.FILE).exists() else None

@@ -1,7 +1,7 @@
 """Local services: a Prefect server, a worker and the MLflow UI in the background, and a server that lasts for one study.
 
-All listen on 127.0.0.1, each behind a password of its own (`pipelines.gate`), and keep what they know, their logs and their
-process ids under `.scratch`, in folders that no other user may enter. Passwords are made anew at each start.
+All listen on 127.0.0.1, each behind its own password (`pipelines.gate`), and keep their data, logs and process ids under
+`.scratch`, in folders that no other user may enter. Each start makes new passwords.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ STOP_SECONDS = 10.0
 
 
 def up(prefect_port: int, mlflow_port: int, tracking_uri: str, tell: Callable[[str], None]) -> None:
-    """Start what does not run yet: Prefect server, work pool, deployment, worker, MLflow UI. Tell how a browser gets in.
+    """Start what does not run yet: Prefect server, work pool, deployment, worker, MLflow UI. Tell how a browser signs in.
 
-    Raises `UserError` for a port that another program has, or a service that does not start.
+    Raises `UserError` for a port that another program uses, or a service that does not start.
     """
     known = running()
     if "prefect" not in known:
@@ -57,7 +57,7 @@ def up(prefect_port: int, mlflow_port: int, tracking_uri: str, tell: Callable[[s
         deploying = None if "worker" in known or is_deployed() else start_deploying(environment)
         try:
             started = _start_prefect(prefect)
-            if deploying and started.password != prefect.password:  # another `up` was quicker
+            if deploying and started.password != prefect.password:  # another `up` started the server first
                 deploying.kill()
                 deploying = None
             prefect, environment = started, prefect_environment(f"{started.url}/api", started.password)
@@ -83,7 +83,7 @@ def up(prefect_port: int, mlflow_port: int, tracking_uri: str, tell: Callable[[s
 
 
 def _study_page(mlflow: Service) -> str:
-    """The page of MLflow's view of this folder's study, without `/#`; before there is one, the list of experiments."""
+    """The page of MLflow's view of this folder's study, without `/#`; the list of experiments if there is no view yet."""
     try:
         name = str(yamlfile.read(Path("params.yaml"))["study"]["name"])
     except (UserError, OSError, KeyError, TypeError):
@@ -95,7 +95,7 @@ def _study_page(mlflow: Service) -> str:
 
 
 def _start_prefect(service: Service) -> Service:
-    """The server of this folder, started as `service` unless one runs; a study that started at the same time may have one."""
+    """The server of this folder, started as `service` unless one runs already, such as the one of a study."""
     with closing(_start_lock()):
         if (found := running().get("prefect")) is not None:
             return found
@@ -106,7 +106,7 @@ def _start_prefect(service: Service) -> Service:
 
 
 def _start_lock() -> IO[str]:
-    """A file that is locked until it is closed: one server at a time starts, since a new one may migrate the database."""
+    """A file that is locked until it is closed: servers start one at a time, because a new one may migrate the database."""
     file = (private_folder(PREFECT_HOME) / "starting.lock").open("w")
     fcntl.flock(file, fcntl.LOCK_EX)
     return file
@@ -121,7 +121,7 @@ def _start_mlflow(port: int, tracking_uri: str) -> Service:
         gate.MLFLOW_PASSWORD: service.password,
         "MLFLOW_SERVER_ALLOWED_HOSTS": f"{HOST}:*,{pages}:*",
         "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": f"http://{pages}:*",
-        "MLFLOW_BACKEND_STORE_URI": tracking_uri,  # not an argument: those are seen by all, and it may hold a password
+        "MLFLOW_BACKEND_STORE_URI": tracking_uri,  # no argument: all users see arguments, and it may hold a password
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # six processes that nothing here uses
     }
     command = [*module("mlflow"), "server", "--host", HOST, "--port", str(port), "--workers", "1"]
@@ -130,7 +130,7 @@ def _start_mlflow(port: int, tracking_uri: str) -> Service:
 
 
 def down(tell: Callable[[str], None]) -> None:
-    """Stop what `up` started, with all that it started, and nothing else: the worker first, so that it can say goodbye."""
+    """Stop what `up` started, with all child processes, and nothing else: the worker first, so that it can sign off."""
     services = running()
     for name in ("worker", "mlflow", "prefect"):
         if name in services:
@@ -144,13 +144,13 @@ def down(tell: Callable[[str], None]) -> None:
 
 
 def report_page(experiment: str | None) -> str:
-    """The address of a report for a browser that is signed in to the MLflow UI; empty where that does not run."""
+    """The address of a report for a browser that is signed in to the MLflow UI; empty if the UI does not run."""
     service = running().get("mlflow")
     return service.pages + gate.report_path(experiment) if service else ""
 
 
 def mlflow_page(tracking_uri: str, path: str) -> str:
-    """The address of a page of the MLflow UI: where it runs, or will run after `up`."""
+    """The address of a page of the MLflow UI, which runs there or will run there after `up`."""
     service = running().get("mlflow")
     if _is_server(tracking_uri):
         return tracking_uri.rstrip("/") + path
@@ -162,26 +162,26 @@ ENDED = "Prefect's server ended while the study ran; run the same command again,
 
 @dataclass(frozen=True)
 class PrefectServer:
-    """A Prefect server, as this process reaches it."""
+    """A Prefect server, and how this process reaches it."""
 
     environment: dict[str, str]
     process: subprocess.Popen[str] | None = None
-    """What runs it, where it ends with this process."""
+    """The server's process, if the server ends with this process."""
     unwanted: threading.Event = field(default_factory=threading.Event)
-    """Set when this process ends it."""
+    """Set when this process ends the server on purpose."""
     lock: IO[str] | None = None
-    """Held until it answers: `_start_lock`."""
+    """The lock of `_start_lock`, held until the server answers."""
 
     @property
     def _api(self) -> Service:
         return Service("prefect", 0, 0, self.environment["PREFECT_API_URL"], self.environment["PREFECT_API_AUTH_STRING"])
 
     def has_ended(self) -> bool:
-        """Whether nothing answers any more."""
+        """Whether the server has ended or no longer answers."""
         return not answers(self._api, "/health") if self.process is None else self.process.poll() is not None
 
     def end_with_it(self) -> None:
-        """From now on, end this process when its server is killed: Prefect would try to reach it for minutes."""
+        """From now on, end this process when its server is killed; otherwise Prefect would try to reach it for minutes."""
         if self.process is not None:
             threading.Thread(target=self._follow, args=(self.process,), daemon=True).start()
 
@@ -196,7 +196,7 @@ class PrefectServer:
         guard.stop(process)
 
     def wait(self) -> None:
-        """Wait until it answers. Raises `UserError` where it does not, or where another program has taken its port."""
+        """Wait until the server answers. Raises `UserError` if it does not, or if another program has taken its port."""
         server, mine = self._api, self.process
 
         def ended() -> bool:
@@ -214,10 +214,10 @@ class PrefectServer:
 
 
 def prefect_server(environment: Mapping[str, str]) -> PrefectServer:
-    """The Prefect server of `PREFECT_API_URL`, or that of `up`, or one that ends with this process.
+    """The Prefect server at `PREFECT_API_URL`, or the one that `up` started, or a new one that ends with this process.
 
-    Returns at once; its `wait` says when it answers. Call it before Prefect is imported: at exit, Prefect must be able to send
-    its last logs before the server ends.
+    Returns at once; call `wait` before using the server. Call this function before Prefect is imported: at exit, Prefect must
+    send its last logs before the server ends.
     """
     given = environment.get("PREFECT_API_URL")
     if (found := _running_server(given)) is not None:
@@ -240,7 +240,7 @@ def prefect_server(environment: Mapping[str, str]) -> PrefectServer:
 
 
 def _running_server(given: str | None) -> PrefectServer | None:
-    """The server of `up`, unless the address that was `given` is another's."""
+    """The server that `up` started; None if there is none, or if the `given` address is another server's."""
     service = running().get("prefect")
     if service is None or given not in (None, "", f"{service.url}/api"):
         return None
@@ -248,7 +248,7 @@ def _running_server(given: str | None) -> PrefectServer | None:
 
 
 def prefect_environment(api_url: str, password: str) -> dict[str, str]:
-    """The environment in which Prefect keeps to this folder and talks to the server at `api_url`."""
+    """The environment in which Prefect keeps its files in this folder and talks to the server at `api_url`."""
     private_folder(PREFECT_HOME)
     address = urlsplit(api_url)
     kept = {"PREFECT_HOME": str(PREFECT_HOME.resolve()), **os.environ}
@@ -262,7 +262,7 @@ def prefect_environment(api_url: str, password: str) -> dict[str, str]:
 
 
 def _server_environment(api_url: str, password: str) -> dict[str, str]:
-    """The environment of the Prefect server itself. The password is no argument: those are seen by all."""
+    """The environment of the Prefect server itself. It holds the password, because all users can see arguments."""
     address = urlsplit(api_url)
     origin = f"{address.scheme}://{address.netloc}"
     own = {gate.PASSWORD: password, "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": origin}
@@ -280,7 +280,7 @@ def _password() -> str:
 
 
 def _sign_in_page(service: Service, page: str = "") -> str:
-    """A link by which one browser gets in, once, to see `page`. The ticket is a fragment, which no browser sends or logs."""
+    """A link by which one browser signs in, once, to see `page`. The ticket is a fragment, which browsers do not send."""
     return f"{service.pages}{gate.SIGN_IN}#{fetch(service, gate.SIGN_IN, b'')}{f'&page={page}' if page else ''}"
 
 
@@ -289,7 +289,7 @@ def _log_file(name: str) -> Path:
 
 
 def _ensure(service: Service, command: list[str], environment: Mapping[str, str], ready: Callable[[], bool]) -> Service:
-    """The service that runs under the name of `service`, or `service`, started by `command`."""
+    """The running service with the name of `service`; if none runs, `service`, started by `command`."""
     name = service.name
     if (found := running().get(name)) is not None:
         return found
@@ -340,7 +340,7 @@ def _quietly(act: Callable[[], None]) -> None:
 
 
 def _write_profile(environment: Mapping[str, str]) -> None:
-    """So that `prefect` in this folder talks to the server of `up`."""
+    """Write a profile with which `prefect` in this folder talks to the server that `up` started."""
     settings = "".join(f'{name} = "{environment[name]}"\n' for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"))
     write_private(PREFECT_HOME / "profiles.toml", f'active = "local"\n\n[profiles.local]\n{settings}')
 

@@ -1,4 +1,4 @@
-"""One DVC stage as a task of Prefect. A node of a cluster imports this for each of its workers, so it imports little."""
+"""One DVC stage as a Prefect task. Every worker process of a cluster's node imports this module, so it imports little."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipelines.cluster.node import Node
 
 LOGGER = "study"
-"""The child of Prefect's run loggers that holds what a person wants to read, less what Prefect says about itself."""
+"""The child of Prefect's run loggers for lines to the user, without what Prefect logs about itself."""
 RETRIES = 2
 RETRY_DELAY_SECONDS = 5
 
@@ -68,7 +68,7 @@ def run_stage(
 
 
 def run_log() -> PrefectLogAdapter:
-    """The run's logger, for people."""
+    """The run's logger for lines to the user."""
     log = get_run_logger()
     assert isinstance(log, PrefectLogAdapter)
     return log.getChild(LOGGER)

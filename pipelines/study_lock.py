@@ -16,7 +16,7 @@ class BusyError(UserError):
 
 @contextmanager
 def exclusively(root: Path) -> Iterator[None]:
-    """Hold the lock of the studies of a workspace. Raises `BusyError` where another one runs."""
+    """Hold the lock for running a study in a workspace. Raises `BusyError` if another study runs there."""
     lock = root / ".scratch" / "study.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:

@@ -1,4 +1,4 @@
-"""Names of stages as a person gives them: which ones `TARGETS` means, and what is said of one that is none."""
+"""Names of stages that the user gives: which stages `TARGETS` means, and the error for a name that means none."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""MLflow as a view of the study's outputs: rebuilt from them at any time, one run for each run of its design.
+"""MLflow as a view of the study's outputs, which can be rebuilt from them at any time: one MLflow run for each run.
 
-Nothing is logged while a stage computes. So a run that was restored from DVC's cache, pulled from a remote, or made while the
-tracking server was away appears like any other, once, under its run key.
+Stages log nothing to MLflow. So a run that was restored from DVC's cache, pulled from a remote, or trained while the tracking
+server was unreachable appears like any other: once, under its run key.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ from pipelines.run_metrics import (
 )
 
 SECONDS, SECONDS_PER_RUN = 60.0, 5.0
-"""How long all of `sync` may take. A run takes under a second in a local store, and some 20 requests in one far away."""
+"""How long `sync` may take in total. A run takes under a second in a local store, and some 20 requests in a remote one."""
 TRIALS = "-trials"
-"""How the name of the experiment of quick trials, which are runs with other parameters than the workspace's, ends."""
+"""Suffix of the MLflow experiment for quick trials, which are runs with other parameters than the workspace's."""
 ARTIFACT_SECONDS = 20.0
-"""How long the pictures of a run may take: libraries of object stores try again for minutes."""
+"""How long logging the pictures of a run may take; libraries of object stores would try again for minutes."""
 METRICS_PER_REQUEST, PARAMS_PER_REQUEST = 1000, 100
 
 
@@ -66,7 +66,7 @@ class Synced:
     experiment: str
     store: str
     view: str = ""
-    """Where the UI compares the runs of this study, by strategy, as charts; empty while there are none."""
+    """The address at which the UI compares the runs of this study by strategy, as charts; empty while there are no runs."""
     added: list[str] = field(default_factory=list)
     present: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -79,9 +79,9 @@ class Synced:
 
 
 def sync(root: Path, tags: Mapping[str, str] | None = None) -> Synced:
-    """Add to MLflow the runs of the study in `root` that it does not have; `tags` go on those. Doing it twice adds nothing.
+    """Add to MLflow those runs of the study in `root` that it lacks, with `tags`. A second call adds nothing.
 
-    Raises `UnreachableError` where the store does not answer in time or as it should, and `UserError` where it refuses.
+    Raises `UnreachableError` if the store does not answer properly in time, and `UserError` if it refuses.
     """
     params = config.load(root / "params.yaml")
     study = params.study
@@ -99,7 +99,7 @@ def sync(root: Path, tags: Mapping[str, str] | None = None) -> Synced:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the runs of a study go: an experiment, a view of it, colours of strategies, and tags that all of the runs have."""
+    """Where the runs of a study go: an MLflow experiment and a view; with colours of strategies, and tags for all the runs."""
 
     experiment: str
     view: View
@@ -107,13 +107,13 @@ class Place:
     tags: Mapping[str, str]
 
     def name(self, planned: designs.Run) -> str:
-        """The name of a run: that of its stages, and for a quick trial also what is tried."""
+        """The name of a run: the name in its stages, and for a quick trial also what it changes."""
         trial = self.tags.get("trial")
         return f"{planned.name} ({trial})" if trial else planned.name
 
 
 def place_of(params: Params, tags: Mapping[str, str]) -> Place:
-    """Where the runs of a study go. `tags` of a quick trial, which has an experiment of its own, name its `dvc_experiment`."""
+    """Where the runs of a study go. The `tags` of a quick trial contain `dvc_experiment`; its runs go to another experiment."""
     study = params.study
     trial = tags.get("dvc_experiment")
     factors = designs.design(study).factors
@@ -127,7 +127,7 @@ def place_of(params: Params, tags: Mapping[str, str]) -> Place:
 
 
 def _fill(root: Path, place: Place, found: Sequence[Finished], baseline: str, synced: Synced) -> None:
-    """Add the runs `found` that are missing, complete those that were seen in training, and note in `synced` what was done."""
+    """Add missing runs of `found`, complete those that `live` began during training, and note in `synced` what was done."""
     with one_at_a_time():
         uri = tracking_uri()
         client = MlflowClient(uri)
@@ -157,14 +157,14 @@ def _fill(root: Path, place: Place, found: Sequence[Finished], baseline: str, sy
 
 
 def _forget(client: MlflowClient, begun: Mapping[str, Run], completed: Collection[str], names: Collection[str]) -> None:
-    """Delete runs that were seen in training, never ended, and have been replaced by a run of the same name."""
+    """Delete runs that `live` began during training, that never ended, and that a run of the same name has replaced."""
     for key, run in begun.items():
         if key not in completed and run.info.run_name in names:
             client.delete_run(run.info.run_id)
 
 
 def experiment_of(client: MlflowClient, name: str, uri: str) -> Experiment:
-    """The experiment called `name`, made where there is none. A server keeps pictures itself; a local file needs a folder."""
+    """The experiment called `name`, created if missing. A server stores pictures itself; a local store needs a folder."""
     found = client.get_experiment_by_name(name)
     if found is None:
         beside = Path("mlartifacts").resolve().as_uri() if uri.startswith("sqlite:") else None
@@ -176,14 +176,14 @@ def experiment_of(client: MlflowClient, name: str, uri: str) -> Experiment:
 
 
 def adder() -> str:
-    """Who adds runs: this folder of this machine. Nobody else's unfinished run is touched."""
+    """An id of this folder on this machine, which marks the runs that it adds; unfinished runs of others are not touched."""
     return f"{socket.gethostname()}:{Path.cwd()}"
 
 
 def _present(client: MlflowClient, experiment: Experiment) -> tuple[dict[str, list[Run]], dict[str, Run]]:
-    """The complete runs by their key, and those of ours that were seen in training by the key of that.
+    """The complete runs by run key, and runs that this folder began during training, by the key of the training run.
 
-    One of ours that was cut short while it was completed goes, to be made again.
+    Runs of this folder that were interrupted while they were completed are deleted, so that they are added again.
     """
     found: dict[str, list[Run]] = defaultdict(list)
     begun = {}
@@ -204,7 +204,7 @@ def _present(client: MlflowClient, experiment: Experiment) -> tuple[dict[str, li
 
 
 def _same(known: Sequence[Run], run: Finished) -> Run | None:
-    """The run in the store, unless its strategy was analysed anew: metrics cannot be taken back, so that is another run."""
+    """The run in the store; None if its strategy was analysed again since, because logged metrics cannot be removed."""
     keys = {None, StartRecord.read(run.analysis).run_key} if run.analysis else None
     return next((there for there in known if keys is None or there.data.tags.get("analyse_run_key") in keys), None)
 
@@ -227,7 +227,7 @@ def tags_of(place: Place, planned: designs.Run, made: TrainRecord | RunningRecor
 def _log_run(
     client: MlflowClient, experiment: Experiment, run: Finished, tags: Mapping[str, str], name: str, begun: Run | None
 ) -> Run:
-    """Make one run, or complete one that was `begun` while it trained, and mark it as finished at the very end."""
+    """Create a run, or complete the run `begun` that was created during training, and mark it as finished at the very end."""
     took = timing(run)
     end = int(time.time() * 1000)
     start = begun.info.start_time if begun else end - int(1000 * (took.seconds if took else 0.0))
@@ -254,18 +254,18 @@ def _log_run(
         if run.analysis:
             _add_start(client, client.get_run(made), run.analysis)
         client.set_terminated(made, RunStatus.to_string(RunStatus.FINISHED), end)
-    except Exception:  # of whatever kind: it is raised again once no half run is left
-        with suppress(Exception):  # what is wrong may be the store; then the next `sync` deletes it
+    except Exception:  # any error is raised again after the incomplete run has been deleted
+        with suppress(Exception):  # if the store itself fails, the next `sync` deletes the run
             client.delete_run(made)
         raise
     return client.get_run(made)
 
 
 def _log_picture(client: MlflowClient, run_id: str, grid: Path, step: int) -> None:
-    """Log the picture of samples. Raises `UnreachableError` that names the artifact location, which may be anywhere.
+    """Log the picture of samples. Raises `UnreachableError`, which names the artifact location, if it cannot be reached.
 
-    A server that does not proxy artifacts tells its clients a location that they must reach themselves. Where that is a folder
-    of another machine, MLflow would make a folder of that name on this one.
+    A server that does not proxy artifacts gives its clients a location that they must reach themselves. If it is a folder on
+    another machine, MLflow would create a folder of the same name on this machine.
     """
     uri, location = tracking_uri(), client.get_run(run_id).info.artifact_uri or ""
 
@@ -294,11 +294,11 @@ def points(client: MlflowClient, run: Run) -> set[tuple[str, int]]:
 
 
 def _add_difference(client: MlflowClient, there: Run, run: Finished, baseline: Finished) -> None:
-    """Add how far a run ended from the baseline's at the same setting and seed, unless it has that already."""
+    """Add the difference of a run's final error to the baseline's at the same setting and seed, unless it was added before."""
     difference = difference_to_baseline(run, baseline)
     if difference is None or there.data.tags.get("baseline_run_key") == baseline.run.run_key:
         return
-    client.log_metric(there.info.run_id, DIFFERENCE, difference, step=0)  # of several, MLflow shows the last
+    client.log_metric(there.info.run_id, DIFFERENCE, difference, step=0)  # MLflow shows the last of several values
     client.set_tag(there.info.run_id, "baseline_run_key", baseline.run.run_key)
 
 
@@ -310,7 +310,7 @@ def _metrics(run: Finished, took: Timing | None, start: int, end: int) -> Iterat
 
 
 def _add_start(client: MlflowClient, run: Run, directory: Path) -> None:
-    """Add what the analysis of its strategy found to a run that does not have it: it may have been made after the run."""
+    """Add the analysis of its strategy to a run that lacks it, because the analysis may have been made after the run."""
     start = StartRecord.read(directory)
     if run.data.tags.get("analyse_run_key") == start.run_key:
         return
@@ -324,7 +324,7 @@ def _add_start(client: MlflowClient, run: Run, directory: Path) -> None:
 
 
 def _provenance(root: Path, runs: Sequence[Finished]) -> dict[str, dict[str, str]]:
-    """For each run, by name: the commit, and what `dvc.lock` says about the outputs of its two stages."""
+    """By name of the run: the commit, and what `dvc.lock` records about the outputs of its two stages."""
     lock = root / "dvc.lock"
     stages = load_yaml(lock)["stages"] if runs and lock.exists() else {}
     commit = _commit(root)

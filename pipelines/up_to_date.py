@@ -1,6 +1,6 @@
-"""A study with nothing to do is found out from DVC alone, before Prefect is imported and its server started.
+"""Find out from DVC alone whether a study has nothing to do, before Prefect is imported and its server started.
 
-Nothing here is trusted about results: DVC compares every stage. What a study notes at its end only tells that `design.yaml`
+The note that a study writes at its end is not trusted about results: DVC compares every stage. It only tells that `design.yaml`
 belongs to the parameters, and that MLflow has the runs, unless its store has been written since.
 """
 
@@ -28,7 +28,7 @@ FILES = ("params.yaml", "design.yaml", "dvc.lock")
 
 
 def note(root: Path, synced: Synced) -> None:
-    """Note what a study left, once MLflow has its runs. Call it under the lock of the study."""
+    """Write the note of a study once MLflow has its runs. Call this under the lock of the study."""
     there = {"experiment": synced.experiment, "view": synced.view, "missing": len(synced.missing)}
     runs = len(synced.added) + len(synced.present)
     (root / NOTES).parent.mkdir(exist_ok=True)
@@ -36,9 +36,9 @@ def note(root: Path, synced: Synced) -> None:
 
 
 def nothing_to_do(root: Path, targets: Collection[str] | None) -> list[str] | None:
-    """What to tell a person where every stage that `targets` need is up to date; None where there is, or may be, work.
+    """Lines for the user if every stage that `targets` need is up to date; None if there is, or may be, something to do.
 
-    Raises `BusyError` where another study runs, before anything is started for this one.
+    Raises `BusyError` if another study runs, before anything is started for this one.
     """
     try:
         with exclusively(root):
@@ -51,12 +51,12 @@ def nothing_to_do(root: Path, targets: Collection[str] | None) -> list[str] | No
             return [f"nothing to do: {len(stages)} of {len(stages)} stages are up to date", *_results(root, stages, noted)]
     except BusyError:
         raise
-    except (UserError, OSError, ValueError, LookupError, TypeError):  # the flow says what is wrong, if anything is
+    except (UserError, OSError, ValueError, LookupError, TypeError):  # the flow reports what is wrong, if anything is
         return None
 
 
 def _results(root: Path, stages: Collection[str], noted: dict[str, Any]) -> Iterator[str]:
-    """Where the report and the runs in MLflow are. A store that has been written since is looked through and completed."""
+    """Where the report and the runs in MLflow are. If the store has been written since, missing runs are added to it."""
     if "compare" in stages:
         yield f"report: {(root / 'reports' / 'index.html').resolve().as_uri()}"
     uri = tracking_uri()
@@ -84,7 +84,7 @@ def _digests(root: Path) -> dict[str, str]:
 
 
 def _store() -> list[Any]:
-    """MLflow's store, and when its file was written last and how long it is; None in place of that where it is a server."""
+    """MLflow's store, and the time of the last change and size of its file; None instead of these if it is a server."""
     uri = tracking_uri()
     file = Path(urlsplit(uri).path[1:]) if uri.startswith("sqlite:") else None
     state = [file.stat().st_mtime_ns, file.stat().st_size] if file and file.exists() else None

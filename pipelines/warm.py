@@ -1,6 +1,6 @@
-"""Stages that start warm: the flow's end of `pipelines.warm_server`, which forks processes that have imported everything.
+"""Stages that start warm: the client of `pipelines.warm_server`, which forks processes that have imported everything.
 
-Only Linux has it, and `DIT_WARM=0` switches it off. Without it, or once it has ended, stages start by themselves.
+It works only on Linux, and `DIT_WARM=0` switches it off. Without it, or after it has ended, stages start as usual.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import IO
 from pipelines.warm_server import MODULE_COMMAND
 
 ROOM = 2000
-"""Letters of a process's command that can be shown."""
+"""How many letters of a process's command `ps` can show."""
 END_SECONDS = 1.0
 NOT_BEGUN = None
-"""In place of an exit code: nothing of the command has run."""
+"""Stands for an exit code if the command was not started."""
 
 
 class WarmProcess:
@@ -38,7 +38,7 @@ class WarmProcess:
         self._told = ""
 
     def wait(self) -> int | None:
-        """The exit code of the command, or `NOT_BEGUN`. A guard that tells none was killed."""
+        """The exit code of the command, or `NOT_BEGUN`. A guard that started the command but tells no exit code was killed."""
         with self._read:
             self._told += self._status.read()
         begun, *codes = self._told.split() or [""]
@@ -48,7 +48,7 @@ class WarmProcess:
 
 
 class WarmServer:
-    """The server of one study in the folder `root`. `tell` is given one line where it ends before the study does."""
+    """The server of one study in the folder `root`. `tell` gets one line if the server ends before the study does."""
 
     def __init__(self, root: Path, environment: Mapping[str, str], modules: Iterable[str], tell: Callable[[str], None]) -> None:
         self._tell = tell
@@ -85,7 +85,9 @@ class WarmServer:
             socket.send_fds(self._connection, [json.dumps(request).encode()], descriptors)
 
     def give_up(self) -> None:
-        """Say why the server began nothing, once, and do without it. If it lives, only what it had forked was killed."""
+        """Say once why the server did not start a command, and go on without it, unless it is alive: then only its fork was
+        killed.
+        """
         with self._one_at_a_time:
             if self._process is not None and self._has_ended(self._process):
                 self._log.seek(0)
@@ -94,7 +96,7 @@ class WarmServer:
                 self._process = None
 
     def close(self) -> None:
-        """End the server; whatever it has forked is to have ended before."""
+        """End the server. Processes that it has forked must have ended before."""
         self._connection.close()
         if self._process is not None and not self._has_ended(self._process):
             self._process.kill()
@@ -110,11 +112,11 @@ class WarmServer:
 
 
 def modules(commands: Iterable[str]) -> list[str]:
-    """The modules of stages with these commands that can start warm."""
+    """The modules of those commands that can start warm."""
     found = (MODULE_COMMAND.fullmatch(command) for command in commands)
     return list(dict.fromkeys(match[1] for match in found if match))
 
 
 def wanted() -> bool:
-    """Whether stages of this machine can start warm, and nobody has switched that off."""
+    """Whether stages can start warm on this machine, and the user has not switched it off."""
     return sys.platform == "linux" and os.environ.get("DIT_WARM", "") != "0"

@@ -1,9 +1,9 @@
-"""The warm server of a study: it imports what stages need once, and forks a process for each.
+"""The warm server of a study: it imports once what stages need, and forks a process for each stage.
 
-`pipelines.warm` starts it as `python -m pipelines.warm_server SOCKET ROOM` and asks it, over that socket, to bring stages up to
-date. For each it forks a guard, the guard forks DVC, and DVC forks the process of the stage: the same tree as `pipelines.guard`
-starts, with the same commands in `ps`. A process is forked before the one above it has done anything, so that a stage finds the
-state of a fresh Python that has imported its modules, and nothing else.
+`pipelines.warm` starts it as `python -m pipelines.warm_server SOCKET ROOM` and asks it over this socket to bring stages up to
+date. For each stage the server forks a guard, the guard forks DVC, and DVC forks the process of the stage: the same tree as
+`pipelines.guard` starts, with the same commands in `ps`. Every process forks the next one before it does anything else, so a
+stage finds the state of a fresh Python that has only imported its modules.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ DVC_MODULES = (
     *("dvc.repo.reproduce", "dvc.repo.stage", "dvc.stage.cache", "dvc.stage.run", "dvc.rwlock", "dvc.scm", "dvc.dirs"),
     *("dvc.cachemgr", "dvc.data_cloud", "dvc.utils.strictyaml", "dvc_data.hashfile.db.local", "dvc_data.hashfile.status"),
 )
-"""What DVC imports once it runs a stage, beside the modules of its command line."""
+"""Modules that DVC imports when it runs a stage, in addition to those of its command line."""
 SPARED_THREADS = ("jemalloc_bg_thd",)
-"""Threads, by name, that may be alive when this process forks: jemalloc, which pyarrow brings, is made for that."""
+"""Names of threads that may be alive when this process forks: jemalloc, which comes with pyarrow, supports this."""
 GPUS = ("/dev/nvidia", "/dev/kfd")
 BY_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
-"""Has torch look for GPUs without opening one, if a library asks while it is imported (PyTorch, CUDA semantics)."""
+"""Makes torch look for GPUs without opening one, if a library asks for GPUs on import (PyTorch, CUDA semantics)."""
 MOST_BYTES = 65536
-"""The longest request."""
+"""The largest size of a request."""
 DESCRIPTORS = 3
-"""How many come with a request: the guard's standard input, its output, and where it tells how it ended."""
+"""How many file descriptors come with a request: the guard's standard input, its output, and a pipe for its exit code."""
 Request = tuple[dict[str, Any], list[int]]
 
 
 class NotWarmError(Exception):
-    """Forks of this process would not be as good as fresh processes."""
+    """Forks of this process could behave differently from fresh processes."""
 
 
 class Forked:
@@ -68,7 +68,7 @@ class Forked:
             end()
 
     def wait(self) -> int:
-        """Its exit code; negative for a signal."""
+        """Wait until the fork ends, and return its exit code; negative for a signal."""
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
@@ -93,7 +93,7 @@ class Server:
         while True:
             if left and not select.select([self.connection], [], [], 0)[0]:
                 import_module(left.pop(0))
-                gc.freeze()  # forks share the memory of what is never looked through again
+                gc.freeze()  # forks share the memory of objects that the collector does not visit again
             else:
                 text, held, _, _ = socket.recv_fds(self.connection, MOST_BYTES, DESCRIPTORS)
                 if not text:
@@ -110,22 +110,22 @@ class Server:
             os.close(descriptor)
 
     def _check(self) -> None:
-        """Raises `NotWarmError` where a fork would not be as good as a fresh process."""
+        """Raises `NotWarmError` if a fork could behave differently from a fresh process."""
         if code_state() != self.code:
             raise NotWarmError("the code of dit or pipelines has changed")
         if _threads():
-            os.waitpid(_fork_that_ends(), 0)  # OpenBLAS ends its threads before a fork; they start when they are needed
+            os.waitpid(_fork_that_ends(), 0)  # OpenBLAS ends its threads before a fork, and starts them when needed
         if threads := _threads():
             raise NotWarmError(f"a library has started threads: {', '.join(threads)}")
         if _has_used_a_gpu():
             raise NotWarmError("a library has opened a GPU")
 
     def _reap(self) -> None:
-        """Take leave of guards that have ended, so that the time that they and theirs used is counted."""
+        """Wait for guards that have ended, so that the CPU time of their processes is counted."""
         self.guards.difference_update([pid for pid in tuple(self.guards) if _has_ended(pid)])
 
     def _guard(self, request: dict[str, Any], hold: int, output: int, status: int) -> NoReturn:
-        """What `guard.py` does. It tells `status` that it has begun, and its exit code: the server may have ended by then."""
+        """Do what `guard.py` does. The start and the exit code go to `status`, because the server may end before the guard."""
         os.setsid()
         self.connection.close()
         for descriptor, standard in ((hold, 0), (output, 1), (output, 2)):
@@ -141,7 +141,7 @@ class Server:
         os._exit(0)
 
     def _dvc(self, status: int, command: list[str], environment: dict[str, str]) -> None:
-        """DVC, which has a process that it has forked before run the stage's command."""
+        """Run DVC, which lets a process that was forked beforehand run the stage's command."""
         os.close(status)
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
@@ -161,7 +161,7 @@ class Server:
 
 
 def end(code: str | int | None = 0) -> NoReturn:
-    """End this process as `sys.exit(code)` would, without the half second in which Python takes all modules apart."""
+    """End this process like `sys.exit(code)`, but without the half second in which Python tears down all modules."""
     if isinstance(code, str):
         print(code, file=sys.stderr)
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python does, and as multiprocessing calls it
@@ -172,7 +172,7 @@ def end(code: str | int | None = 0) -> NoReturn:
 
 
 def run_by(stage: Forked, channel: int, modules: list[str]) -> None:
-    """Have the DVC of this process run a command by `stage`, which waits for it, if that has imported its module."""
+    """Make DVC in this process run a command in `stage`, a process that waits for it, if `stage` has imported its module."""
     run: Any = import_module("dvc.stage.run")
     by_shell = run._run
     waiting = [stage]
@@ -185,7 +185,7 @@ def run_by(stage: Forked, channel: int, modules: list[str]) -> None:
         request = {"module": found[1], "arguments": found[2].split(), "environment": options["env"]}
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as DVC does
         try:
-            with suppress(BrokenPipeError), open(channel, "w") as file:  # one that was killed is told by its exit code
+            with suppress(BrokenPipeError), open(channel, "w") as file:  # if it was killed, its exit code says so
                 file.write(json.dumps(request) + "\n")
             if code := waiting.pop().wait():
                 raise run.StageCmdFailedError(command, code)
@@ -196,7 +196,7 @@ def run_by(stage: Forked, channel: int, modules: list[str]) -> None:
 
 
 def _stage(read: int, write: int, imported: dict[str, str]) -> None:
-    """Wait for a stage's command, and run it as `python -m` would. `imported` are variables that imports have set."""
+    """Wait for a stage's command, and run it as `python -m` would. `imported` are environment variables that imports set."""
     os.close(write)
     name_process([sys.executable, "-m", "pipelines.stages"])
     with open(read) as file:
@@ -217,7 +217,7 @@ def _stage(read: int, write: int, imported: dict[str, str]) -> None:
 
 
 def code_state() -> dict[str, tuple[int, int]]:
-    """Times of change and sizes of the project's files: while they stay, the code in memory is that on disk."""
+    """Times of change and sizes of the project's files: while they are the same, the code in memory is the code on disk."""
     tops = (Path(guard.__file__).parent, *map(Path, import_module("dit").__path__))
     files = [Path(folder, name) for top in tops for folder, _, names in os.walk(top) for name in names]
     found = {str(file): file.stat() for file in files if file.suffix in (".py", ".yaml")}
@@ -225,7 +225,7 @@ def code_state() -> dict[str, tuple[int, int]]:
 
 
 def name_process(command: list[str]) -> None:
-    """Have `ps` show `command` for this process, by writing over its arguments, as far as there is room; zeros follow."""
+    """Make `ps` show `command` for this process, by overwriting its arguments as far as they reach, padded with zeros."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     start, stop = int(fields[45]), int(fields[46])  # arg_start and arg_end of proc_pid_stat(5), less the two before
     text = b"".join(os.fsencode(word) + b"\0" for word in command)[: max(stop - start - 1, 0)]
@@ -233,7 +233,7 @@ def name_process(command: list[str]) -> None:
 
 
 def _has_ended(pid: int) -> bool:
-    """Whether a child has ended; it is taken leave of."""
+    """Whether a child process has ended; if so, it is waited for."""
     try:
         return os.waitpid(pid, os.WNOHANG)[0] != 0
     except ChildProcessError:
@@ -248,13 +248,13 @@ def _fork_that_ends() -> int:
 
 
 def _threads() -> list[str]:
-    """The names of threads that are alive beside this one."""
+    """The names of other threads that are alive in this process."""
     names = {task.name: (task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
     return [name for task, name in names.items() if int(task) != os.getpid() and name not in SPARED_THREADS]
 
 
 def _has_used_a_gpu() -> bool:
-    """Whether a device file of a GPU is open: a driver that is in use does not survive a fork."""
+    """Whether this process has opened a GPU's device file: a GPU driver that is in use does not survive a fork."""
     targets = []
     for descriptor in Path("/proc/self/fd").iterdir():
         with suppress(OSError):
@@ -263,10 +263,10 @@ def _has_used_a_gpu() -> bool:
 
 
 def main() -> None:
-    """Serve as `pipelines.warm` wants it, which closes its end or is killed when it is done."""
+    """Serve `pipelines.warm` until it closes its end of the socket or is killed."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     name_process([sys.executable, "-m", "pipelines.warm_server"])
-    guard.end_with_parent()  # else an import that does not end would outlive the study
+    guard.end_with_parent()  # otherwise an import that does not end would outlive the study
     try:
         Server(connection, json.loads(connection.recv(MOST_BYTES))).serve()
     except NotWarmError as error:

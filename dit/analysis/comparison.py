@@ -1,4 +1,4 @@
-"""Statistics of a study: what runs share and spread, and how a strategy differs from another, paired over seeds.
+"""Statistics of a study: mean and spread of runs, and how one strategy differs from another, paired over seeds.
 
 Runs of one seed see the same batches, noise and validation set, so two strategies are compared seed by seed: what a seed adds
 to both cancels. Values are given by seed, with None for a run that has none (it diverged).
@@ -18,7 +18,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 FEWEST = 3
-"""Seeds below which no interval is drawn from an estimate, and no verdict from pairs."""
+"""With fewer seeds than this, an estimate has no interval, and a comparison has no verdict."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,20 @@ METRICS = (
     Metric("precision", "precision", lower_is_better=False),
     Metric("recall", "recall", lower_is_better=False),
 )
-"""What a finished run is judged by."""
+"""The metrics by which a finished run is judged."""
 
 INITIAL = Metric("initial_validation_mse", "initial validation error")
-"""What every run has, also one that diverged."""
+"""A metric that every run has, even one that diverged."""
 
 COMPARED = (1 / 8, 1 / 4, 1 / 2, 1)
 """Fractions of training at which strategies are compared by their trained weights."""
 
 
 NEAR = 0.03
-"""Relative distance to the error of a zero output within which a network starts at it."""
+"""A network starts with zero output if its initial error is within this fraction of the error of a zero output."""
 
 LAG = 0.01
-"""Relative excess of the averaged weights' error over that of the trained ones above which the average lags."""
+"""The average lags if the error of the averaged weights exceeds the error of the trained weights by more than this fraction."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Estimate:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval lies above or below zero, 0 where it does not exclude zero or there is none."""
+        """1 or -1 if the interval lies above or below zero; 0 if it includes zero or there is no interval."""
         if self.low is None or self.high is None:
             return 0
         return int(self.low > 0) - int(self.high < 0)
@@ -120,7 +120,7 @@ def interval_reach(count: int) -> float:
 
 
 def p_value(found: Estimate) -> float:
-    """The two-sided p-value of a mean of zero that Student's interval implies; 1 where there is none, or one without width."""
+    """The two-sided p-value of a zero mean that Student's interval implies; 1 if there is no interval or it has no width."""
     if found.low is None or found.high is None or found.high <= found.low:
         return 1.0
     reach = (found.high - found.low) / 2
@@ -128,7 +128,7 @@ def p_value(found: Estimate) -> float:
 
 
 def step_reached(steps: Sequence[float], errors: Sequence[float], threshold: float) -> float | None:
-    """The first step at which the error is at or below `threshold`, linear between measurements; None if it never is."""
+    """The first step at which the error is at or below `threshold`, interpolated linearly; None if it never is."""
     below = np.flatnonzero(np.asarray(errors) <= threshold)
     if len(below) == 0:
         return None
@@ -150,7 +150,7 @@ def compared_steps(validated: Sequence[int]) -> list[int]:
 
 
 def thresholds(baseline: Sequence[pd.Series], steps: Iterable[int]) -> dict[int, float]:
-    """The mean error of the baseline's runs at each of `steps`, from their curves by step; nothing where there is no run."""
+    """The mean error of the baseline's runs at each of `steps`, from their curves by step; empty if there is no run."""
     return {step: statistics.fmean(curve.loc[step] for curve in baseline) for step in steps if baseline}
 
 
@@ -167,7 +167,7 @@ def steps_to(step: int) -> str:
 def on_the_way(curve: pd.Series | None, steps: Iterable[int], limits: Mapping[int, float]) -> dict[str, float | None]:
     """A run's error at each of `steps`, and the step at which it reaches each of the baseline's errors `limits`, by name.
 
-    `curve` is its validation error by step; all is None for a run without one, as it diverged.
+    `curve` is the run's validation error by step; every value is None for a run without a curve, because it diverged.
     """
     if curve is None:
         return dict.fromkeys([*(error_at(step).name for step in steps), *map(steps_to, limits)])
@@ -177,9 +177,9 @@ def on_the_way(curve: pd.Series | None, steps: Iterable[int], limits: Mapping[in
 
 
 def relative_differences(curves: Mapping[int, pd.Series], baseline: Mapping[int, pd.Series]) -> pd.DataFrame:
-    """Each seed's curve minus that of the baseline, as a fraction of the baseline's mean over these seeds.
+    """Each seed's curve minus the baseline's curve of that seed, as a fraction of the baseline's mean over these seeds.
 
-    Curves are given by seed; a column for each seed that both have, a row for each step that all of them have.
+    Curves are given by seed. The table has a column for each seed that both have, and a row for each step of all these curves.
     """
     paired = {seed: curve for seed, curve in curves.items() if seed in baseline}
     if not paired:
@@ -189,10 +189,10 @@ def relative_differences(curves: Mapping[int, pd.Series], baseline: Mapping[int,
 
 
 def starts_at_zero_output(error: float, target_second_moment: float) -> bool:
-    """Whether an initial error is that of a network whose output is zero, up to `NEAR`."""
+    """Whether an initial error equals the error of a network with zero output, up to `NEAR`."""
     return abs(error / target_second_moment - 1) <= NEAR
 
 
 def lags(averaged: float, trained: float) -> bool:
-    """Whether averaged weights have a higher error than the trained ones, by more than `LAG`: they still hold the start."""
+    """Whether the averaged weights' error exceeds the trained weights' error by more than `LAG`: they still hold the start."""
     return averaged > (1 + LAG) * trained

@@ -21,7 +21,7 @@ class JudgedEffect:
 
     @property
     def clear(self) -> bool:
-        """Whether it is distinguishable from none."""
+        """Whether the effect is distinguishable from zero."""
         return self.p < 1 - CONFIDENCE
 
     @property
@@ -32,9 +32,9 @@ class JudgedEffect:
 
 
 def judge_effects(found: Factorial, declared: Sequence[Mapping[str, str]]) -> list[JudgedEffect]:
-    """The declared effects, each named by its factor and its level, in their order.
+    """Judge the declared effects, each named by its factor and its level, in their order.
 
-    Raises `UserError` for one that the study has not, and for fewer than three seeds.
+    Raises `UserError` for an effect that the study does not have, and for fewer than three seeds.
     """
     known = {(effect.factors[0], str(effect.levels[0])): effect for effect in found.main}
     wanted = [pair for one in declared for pair in one.items()]

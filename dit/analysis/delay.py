@@ -1,7 +1,7 @@
 """Whether one strategy trains later than another or ends worse: steps behind at equal error, and steps to a threshold.
 
-A delay is a number of steps by which one error curve is shifted against another; a level difference is a factor between the
-errors that stays. At one budget they look alike, and they lead to opposite conclusions for longer training.
+A delay is a number of steps by which one error curve is shifted against another; a level difference is a constant factor
+between the errors. At one budget they look alike, but they lead to opposite conclusions for longer training.
 
 Curves are compared seed by seed, because runs of one seed share batches and noise; intervals are Student's over seeds, which
 assumes that seeds are independent and their values about normal.
@@ -33,7 +33,7 @@ COURSES: dict[Course, str] = {
     "changes sign": "changes sign",
     "undetermined": "may stay or change, which these seeds cannot tell",
 }
-"""How a sentence says what a delay does over training."""
+"""The words in which a sentence says how a delay changes over training."""
 
 CHANGING = frozenset[Course]({"grows", "shrinks", "changes sign"})
 
@@ -44,7 +44,7 @@ WARM = 1 / 8
 """Fraction of training that is left out at its start, where both curves are still at their initial error."""
 
 FEWEST_STEPS = 3
-"""Steps at which a delay must be measurable before a line is drawn through it."""
+"""At how many steps a delay must be measurable before a line is fitted to it."""
 
 
 Ends = Mapping[int, Mapping[int, float]]
@@ -53,7 +53,7 @@ Ends = Mapping[int, Mapping[int, float]]
 
 @dataclass(frozen=True)
 class Curves:
-    """Validation errors of one strategy: `steps` (S,), ascending, and by seed errors (S,), not finite after a collapse."""
+    """Validation errors of one strategy: `steps` (S,), ascending, and `errors` (S,) by seed, not finite after a collapse."""
 
     steps: Sequence[float]
     errors: Mapping[int, Sequence[float]]
@@ -61,13 +61,13 @@ class Curves:
 
 @dataclass(frozen=True)
 class Trend:
-    """A quantity over training: estimates at `steps`, its mean over them, and the `slope` of a line, in units a step.
+    """A quantity over training: estimates at `steps`, their mean, and the `slope` of a fitted line, in units a step.
 
-    `change` is what the line gains from the first to the last of `steps`. The course is `changes sign` where the means over
-    the first and the last third of the steps differ from zero in opposite directions. Otherwise it is `not distinguishable`
-    where the mean cannot be told from zero, `constant` where the interval of the change lies within a quarter of the mean,
-    `grows` or `shrinks` (in size) where that interval excludes zero, and `undetermined` where the seeds do not suffice to
-    say.
+    `change` is how much the line rises from the first to the last of `steps`. The course is `changes sign` if the means over
+    the first and over the last third of the steps differ from zero in opposite directions. Otherwise it is `not
+    distinguishable` if the interval of the mean includes zero, `constant` if the interval of the change lies within a quarter
+    of the mean, `grows` or `shrinks` (in size) if the interval of the change excludes zero, and `undetermined` if the seeds do
+    not suffice to say.
     """
 
     steps: tuple[float, ...]
@@ -80,12 +80,13 @@ class Trend:
 
 @dataclass(frozen=True)
 class CurveComparison:
-    """How one strategy trains against a baseline, over the seeds at which both curves are whole; `left_out` are the others.
+    """How one strategy trains against a baseline, over the seeds at which both curves are whole; `left_out` are other seeds.
 
-    `delay` is in steps, positive where the strategy is behind, at steps of the baseline. It is None where the strategy
-    reaches too few of the baseline's errors to say. `gap` is the natural logarithm of the ratio of errors at equal steps.
+    `delay` is how many steps later the strategy reaches the baseline's error at each step of the baseline; it is negative if
+    the strategy is ahead, and None if the strategy reaches too few of the baseline's errors. `gap` is the natural logarithm of
+    the ratio of errors at equal steps.
 
-    `expected` is the relative difference in error at step `at` if the delay goes on along its line.
+    `expected` is the relative difference in error at step `at` if the delay continues along its fitted line.
     """
 
     delay: Trend | None
@@ -113,7 +114,10 @@ class CurveComparison:
 
     @property
     def kind(self) -> Literal["not distinguishable", "delay", "level", "neither", "undetermined"]:
-        """`delay`: the steps behind stay and the gap does not. `level`: the gap stays. `neither`: both change."""
+        """`delay`: the delay is constant and the gap is not. `level`: the gap is constant and the delay is not.
+
+        `neither`: both change.
+        """
         courses = (self.delay.course if self.delay else "undetermined", self.gap.course)
         if courses == ("not distinguishable", "not distinguishable"):
             return "not distinguishable"
@@ -126,7 +130,7 @@ def compare_curves(strategy: Curves, baseline: Curves, start: float | None = Non
     """Compare two strategies that were validated at the same steps.
 
     `start`: the first step that counts, by default an eighth of training. `at`: the step of `expected`, by default the last
-    one. Raises UserError where the steps differ, fewer than three of them count, or no seed has both curves whole.
+    one. Raises UserError if the steps differ, if fewer than three of them count, or if both curves are complete at no seed.
     """
     if not np.array_equal(strategy.steps, baseline.steps):
         raise UserError("the two strategies were validated at different steps: validate both at the same steps")
@@ -153,11 +157,11 @@ def compare_curves(strategy: Curves, baseline: Curves, start: float | None = Non
 
 
 def delays_by_length(late: Ends, early: Ends) -> dict[int, Estimate | None]:
-    """How many steps longer `late` must train for the final error that `early` has after each length, by that length.
+    """How many steps longer `late` must train to end with the final error of `early`, for each length of `early`.
 
-    Both hold the final errors of whole runs, whose learning rate decays over their own length: what matters where a budget is
-    chosen. Between lengths, an error is a power of the length (a line in both logarithms). None where some seed of `late` does
-    not reach that error within the lengths that were run, or reaches it before the shortest.
+    Both hold final errors of complete runs, whose learning rate decays over the length of the run: what matters for choosing a
+    budget. Between lengths, the error is interpolated as a power of the length (a line in both logarithms). None if some seed
+    of `late` does not reach the error within the lengths that were run, or has a lower error already after the shortest.
     """
     seeds = sorted(set.intersection(*(set(runs) for side in (late, early) for runs in side.values())))
     lengths = sorted(late)
@@ -169,7 +173,7 @@ def delays_by_length(late: Ends, early: Ends) -> dict[int, Estimate | None]:
 
 
 def _length_for(lengths: Sequence[int], errors: Sequence[float], wanted: float) -> float:
-    """The length after which the error is `wanted`, the first of several; NaN outside the lengths that were run."""
+    """The first length after which the error is `wanted`; NaN if that is outside the lengths that were run."""
     for (short, before), (long, after) in pairwise(zip(lengths, errors, strict=True)):
         if before >= wanted >= after:
             share = math.log(before / wanted) / math.log(before / after) if before > after else 0.0
@@ -178,7 +182,7 @@ def _length_for(lengths: Sequence[int], errors: Sequence[float], wanted: float) 
 
 
 def trend(steps: np.ndarray, values: np.ndarray) -> Trend:
-    """The course of `values` (seeds, S) over `steps` (S,), by a least-squares line for each seed."""
+    """The trend of `values` (seeds, S) over `steps` (S,), from a least-squares line for each seed."""
     slopes = np.polyfit(steps, values.T, 1)[0]
     mean, change = estimate(values.mean(axis=1)), estimate(slopes * (steps[-1] - steps[0]))
     third = len(steps) // 3
@@ -190,22 +194,22 @@ def trend(steps: np.ndarray, values: np.ndarray) -> Trend:
 
 @dataclass(frozen=True)
 class StepsTo:
-    """Steps to a threshold: where runs `reached` it, and where the others were `censored`, that is last seen above it."""
+    """Steps to a threshold: the steps at which runs `reached` it, and the steps at which other runs were `censored`."""
 
     reached: tuple[float, ...]
     censored: tuple[float, ...]
 
     @property
     def sample(self) -> stats.CensoredData:
-        """The same, as scipy takes it."""
+        """The same steps as an object of scipy."""
         return stats.CensoredData(uncensored=self.reached, right=self.censored)
 
 
 def steps_to_threshold(curves: Curves, threshold: float) -> StepsTo:
-    """The step at which each run first has an error at or below `threshold`, linear between validations.
+    """The step at which each run first has an error at or below `threshold`, interpolated linearly between validations.
 
-    A run that never does is censored at the last step of the curves. So is a run that collapsed before it: to censor it at
-    the collapse would assume that it would have gone on like the others.
+    A run that never reaches it is censored at the last step of the curves. So is a run that collapsed before reaching it:
+    censoring it at the collapse would assume that it would have gone on like the other runs.
     """
     found = [step_reached(*_finite(curves.steps, errors), threshold) for errors in curves.errors.values()]
     reached = tuple(step for step in found if step is not None)
@@ -214,7 +218,7 @@ def steps_to_threshold(curves: Curves, threshold: float) -> StepsTo:
 
 @dataclass(frozen=True)
 class MedianSteps:
-    """The median of steps to a threshold and its 95 % interval; None where too few of `n` runs reached it to tell."""
+    """The median of steps to a threshold, with its 95 % interval; None for what too few of `n` runs determine."""
 
     median: float | None
     low: float | None
@@ -227,8 +231,8 @@ def median_steps(runs: StepsTo) -> MedianSteps:
     """The median by the estimator of Kaplan and Meier (1958), "Nonparametric estimation from incomplete observations".
 
     The interval holds the steps at which the log-log interval of the share of runs still above the threshold includes one
-    half (Brookmeyer and Crowley 1982, "A confidence interval for the median survival time"). It is asymptotic, and wide or
-    without end for a few seeds.
+    half (Brookmeyer and Crowley 1982, "A confidence interval for the median survival time"). It is asymptotic; for few seeds it
+    is wide or has no upper end.
     """
     survival = stats.ecdf(runs.sample).sf
     # The interval is undefined where the share is 0 or 1, and scipy warns of that.
@@ -242,12 +246,12 @@ def median_steps(runs: StepsTo) -> MedianSteps:
 
 
 def compare_steps(one: StepsTo, other: StepsTo) -> float | None:
-    """The two-sided p-value of the log-rank test that both take as many steps to the threshold; None where no run reached it.
+    """The two-sided p-value of the log-rank test that both need equally many steps to the threshold; None if no run reached it.
 
     Mantel (1966), "Evaluation of survival data and two new rank order statistics". The usual normal approximation is poor for
-    a few seeds, so the statistic is compared with its values under exchange of runs between the two: all exchanges up to a
-    thousand of them, else a random thousand. Three runs against three cannot give less than 0.1. Seeds are not paired: that
-    is valid, and weaker.
+    few seeds, so this is a permutation test: runs are exchanged between the two sides, in all ways if there are at most a
+    thousand, otherwise in a thousand random ways. Three runs against three cannot give less than 0.1. Seeds are not paired:
+    that is valid, but less powerful.
     """
     if not one.reached and not other.reached:
         return None
@@ -285,16 +289,16 @@ def _finite(steps: Sequence[float], errors: Sequence[float]) -> tuple[list[float
 
 
 def _delays(steps: np.ndarray, late: np.ndarray, early: np.ndarray) -> np.ndarray:
-    """At each step of `early` (S,): how many steps later `late` reaches its lowest error so far; NaN if it never does."""
+    """At each step (S,): how many steps later `late` reaches the lowest error of `early` so far; NaN if it never does."""
     reached = np.log(np.minimum.accumulate(early))
     return _step_at(steps, late, reached) - _step_at(steps, early, reached)
 
 
 def _step_at(steps: np.ndarray, errors: np.ndarray, log_levels: np.ndarray) -> np.ndarray:
-    """The step at which the lowest error so far falls to each level, NaN outside the curve.
+    """The step at which the lowest error so far falls to each level; NaN for levels outside the curve.
 
-    Between validations it is a monotone cubic in log error (Fritsch and Carlson 1980, "Monotone piecewise cubic
-    interpolation").
+    Between validations, the step is interpolated by a monotone cubic in log error (Fritsch and Carlson 1980, "Monotone
+    piecewise cubic interpolation").
     """
     lowest = np.minimum.accumulate(errors)
     fresh = np.concatenate([[True], lowest[1:] < lowest[:-1]])
@@ -304,7 +308,7 @@ def _step_at(steps: np.ndarray, errors: np.ndarray, log_levels: np.ndarray) -> n
 
 
 def _expected(steps: np.ndarray, early: np.ndarray, shared: np.ndarray, delays: np.ndarray, at: float) -> Estimate | None:
-    """The relative difference in error at step `at`, if each seed's delay goes on along its line.
+    """The relative difference in error at step `at`, if each seed's delay continues along its fitted line.
 
     A curve that is d steps late has the error that the baseline had at step `at` - d. The baseline's error is taken as a
     power of the step, fitted for each seed to the second half of its curve.
@@ -328,7 +332,7 @@ def _course(mean: Estimate, change: Estimate) -> Course:
 
 
 def _steps(found: Estimate) -> str:
-    """Steps behind or ahead, without the sign that these words carry; with it where zero is possible."""
+    """A number of steps in words, with its interval; with a sign only if the interval includes zero."""
     bounds = [value for value in (found.low, found.high) if value is not None]
     if found.sign == 0:
         interval = f" [{', '.join(signed(bound, '.3g') for bound in bounds)}]" if bounds else ""

@@ -18,13 +18,14 @@ GATE = ".gate.weight"
 
 
 class RoleState(NamedTuple):
-    """One role at one step. Root mean squares are over the role's entries; what does not apply to a role is None.
+    """One role at one step. Root mean squares (RMS) are over the role's entries; a field that does not apply is None.
 
-    - `update_ratio`: RMS of the update over that of the weights, None where all weights are zero.
-    - `distinct_units`: of the hidden units on `block[i].mlp_in.weight`, of the heads on `block[i].attn_out.weight`, of the
-      head's rows on `final.projection.weight`; None where a weight is not finite.
-    - `effective_rank`: of the weights of the head and of each gate; None where they are all zero or not finite.
-    - `gate_rms`: of the gate itself, over the batch and its features, on `block[i].modulation.attn|mlp.gate.weight`.
+    - `update_ratio`: RMS of the update divided by RMS of the weights; None if all weights are zero.
+    - `distinct_units`: how many hidden units differ (role `block[i].mlp_in.weight`), how many attention heads differ
+      (`block[i].attn_out.weight`), or how many output rows differ (`final.projection.weight`); None if a weight is not finite.
+    - `effective_rank`: effective rank of the weights of the output projection or of a gate; None if all are zero or one is not
+      finite.
+    - `gate_rms`: RMS of the gate's values over batch and features, for the roles `block[i].modulation.attn|mlp.gate.weight`.
     """
 
     role: str
@@ -38,9 +39,9 @@ class RoleState(NamedTuple):
 
 
 class RoleProbe:
-    """Reads what every role of `model` is when a step's gradients are known, and then how far the step moved it.
+    """Reads the state of every role of `model` once a step's gradients are known, and then how far the step moved the role.
 
-    All readings stay on the device and make the same calls every time, so that they can be parts of CUDA graphs.
+    All readings stay on the device and make the same calls every time, so that a CUDA graph can capture them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,9 +55,9 @@ class RoleProbe:
 
     @torch.no_grad()
     def norms(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """Three numbers for each role, before the update: norm and entries of its gradient that are not zero, and its norm.
+        """Three numbers for each role, before the update: norm of its gradient, nonzero entries of its gradient, its own norm.
 
-        `gradients` are those of `weights`, in their order, None where nothing uses the weight.
+        `gradients` holds one gradient for each of `weights`, in the same order; None for a weight that nothing uses.
         """
         pairs = zip(self.weights.items(), gradients, strict=True)
         held = {name: torch.zeros_like(weight) if gradient is None else gradient for (name, weight), gradient in pairs}
@@ -70,7 +71,7 @@ class RoleProbe:
     def symmetry(self, timesteps: Tensor, labels: Tensor) -> Tensor:
         """Before the update: distinct units, effective ranks and gates of the roles that have them, one after the other.
 
-        `timesteps` (B,) and `labels` (B,) are those of the step's batch.
+        `timesteps` (B,) and `labels` (B,) belong to the step's batch.
         """
         by_path = {role.path: weight for role, weight in zip(self.roles, self._by_role(self.weights), strict=True)}
         distinct = {path: count_distinct(units) for path, units in self.backbone.units(self.model).items()}
@@ -82,7 +83,7 @@ class RoleProbe:
 
     @torch.no_grad()
     def changes(self) -> Tensor:
-        """The norm of each role's change since `norms`."""
+        """The norm of each role's change since the last call of `norms`."""
         changes = torch._foreach_sub(self._previous, list(self.weights.values()))
         return _vector([torch._foreach_norm(self._by_role(dict(zip(self.weights, changes, strict=True))))])
 
@@ -91,7 +92,7 @@ class RoleProbe:
         self._previous = []
 
     def states(self, read: Sequence[float]) -> list[RoleState]:
-        """Every role's state, from the numbers of `norms`, `symmetry` and `changes`, one after the other."""
+        """The state of every role, from the concatenated numbers that `norms`, `symmetry` and `changes` returned."""
         values = iter(read)
         gradients, nonzero, weights = ([next(values) for _ in self.roles] for _ in range(3))
         units, ranks, openness = ({path: next(values) for path in paths} for paths in self._special)
@@ -129,7 +130,7 @@ def _effective_ranks(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def effective_rank(weight: Tensor) -> Tensor:
-    """(tr A)^2 / tr(A^2) of A = W W^T, for a matrix W: a scalar from 1 to its rank, NaN where all its entries are zero.
+    """(tr A)^2 / tr(A^2) of A = W W^T, for a matrix W: a scalar from 1 to the rank of W; NaN if all entries of W are zero.
 
     The participation ratio of the eigenvalues of A, the squared singular values of W: the effective rank R_0 of Bartlett et al.
     (2020), "Benign overfitting in linear regression". It needs no decomposition: with W scaled to tr A = 1 it is 1 / |A|^2.
@@ -146,9 +147,9 @@ def _rms(gate: Tensor) -> Tensor:
 class GradientNoise:
     """How noisy the gradient of one step is; McCandlish et al. (2018), "An empirical model of large-batch training".
 
-    `squared_norm` and `covariance_trace` are unbiased estimates, which may be negative, of |G|^2 and tr(Sigma): G is the
-    expected gradient and Sigma the covariance of that of one sample. `batch_norm` and `part_norm` are the norms of the gradient
-    over the whole batch and over a part of it, from which they come.
+    `squared_norm` and `covariance_trace` are unbiased estimates of |G|^2 and tr(Sigma), and may be negative: G is the expected
+    gradient, and Sigma the covariance of the gradient of one sample. Both estimates come from `batch_norm` and `part_norm`, the
+    norms of the gradient over the whole batch and over a part of it.
     """
 
     squared_norm: float
@@ -158,10 +159,10 @@ class GradientNoise:
 
 
 def gradient_noise(batch_norm: float, part_norm: float, batch_size: int, part_size: int) -> GradientNoise:
-    """Both estimates from the gradient's norm over `batch_size` samples and over `part_size`, fewer, of them.
+    """Estimates |G|^2 and tr(Sigma) from the gradient's norm over `batch_size` samples and over `part_size` of these samples.
 
-    A mean over B samples has E|g|^2 = |G|^2 + tr(Sigma) / B, which two sizes solve; appendix A.1 of the paper. The part may
-    belong to the batch, as expectations add up all the same.
+    A mean over B samples has E|g|^2 = |G|^2 + tr(Sigma) / B; two values of B give two equations for the two unknowns (appendix
+    A.1 of the paper). The part may belong to the batch, because the equations are about expectations.
     """
     whole, part = batch_norm * batch_norm, part_norm * part_norm
     return GradientNoise(
@@ -175,8 +176,8 @@ def gradient_noise(batch_norm: float, part_norm: float, batch_size: int, part_si
 def noise_scale(noise: Iterable[GradientNoise]) -> float | None:
     """The simple noise scale tr(Sigma) / |G|^2, in samples, over several steps: about the largest batch that still pays.
 
-    A ratio of averages, as each step's own ratio is biased; appendix A.1 of the paper. Steps that are not finite are left out.
-    None where the averages do not determine it, as too few steps leave an estimate of |G|^2 or of tr(Sigma) below zero.
+    It is a ratio of averages, because the ratio at each step is biased (appendix A.1 of the paper). Steps with values that are
+    not finite are left out. None if the average estimate of |G|^2 or of tr(Sigma) is below zero, as it may be for few steps.
     """
     finite = [one for one in noise if math.isfinite(one.squared_norm) and math.isfinite(one.covariance_trace)]
     squared_norm = math.fsum(one.squared_norm for one in finite)

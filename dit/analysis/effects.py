@@ -32,9 +32,10 @@ Scale = Literal["difference", "ratio"]
 class Effect:
     """What changing `factors` from their `reference` levels to `levels` does.
 
-    For one factor: the change, averaged over all combinations of the others. For two: how much larger the change by the first
-    factor is at the second's level than at its reference, likewise averaged; a difference of differences, not halved. On the
-    scale `ratio`, effects are relative: 0.04 is 4 % more, or for two factors a change that is 4 % greater as a factor.
+    For one factor: the change, averaged over all combinations of the other factors. For two factors: how much larger the change
+    by the first factor is at the level of the second than at the reference of the second, averaged likewise (a difference of
+    differences, not halved). On the scale `ratio`, effects are relative: 0.04 means 4 % more; for two factors it means that the
+    ratio by which the first factor changes the value is 4 % larger.
     """
 
     factors: tuple[str, ...]
@@ -45,7 +46,7 @@ class Effect:
 
     @property
     def p_value(self) -> float:
-        """The two-sided p-value of no effect, uncorrected; of logarithms on the scale `ratio`, as its interval is."""
+        """The two-sided, uncorrected p-value of no effect; on the scale `ratio`, computed from logarithms like the interval."""
         found = self.estimate
         if self.scale == "difference" or found.low is None or found.high is None:
             return p_value(found)
@@ -76,7 +77,7 @@ def factorial(factors: Factors, runs: Runs, scale: Scale = "difference") -> Fact
     """Main effects and two-way interactions of every level that is not the first of its factor.
 
     Contrasts with equal weights, as in Montgomery, "Design and Analysis of Experiments", chapters on factorial and blocked
-    designs; with two levels its interaction effect is half of ours. Raises UserError where a factor has one level, a
+    designs; with two levels Montgomery's interaction effect is half of this one. Raises UserError if a factor has one level, a
     combination or a seed is missing, a value is not positive on the scale `ratio`, or a run failed at every seed.
     """
     values, left_out = _table(factors, runs)
@@ -96,9 +97,9 @@ def factorial(factors: Factors, runs: Runs, scale: Scale = "difference") -> Fact
 
 
 def cell_means(factors: Factors, runs: Runs, rows: str, columns: str) -> dict[tuple[Hashable, Hashable], Estimate]:
-    """The mean at each pair of levels of two factors, averaged over the others: what an interaction plot or a heat map shows.
+    """The mean at each pair of levels of two factors, averaged over other factors, for an interaction plot or a heat map.
 
-    Its intervals hold what seeds add to all their runs, so they are wider than those of the effects.
+    The intervals include the differences between seeds, which cancel in an effect, so they are wider than intervals of effects.
     """
     values, _ = _table(factors, runs)
     names = list(factors)
@@ -143,7 +144,7 @@ def _refuse_unbalanced(factors: Factors, runs: Runs, seeds: Sequence[int]) -> No
 
 
 def _effect(factors: Factors, values: np.ndarray, chosen: Mapping[int, int], scale: Scale) -> Effect:
-    """The effect of taking each axis of `chosen` from level 0 to the level that is named there."""
+    """The effect of changing each axis in `chosen` from level 0 to the level that `chosen` gives for it."""
     names = list(factors)
     changed = values
     for axis, level in chosen.items():

@@ -1,7 +1,8 @@
 """How often runs spike, collapse and diverge, and what moved before they did.
 
-The steps that the loop kept before a spike (`spikes`: step, loss, mse, gradient_norm) show at full rate which of these rose
-first. The diagnoses by block (`stability`) and by role (`diagnostics`) show what had changed by the last one before it.
+The training loop keeps every step before a spike (`spikes`: step, loss, mse, gradient_norm), which shows which quantity rose
+first. The diagnoses by block (`stability`) and by role (`diagnostics`) are rarer; the last one before a spike shows what had
+changed by then.
 """
 
 from __future__ import annotations
@@ -14,24 +15,24 @@ from functools import cached_property
 import pandas as pd
 
 QUANTITIES = {"gradient_norm": 2.0, "loss": 1.5, "mse": 1.5}
-"""Quantities kept before a spike, and the multiple of its past above which each moved, as in `dit.training.stability`."""
+"""Quantities kept before a spike. Each counts as risen above this multiple of its past, as in `dit.training.stability`."""
 
 KEPT = 64
-"""Steps before a spike that are looked at, as many as the loop keeps."""
+"""How many steps before a spike are examined: as many as the training loop keeps."""
 
 OF_BLOCKS = ("max_attention_logit", "attention_entropy", "residual_rms", "second_moment_ratio")
-"""What is diagnosed in every block and may announce a spike. Two more indicators are in `_indicators`."""
+"""Quantities that are diagnosed in every block and may announce a spike. `_indicators` adds those of `ONLY_RISING`."""
 
 ONLY_RISING = ("clipped_share", "update_ratio")
-"""Indicators that announce nothing when they fall: updates of a layer that starts at zero shrink against its weights."""
+"""Indicators that count only if they rise: for a layer that starts at zero, updates shrink relative to its growing weights."""
 
 FEWEST_DIAGNOSES = 3
-"""Earlier diagnoses that are needed before the last one can be compared with them."""
+"""How many earlier diagnoses are needed before the last one is compared with them."""
 
 
 @dataclass(frozen=True)
 class History:
-    """What happened in one run: its status, its spikes and recoveries, the steps of its end, and its tables."""
+    """What happened in one run: its status, its spikes and recoveries, the step at which it failed, and its tables."""
 
     strategy: str
     rate: float
@@ -46,17 +47,20 @@ class History:
 
     @cached_property
     def spike_steps(self) -> list[int]:
-        """The steps at which it spiked."""
+        """The steps at which the run spiked."""
         return [int(step) for step in self.events.loc[self.events["kind"] == "spike", "step"]]
 
     @property
     def failed_at(self) -> int | None:
-        """The step at which it collapsed, or else diverged."""
+        """The step at which the run collapsed or, if it did not, the step at which it diverged."""
         return self.diverged if self.collapsed is None else self.collapsed
 
     @property
     def turning_point(self) -> int | None:
-        """The spike after which it failed, else its first spike; None without any. A collapse may have no spike before it."""
+        """In a failed run, the last spike before the failure, or the failure if no spike came before it; else the first spike.
+
+        None if the run neither failed nor spiked.
+        """
         before = [step for step in self.spike_steps if self.failed_at is None or step <= self.failed_at]
         if not before:
             return self.failed_at
@@ -98,7 +102,7 @@ def count(histories: Sequence[History]) -> Failures:
 def before(history: History) -> pd.DataFrame | None:
     """The kept steps up to the turning point, counted from it (-64 to 0): each quantity over its median in the first half.
 
-    None where no turning point has steps kept before it.
+    None if there is no turning point, or if fewer than `FEWEST_DIAGNOSES` steps of the first half were kept.
     """
     at = history.turning_point
     if at is None or not len(history.spikes):
@@ -112,7 +116,7 @@ def before(history: History) -> pd.DataFrame | None:
 
 
 def lead(ratios: pd.DataFrame) -> dict[str, int]:
-    """How many steps before the spike each quantity rose beyond its limit and stayed there; those that did not are left out."""
+    """How many steps before the spike each quantity rose above its limit to stay there; other quantities are left out."""
     found = {}
     for name, limit in QUANTITIES.items():
         below = ratios.index[~(ratios[name] > limit)]
@@ -124,9 +128,10 @@ def lead(ratios: pd.DataFrame) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Sign:
-    """What had changed most by the last diagnosis before a turning point: `ratio` times its median until then.
+    """The indicator that had changed most by the last diagnosis before a turning point.
 
-    `block` and `role` say where it was read. Both are None for weights outside of blocks and for the share of clipped steps.
+    `ratio` is its last value divided by the median of the earlier ones. `block` and `role` say where it was measured. Both are
+    None for indicators of the network outside of blocks and for the share of clipped steps.
     """
 
     indicator: str
@@ -138,7 +143,7 @@ class Sign:
 
 
 def sign(history: History) -> Sign | None:
-    """The indicator that had moved furthest, as a factor, by the last diagnosis before the turning point."""
+    """The indicator that had changed by the largest factor, up or down, at the last diagnosis before the turning point."""
     at = history.turning_point
     if at is None:
         return None
@@ -166,6 +171,6 @@ def _indicators(history: History) -> Iterator[tuple[str, int | None, str | None,
 
 
 def average(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The geometric mean of tables of `before`, at the steps that any of them has."""
+    """The geometric mean of several tables that `before` returned, at every step that is in any of them."""
     logs = pd.concat([table.where(table > 0).map(math.log) for table in tables])
     return logs.groupby(level=0).mean().map(math.exp)

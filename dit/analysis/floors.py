@@ -1,4 +1,4 @@
-"""Whether a metric of generated samples can rank strategies: its floor, its ceiling, and what it separates between them."""
+"""Whether a metric of generated samples can rank strategies, given its scores of real and of grey images, and its intervals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dit.analysis.comparison import FEWEST, estimate
 
 @dataclass(frozen=True)
 class References:
-    """What the metric says of images that no strategy generated, all measured against the same validation images.
+    """The metric's scores of images that no strategy generated, all measured against the same validation images.
 
     `real`: real training images, the best that a generator can reach. `reconstructions`: real images through the autoencoder,
     the best that a generator of latents can reach; None without an autoencoder. `grey`: constant images, which a metric of
@@ -24,7 +24,7 @@ class References:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Whether a metric can rank the strategies, and otherwise every reason why it cannot."""
+    """Whether a metric can rank the strategies; if it cannot, every reason."""
 
     metric: str
     possible: bool
@@ -44,13 +44,13 @@ def ranking(
     feature_dimension: int | None = None,
     lower_is_better: bool = True,
 ) -> Ranking:
-    """Judge a metric by `scores`, one for each seed of each strategy.
+    """Judge whether a metric can rank strategies by `scores`, one for each seed of each strategy.
 
-    `feature_dimension`: for metrics that estimate a covariance of features, such as the Fréchet distance, whose estimate has
-    no full rank with fewer samples than that; None for others. The strategies' 95 % intervals are Student's over seeds and
-    assume about normal scores. The limits are conventions of this project: an interval must not be wider than the distance
-    between the best and the worst strategy, nor than the distance between the best strategy and the floor, which is the
-    reconstructions where there is an autoencoder.
+    `feature_dimension` is for metrics that estimate a covariance of features, such as the Fréchet distance: with fewer samples
+    than dimensions, this covariance has no full rank. It is None for other metrics. The 95 % intervals of the strategies are
+    Student's over seeds and assume about normal scores. The limits are conventions of this project: an interval must be
+    narrower than the distance between the best and the worst strategy, and narrower than the distance between the best strategy
+    and the floor. The floor is the score of reconstructions, or of real training images if there is no autoencoder.
     """
     sign = 1 if lower_is_better else -1
     floor = references.real if references.reconstructions is None else references.reconstructions

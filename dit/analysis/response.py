@@ -39,7 +39,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Span:
-    """A range of rates. An open end lies somewhere beyond the rate that is given, where the runs cannot tell."""
+    """A range of rates. An open end lies at or beyond the given rate; the runs cannot tell how far."""
 
     low: float
     high: float
@@ -53,7 +53,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best rate and the error there. `rate` lies between measured rates unless `edge` says why it cannot.
+    """The best rate and the error there. `rate` is interpolated between measured rates unless `edge` says why it cannot be.
 
     `interval` is the 95 % interval of the rate, None for fewer than three seeds or at an edge.
     """
@@ -71,10 +71,11 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Response:
-    """The response curve of one strategy, rates ascending, and what follows from it; None where every rate has a failed run.
+    """The response curve of one strategy, with rates ascending, and what follows from it.
 
-    `near_best` are the rates whose error is within 1 % of the lowest measured one. No run failed at `largest_stable` or any
-    measured rate below it; `smallest_failing` is the next measured rate, None if no run failed at all.
+    `optimum` and `near_best` are None if a run failed at every rate. `near_best` is the range of rates whose error is within
+    1 % of the lowest measured error. `smallest_failing` is the lowest measured rate at which a run failed, None if no run
+    failed. `largest_stable` is the measured rate below it (the highest rate if no run failed), None if there is no such rate.
     """
 
     points: tuple[Point, ...]
@@ -85,9 +86,9 @@ class Response:
 
 
 def response(errors: Errors, seeds: Collection[int] | None = None) -> Response:
-    """Describe the response of final error to learning rate over `seeds`, by default those that ran at every rate.
+    """Describe how the final error responds to the learning rate over `seeds`, by default the seeds that ran at every rate.
 
-    Raises UserError where a seed did not run at every rate, or none did.
+    Raises UserError if one of `seeds` did not run at every rate, or if no seed ran at every rate.
     """
     seeds = _complete(errors, seeds)
     points = tuple(_point(rate, [errors[rate][seed] for seed in seeds]) for rate in sorted(errors))
@@ -104,9 +105,9 @@ def response(errors: Errors, seeds: Collection[int] | None = None) -> Response:
 
 
 def best_rate(errors: Errors, seeds: Collection[int]) -> float | None:
-    """The measured rate with the lowest mean error over `seeds`, or None. A rate at which one of them failed cannot be best.
+    """The measured rate with the lowest mean error over `seeds`. A rate at which one of their runs failed cannot be best.
 
-    Raises UserError where one of `seeds` did not run at every rate.
+    None if a run failed at every rate. Raises UserError if one of `seeds` did not run at every rate.
     """
     curve = _curve(errors, _complete(errors, seeds))
     return sorted(errors)[curve.best] if curve else None
@@ -117,12 +118,12 @@ def learning_rate_sensitivity(errors: Errors, initial_error: float) -> Estimate 
 
     Wortsman et al. 2023 (arXiv 2309.14322), section 2.2, in an equation without a number: "LR sensitivity is defined as
     E_{eta in [a,b]} [min(l(A(eta)), l_0) - l*]", with the validation loss l after training at rate eta, the loss l_0 at
-    initialisation and l* = min_{eta in [a,b]} l(A(eta)). As there, expectation and minimum are over the rates that were run,
-    each with the same weight, so rates must be evenly spaced in their logarithm and two strategies are comparable only over
-    the same rates. A failed run counts as l_0.
+    initialisation and l* = min_{eta in [a,b]} l(A(eta)). As in the paper, expectation and minimum are over the rates that were
+    run, each with the same weight. So the logarithms of the rates must be evenly spaced, and two strategies are comparable only
+    over the same rates. A failed run counts as l_0.
 
     The paper has one run a rate. Here l* belongs to the rate with the lowest mean over seeds, and the interval is Student's
-    over the values of single seeds with that rate held fixed. It assumes that they are about normal, which they are not where
+    over the values of single seeds, with this rate held fixed. It assumes that these values are about normal, which is wrong if
     only some of the seeds fail at a rate.
     """
     rates, seeds = sorted(errors), _complete(errors, None)
@@ -135,20 +136,20 @@ def learning_rate_sensitivity(errors: Errors, initial_error: float) -> Estimate 
 
 
 def at_same_rate(errors: Errors, baseline: Errors) -> dict[float, Estimate | None]:
-    """Error minus the baseline's error at each rate that both have, paired over seeds; None where a pair is left at no seed.
+    """Error minus the baseline's error at each rate that both have, paired over seeds; None if both runs end well at no seed.
 
-    A pair of which a run failed has no difference: a verdict must say so, as those of `verdicts.judge` do.
+    A seed at which one of the two runs failed is left out: a verdict must say so, as `verdicts.judge` does.
     """
     return {rate: _paired(errors[rate], baseline[rate]) for rate in sorted(errors.keys() & baseline.keys())}
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Two strategies, each at its best rate as chosen on other seeds; a rate is None where every rate had a failed run.
+    """Two strategies, each at its best rate as chosen on other seeds; a rate is None if a run failed at every rate.
 
-    `values` and `baseline_values` are errors by reported seed, None for a failed run. Where `interpolated`, they are those of
-    each seed's parabola at the interpolated optimum, else those of runs at the best measured rate. `limits` says what is in
-    doubt.
+    `values` and `baseline_values` are errors by reported seed, None for a failed run. If `interpolated`, an error is the value
+    of the seed's parabola at the interpolated best rate; otherwise it is the error of the run at the best measured rate.
+    `limits` says what is in doubt.
     """
 
     rate: float | None
@@ -174,10 +175,10 @@ class Tuned:
 def each_at_its_best(errors: Errors, baseline: Errors, selection: Collection[int], report: Collection[int]) -> Tuned:
     """Choose the best rate of each strategy on the seeds `selection`, and report both at these rates on the seeds `report`.
 
-    A rate chosen on the seeds that are reported would favour the noisier strategy. Rates are interpolated where every seed of
-    `report` ended well at the three rates around both optima. At measured rates alone, the strategy whose optimum happens to
-    lie nearer to one of them would win: `limits` says so, and forbids a verdict. Raises UserError where the two sets of seeds
-    overlap.
+    Choosing the rate on the reported seeds would favour the noisier strategy. Best rates are interpolated if every seed of
+    `report` ended well at the three measured rates around each strategy's optimum. Otherwise the best measured rates are used,
+    which favours the strategy whose optimum happens to lie nearer to a measured rate: `limits` says so, and forbids a verdict.
+    Raises UserError if the two sets of seeds overlap.
     """
     if both := sorted(set(selection) & set(report)):
         raise UserError(f"seeds {both} choose the learning rate and are also reported at it: let other seeds choose it")
@@ -193,7 +194,10 @@ def each_at_its_best(errors: Errors, baseline: Errors, selection: Collection[int
 
 
 def _at_optimum(errors: Errors, curve: _Curve | None, seeds: Collection[int]) -> dict[int, float] | None:
-    """The error of each seed at the optimum of `curve`, by its parabola through the rates around it; None where one lacks."""
+    """The error of each seed at the optimum of `curve`, from the seed's parabola through the three rates around the optimum.
+
+    None if the optimum is at an edge, or if a run of one of the seeds is missing or failed at one of the three rates.
+    """
     if curve is None or _edge(curve):
         return None
     offsets, shift = _vertex(curve)
@@ -216,7 +220,7 @@ def _limit(whose: str, errors: Errors, curve: _Curve) -> str:
 
 
 def _complete(errors: Errors, seeds: Collection[int] | None) -> list[int]:
-    """`seeds`, or those that ran at every rate."""
+    """`seeds`, or by default the seeds that ran at every rate. Raises UserError if there are none, or if runs are missing."""
     everywhere = set.intersection(*(set(runs) for runs in errors.values())) if errors else set()
     chosen = everywhere if seeds is None else set(seeds)
     if not chosen:
@@ -228,7 +232,7 @@ def _complete(errors: Errors, seeds: Collection[int] | None) -> list[int]:
 
 
 def _at(errors: Errors, rate: float | None, seeds: Collection[int]) -> dict[int, float | None]:
-    """The errors of `seeds` at `rate`, without seeds that did not run there; all None where there is no such rate."""
+    """The errors of `seeds` at `rate`, without seeds that did not run there; None for every seed if `rate` is None."""
     runs = dict.fromkeys(seeds) if rate is None else {seed: errors[rate][seed] for seed in seeds if seed in errors[rate]}
     return {seed: value if ended(value) else None for seed, value in runs.items()}
 
@@ -251,7 +255,7 @@ def _point(rate: float, values: list[float | None]) -> Point:
 
 @dataclass(frozen=True)
 class _Curve:
-    """Log errors (R, seeds) at ascending log rates (R,), their means (R,), NaN where a run failed, and the best row."""
+    """Log errors (R, seeds) at ascending log rates (R,), their means (R,), NaN if a run failed, and the best rate's index."""
 
     log_rates: np.ndarray
     log_errors: np.ndarray
@@ -259,7 +263,7 @@ class _Curve:
     best: int
 
     def measured(self, row: int) -> bool:
-        """Whether there is such a rate, and no run failed at it."""
+        """Whether `row` is a measured rate at which no run failed."""
         return 0 <= row < len(self.means) and not math.isnan(self.means[row])
 
 
@@ -273,7 +277,7 @@ def _curve(errors: Errors, seeds: list[int]) -> _Curve | None:
 
 
 def _edge(curve: _Curve) -> str | None:
-    """Why no optimum can be interpolated around the best rate; None if it can."""
+    """Why no optimum can be interpolated around the best measured rate; None if one can."""
     if curve.best == 0:
         return "the lowest rate measured"
     if curve.best == len(curve.means) - 1:
@@ -285,10 +289,10 @@ def _edge(curve: _Curve) -> str | None:
 
 
 def _vertex(curve: _Curve) -> tuple[np.ndarray, float]:
-    """Log rates of the best rate and its two neighbours (3,) and of the optimum, relative to that of the best rate.
+    """Log rates of the best measured rate and its two neighbours (3,), and of the optimum, relative to the best measured rate.
 
-    The optimum is the vertex of the parabola through the mean log errors at these rates. It lies between the midpoints to the
-    neighbours, because the middle one is lowest.
+    The optimum is the vertex of the parabola through the mean log errors at these three rates. It lies between the midpoints to
+    the two neighbours, because the error at the middle rate is the lowest.
     """
     near = slice(curve.best - 1, curve.best + 2)
     offsets = curve.log_rates[near] - curve.log_rates[curve.best]
@@ -313,10 +317,10 @@ def _stationary(slope: np.ndarray, curvature: np.ndarray) -> tuple[float, float]
     """The 95 % interval of the offset t at which the mean parabola over seeds, each slope t + curvature t^2, is lowest.
 
     Fieller (1954), "Some problems in interval estimation": all t at which the mean over seeds of slope + 2 curvature t is not
-    distinguishable from zero by Student's test; without end where the curvature itself is not distinguishable from zero. It
-    is exact for normal log errors at any number of seeds: over 400 synthetic studies of 3 and of 5 seeds it held the true
-    rate in 95 to 97 %, where percentiles of a bootstrap over seeds held it in 63 to 92 % of 60. It does not include that
-    other seeds might have had another measured rate as their best.
+    distinguishable from zero by Student's test; the interval is infinite if the curvature is not distinguishable from zero. It
+    is exact for normal log errors at any number of seeds: in 400 synthetic studies of 3 and of 5 seeds it held the true rate in
+    95 to 97 %, while percentiles of a bootstrap over seeds held it in 63 to 92 % of 60 studies. It does not account for other
+    seeds possibly having another best measured rate.
     """
     n = len(slope)
     if n < FEWEST:
@@ -332,14 +336,17 @@ def _stationary(slope: np.ndarray, curvature: np.ndarray) -> tuple[float, float]
 
 
 def _near_best(curve: _Curve) -> Span:
-    """The rates around the best measured one whose error, linear in the logarithms between rates, is at most 1 % above it."""
+    """The range of rates around the best measured rate whose error is at most 1 % above the lowest measured error.
+
+    Between measured rates, the log error is interpolated linearly in the log rate.
+    """
     low, open_below = _reach(curve, -1)
     high, open_above = _reach(curve, 1)
     return Span(low, high, open_below, open_above)
 
 
 def _reach(curve: _Curve, side: int) -> tuple[float, bool]:
-    """How far the error stays near the best to one side, and whether the measured rates end before it rises above that."""
+    """The rate up to which the error stays near the best on one side, and whether the measured rates end before it rises."""
     limit = curve.means[curve.best] + math.log1p(NEAR_BEST)
     row = curve.best
     while curve.measured(row + side) and curve.means[row + side] <= limit:

@@ -1,8 +1,7 @@
 """What a run measured, as curves and grids: by step, by block, by width, and by groups of roles.
 
-Tables hold the rows of `dit.training.records.Records`, of `dit.analysis.wakeup.RoleGradient` or of
-`dit.analysis.signal.Coordinates`, one column for each field. Values that are not finite are NaN in them, and are left out of
-means.
+A table has one column for each field of a row of `dit.training.records.Records`, of `dit.analysis.wakeup.RoleGradient` or of
+`dit.analysis.signal.Coordinates`. Values that are not finite are NaN in tables, and means leave them out.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from dit.analysis.diagnostics import GradientNoise, noise_scale
 from dit.analysis.wakeup import is_weight, kind
 
 NOISE_WINDOW = 5
-"""Diagnosed steps over which the gradient noise scale is averaged."""
+"""The number of diagnosed steps over which the gradient noise scale is averaged."""
 
 SMOOTHING = 5
-"""Logged rows in the running mean of the training error."""
+"""How many logged rows the running mean of the training error covers."""
 
 GROUPS = {
     "embedders": ("patch_embed", "timestep_mlp", "label_table"),
@@ -30,10 +29,10 @@ GROUPS = {
     "final_modulation": ("final.modulation",),
     "final_projection": ("final.projection",),
 }
-"""Parts of the network, coarser than kinds of weight: a role belongs to the last group that has a part of its path."""
+"""Parts of the network, coarser than kinds of weight. A role belongs to the last group of which its path contains a word."""
 
 GROUPED = ("block", "final", "patch_embed", "timestep_mlp", "label_table")
-"""How the roles of this project's own networks start; the roles of others are names of tensors."""
+"""How role paths of this project's own networks begin; in other networks a role is the name of a tensor."""
 
 DIAGNOSED = {
     "gates/attention": ("gate_rms", ".attn.gate.weight"),
@@ -44,11 +43,11 @@ DIAGNOSED = {
     "distinct_units/attention_heads": ("distinct_units", ".attn_out.weight"),
     "distinct_units/final_projection": ("distinct_units", "final.projection.weight"),
 }
-"""Series of the diagnostics by name: a column, and the path ends of the roles over which it is averaged."""
+"""Series of the diagnostics by name: a column, and how the paths end of the roles over which the column is averaged."""
 
 
 def group(role: str) -> str:
-    """The group in `GROUPS` that a role belongs to; for the name of a tensor, that of the network's part that holds it."""
+    """The group in `GROUPS` of a role; for the name of a tensor, the first part of the name."""
     part = role.partition(".")[0]
     if part.partition("[")[0] not in GROUPED:
         return part
@@ -61,7 +60,7 @@ def diagnosed(diagnostics: pd.DataFrame, name: str) -> pd.Series:
 
 
 def by_step(diagnostics: pd.DataFrame, column: str, role: str) -> pd.Series:
-    """A diagnosed quantity by step, the mean over the roles whose path ends in `role`."""
+    """The mean of a diagnosed quantity over the roles whose path ends in `role`, by step."""
     table = diagnostics[diagnostics["role"].str.endswith(role)] if len(diagnostics) else diagnostics
     return table.dropna(subset=[column]).groupby("step")[column].mean()
 
@@ -77,9 +76,9 @@ def by_block(diagnostics: pd.DataFrame, name: str) -> pd.Series:
 
 
 def gradient_rms(diagnostics: pd.DataFrame, key: Callable[[str], str]) -> pd.DataFrame:
-    """Gradient RMS of the weights, not biases, of all roles with the same `key` (rows), by step (columns).
+    """Gradient RMS of the weights, without biases, over all roles with the same `key` (rows), by step (columns).
 
-    It is the root of the mean of the roles' squares, so every role counts alike, whatever its size.
+    It is the root of the mean of the squared RMS of the roles, so every role counts the same, whatever its size.
     """
     table = _weights(diagnostics)
     table = table.assign(square=table["gradient_rms"] ** 2, key=table["role"].map(key))
@@ -87,14 +86,14 @@ def gradient_rms(diagnostics: pd.DataFrame, key: Callable[[str], str]) -> pd.Dat
 
 
 def gradient_grid(diagnostics: pd.DataFrame) -> pd.DataFrame:
-    """Gradient RMS of each kind of weight (rows) at the first steps that were all diagnosed, and at the last (columns)."""
+    """Gradient RMS of each kind of weight (rows) at the first steps until one was not diagnosed, and at the last (columns)."""
     grid = gradient_rms(diagnostics, kind)
     steps = sorted(_weights(diagnostics)["step"].unique())
     return grid[[step for index, step in enumerate(steps) if step == index or index == len(steps) - 1]]
 
 
 def mean_over_weights(table: pd.DataFrame, column: str, key: Callable[[str], str]) -> pd.DataFrame:
-    """The mean of `column` over the weights, not biases, with the same `key` (rows), by step (columns)."""
+    """The mean of `column` over the weights, without biases, that have the same `key` (rows), by step (columns)."""
     weights = _weights(table)
     weights = weights.assign(key=weights["role"].map(key))
     return weights.pivot_table(index="key", columns="step", values=column, sort=False, dropna=False)
@@ -105,9 +104,9 @@ def _weights(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def noise_by_step(gradient_noise: pd.DataFrame) -> pd.Series:
-    """The gradient noise scale over `NOISE_WINDOW` neighbouring diagnosed steps, by the last of them, where they determine it.
+    """The gradient noise scale over `NOISE_WINDOW` successive diagnosed steps, by the last of these steps.
 
-    `gradient_noise` has the fields of `GradientNoise` as columns, by step.
+    Steps without an estimate are left out. `gradient_noise` has the fields of `GradientNoise` as columns, by step.
     """
     steps, noise = list(gradient_noise.index), noise_estimates(gradient_noise)
     ends = range(NOISE_WINDOW, len(steps) + 1)
@@ -128,7 +127,7 @@ def movement_by_width(coordinates: pd.DataFrame, activation: str) -> pd.Series:
 
 
 def conditioned_from(early: pd.DataFrame) -> dict[str, int | None]:
-    """The first step before which another timestep, and another label, changes the prediction; None where none does.
+    """For timestep and label: the first step before which another value changes the prediction; None if it never does.
 
     `early` has the fields of `dit.analysis.start.EarlyStep` as columns, by step.
     """
@@ -140,7 +139,7 @@ def conditioned_from(early: pd.DataFrame) -> dict[str, int | None]:
 
 
 def smoothed(errors: pd.Series) -> pd.Series:
-    """A centred running mean over `SMOOTHING` rows, of fewer at the ends."""
+    """A centred running mean over `SMOOTHING` rows, and over fewer rows at both ends."""
     return errors.rolling(SMOOTHING, center=True, min_periods=1).mean()
 
 
@@ -151,6 +150,6 @@ def final_buckets(validation: pd.DataFrame) -> pd.Series:
 
 
 def bucket_ranges(num_timesteps: int, buckets: int) -> list[tuple[int, int]]:
-    """The first and the last timestep of each of the ranges `mse_t0`, `mse_t1`, ..., which are equally long."""
+    """The first and the last timestep of each of the equally long ranges `mse_t0`, `mse_t1`, ..."""
     edges = [round(num_timesteps * index / buckets) for index in range(buckets + 1)]
     return [(low, high - 1) for low, high in pairwise(edges)]

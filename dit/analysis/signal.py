@@ -19,9 +19,9 @@ from dit.models import Denoiser, backbone_of
 class BlockSignal:
     """One block on one batch. Root mean squares are over samples, tokens and features of the residual stream.
 
-    `attn_contribution` and `mlp_contribution` are the RMS of what a branch adds over that of the stream that it adds to;
-    they are None where the backbone does not say where the first branch ends. `gradient_rms` is the RMS of the gradient of the
-    loss with respect to the stream after the block.
+    `attn_contribution` and `mlp_contribution` are the RMS of what a branch adds to the stream, divided by the RMS of the stream
+    before it; they are None if the backbone does not say where the first branch ends. `gradient_rms` is the RMS of the gradient
+    of the loss with respect to the stream after the block.
     """
 
     block: int
@@ -33,9 +33,9 @@ class BlockSignal:
 
 @dataclass(frozen=True)
 class Signal:
-    """A network on one batch. A network whose output is zero has `mse` equal to `zero_output_mse`, the mean squared target.
+    """A network on one batch. `zero_output_mse` is the mean squared target, which is the `mse` of a network with zero output.
 
-    `expected_zero_output_mse` is what that is in expectation, for latents of unit variance.
+    `expected_zero_output_mse` is the expected value of `zero_output_mse` for latents of unit variance.
     """
 
     output_rms: float
@@ -71,8 +71,10 @@ def network_signal(model: Denoiser, batch: Batch, diffusion: Diffusion) -> Signa
 
 @torch.no_grad()
 def sensitivity(model: Denoiser, batch: Batch, diffusion: Diffusion) -> tuple[float, float]:
-    """How much the prediction changes when every sample gets another timestep, and another label: RMS of the change over
-    RMS of the prediction; 0 where nothing changes, as in a network whose conditioning has no effect yet.
+    """How much the prediction changes if every sample gets another timestep, and if every sample gets another label.
+
+    Both are the RMS of the change divided by the RMS of the prediction; 0 if nothing changes, as in a network whose
+    conditioning has no effect yet.
     """
     channels = batch.x0.shape[1]
     x_t = diffusion.add_noise(batch.x0, batch.eps, batch.timesteps)
@@ -87,7 +89,7 @@ def sensitivity(model: Denoiser, batch: Batch, diffusion: Diffusion) -> tuple[fl
 
 @dataclass(frozen=True)
 class Coordinates:
-    """One activation of a network of one width after some optimiser steps: its RMS, and that of its change since step 0."""
+    """An activation of a network of one width after `step` optimiser steps: its RMS, and the RMS of its change since step 0."""
 
     width: int
     step: int
@@ -103,10 +105,10 @@ def coordinate_check(
     optimiser: Callable[[nn.Module], torch.optim.Optimizer],
     steps: int,
 ) -> list[Coordinates]:
-    """Train networks that differ in width alone, and watch their activations on the first batch.
+    """Train networks that differ only in width, and measure their activations on the first batch after every step.
 
-    Where a parametrisation is right for every width, one learning rate moves activations by the same amount at any width; Yang
-    et al. (2022), "Tensor Programs V", appendix D.1. Activations are the stream after each block, and the prediction.
+    If a parametrisation is right for every width, one learning rate moves activations by the same amount at any width; Yang et
+    al. (2022), "Tensor Programs V", appendix D.1. Activations are the stream after each block, and the prediction.
     """
     return [
         found
@@ -135,7 +137,7 @@ def _coordinates(
 def width_exponent(found: Iterable[Coordinates]) -> float | None:
     """The power of the width with which the prediction moved: the slope of log(change) on log(width) at the last step.
 
-    It is 0 for a parametrisation that suits every width; None if activations moved at fewer than two widths.
+    It is 0 for a parametrisation that suits every width; None if the prediction moved at fewer than two widths.
     """
     rows = [row for row in found if row.activation == "prediction" and row.change_rms > 0 and math.isfinite(row.change_rms)]
     last = [row for row in rows if row.step == max(row.step for row in rows)]
@@ -159,7 +161,7 @@ def _activations(model: nn.Module, batch: Batch, diffusion: Diffusion) -> dict[s
 
 
 def _in_precision_of(model: nn.Module, outputs: list[Tensor] | None = None) -> Denoise:
-    """`model`, called in the precision of its weights, not of the data. `outputs` receives what it returns."""
+    """`model`, called in the precision of its weights, not of the data. Each output of the model is appended to `outputs`."""
 
     def forward(x_t: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         output = model(x_t.to(next(model.parameters()).dtype), timesteps, labels)

@@ -1,4 +1,4 @@
-"""A strategy at its start: its wake-up schedule, its signal, its first steps, and what width does to it."""
+"""A strategy at its start: its wake-up schedule, its signal, its first steps, and how its activations depend on width."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from dit.sections import AnalyseParams
 from dit.sections.optim import OptimizerParams
 
 HEAD_SIZE = 64
-"""Width of an attention head in the coordinate check, that of DiT-S, B and L."""
+"""Width of an attention head in the coordinate check, as in DiT-S, DiT-B and DiT-L."""
 
 COORDINATE_DEPTH = 2
-"""Blocks of the networks in the coordinate check."""
+"""The number of blocks of the networks in the coordinate check."""
 
 COORDINATE_SAMPLES = 8
-"""Samples of each batch that the coordinate check uses: its networks are wide."""
+"""How many samples of each batch the coordinate check uses; its networks are wide."""
 
 
 @dataclass(frozen=True)
 class EarlyStep:
-    """The network before optimiser step `step`."""
+    """Error and sensitivities of the network before optimiser step `step`."""
 
     step: int
     mse: float
@@ -46,8 +46,8 @@ class EarlyStep:
 class Start:
     """What an `Examiner` found.
 
-    `predicted` is None where there is no prediction, and `not_predicted` then says why. `coordinates` is empty for a strategy
-    that a checkpoint ties to one width, and for a backbone that cannot be made in other sizes.
+    `predicted` is None if the schedule cannot be predicted, and `not_predicted` then says why. `coordinates` is empty for a
+    strategy that a checkpoint ties to one width, and for a backbone that cannot be built in other sizes.
     """
 
     predicted: wakeup.Schedule | None
@@ -64,9 +64,10 @@ class Start:
 
 
 class Examiner:
-    """Examines strategies on one network, one data set and one objective, each from the same batches.
+    """Examines strategies on one network, one data set and one objective; every strategy gets the same batches.
 
-    `optimizer` takes the steps at `learning_rate`, with its parameter groups, but without weight decay, schedule or clipping.
+    `optimizer` takes the steps at `learning_rate` and keeps its parameter groups, but uses no weight decay, schedule or
+    clipping.
     """
 
     def __init__(

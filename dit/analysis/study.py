@@ -1,7 +1,7 @@
 """What a study finds in its final errors and curves: responses to the learning rate, verdicts, delays, effects.
 
-A place is the level of every factor but the learning rate, in words. Strategies are compared within a place: at each learning
-rate that both ran at, and, where the study sets seeds aside to choose rates, each at its own best rate.
+A place names the level of every factor except strategy and learning rate. Strategies are compared within a place: at each
+learning rate that both ran at, and, if the study sets seeds aside to choose rates, each strategy at its own best rate.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Place = tuple[tuple[str, str], ...]
 class Trained:
     """One run. `error` is its final validation error, None where it collapsed or diverged.
 
-    `steps` and `errors` are its validation curve. `zero_output_error` is what a network costs whose output is zero. `own` is
-    what only this strategy has in place of the parameters that others share, in words, or empty.
+    `steps` and `errors` are its validation curve. `zero_output_error` is the error of a network whose output is zero. `own`
+    names the parameters that only this strategy has, in words; it is empty if the strategy shares all parameters with others.
     """
 
     strategy: str
@@ -51,7 +51,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Question:
-    """What the study asks: strategies against a baseline, which of them were declared, and the seeds that choose rates."""
+    """What the study asks: strategies to compare with a baseline, which of them are declared, and which seeds choose rates."""
 
     baseline: str
     strategies: Sequence[str]
@@ -73,10 +73,11 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Pair:
-    """A strategy against the baseline at one place and rate: final errors, and curves or why they cannot be compared.
+    """A strategy against the baseline at one place and rate: the verdict on final errors, and the comparison of curves.
 
-    `clear`: the delay, or where there is none the gap, is distinguishable from zero after Holm's correction over all curves
-    of declared strategies, or over those of all others.
+    `problem` says why the curves cannot be compared. `clear`: the delay (the gap, if there is no delay) is distinguishable from
+    zero after Holm's correction, which is made over the curves of all declared strategies, or over those of all other
+    strategies.
     """
 
     strategy: str
@@ -100,7 +101,7 @@ class AtBest:
 
 @dataclass(frozen=True)
 class Effects:
-    """Main effects and interactions over the levels in `factors`, of those runs; `left_out` are rates at which a run failed."""
+    """Main effects and interactions of `runs` over the levels in `factors`; `left_out` are the rates at which a run failed."""
 
     factors: Mapping[str, tuple[str, ...]]
     runs: Runs
@@ -110,7 +111,7 @@ class Effects:
 
     @property
     def clear(self) -> list[Effect]:
-        """The interactions that stay distinguishable from none when all of them are corrected together by Holm's method."""
+        """The interactions that are distinguishable from zero after Holm's correction over all interactions."""
         tested = [one for one in self.found.interactions if one.estimate.low is not None] if self.found else []
         corrected = holm([one.p_value for one in tested])
         return [one for one, p in zip(tested, corrected, strict=True) if p < 1 - CONFIDENCE]
@@ -137,10 +138,10 @@ class Findings:
 
 
 def find(runs: Iterable[Trained], question: Question) -> Findings:
-    """Everything that the runs of a study allow to say.
+    """Everything that can be concluded from the runs of a study.
 
-    Declared comparisons are those of the declared strategies: each at its own best rate where seeds were set aside to choose
-    it, since that is then what the study asks, else at every rate.
+    The comparisons of declared strategies are declared: those at each strategy's own best rate if the study sets seeds aside to
+    choose rates, because that is then what the study asks; otherwise those at every rate.
     """
     table = _Table(list(runs), question)
     tuned = _at_best(table) if question.choose_on and table.has_rates else []
@@ -157,7 +158,7 @@ def find(runs: Iterable[Trained], question: Question) -> Findings:
 
 
 def _clear(compared: Sequence[tuple[CurveComparison | None, bool]]) -> list[bool]:
-    """Whether each comparison of curves is distinguishable from none, corrected over the declared ones and over the others."""
+    """Whether each delay or gap is distinguishable from zero; declared and other comparisons are corrected separately."""
     values: list[float | None] = []
     for curves, _ in compared:
         found = None if curves is None else (curves.delay or curves.gap).mean
@@ -187,7 +188,7 @@ class _Table:
 
     @property
     def pairs(self) -> list[tuple[str, Place, float]]:
-        """Strategy, place and rate of the strategy, wherever the baseline ran at the same rate or both ran at only one."""
+        """Strategy, place and rate, where the baseline ran at the same rate, or where both ran at one rate only."""
         return [
             (name, place, rate)
             for name in self.others
@@ -213,7 +214,7 @@ class _Table:
         return {rate: {seed: run.error for seed, run in by_seed.items()} for rate, by_seed in rates.items()}
 
     def conditions(self, name: str, place: Place, rate: str) -> Conditions:
-        """The conditions of the baseline, and whatever parameters the strategy alone has."""
+        """The conditions of the baseline, and the parameters that only the strategy has."""
         first = next(iter(next(iter(self.found[self.question.baseline, place].values())).values()))
         own = next(iter(next(iter(self.found[name, place].values())).values())).own
         levels = ", ".join(f"{factor} {level}" for factor, level in place if factor != "steps")  # conditions name steps last
@@ -233,7 +234,7 @@ def _same_rate(table: _Table, name: str, place: Place, rate: float, declared: bo
 
 
 def _curves(table: _Table, name: str, place: Place, rate: float) -> tuple[CurveComparison | None, str | None]:
-    """The curves of both, where at least three seeds have both whole; else why there is no comparison."""
+    """The comparison of both curves if both are complete at three seeds or more; otherwise why there is no comparison."""
     side, base = (_curve(runs) for runs in table.sides(name, place, rate))
     if side is None or base is None:
         return None, "the runs of one strategy were not all validated at the same steps"
@@ -251,7 +252,7 @@ def _is_whole(curves: Curves, seed: int) -> bool:
 
 
 def _curve(runs: Mapping[int, Trained]) -> Curves | None:
-    """Curves by seed, not finite for failed runs. None where the runs that ended well were validated at different steps."""
+    """Curves by seed; NaN for failed runs. None if the runs that ended well were validated at different steps."""
     steps = {tuple(run.steps) for run in runs.values() if ended(run.error)}
     if len(steps) != 1:
         return None if steps else Curves((), dict.fromkeys(runs, (math.nan,)))
@@ -293,7 +294,7 @@ def _asked_at_best(table: _Table, name: str, place: Place, tuned: Tuned) -> Comp
 
 
 def _tunings(table: _Table) -> Iterable[Tuning]:
-    """The response of each strategy at each place, where it ran at two rates or more."""
+    """The response of each strategy at each place at which it ran at two rates or more."""
     for name in table.question.strategies:
         for place in table.places:
             errors = table.errors(name, place)
@@ -307,13 +308,13 @@ def _tunings(table: _Table) -> Iterable[Tuning]:
 
 
 def _initial_error(runs: Sequence[Trained]) -> float:
-    """The mean validation error of one strategy before its first step; where none was measured, that of a zero output."""
+    """The mean validation error of one strategy before its first step; the error of a zero output if none was measured."""
     starts = [run.errors[0] for run in runs if run.steps and run.steps[0] == 0 and math.isfinite(run.errors[0])]
     return statistics.fmean(starts) if starts else runs[0].zero_output_error
 
 
 def _effects(table: _Table) -> Effects | None:
-    """Effects over strategy, rate and places. A rate at which any run failed is left out, and named."""
+    """Effects of strategy, rate and the factors of the places. A rate at which any run failed is left out, and named."""
     if len({tuple(factor for factor, _ in place) for place in table.places}) > 1:
         return None  # named settings that give different parameters are no full product
     rates = sorted({run.rate for run in table.runs})

@@ -6,8 +6,8 @@ weights are.
 
 - The units of an *output* layer each have their own target, so their columns of delta differ. A head that starts at zero has
   equal rows, and distinct gradients: its rows are distinct after one step. Zero weights are no symmetry there.
-- The units of a *hidden* layer have delta = (delta_out W_out) * activation'(y). Units that start equal, rows of W and columns
-  of W_out, have equal columns of delta, receive equal gradients, and stay equal for ever.
+- The units of a *hidden* layer have delta = (delta_out W_out) * activation'(y). Units that start equal, that is with equal rows
+  of W and equal columns of W_out, have equal columns of delta, receive equal gradients, and stay equal for ever.
 """
 
 from __future__ import annotations
@@ -26,24 +26,28 @@ UNIT_TOLERANCE = 1e-3
 """Two units count as one where their weights differ by less than this fraction of the typical unit's norm."""
 
 SKETCH_SIZE = 16
-"""More units, of more weights, than this are compared in so many random projections; Johnson & Lindenstrauss (1984)."""
+"""Layers with more units than this, and more weights a unit, are compared in this many random projections.
+
+Johnson & Lindenstrauss (1984), "Extensions of Lipschitz mappings into a Hilbert space".
+"""
 
 
 def distinct_units(units: Tensor) -> int | None:
     """Number of different rows of `units` (H, K), up to `UNIT_TOLERANCE`. None where a weight is not finite.
 
-    Rows: all weights of one unit each, as the `units` of a backbone have them.
+    A row holds all weights of one unit, as `units` of a backbone returns them.
     """
     count = count_distinct(units).item()
     return int(count) if math.isfinite(count) else None
 
 
 def count_distinct(units: Tensor) -> Tensor:
-    """As `distinct_units`, as a float32 scalar tensor that stays on the device; NaN where a weight is not finite.
+    """Like `distinct_units`, but as a float32 scalar tensor that stays on the device; NaN where a weight is not finite.
 
-    Projections keep equal units equal, and the distance of others to about a fifth (a standard deviation of 1 / sqrt(2 *
-    SKETCH_SIZE) of it), far finer than what separates units that differ; comparing all weights of all pairs costs too much.
-    Distances come from inner products in float64, whose rounding is far below the tolerance.
+    Random projections are used because comparing all weights of all pairs costs too much. Equal units stay equal under them.
+    The distance between other units keeps its size to about a fifth (a standard deviation of 1 / sqrt(2 * SKETCH_SIZE) of the
+    distance); units that differ are much further apart than the tolerance. Distances come from inner products in float64, whose
+    rounding is far below the tolerance.
     """
     units = units.detach().float()
     if min(units.shape) > SKETCH_SIZE:
@@ -59,12 +63,12 @@ def count_distinct(units: Tensor) -> Tensor:
 
 @cache
 def _projections(width: int, device: torch.device) -> Tensor:
-    """Random projections of `width` weights, (width, SKETCH_SIZE), which are drawn once: a CUDA graph can draw none."""
+    """Random projections of `width` weights, (width, SKETCH_SIZE), drawn only once, because a CUDA graph cannot draw them."""
     return torch.randn(width, SKETCH_SIZE, generator=generator("symmetry", width, device=device), device=device)
 
 
 def factors(linear: nn.Linear, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """Both factors of dL/dW of `linear`, for the scalar loss that `run` computes with it: h (N, in) and delta (N, out).
+    """Both factors of dL/dW of the layer `linear`, for the scalar loss that `run` computes: h (N, in) and delta (N, out).
 
     delta.T @ h is dL/dW, and delta.sum(0) is dL/db. N counts every input that the layer sees, over samples and tokens.
     No `.grad` changes. Raises `ValueError` where `run` does not use the layer.

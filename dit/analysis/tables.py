@@ -1,4 +1,4 @@
-"""What a strategy does to every role of a network, and what two strategies change, as rows to show."""
+"""Rows of tables: what a strategy draws for every role of a network, and which roles two strategies draw differently."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dit.models import Role, roles
 
 @dataclass(frozen=True)
 class Row:
-    """A role, or the same role of blocks that follow each other, with its rule and its values over all of them."""
+    """One role, or the same role in consecutive blocks: its rule, and statistics of its weights over all these blocks."""
 
     role: str
     shape: tuple[int, ...]
@@ -30,7 +30,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Change:
-    """A role, or the same role of blocks that follow each other, that two strategies draw differently."""
+    """One role, or the same role in consecutive blocks, that two strategies draw differently."""
 
     role: str
     before: str
@@ -39,7 +39,7 @@ class Change:
 
 
 def rows(model: nn.Module, strategy: Strategy, every_block: bool = False) -> list[Row]:
-    """The roles of `model`, whose weights `strategy` has set. Blocks of one rule share a row, unless `every_block`."""
+    """The roles of `model`, whose weights `strategy` has set. Blocks with the same rule share a row, unless `every_block`."""
     claimed = claims(strategy, roles(model))  # in parts, where a rule takes some rows of a role
     weights = dict(model.named_parameters())
 
@@ -53,7 +53,7 @@ def rows(model: nn.Module, strategy: Strategy, every_block: bool = False) -> lis
 
 
 def changes(model: nn.Module, before: Strategy, after: Strategy, every_block: bool = False) -> list[Change]:
-    """The roles of `model` whose rules differ, as `rows` groups them; its weights are not looked at."""
+    """The roles of `model` for which the two strategies have different rules, grouped as in `rows`. No weight is read."""
     found = parts([before, after], roles(model))
     old, new = claims(before, found), claims(after, found)
 
@@ -79,7 +79,7 @@ def describe(rule: BaseRule) -> str:
 
 
 def _grouped(found: Iterable[Role], key: Callable[[Role], Hashable]) -> Iterator[list[Role]]:
-    """Groups of one role each; consecutive blocks whose roles have equal keys share a group."""
+    """Roles in groups: the same role of consecutive blocks is one group if the keys are equal."""
     kin: dict[str, list[Role]] = {}
     for role in found:
         kin.setdefault(role.beyond_blocks, []).append(role)

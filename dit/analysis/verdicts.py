@@ -1,4 +1,4 @@
-"""What a study may say of two strategies: declared comparisons, corrected for their number, and exploratory ones that say so.
+"""What a study may conclude about two strategies: declared comparisons are corrected for their number, others are exploratory.
 
 Each comparison is a paired t-test over seeds. It assumes that seeds are independent and that their differences are about
 normal, which three to five pairs cannot test.
@@ -25,7 +25,7 @@ UNJUDGED = {"precision": "precision is not judged, because grey images reach the
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a verdict holds for. `rate` is a phrase: "at learning rate 0.001", or what `response.Tuned` says of itself."""
+    """The conditions under which a verdict holds. `rate` is a phrase, such as "at learning rate 0.001"."""
 
     data: str
     network: str
@@ -62,7 +62,7 @@ class Comparison:
 
     @property
     def failed(self) -> dict[str, int]:
-        """How many runs of each strategy failed, for those of which any did."""
+        """How many runs of each strategy failed; strategies without a failed run are left out."""
         sides = ((self.strategy, self.values), (self.baseline, self.baseline_values))
         counts = {name: sum(not ended(value) for value in values.values()) for name, values in sides}
         return {name: count for name, count in counts.items() if count}
@@ -72,9 +72,9 @@ class Comparison:
 class Judgement:
     """The answer to a comparison. `reason` says why there is no verdict.
 
-    `mean`, `low` and `high` are the mean difference and its 95 % interval, of this comparison alone, as fractions of the
-    baseline's mean where `relative`, else in units of the metric. `p` is two-sided; Holm-corrected over `family` declared
-    comparisons, uncorrected for an exploratory one.
+    `mean`, `low` and `high` are the mean difference and its 95 % interval, which is not corrected; as fractions of the
+    baseline's mean if `relative`, otherwise in units of the metric. `p` is two-sided: Holm-corrected over `family` declared
+    comparisons, or uncorrected for an exploratory comparison.
     """
 
     comparison: Comparison
@@ -123,9 +123,9 @@ class Judgement:
 def judge(comparisons: Sequence[Comparison]) -> list[Judgement]:
     """Answer the comparisons of one study, in their order.
 
-    A declared comparison is better or worse where its corrected p-value is below 5 %, so that the chance of any false declared
-    verdict in a study is at most that. A declared comparison without a verdict counts in the correction as p = 1. An
-    exploratory comparison goes by its own p-value, and its sentence says so.
+    A declared comparison is better or worse if its corrected p-value is below 5 %, so the chance of any false declared verdict
+    in a study is at most 5 %. A declared comparison without a verdict counts in the correction as p = 1. An exploratory
+    comparison is judged by its own, uncorrected p-value, and its sentence says so.
     """
     reasons = [_no_verdict(comparison) for comparison in comparisons]
     raw = [None if reason else _p_value(comparison) for comparison, reason in zip(comparisons, reasons, strict=True)]
@@ -139,11 +139,12 @@ def judge(comparisons: Sequence[Comparison]) -> list[Judgement]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected for their number, in their order: the k-th smallest of m times m - k + 1, never below a smaller one.
+    """P-values corrected for their number, in the given order.
 
-    Holm (1979), "A simple sequentially rejective multiple test procedure". It needs no assumption about how the tests depend
-    on each other. Written here because scipy only controls the false discovery rate, and statsmodels, which has it, is a
-    large dependency for six lines.
+    The k-th smallest of m p-values is multiplied by m - k + 1; a corrected p-value is at most 1, and never below the corrected
+    value of a smaller one. Holm (1979), "A simple sequentially rejective multiple test procedure". The method needs no
+    assumption about how the tests depend on each other. It is written here because scipy only controls the false discovery
+    rate, and statsmodels, which has it, is a large dependency for six lines.
     """
     order = np.argsort(p_values, kind="stable")
     factors = np.arange(len(order), 0, -1)
@@ -153,7 +154,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _no_verdict(comparison: Comparison) -> str | None:
-    """Why nothing may be said of this comparison; None if something may."""
+    """Why this comparison gets no verdict; None if it gets one."""
     if comparison.metric.name in UNJUDGED:
         return UNJUDGED[comparison.metric.name]
     if comparison.doubts:

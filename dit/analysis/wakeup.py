@@ -1,6 +1,6 @@
-"""The wake-up schedule: from which optimiser step on each role receives a gradient. Predicted without running, and measured.
+"""The wake-up schedule: the optimiser step from which each role receives a gradient, predicted without running and measured.
 
-The prediction knows the architecture, and which weights are zero or equal at the start; see `dit.models.gradient_flow`.
+The prediction uses the architecture, and which weights are zero or equal at the start; see `dit.models.gradient_flow`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dit.optim.optimizer import hidden_weights
 from dit.sections.optim import MuonParams, OptimizerParams
 
 SCALING = 1e-3
-"""Three times the loss has three times the gradient, up to this relative difference, unless the gradient is mere rounding."""
+"""If a gradient is more than rounding, tripling the loss triples it, up to this relative difference."""
 
 FLOOR = 1e-14
 """In float64, a gradient below this fraction of the network's largest is rounding of the forward pass."""
@@ -32,15 +32,15 @@ KEY_BIASES = (".qkv.key.bias", ".to_k.bias")
 """Path ends of the biases of keys, here and in diffusers: they shift all logits of a query, which softmax ignores."""
 
 Schedule = dict[str, int | None]
-"""By role, the first optimiser step with a gradient, counted from 0; None where there is none within the steps looked at."""
+"""By role, the first optimiser step with a gradient, counted from 0; None if no examined step has one."""
 
 
 def predict(strategy: Strategy, model: nn.Module, steps: int, optimizer: OptimizerParams | None = None) -> Schedule | None:
-    """The schedule that follows from the architecture of `model` and from what `strategy` makes of its weights.
+    """The schedule that follows from the architecture of `model` and from the weights that `strategy` draws.
 
-    The weights of `model` are not looked at, so it may be on the meta device. None where `not_predicted` says why. The
-    optimiser, such as Adam where none is given, moves weights along their gradients alone: weight decay would move a scale of
-    -1, if not a zero.
+    The weights of `model` are not read, so it may be on the meta device. None if there is no prediction; `not_predicted` says
+    why. The optimiser (without one, an elementwise one such as Adam) is assumed to move weights along their gradients only.
+    Weight decay is ignored: it keeps a zero, but would move a scale of -1.
     """
     gradient_flow = backbone_of(model).gradient_flow
     if gradient_flow is None or not_predicted(model, optimizer):
@@ -63,7 +63,7 @@ def predict(strategy: Strategy, model: nn.Module, steps: int, optimizer: Optimiz
 
 
 def not_predicted(model: nn.Module, optimizer: OptimizerParams | None = None) -> str | None:
-    """Why there is no prediction for this network and optimiser, as a sentence; None where there is one."""
+    """Why there is no prediction for this network and optimiser, as a sentence; None if there is a prediction."""
     if backbone_of(model).gradient_flow is None:
         return f"There is no prediction for {model._get_name()}."
     if optimizer is None or is_elementwise(optimizer) or isinstance(optimizer, MuonParams):
@@ -72,7 +72,7 @@ def not_predicted(model: nn.Module, optimizer: OptimizerParams | None = None) ->
 
 
 def _orthogonalised(momenta: Mapping[str, Pattern], every_role: Sequence[Role], hidden: Collection[str]) -> dict[str, Pattern]:
-    """The updates of the roles of `hidden` weights, which Muon orthogonalises together where they share a weight."""
+    """The updates of the roles of `hidden` weights. Muon orthogonalises roles together if they are parts of one weight."""
     parts: dict[str, list[str]] = defaultdict(list)
     for role in every_role:
         if role.parameter in hidden:
@@ -85,9 +85,9 @@ def _orthogonalised(momenta: Mapping[str, Pattern], every_role: Sequence[Role], 
 
 
 def patterns(strategy: Strategy, model: nn.Module) -> dict[str, Pattern]:
-    """What `strategy` makes of each role of `model`, by role path, read off weights that are drawn for it.
+    """The pattern of the weights that `strategy` draws for each role of `model`, by role path.
 
-    Blocks differ only in their random numbers, which have no pattern, so weights of one rule and shape are drawn once.
+    Blocks differ only in their random numbers, which have no pattern, so weights with the same rule and shape are drawn once.
     """
     claimed = claims(strategy, roles(model))
     draws = Draws(model, seed=0)
@@ -106,9 +106,10 @@ def patterns(strategy: Strategy, model: nn.Module) -> dict[str, Pattern]:
 class RoleGradient:
     """The gradient of one role at one optimiser step.
 
-    `norm` is Frobenius; `stable_rank` is its square over that of the spectral norm; `numerical_rank` counts singular values
-    above max(rows, columns) * eps * the largest. Ranks are those of the role's matrix, None for vectors. `update_ratio` is the
-    norm of the update over that of the weights, None where all weights are zero.
+    `norm` is the Frobenius norm. `stable_rank` is the squared Frobenius norm divided by the squared spectral norm.
+    `numerical_rank` counts the singular values above max(rows, columns) * eps * the largest one. Both ranks are of the gradient
+    as a matrix, and None for vectors. `update_ratio` is the norm of the update divided by the norm of the weights, None if all
+    weights are zero.
     """
 
     step: int
@@ -122,11 +123,11 @@ class RoleGradient:
 def role_gradients(
     model: nn.Module, loss: Callable[[nn.Module, int], Tensor], optimiser: torch.optim.Optimizer, steps: int
 ) -> list[RoleGradient]:
-    """Take `steps` optimiser steps on `loss(model, step)` and describe every role's gradient at each.
+    """Take `steps` optimiser steps on `loss(model, step)` and describe every role's gradient at each step.
 
     `model` is in float64, and gradients that are mere rounding are set to zero before the step, as in exact arithmetic.
-    A network that diverges ends the list before the first gradient that is not finite. Raises `ValueError` for a network in
-    another precision.
+    If the network diverges, the list ends before the first step with a gradient that is not finite. Raises `ValueError` for a
+    network in another precision.
     """
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     if any(weight.dtype != torch.float64 for weight in weights.values()):
@@ -146,7 +147,7 @@ def role_gradients(
 
 
 def schedule(gradients: list[RoleGradient]) -> Schedule:
-    """The schedule that was measured."""
+    """The schedule that the measured gradients show."""
     found: Schedule = {}
     for gradient in gradients:
         if found.get(gradient.role) is None:
@@ -155,15 +156,18 @@ def schedule(gradients: list[RoleGradient]) -> Schedule:
 
 
 def awake(schedule: Schedule) -> int | None:
-    """The first step at which every role receives a gradient, but for biases of keys, which never can; None if never."""
+    """The first step by which every role has received a gradient; None if one never does.
+
+    Biases of keys are left out, because they never can.
+    """
     steps = [step for role, step in schedule.items() if not role.endswith(KEY_BIASES)]
     return None if None in steps else max(step for step in steps if step is not None)
 
 
 def by_kind(schedule: Schedule) -> Schedule:
-    """The schedule of the weights, not biases, by what they are in whichever block and branch, such as `modulation.gate`.
+    """The schedule of the weights, without biases, by their kind, such as `modulation.gate` for all blocks and branches.
 
-    The step is that from which on all weights of the kind receive a gradient.
+    The step of a kind is the first one by which all its weights have received a gradient.
     """
     found: Schedule = {}
     for role, step in schedule.items():
@@ -183,12 +187,12 @@ def kind(role: str) -> str:
 
 
 def is_weight(role: str) -> bool:
-    """Whether it is anything but a bias."""
+    """Whether the role is anything but a bias."""
     return not role.endswith("bias")
 
 
 def _set_gradients(loss: Tensor, weights: Mapping[str, Tensor], parts: list[Role]) -> list[tuple[Role, Tensor]]:
-    """Set the gradient of every weight, zero where it is mere rounding; the part of it that belongs to each role, as a view."""
+    """Set every weight's gradient, with zeros for roles whose gradient is mere rounding. Return each role's part, as a view."""
     inputs = list(weights.values())
     once = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
     thrice = torch.autograd.grad(3 * loss, inputs, allow_unused=True, materialize_grads=True)

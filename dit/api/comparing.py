@@ -1,4 +1,4 @@
-"""Runs of several strategies compared by the statistics of the studies: paired over seeds, with intervals and verdicts."""
+"""Compare runs of several strategies with the statistics of a study: paired over seeds, with intervals and verdicts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def compare(runs: Mapping[str, Sequence[Run]], baseline: str | None = None) -> C
 
 
 def _check_alike(runs: Sequence[Run]) -> None:
-    """Raise `ConfigError` where runs differ in what a verdict takes for granted."""
+    """Raise `ConfigError` if runs differ in something that a verdict assumes to be equal."""
     sizes = {str(run.model.config.sizes) + str(run.model.config.shift) + str(run.model.config.scale) for run in runs}
     lengths = {run.params.train.steps for run in runs}
     networks = {run.params.model.name for run in runs}

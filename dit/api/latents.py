@@ -1,4 +1,4 @@
-"""What a caller gives as data - arrays, a `Dataset`, a store - as the store that training reads."""
+"""Make the store that training reads from the caller's data: arrays, a `Dataset`, or a store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dit.errors import DataError
 from dit.seeding import generator
 
 HELD_OUT = 10
-"""Where no validation set is given, one of so many latents is held out, at least one: the same ones for every seed."""
+"""Without a validation set, one in this many latents is held out, at least one. Every seed has the same validation set."""
 
 Labels = ArrayLike | Tensor
 Latents = ArrayLike | Tensor | Dataset | LatentStore
@@ -27,9 +27,9 @@ Latents = ArrayLike | Tensor | Dataset | LatentStore
 def write_store(
     latents: Latents, labels: Labels | None, validation: tuple[Any, Labels] | None, num_classes: int | None, directory: Path
 ) -> LatentStore:
-    """The store itself, or a new one in `directory` with these latents (N, C, H, W) and labels (N,).
+    """`latents` if it is a store; otherwise a new store in `directory` with these latents (N, C, H, W) and labels (N,).
 
-    Training latents have zero mean and unit variance in each channel once they are normalised, as in a study. Raises
+    As in a study, the store's normalisation gives the training latents zero mean and unit variance in each channel. Raises
     `DataError` for another shape, values that are not finite, labels that are no class, and splits that do not fit each other.
     """
     if isinstance(latents, LatentStore):

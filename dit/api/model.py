@@ -1,4 +1,4 @@
-"""A trained network, and what is needed to sample from it: its parameters, its noise, and how its latents are normalised."""
+"""A trained network with what is needed to sample from it: its parameters, its diffusion, and how latents are normalised."""
 
 from __future__ import annotations
 

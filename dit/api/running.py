@@ -26,7 +26,7 @@ from dit.training.loop import Trainer
 from dit.training.records import TABLES, Outcome, Records
 
 OWN = "given"
-"""What a strategy is called that was given as data."""
+"""The name of a strategy that the caller gave as rules, not by name."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _check_seed(seed: Any) -> None:
 def _parameters(
     model: str, strategy: str | Mapping[str, Any] | Strategy, seed: int, store: LatentStore, values: Mapping[str, Any]
 ) -> tuple[str, Params]:
-    """The name of the strategy, and the parameters of a study of this one run on latents of the store's size."""
+    """The name of the strategy, and the parameters of a study that has only this run, on latents of the store's size."""
     defaults = config.load(config.shipped())
     name, own = _named(strategy, defaults)
     held = len(store.split("validation"))
@@ -142,7 +142,7 @@ def _parameters(
         "model": {"name": model, "label_dropout": defaults.model.label_dropout},
         "autoencoder.latent_channels": store.latent_channels,
         "images.size": store.latent_size * defaults.autoencoder.downsample,
-        "evaluate.guidance_scale": 1.0,  # a run is not sampled; `dit.sample` checks what it is asked
+        "evaluate.guidance_scale": 1.0,  # `dit.train` draws no samples; `dit.sample` checks its own arguments
     }
     if objective != "eps":
         fixed["diffusion.learn_sigma"] = False
@@ -152,7 +152,7 @@ def _parameters(
 
 
 def _named(strategy: str | Mapping[str, Any] | Strategy, defaults: Params) -> tuple[str, dict[str, Any]]:
-    """The name of a strategy, and what stands in `strategies` of the parameters for it."""
+    """The name of a strategy, and its entry for `strategies` of the parameters (empty if the parameters have it already)."""
     if isinstance(strategy, Strategy):
         return OWN, {OWN: {"rules": strategy.resolved}}
     if isinstance(strategy, Mapping):
@@ -165,7 +165,7 @@ def _named(strategy: str | Mapping[str, Any] | Strategy, defaults: Params) -> tu
 
 @contextmanager
 def _repeatable(params: Params) -> Iterator[None]:
-    """Threads and determinism as the parameters say, and afterwards as they were: a notebook goes on computing."""
+    """Set threads and determinism by the parameters, and restore them afterwards, because a notebook goes on computing."""
     threads, mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
     benchmark = torch.backends.cudnn.benchmark
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]

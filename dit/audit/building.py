@@ -1,4 +1,4 @@
-"""Networks built from other people's configurations: what cannot be built is told before it takes time or memory."""
+"""Build networks from other people's configurations: one that cannot be built is refused before it takes time or memory."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ MAX_NUMBER = 2**40
 """The largest number in a configuration."""
 
 MAX_CHANNELS = 2**13
-"""Channels of a sample, and the largest number in a list: these are widths, and sizes of positions along several sides."""
+"""The most channels of a sample, and the largest number in a list: lists hold widths, or numbers of positions per side."""
 
 MAX_DEPTH = 32
-"""Lists and mappings inside one another in a configuration."""
+"""How deep lists and mappings may be nested in a configuration."""
 
 MAX_ENTRIES = 100_000
-"""Values in a configuration."""
+"""The most values in a configuration."""
 
 MAX_SIDE = 512
-"""Positions along a side of a sample or of a table of positions: such a table is computed, not only described."""
+"""The most positions along a side of a sample or of a position table: such a table is computed even on the meta device."""
 
 MAX_LAYERS = 256
-"""Blocks of a network."""
+"""The most blocks of a network."""
 
 MAX_MODULES = 10_000
-"""Modules of a network: 256 blocks of forty."""
+"""The most modules of a network: 256 blocks of about forty modules."""
 
 SIDES = ("sample_size", "sample_width", "sample_height", "pos_embed_max_size", "sample_frames", "image_size", "input_size")
 
 LAYERS = re.compile(r"(n|num)_?(\w+_)?(layers|blocks)|(\w+_)?depth")
-"""Names of arguments that are numbers of blocks."""
+"""Names of arguments that set the number of blocks."""
 
 WEIGHT_COPIES = 3
-"""Copies of the weights in an audit, in their own precision: the network, its copy, and the copy's start."""
+"""How many copies of the weights an audit holds, in their own precision: the network, its copy, and the copy's start."""
 
 
 def check_config(name: str, config: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` where a configuration is nested or long beyond use, or has numbers that no network has."""
+    """Raise `ConfigError` if a configuration is nested too deep, is too long, or has numbers that are too large."""
     for count, (path, value, depth) in enumerate(_values(config)):
         if depth > MAX_DEPTH or count > MAX_ENTRIES:
             raise ConfigError(f"--config of {name}: nested deeper than {MAX_DEPTH}, or more than {MAX_ENTRIES:,} values")
@@ -76,7 +76,7 @@ def _values(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, A
 
 
 def made(constructor: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
-    """Call `constructor` with `arguments`; on the meta device first, so that a network that is too large is refused.
+    """Call `constructor` with `arguments`, first on the meta device, so that a network that is too large is refused.
 
     Raises `ConfigError` for a network that cannot be built, has too many modules, or does not fit in memory.
     """
@@ -85,7 +85,7 @@ def made(constructor: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Modul
             outline = constructor(**arguments)
         except ConfigError:
             raise
-        except Exception:  # some cannot be built without memory; and what is wrong is told below
+        except Exception:  # some networks cannot be built on the meta device; other errors come up again below
             outline = None
     if outline is not None:
         need = WEIGHT_COPIES * sum(weight.numel() * weight.element_size() for weight in outline.parameters())

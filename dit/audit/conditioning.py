@@ -1,7 +1,7 @@
-"""Which layers turn the conditioning into what modulates the stream, and whether it is they that make blocks the identity.
+"""Which layers compute the modulation of the stream from the conditioning, and whether they make blocks the identity.
 
-All of it by values: inputs are exchanged between samples, and what layers return is disturbed. Which weights are frozen, and
-whether gradients are cut on the way, makes no difference.
+Both are found from values, not from gradients: inputs are exchanged between samples, and noise is added to outputs of layers.
+So frozen weights and detached tensors make no difference.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from dit.seeding import generator
 
 @dataclass
 class Phase:
-    """The network at one time: a pass with its own inputs, and one for each input that was exchanged between samples.
+    """The network at one time: a pass with its own inputs, and one pass for each input, exchanged between samples.
 
-    The sample comes first; None stands for an input that cannot be exchanged.
+    The sample is the first input; None stands for an input that cannot be exchanged.
     """
 
     base: Observation
@@ -34,14 +34,14 @@ class Phase:
 
 
 def phase(probe: Probe) -> Phase:
-    """Passes with each input exchanged in its turn."""
+    """A pass with the network's own inputs, and passes in which one input at a time is exchanged between samples."""
     with torch.no_grad():
         base = observe(probe)
         return Phase(base, dict(_varied(probe, base)))
 
 
 def sample_of(probe: Probe) -> str | None:
-    """The path of the input that is denoised: that of the prediction's shape, otherwise the largest floating one."""
+    """The path of the input that is denoised: the one with the prediction's shape, or else the largest floating-point input."""
     if probe.prediction.sample is not None:
         return probe.prediction.sample
     sizes = {
@@ -72,7 +72,7 @@ def _tells_time(path: str) -> bool:
 
 
 def _attempt(probe: Probe, base: Observation, path: str, new: Leaf) -> Observation | None:
-    """A pass with another value of one input; None where the network refuses it, or has no answer of the same shape to it."""
+    """A pass with another value of one input; None if the network fails, or its output has another shape or is not finite."""
     try:
         found = observe(probe, probe.with_input(path, new))
     except Exception:  # a network may refuse an exchanged input in any way: then its effect is not known
@@ -82,7 +82,7 @@ def _attempt(probe: Probe, base: Observation, path: str, new: Leaf) -> Observati
 
 
 def _exchanged(leaf: Leaf, batch_size: int, draws: torch.Generator) -> list[Leaf]:
-    """Other values of an input, the likeliest first: exchanged between samples, or drawn again where it has none."""
+    """Other values of an input, the likeliest first: exchanged between samples, or else other numbers or new noise."""
     if isinstance(leaf, int | float):
         return [other for other in (leaf // 2 if isinstance(leaf, int) else leaf / 2, leaf + 1) if other != leaf]
     if isinstance(leaf, list):
@@ -113,9 +113,9 @@ def _drawn(tensor: Tensor, draws: torch.Generator) -> Tensor:
 def modulation(
     probe: Probe, start: Phase, end: Phase, blocks: Sequence[Block], states: dict[str, tuple[State, str]]
 ) -> list[Layer]:
-    """Layers that are given one vector per sample, which does not depend on the sample but on other inputs.
+    """Layers whose input is one vector for each sample that depends on the conditioning, not on the noisy sample.
 
-    A layer that feeds another such layer, as an embedder does, is left out.
+    A layer whose output feeds another such layer, as in an embedder, is left out.
     """
     drivers: dict[str, set[str]] = {}
     for each in (start, end):
@@ -171,9 +171,9 @@ def _feeding(probe: Probe, base: Observation, paths: list[str]) -> set[str]:
 
 
 def gates(probe: Probe, start: Phase, blocks: Sequence[Block], layers: Sequence[Layer]) -> Gates | None:
-    """What holds the blocks at the identity: modulation that is zero, other layers that are, both, or neither.
+    """What makes the blocks the identity: zero modulation, other layers that are zero, both, or something unknown.
 
-    Other layers are those whose input depends on the sample. None where some block is not the identity.
+    Other layers are those whose input depends on the noisy sample. None if some block is not the identity.
     """
     if not blocks or not all(block.identity for block in blocks):
         return None
@@ -190,7 +190,7 @@ def gates(probe: Probe, start: Phase, blocks: Sequence[Block], layers: Sequence[
 
 
 def _of_the_stream(probe: Probe, start: Phase) -> set[str]:
-    """Layers whose input is another when the sample is."""
+    """Layers whose input changes when the noisy sample changes."""
     varied = start.varied.get(sample_of(probe) or "")
     calls = zip(start.base.calls, varied.calls, strict=False) if varied is not None else ()
     return {
@@ -201,7 +201,7 @@ def _of_the_stream(probe: Probe, start: Phase) -> set[str]:
 
 
 def _opened(probe: Probe, blocks: Sequence[Block], disturbed: set[str]) -> set[str]:
-    """Blocks that are no longer the identity when these layers are disturbed."""
+    """Blocks that are no longer the identity when noise is added to the outputs of these layers."""
     if not disturbed:
         return set()
     changes = observe(probe, disturbed=disturbed).changes

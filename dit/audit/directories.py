@@ -1,7 +1,8 @@
-"""A directory that `save_pretrained` of diffusers wrote, read as its `from_pretrained` reads it, without executing anything.
+"""Read a directory that `save_pretrained` of diffusers wrote, as its `from_pretrained` does, without executing anything.
 
-The class is the one that diffusers resolves the configuration to; the weights are those that the index names, or else the file
-of the standard name; with a variant, those of that variant alone (diffusers, models/modeling_utils.py, `from_pretrained`).
+The class is the one to which diffusers resolves the configuration. The weights are in the files that the index names, or else
+in the file with the standard name; if a variant is given, only its files count (diffusers, models/modeling_utils.py,
+`from_pretrained`).
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 """How names of weight files begin: in diffusers, and in what accelerate and transformers write."""
 
 SUFFIXES = (".safetensors", ".bin")
-"""In the order in which they are looked for; a `.bin` is read with tensors and plain values alone."""
+"""Suffixes of weight files, in the order of preference; of a `.bin`, only tensors and plain values are read."""
 
 MAX_JSON = 4 * 2**20
-"""Bytes of a configuration or an index."""
+"""The largest size in bytes of a configuration or an index."""
 
 FOLDERS = ("transformer", "unet", "prior")
-"""Where a whole pipeline keeps the network that denoises."""
+"""Folders in which a pipeline keeps the network that denoises."""
 
 
 def network_folder(path: Path) -> Path:
-    """`path`, or the folder of the network in that of a whole pipeline."""
+    """The folder of the network: `path` itself, or the network's folder if `path` is a whole pipeline."""
     if (path / "config.json").is_file():
         return path
     return next((path / name for name in FOLDERS if (path / name / "config.json").is_file()), path)
@@ -48,7 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, where: str) -> dict[str, Any]:
-    """A JSON object from text. Raises `ConfigError` that names `where` it stands."""
+    """A JSON object from text. Raises `ConfigError`, which says `where` the text stands."""
     try:
         found = json.loads(text)
     except RecursionError:
@@ -61,7 +62,7 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
 
 
 def constructor_of(config: Mapping[str, Any], where: Path) -> tuple[type[nn.Module], dict[str, Any], tuple[str, ...]]:
-    """The class that diffusers makes of a configuration, its arguments, and the keys of the configuration that it ignores."""
+    """The class that diffusers would build from a configuration, its arguments, and the keys that the class ignores."""
     name = config.get("_class_name")
     if "auto_map" in config:
         raise ConfigError(f"{where}: its class is in code beside it (auto_map), which is not executed; {FACTORY}")
@@ -73,7 +74,7 @@ def constructor_of(config: Mapping[str, Any], where: Path) -> tuple[type[nn.Modu
 
 
 def _remapped(name: str, config: Mapping[str, Any]) -> str:
-    """The class that has taken the place of `name` for such a configuration, as `LegacyModelMixin` of diffusers finds it."""
+    """The class that replaces the legacy class `name` for this configuration, as in `LegacyModelMixin` of diffusers."""
     from diffusers.models.model_loading_utils import _CLASS_REMAPPING_DICT
 
     norm = config.get("norm_type")
@@ -117,7 +118,7 @@ def _weight_files(path: Path, variant: str) -> tuple[list[Path], Path | None]:
 
 
 def _indexed(index: Path) -> list[Path]:
-    """The files that an index names, all of them beside it."""
+    """The files that an index names; all must be in the folder of the index."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise DataError(f"{index} has no weight_map; expected the index that save_pretrained writes beside shards")

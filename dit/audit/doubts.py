@@ -1,4 +1,4 @@
-"""What an audit cannot tell about a network, and why: it says so, and concludes nothing from it."""
+"""What an audit cannot tell about a network, and why. The report says so, and nothing is concluded from such findings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an audit report can be held to, and the reasons against it."""
+"""Expectations that an audit report can be checked against, and the reasons why a network does not meet them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _identity(report: AuditReport) -> Iterator[str]:
 
 
 def _gated(report: AuditReport) -> Iterator[str]:
-    """Modulation of the blocks starts at zero, at least in part, and it is what makes them the identity."""
+    """Reasons against: modulation of the blocks starts at zero, at least in part, and makes the blocks the identity."""
     modulation = [layer for layer in report.modulation if layer.place != "final"]
     if modulation and all(layer.state not in ("zero", "partly zero") for layer in modulation) and report.gates != "unknown":
         yield "no modulation starts at zero"
@@ -60,7 +60,7 @@ EXPECTATIONS: dict[Expectation, tuple[Check, ...]] = {
     "all-awake": (asleep,),
     "distinct-units": (symmetric,),
 }
-"""What a report can be held to: every check names the reasons against it."""
+"""The checks of each expectation; every check yields the reasons why a network does not meet it."""
 
 TOPICS: dict[Expectation, tuple[Topic, ...]] = {
     "adaln-zero": ("output", "blocks", "modulation"),
@@ -69,7 +69,7 @@ TOPICS: dict[Expectation, tuple[Topic, ...]] = {
     "all-awake": ("gradients",),
     "distinct-units": ("gradients",),
 }
-"""The findings that an expectation rests on: where one of them is doubted, it cannot be judged."""
+"""The findings that an expectation depends on: if one of them is in doubt, the expectation cannot be judged."""
 
 
 def known(expectation: str) -> Expectation:

@@ -1,4 +1,4 @@
-"""Weights of files, fitted to a network: what trainers have put before and into their names, and what is left over."""
+"""Fit the weights in files to a network: trainers add prefixes and wrappers to names, and files hold other tensors too."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ FACTORY = "write a function that returns (model, batch) and audit it as package.
 
 @dataclass(frozen=True)
 class Reading:
-    """How a file is to be read: `key` leads to its weights, `prefix` stands before their names, `ignore` are patterns."""
+    """How to read a file: the `key` that leads to its weights, the `prefix` of their names, and patterns of names to ignore."""
 
     key: str = ""
     prefix: str | None = None
-    """None to find it."""
+    """None: the prefix is found from the names."""
     ignore: tuple[str, ...] = ()
     variant: str = ""
-    """Of the files in a diffusers directory."""
+    """Which variant to read from a diffusers directory, such as `fp16`."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by the name that they have in a network, and where they were read."""
+    """Tensors by their names in the network, and where they were read."""
 
     tensors: dict[str, Tensor]
     files: tuple[Path, ...]
@@ -43,14 +43,15 @@ class Weights:
 
     @property
     def path(self) -> Path:
-        """The file, or the folder of several."""
+        """The file with the weights, or the folder if there are several files."""
         return self.files[0] if len(self.files) == 1 else self.files[0].parent
 
 
 def read_file(path: Path, anchors: Sequence[str], reading: Reading) -> Weights:
-    """The tensors of a checkpoint by their plain names: those beside the first of `anchors` that the file has.
+    """The tensors of a checkpoint by their plain names; `anchors` are names of the network, by which its prefix is found.
 
-    Raises `DataError` or `ConfigError` where there is no such name, or where several networks in the file have it.
+    Raises `DataError` if the file cannot be read, and `ConfigError` if no name has the given prefix, or if several networks in
+    the file have the anchors.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
@@ -76,7 +77,7 @@ def named(found: StateDict, files: tuple[Path, ...], anchors: Sequence[str], rea
 
 
 def _without_wrappers(weights: Mapping[str, Tensor], anchors: Sequence[str], where: Path) -> dict[str, str]:
-    """The names without wrappers, but those at their start, and the names in the file that they stand for."""
+    """By name without wrappers inside it (wrappers at its start are kept), the name in the file."""
     own = {part for anchor in anchors for part in anchor.split(".")}
     plain: dict[str, str] = {}
     for raw in weights:
@@ -90,7 +91,7 @@ def _without_wrappers(weights: Mapping[str, Tensor], anchors: Sequence[str], whe
 
 
 def _prefix(names: Mapping[str, str], anchors: Sequence[str], where: Path) -> str:
-    """What stands before most of the anchors; of several such prefixes the one for averaged weights."""
+    """The prefix before most of the anchors; if several prefixes are equally frequent, the one of averaged weights."""
     found: dict[str, int] = {}
     for anchor in sorted(anchors, key=len, reverse=True):
         prefixes = [name.removesuffix(anchor) for name in names if name == anchor or name.endswith(f".{anchor}")]
@@ -107,9 +108,9 @@ def _prefix(names: Mapping[str, str], anchors: Sequence[str], where: Path) -> st
 
 
 def fill(network: nn.Module, weights: Weights) -> Source:
-    """Put the weights into `network`, every one of its own; say where they were read.
+    """Fill all weights of `network`, and say where they were read.
 
-    Raises `DataError` where some are missing, are left over, have other shapes or types, or are not finite.
+    Raises `DataError` if weights are missing, left over, not finite, or have other shapes or types.
     """
     own, path = network.state_dict(), weights.path
     kind = type(network).__name__

@@ -1,4 +1,4 @@
-"""Which rows of which tensors receive a gradient at each of the first steps, and what the loss is before them."""
+"""Which rows of which tensors receive a gradient at each of the first steps, and the loss before these steps."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dit.seeding import generator
 ROUNDING = 1e-14
 """In float64, a gradient below this fraction of the network's largest is rounding (machine epsilon is 2.2e-16).
 
-In float32 there is no such fraction: rounding reaches those of true gradients, and only what is exactly zero is no gradient.
+In float32 no such fraction exists, because rounding can be as large as true gradients: only an exact zero is no gradient.
 """
 
 MAX_RUNS = 8
-"""A set of rows with more stretches than this is counted, not listed."""
+"""Rows that form more stretches than this are counted, not listed."""
 
 
 def noise_loss(probe: Probe) -> LossFunction:
@@ -38,7 +38,7 @@ def noise_loss(probe: Probe) -> LossFunction:
 
 
 def losses(probe: Probe, loss: LossFunction) -> tuple[float, float | None]:
-    """The loss at start, and that of a prediction which is zero; None where such a prediction cannot be made."""
+    """The loss at start, and the loss of a zero prediction (None if the loss cannot be computed for it)."""
     output = probe.call()
     try:
         value = loss(output, probe.given()).item()
@@ -77,7 +77,7 @@ def train(probe: Probe, loss: LossFunction, steps: int, learning_rate: float) ->
             rounding[name] |= noise.cpu()
             _step(weights[name], gradient, size > threshold, learning_rate)
     probe.model.zero_grad(set_to_none=True)
-    if probe.dtype != torch.float64:  # a row that is zero alone, among others that are not, is a sum that rounds to zero
+    if probe.dtype != torch.float64:  # a single zero row among nonzero rows is a sum that was rounded to zero
         for name, when in first.items():
             rounding[name] |= _alone(when == steps)
     return [wake for name, when in first.items() for wake in _wakes(name, when, rounding[name], name in used, steps)]
@@ -91,20 +91,20 @@ def _backward(value: Tensor) -> None:
 
 
 def _alone(rows: Tensor) -> Tensor:
-    """Rows that are set and whose neighbours are not."""
+    """Rows that are true while both neighbours are false."""
     padded = torch.cat([torch.zeros(1, dtype=torch.bool), rows, torch.zeros(1, dtype=torch.bool)])
     return rows & ~padded[:-2] & ~padded[2:] if len(rows) > 1 else torch.zeros_like(rows)
 
 
 def _wakes(name: str, when: Tensor, rounding: Tensor, used: bool, steps: int) -> Iterator[Wake]:
-    """The rows of one tensor by the step of their first gradient, and those that had none by the reason."""
+    """The rows of one tensor by the step of their first gradient, and rows without a gradient by the reason."""
     for step in sorted(set(when.tolist())):
         rows = when == step
         if step < steps:
             yield Wake(tensor=name, rows=listed(rows), step=step, reason=None)
             continue
         stretches = torch.diff(rows.int(), prepend=torch.zeros(1, dtype=torch.int)).eq(1).cumsum(0)
-        # A sum that rounds to exactly zero is among others that do not.
+        # A zero row in a stretch of rows with rounding errors is a sum that was rounded to zero.
         noisy = rows & torch.isin(stretches, stretches[rows & rounding])
         reasons: dict[Literal["unused", "rounding", "zero"], Tensor] = {"rounding": noisy, "zero": rows & ~noisy}
         for reason, members in reasons.items() if used else [("unused", rows)]:
@@ -117,10 +117,11 @@ def _length(tensor: Tensor) -> int:
 
 
 def _step(weight: Tensor, gradient: Tensor, rows: Tensor, learning_rate: float) -> None:
-    """Move `weight` by `learning_rate` (root mean square) against its gradient.
+    """Move `weight` against its gradient by `learning_rate` (root mean square over the tensor).
 
-    The scale is the tensor's own, so that a tensor moves however small its gradient is, as with Adam; the direction is the
-    gradient's, so that rows with different gradients move apart at once, which Adam's first step (its sign) does not promise.
+    The gradient is scaled for each tensor, so a tensor moves however small its gradient is, as with Adam. The direction is that
+    of the gradient, so rows with different gradients move apart at once; Adam's first step, the sign of the gradient, does not
+    guarantee this.
     """
     kept = torch.where(rows.view(-1, *[1] * (gradient.dim() - 1)), gradient, 0) if gradient.dim() else gradient
     size = kept.square().mean().sqrt()
@@ -130,7 +131,7 @@ def _step(weight: Tensor, gradient: Tensor, rows: Tensor, learning_rate: float) 
 
 
 def listed(rows: Tensor) -> str:
-    """The rows that are set, as slices: `[256:384, 640:768]`; as a count where there are many stretches; nothing for all."""
+    """The true rows as slices, such as `[256:384, 640:768]`; a count if there are many slices; empty if all rows are true."""
     if rows.all():
         return ""
     edges = torch.diff(rows.int(), prepend=torch.zeros(1, dtype=torch.int), append=torch.zeros(1, dtype=torch.int))

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 MAX_DEPTH = 12
-"""Containers inside containers that are looked into."""
+"""How many levels of nested containers are searched."""
 
 Leaf = Tensor | int | float | list
 """A tensor, a number, or a list of one tensor for each sample."""
 
 
 def parts(value: Any) -> list[tuple[str, Any]] | None:
-    """What a container holds, by the end of its path; None for what is no container.
+    """The items of a container, each with the last part of its path; None if `value` is no container.
 
     Containers are mappings, lists, tuples, dataclasses, and plain objects such as namespaces.
     """
@@ -40,7 +40,7 @@ def parts(value: Any) -> list[tuple[str, Any]] | None:
 
 
 def remade(value: Any, items: list[Any]) -> Any:
-    """A container like `value`, as from `parts`, that holds `items`; `value` stays as it is."""
+    """A new container like `value` that holds `items`, in the order of `parts`; `value` does not change."""
     try:
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*items)
@@ -89,9 +89,9 @@ def by_sample(value: Any, samples: int) -> bool:
 
 
 def fresh(value: Any, change: Callable[[Tensor], Tensor] = torch.clone) -> Any:
-    """`value` with new containers and new tensors, so that nothing that is written into them reaches `value`.
+    """A copy of `value` with new containers and new tensors, so that writing into the copy does not change `value`.
 
-    A tensor that is there twice is one tensor in the answer too. `change` makes the new tensors.
+    A tensor that appears twice in `value` is one tensor in the copy too. `change` makes the new tensors.
     """
     made: dict[int, Tensor] = {}
 
@@ -112,7 +112,10 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def stacked(leaf: Any) -> Tensor | None:
-    """A leaf as one tensor, the samples of a list one above the other; None where it is a number or they differ in shape."""
+    """A leaf as one tensor; the tensors of a list are stacked, or, if their shapes differ, only the first is taken.
+
+    None for a number.
+    """
     if isinstance(leaf, Tensor):
         return leaf
     if isinstance(leaf, list) and leaf and all(isinstance(item, Tensor) for item in leaf):
@@ -121,6 +124,6 @@ def stacked(leaf: Any) -> Tensor | None:
 
 
 def floating(leaf: Any) -> Tensor | None:
-    """A leaf as one tensor, where it is one of floating or complex numbers."""
+    """A leaf as one tensor, if its numbers are floating-point or complex; otherwise None."""
     tensor = stacked(leaf)
     return tensor if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()) else None

@@ -21,13 +21,13 @@ from dit.errors import ConfigError
 from dit.models.external.blocks import containers
 
 UNCHANGED = 16
-"""A block is the identity where it changes its input by at most so many roundings of the precision that it runs in."""
+"""A block is the identity if it changes its input by at most this many roundings of the precision that it runs in."""
 
 LAST = 6
-"""Layers, from the last called, among which the output projection is looked for: others may be those of other outputs."""
+"""The output projection is searched among this many last called layers; some of these may belong to other outputs."""
 
 PLAIN = tuple(layer.forward for layer in LAYERS)
-"""What a layer does that has nothing but a weight and a bias."""
+"""The `forward` of layers that have only a weight and a bias."""
 
 
 def audit(
@@ -99,13 +99,13 @@ def _put_back(model: nn.Module, before: dict[str, Tensor]) -> None:
 
 
 def _matrices(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of layers and tables."""
+    """The weights of layers and of embedding tables, by name."""
     kinds = (*LAYERS, nn.Embedding)
     return {f"{path}.weight": module.weight for path, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def _repeated(model: nn.Module) -> set[str]:
-    """Paths of lists whose elements are alike, so that their indices can be left out when results are told."""
+    """Paths of lists of similar modules, whose indices a report can replace by `*`."""
     return {
         path
         for path, module in containers(model)
@@ -130,7 +130,7 @@ def _output(probe: Probe, output: Tensor, loss: float, zero_loss: float | None) 
 def _blocks(probe: Probe, seen: Observation) -> tuple[list[Block], list[str]]:
     """The outermost blocks, in the order of the network, and elements of lists that may be branches.
 
-    A list is one of blocks where any of its elements passes its stream on, or is the identity.
+    A list is a list of blocks if any of its elements passes its stream on, or is the identity.
     """
     lists, passed = possible_blocks(probe.model), passing(probe)
     passed |= {path for path, change in seen.changes.items() if change.change <= SAME}
@@ -152,7 +152,7 @@ def _within(path: str, others: Collection[str]) -> bool:
 
 
 def _state(layer: nn.Module, main: nn.Module) -> tuple[State, str]:
-    """How a layer starts, and its zero rows where only some are zero; by what it does where an adapter is around it."""
+    """How a layer starts, and which rows are zero if only some are; a layer with an adapter is judged by its outputs."""
     parts = [part.detach() for part in (main.weight, main.bias) if isinstance(part, Tensor)]
     if type(layer).forward not in PLAIN and (seen := effective(layer, main)) is not None:
         parts = list(seen)
@@ -169,7 +169,7 @@ def _state(layer: nn.Module, main: nn.Module) -> tuple[State, str]:
 
 
 def _output_layer(probe: Probe, seen: Observation, states: dict[str, tuple[State, str]]) -> Layer | None:
-    """The last layer that the prediction depends on, and where that is not zero the last that makes it so."""
+    """The last called layer that the prediction depends on; if the prediction is not zero, zero layers do not count."""
     nonzero = bool(seen.output.any())
     paths = [call.path for call in seen.calls if not (nonzero and states[call.path][0] == "zero")]
     for path in list(dict.fromkeys(reversed(paths)))[:LAST]:
@@ -200,13 +200,13 @@ def _inputs(probe: Probe, start: Phase, end: Phase) -> Iterator[Input]:
 
 
 def _effect(base: Tensor, other: Tensor) -> float:
-    """Root mean square of the change over that of the output; 0 where both are zero."""
+    """RMS of the change divided by the larger RMS of both outputs; 0 if both are zero."""
     size = max(rms(base), rms(other))
     return rms(base - other) / size if size else 0.0
 
 
 def _part(name: str, tensor: Tensor, taken: set[Part]) -> Part:
-    """What an input is, guessed: a number per sample is a timestep, a whole one a timestep or a class, vectors are text."""
+    """A guess at what an input is: the first number per sample is a timestep, further integers are labels, vectors are text."""
     numbers = tensor.dim() < 2 or tensor.numel() == tensor.shape[0]
     words = name.lower()
     if (numbers and any(word in words for word in ("label", "class"))) or words == "y":

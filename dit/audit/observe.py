@@ -1,4 +1,4 @@
-"""One forward pass, watched: every call of a layer, and what every possible block makes of its streams."""
+"""Watch one forward pass: every call of a layer, and how every possible block changes its streams."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers whose rows are units."""
 
 ALIKE = 0.5
-"""Above this cosine, an output continues an input stream: 1 if nothing was added, less if it was then normalised."""
+"""An output continues an input stream if their cosine is above this: 1 if nothing was added, less if it was normalised too."""
 
 
 @dataclass
@@ -31,19 +31,19 @@ class Call:
     vector: Tensor | None
     """The input of a linear layer that is given one vector per sample, otherwise None."""
     given: float
-    """A number that differs where its input does."""
+    """A weighted sum of the input's entries: two calls with different inputs have different numbers."""
 
 
 @dataclass
 class Change:
-    """What a possible block made of its streams."""
+    """How a possible block changed its streams."""
 
     kind: str
-    """Its class."""
+    """The class of the block."""
     change: float
     """The largest relative change of a stream."""
     ended: int
-    """Calls of layers that were made before it ended."""
+    """How many calls of layers were made before the block ended."""
 
 
 @dataclass
@@ -71,10 +71,10 @@ def observe(probe: Probe, arguments: dict[str, Any] | None = None, disturbed: Co
 
 
 def possible_blocks(model: nn.Module) -> dict[str, str]:
-    """By path, every module that may be a block, with the path of the module that holds it.
+    """By path, every module that may be a block, with the path of the module that contains it.
 
-    A block is one of a list of modules that are alike, or one of several attributes of a module that have the same class and
-    are made of layers.
+    A block is an element of a list of similar modules, or one of several attributes of a module that have the same class and
+    contain layers.
     """
     found = {f"{path}.{name}".lstrip("."): path for path, module in containers(model) for name, _ in module.named_children()}
     for path, module in model.named_modules():
@@ -88,7 +88,7 @@ def possible_blocks(model: nn.Module) -> dict[str, str]:
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """By the path of every layer, the plain layer in it: itself, or the one that an adapter was put around."""
+    """By the path of every layer, its plain layer: the layer itself, or the one that an adapter wraps."""
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         if any(path.startswith(f"{outer}.") for outer in found if outer):
@@ -100,7 +100,7 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def adapted(module: nn.Module) -> nn.Linear | None:
-    """The linear layer in a module that adds a low-rank product to it, as LoRA does; None where it is no such module."""
+    """The linear layer of a module that adds a low-rank product to such a layer, as LoRA does; None for other modules."""
     main = next((child for child in module.children() if isinstance(child, nn.Linear)), None)
     if main is None or isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return None
@@ -116,7 +116,7 @@ def adapted(module: nn.Module) -> nn.Linear | None:
 
 
 def effective(module: nn.Module, main: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Weight (out, in) and bias (out,) of a linear layer from what it does; None where it is not linear in its input."""
+    """Effective weight (out, in) and bias (out,) of a linear layer, from its outputs; None if it is not linear in its input."""
     if not isinstance(main, nn.Linear):
         return None
     weight = main.weight
@@ -135,9 +135,9 @@ def effective(module: nn.Module, main: nn.Module) -> tuple[Tensor, Tensor] | Non
 
 
 def passing(probe: Probe) -> set[str]:
-    """Possible blocks that pass their stream on when, called again, every layer in them returns zeros.
+    """Possible blocks that still pass their stream on when every layer in them returns zeros.
 
-    A branch, whose output is added to the stream outside it, passes nothing on.
+    A branch, whose output is added to the stream outside the branch, passes nothing on.
     """
     kept: dict[str, float] = {}
     lists, silence = possible_blocks(probe.model), Silence()
@@ -160,17 +160,17 @@ class Silence:
 
 class _Watcher:
     again: Callable[..., Any]
-    """What the module does, unwatched."""
+    """The module's own `forward`, which is not watched."""
 
     def enter(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Called before the module."""
 
     def leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """Called after the module; what it returns takes the place of the output, unless it is None."""
+        """Called after the module; the returned value replaces the module's output, unless it is None."""
 
 
 class _Block(_Watcher):
-    """Compares what a block is given, copied before it writes into that, with what it returns or has written."""
+    """Compares a block's inputs, copied before the block can write into them, with what the block returns or has written."""
 
     def __init__(self, path: str, seen: Observation) -> None:
         self.path, self.seen = path, seen
@@ -181,7 +181,7 @@ class _Block(_Watcher):
         self.given.append([(tensor, tensor._version, tensor.detach().clone()) for tensor in streams])
 
     def streams(self, output: Any) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """Each tensor that the block returned or wrote into, and the inputs of its shape as they were."""
+        """Each tensor that the block returned or wrote into, and copies of the inputs of the same shape."""
         given = self.given.pop()
         results = [tensor for tensor in tensors(output) if tensor.is_floating_point()]
         written = [tensor for tensor, version, _ in given if tensor._version != version]
@@ -211,7 +211,7 @@ class _Silent(_Watcher):
 
 
 class _Passing(_Block):
-    """Calls a block again in silence, and notes how alike its streams are before and after it: the least cosine."""
+    """Calls a block again in silence, and notes the smallest cosine between a stream before and after the block."""
 
     def __init__(self, path: str, kept: dict[str, float], silence: Silence) -> None:
         super().__init__(path, Observation(torch.empty(0)))
@@ -244,13 +244,13 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 
 
 def _number(tensor: Tensor) -> float:
-    """A sum of the entries, each with a weight of its own."""
+    """A sum of the entries, each with another weight."""
     values = tensor.detach().double().flatten()
     return float(values @ torch.linspace(1, 2, len(values), dtype=torch.float64, device=values.device))
 
 
 class _Layer(_Watcher):
-    """Notes a call of a layer, and disturbs it where that is asked for."""
+    """Notes a call of a layer, and adds noise to its output if `disturb`."""
 
     def __init__(self, path: str, main: nn.Module, seen: Observation, batch_size: int, disturb: bool) -> None:
         self.path, self.main, self.seen, self.batch_size, self.disturb = path, main, seen, batch_size, disturb
@@ -270,13 +270,13 @@ class _Layer(_Watcher):
 
 
 def _change(before: Tensor, after: Tensor) -> float:
-    """The relative change, without rounding to float32, because some blocks keep their stream in float32."""
+    """The relative change; rounding to float32 does not count, because some blocks keep their stream in float32."""
     return min(relative_change(before, after), relative_change(before.float(), after))
 
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[Callable[[nn.Module, _Watcher], None]]:
-    """Within the block, modules can be watched, called or through their `forward`; after it they are as they were."""
+    """Within the block, modules can be watched, whether they or their `forward` are called; afterwards they are restored."""
     undo: list[Callable[[], None]] = []
 
     def watch(module: nn.Module, watcher: _Watcher) -> None:

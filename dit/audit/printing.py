@@ -20,7 +20,7 @@ LISTED = 8
 
 
 def printed(report: AuditReport) -> Iterator[Any]:
-    """The verdict, and a table for each kind of finding that there is."""
+    """The verdict, and a table for each kind of finding that the report has."""
     yield Text(report.verdict, style="bold")
     yield Text(
         plain(
@@ -54,7 +54,7 @@ def _new_table(title: str, *columns: str) -> Table:
 
 
 def _add(table: Table, *cells: str) -> None:
-    """A row of plain text: nothing in it is markup, and a terminal acts on nothing in it."""
+    """Add a row of plain text, without markup and without control characters for the terminal."""
     table.add_row(*(Text(plain(cell)) for cell in cells))
 
 

@@ -1,4 +1,4 @@
-"""A copy of somebody's network that can be called, whatever it takes and whatever it returns."""
+"""A callable copy of a user's network, whatever inputs it takes and whatever it returns."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from dit.audit.wrappers import copied, unregistered
 from dit.errors import UserError
 
 Batch = Sequence[Any] | Mapping[str, Any]
-"""What the network is called with: a tuple of positional arguments, or a mapping of keyword arguments."""
+"""The arguments of a network: a tuple of positional arguments, or a mapping of keyword arguments."""
 
 LossFunction = Callable[[Any, Batch], Tensor]
-"""`loss(output, batch)`: a scalar, from what the network returned and from what it was called with."""
+"""`loss(output, batch)`: a scalar, from the value that the network returned and the batch that it was called with."""
 
 SMALL = 200_000_000
-"""Networks of up to this many weights are audited in float64, where rounding and small gradients can be told apart."""
+"""Networks with at most this many weights are audited in float64, in which rounding and small gradients can be told apart."""
 
 SAME = 1e-6
 """Relative distance below which two values count as equal: networks that compute parts in float32 round at 6e-8."""
@@ -34,9 +34,9 @@ class Prediction:
     """Which of the tensors that a network returns is its prediction."""
 
     path: str
-    """Where it is in what is returned; empty where that is the tensor itself."""
+    """Where the prediction is in the returned value; empty if the network returns only this tensor."""
     sample: str | None
-    """The input of its shape."""
+    """The path of the input with the prediction's shape; None if there is no such input."""
     others: tuple[str, ...]
     """Tensors that could be the prediction as well."""
 
@@ -56,9 +56,9 @@ class Probe:
         self.batch_size = _batch_size(output, self.prediction)
 
     def call(self, arguments: dict[str, Any] | None = None) -> Any:
-        """The network's answer, the same each time, to its own inputs or to others.
+        """The network's output for its own inputs or for other `arguments`; the same each time.
 
-        Each call has copies of them, so that what a network writes into its inputs does no harm.
+        The inputs are copied for each call, so a network may write into them.
         """
         torch.manual_seed(0)
         given = fresh(self.arguments if arguments is None else arguments)
@@ -67,7 +67,7 @@ class Probe:
         return self.model(*given.values())
 
     def predicted(self, output: Any) -> Tensor:
-        """The prediction in what the network returned. Raises `UserError` where it is not there."""
+        """The prediction in what the network returned. Raises `UserError` if it is missing."""
         for path, leaf in leaves(output, samples=self.batch_size):
             tensor = floating(leaf)
             if path == self.prediction.path and tensor is not None:
@@ -92,7 +92,7 @@ class Probe:
         return found
 
     def with_input(self, path: str, new: Any) -> dict[str, Any]:
-        """The arguments with another value for one of `inputs`."""
+        """The arguments with the value `new` for the input at `path`."""
 
         def changed(at: str, leaf: Any) -> Any:
             return new if at == path else leaf
@@ -100,11 +100,11 @@ class Probe:
         return {name: mapped(changed, value, name, self.batch_size) for name, value in self.arguments.items()}
 
     def given(self) -> Batch:
-        """The batch as it was given, copied, for a loss that may write into it."""
+        """A copy of the given batch, for a loss that may write into it."""
         return fresh(self.batch)
 
     def _first_call(self) -> tuple[Any, tuple[str, ...]]:
-        """What the network returns, and what it uses that is not its own."""
+        """What the network returns, and the modules and parameters that it uses but does not contain."""
         known, called = {id(module) for module in self.model.modules()}, set[str]()
 
         def note(module: nn.Module, _: Any) -> None:
@@ -123,9 +123,9 @@ class Probe:
 
 
 def make_probe(model: nn.Module, batch: Batch) -> Probe:
-    """The network in float64 where it is small and can be called so, otherwise in its own precision.
+    """The network in float64 if it is small and works in float64, otherwise in its own precision.
 
-    Raises `UserError` where it cannot be called with the batch, or gives different outputs for the same batch.
+    Raises `UserError` if the network cannot be called with the batch, or gives different outputs for the same batch.
     """
     if not isinstance(batch, list | tuple | Mapping):
         raise UserError(
@@ -146,7 +146,7 @@ def make_probe(model: nn.Module, batch: Batch) -> Probe:
                 message = f"{type(model).__name__} cannot be called with this batch: {type(error).__name__}: {error}"
                 raise (error if isinstance(error, UserError) else UserError(message)) from error
         else:
-            if dtype == own or _finite(probe):  # what is written for one precision may overflow in another
+            if dtype == own or _finite(probe):  # code that was written for one precision may overflow in another
                 _check_repeatable(probe)
                 return probe
     raise AssertionError("the network's own precision is the last that is tried")
@@ -168,7 +168,7 @@ def _check_repeatable(probe: Probe) -> None:
 
 
 def _named(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """The arguments by name, with the names of `forward` for positional ones."""
+    """The arguments by name; positional arguments get the parameter names of `forward`."""
     if isinstance(batch, Mapping):
         return dict(batch)
     names = [
@@ -186,10 +186,10 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _prediction(output: Any, arguments: dict[str, Any]) -> Prediction:
-    """The tensor of the sample's shape; of its shape but for one length, as with a learned sigma; otherwise the largest.
+    """The output tensor with the sample's shape, or else with one other length, as with a learned sigma, or else the largest.
 
-    What weights have no part in, as a target, is no prediction, and nor is a number, as a loss. Raises `UserError` where there
-    is no tensor.
+    A tensor that does not depend on the weights, such as a target, is no prediction, and neither is a scalar, such as a loss.
+    Raises `UserError` if there is no tensor.
     """
     samples = _one_for_each_sample(output, arguments)
     found = {path: tensor for path, leaf in leaves(output, samples=samples) if (tensor := floating(leaf)) is not None}
@@ -215,14 +215,14 @@ def _prediction(output: Any, arguments: dict[str, Any]) -> Prediction:
 
 
 def _likeness(output: Tensor, given: Tensor) -> int:
-    """2 for one shape, 1 for one that differs in one length, 0 for others."""
+    """2 if the shapes are equal, 1 if they differ in one length, 0 otherwise."""
     if output.dim() != given.dim():
         return 0
     return max(0, 2 - sum(a != b for a, b in zip(output.shape, given.shape, strict=True)))
 
 
 def _batch_size(output: Any, prediction: Prediction) -> int:
-    """How many samples the batch has: the length of the prediction, or of the list that holds it for each sample."""
+    """The number of samples in the batch: the length of the prediction, which may be a list of one tensor for each sample."""
     if isinstance(output, list) and not prediction.path:
         return len(output)
     tensor = next(floating(leaf) for path, leaf in leaves(output) if path == prediction.path)
@@ -250,6 +250,6 @@ def rms(tensor: Tensor) -> float:
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:
-    """RMS of the difference over that of `before`; where that is zero, 1 for any difference."""
+    """RMS of the difference divided by RMS of `before`; if `before` is zero, 1 for any difference and 0 for none."""
     size, change = rms(before), rms(after.detach().double() - before.detach().double())
     return change / size if size else float(change > 0)

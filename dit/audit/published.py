@@ -21,7 +21,7 @@ from dit.models.sit.network import SiT
 from dit.models.sizes import SIZES, Size
 
 ANCHORS = ("x_embedder.proj.weight",)
-"""A name that all of these layouts have, and that ends in nothing shorter."""
+"""A tensor name that all of these layouts have; it tells which prefix stands before the names in a file."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Shapes:
 def load(
     path: Path, config: Mapping[str, Any], reading: Reading, family: Literal["DiT", "SiT", "LightningDiT"] | None = None
 ) -> tuple[Denoiser, Weights]:
-    """The network that a checkpoint is of, before it is filled, and its weights. Raises `DataError` or `ConfigError`.
+    """The network of a checkpoint, not yet filled, and the weights. Raises `DataError` or `ConfigError`.
 
-    A SiT has the names and shapes of a DiT, and is one only where `family` says so.
+    A SiT has the same names and shapes as a DiT, so the network is a SiT only if `family` says so.
     """
     weights = read_file(path, ANCHORS, reading)
     shapes = _shapes(weights)
@@ -86,7 +86,7 @@ def _shapes(weights: Weights) -> Shapes:
 
 
 def _heads(path: Path, shapes: Shapes, config: Mapping[str, Any], sizes: Mapping[str, Size]) -> int:
-    """The number that `config` gives, or that of the published size."""
+    """The number of heads in `config`, or else that of the published size with the same shapes."""
     if unknown := config.keys() - {"num_heads"}:
         raise ConfigError(f"--config of a checkpoint has {', '.join(sorted(unknown))}; expected num_heads")
     if "num_heads" in config:
@@ -116,7 +116,7 @@ def _common(shapes: Shapes, heads: int) -> dict[str, int]:
 
 
 def _dit(tensors: Mapping[str, Tensor], shapes: Shapes, heads: int) -> Denoiser:
-    """A DiT. A SiT has the same weights, and differs in the scale of its time and in the sign of its output."""
+    """A DiT. A SiT has the same weights, but another scale of time and the opposite sign of the output."""
     return DiT(**_common(shapes, heads), learn_sigma=shapes.out_channels == 2 * shapes.channels)
 
 

@@ -21,7 +21,7 @@ Gates = Literal["modulation", "other layers", "both", "unknown"]
 Topic = Literal["output", "blocks", "modulation", "gradients"]
 State = Literal["zero", "zero weight", "partly zero", "constant", "random"]
 STATES: dict[State, str] = {"zero weight": "the same for every input (zero weight, but not bias)"}
-"""In words, for states whose name does not say enough."""
+"""States in words, where the name of a state does not say enough."""
 
 
 class AuditFinding(BaseModel):
@@ -119,7 +119,7 @@ class Doubt(AuditFinding):
 
 
 class Trained(AuditFinding):
-    """How many matrices could be judged by their statistics, and how many of them no usual initialisation would draw so."""
+    """How many matrices could be judged by their statistics, and how many of them no usual initialisation would draw."""
 
     matrices: int
     moved: int
@@ -131,13 +131,13 @@ class Source(AuditFinding):
 
     files: tuple[str, ...]
     holder: str
-    """The keys of the file under which the tensors are."""
+    """The keys that lead to the tensors in the file."""
     prefix: str
     """The prefix of their names in the file."""
     read: tuple[str, ...]
-    """Names of the tensors that were read, as the network calls them."""
+    """Names of the tensors that were read, in the network."""
     ignored: tuple[str, ...]
-    """Names of the tensors that were ignored, as the file calls them."""
+    """Names of the tensors that were ignored, in the file."""
     ignored_files: tuple[str, ...]
     ignored_settings: tuple[str, ...]
     """Keys of the configuration that the class does not accept."""

@@ -1,4 +1,4 @@
-"""Networks of diffusers whose arguments follow no convention: a table of small configurations and of what each is called with.
+"""Networks of diffusers whose arguments follow no convention: a table of small configurations and of arguments of `forward`.
 
 Read off the signatures and the documentation of `forward` in diffusers 0.42.1.
 """
@@ -365,4 +365,4 @@ SIGNATURES: dict[str, Signature] = {
         },
     ),
 }
-"""By class. Text comes before the image where both are in one sequence, and the sample has three samples."""
+"""Signatures by class. Text comes before the image if both are in one sequence, and the batch has three samples."""

@@ -1,4 +1,4 @@
-"""Inputs as data: what stands for a tensor in a table of signatures, and the tensor that it stands for."""
+"""Inputs as data: specifications of tensors for a table of signatures, and how the tensors are made from them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Grid:
-    """Coordinates of `text` tokens, which are zeros, and then of `side` x `side` tokens; (tokens, 3)."""
+    """Coordinates (tokens, 3): zeros for `text` tokens, then those of `side` x `side` image tokens."""
 
     text: int
     side: int
@@ -38,7 +38,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Full:
-    """One whole number, everywhere; a truth value where `value` is one."""
+    """A tensor of this shape in which every entry is `value`, an integer or a boolean."""
 
     shape: tuple[int, ...]
     value: int | bool
@@ -60,7 +60,7 @@ class Joined:
 
 
 def made(spec: Any) -> Any:
-    """What a specification stands for; lists hold specifications, and anything else stands for itself."""
+    """The tensor that a specification describes. Items of a list are made too; any other value is returned as it is."""
     if isinstance(spec, list):
         return [made(item) for item in spec]
     match spec:

@@ -1,4 +1,4 @@
-"""How sure each finding of an audit is, and what makes it so."""
+"""How sure each finding of an audit is, and why."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from dit.audit.report import AuditReport
 
 Sure = Literal["exact", "measured", "inferred", "guessed", "not known"]
-"""Compared bit by bit; measured up to rounding; concluded from what was measured; guessed from a name; doubted."""
+"""In this order: compared bit by bit; measured up to rounding; concluded from measurements; guessed from a name; in doubt."""
 
 
 def sureness(report: AuditReport) -> Iterator[tuple[str, Sure, str]]:

@@ -1,7 +1,7 @@
-"""A small diffusers transformer from its constructor's signature and a few given arguments, and inputs for its `forward`.
+"""Build a small diffusers transformer from its constructor's signature and a few given arguments, and inputs for `forward`.
 
-Both are conventions of diffusers, not facts about one network: widths follow from heads and their size, arguments are known by
-their names, and of the layouts that a sample can have the first that the network takes is used.
+This uses conventions of diffusers, not facts about one network: widths follow from the number of heads and their size,
+arguments are known by their names, and the layout of a sample is the first one that the network accepts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LARGE = 256
 """Widths above this are made small."""
 LAYERS = 2
 MAX_ATTEMPTS = 500
-"""Combinations of input layouts that are tried."""
+"""How many combinations of input layouts are tried at most."""
 
 FILLED = {"in_channels": 4, "patch_size": 2, "sample_size": SIDE * 2, "caption_channels": SMALL_WIDTH}
 """Arguments whose default None stands for a value that a network needs."""
@@ -59,7 +59,7 @@ TEXT_NAMES = (
     "encoder_hidden_size",
     "hidden_size",
 )
-"""What the width of the text is called, in the order in which the names are believed."""
+"""Names of the argument for the width of the text, the most reliable first."""
 
 
 def small_config(constructor: type[nn.Module], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,10 +89,10 @@ def small_config(constructor: type[nn.Module], given: Mapping[str, Any]) -> dict
 
 
 def _needed(defaults: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
-    """Values for arguments whose default, None, builds no network."""
+    """Values for arguments whose default is None, with which no network can be built."""
     missing = {name for name, value in defaults.items() if value is None}
     found: dict[str, Any] = {name: value for name, value in FILLED.items() if name in missing}
-    if "in_channels" in missing and "norm_num_groups" in defaults:  # a picture is normalised by groups, and not cut in patches
+    if "in_channels" in missing and "norm_num_groups" in defaults:  # group norms are for images, without patches
         found |= {"in_channels": defaults["norm_num_groups"], "patch_size": None}
     if {"in_channels", "out_channels"} <= missing:
         found["out_channels"] = found["in_channels"]
@@ -122,7 +122,7 @@ CAPS = {
     "num_embeddings": TEXT,
     "pos_embed_max_size": 4 * SIDE,
 }
-"""The most that these arguments may be, so that they agree with the inputs."""
+"""The largest values of these arguments, so that they agree with the inputs."""
 
 
 def _small(name: str, value: Any) -> Any:
@@ -138,7 +138,7 @@ def _small(name: str, value: Any) -> Any:
 
 
 def _heads(defaults: Mapping[str, Any]) -> dict[str, int]:
-    """Numbers of attention heads, all divided by one number, so that what follows from several of them still agrees."""
+    """Small numbers of attention heads that keep their ratios, so that sizes that depend on several of them still agree."""
     heads = {name: value for name, value in defaults.items() if _is_heads(name) and isinstance(value, int)}
     if not heads:
         return {}
@@ -155,7 +155,7 @@ AXES = ("axes_dims", "axes_dims_rope", "rope_axes_dim", "axes_dim_rope", "rope_d
 
 
 def _width(config: Mapping[str, Any]) -> int | None:
-    """Heads times their size where both are arguments; otherwise what is called the width."""
+    """Number of heads times their size if both are arguments; otherwise the argument that is called the width."""
     heads = next((config[name] for name in HEADS if config.get(name)), None)
     size = config.get("attention_head_dim") or config.get("head_dim")
     if heads and size:
@@ -164,7 +164,7 @@ def _width(config: Mapping[str, Any]) -> int | None:
 
 
 def _new_width(defaults: Mapping[str, Any], small: Mapping[str, Any], given: Mapping[str, Any]) -> int | None:
-    """The width that keeps the size of a head, which position embeddings depend on."""
+    """The width with which a head keeps its size, because position embeddings depend on this size."""
     if any(name in given for name in WIDTH_NAMES) or small.get("attention_head_dim") or small.get("head_dim"):
         return _width(small)
     old = _width(defaults)
@@ -176,7 +176,7 @@ def _new_width(defaults: Mapping[str, Any], small: Mapping[str, Any], given: Map
 
 
 def inputs(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments that `model` can be called with. Raises `ConfigError`, naming what is missing, where none are found."""
+    """Keyword arguments that `model` accepts. Raises `ConfigError`, which names what is missing, if none are found."""
     name = type(model).__name__
     known, candidates = Inputs(config), dict[str, list[Any]]()
     parameters = inspect.signature(model.forward).parameters
@@ -196,7 +196,7 @@ def inputs(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
                 model(**{argument: chosen[argument] for argument in names if argument in chosen})
         except Exception as error:
             reached = len(list(traceback.walk_tb(error.__traceback__)))
-            if reached > progress:  # an error from deep inside tells more than one about a layout that cannot be right
+            if reached > progress:  # an error from deep inside the network tells more than one about a wrong layout
                 problem, progress = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", reached
         else:
             return {argument: chosen[argument] for argument in names if argument in chosen}
@@ -213,7 +213,7 @@ class Wanted:
 
 
 class Inputs:
-    """What is known of one network's inputs from its constructor's arguments, and the means to make them."""
+    """Makes candidates for the inputs of one network from the arguments of its constructor."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
@@ -223,7 +223,7 @@ class Inputs:
         self.frames = self.first("video_length") or FRAMES
 
     def candidates(self, wanted: Wanted) -> list[Any]:
-        """What the argument may be, the likeliest first; None is to leave it out, and nothing means that it is unknown."""
+        """Possible values of the argument, the likeliest first; None means to leave it out. Empty for an unknown argument."""
         for names, only_required, make in INPUTS:
             if re.fullmatch(names, wanted.name) and (wanted.required or not only_required):
                 return make(self, wanted)
@@ -234,7 +234,7 @@ class Inputs:
         return next((self.config[name] for name in names if self.config.get(name)), None)
 
     def normal(self, *shape: int | None) -> list[Any]:
-        """Normal noise of that shape; nothing where a length is not known."""
+        """Normal noise of this shape as the only candidate; no candidate if a length is not known."""
         lengths = [length for length in shape if length is not None]
         return [torch.randn(lengths, generator=generator("audit", "normal", *lengths))] if len(lengths) == len(shape) else []
 
@@ -249,7 +249,7 @@ def _sample(known: Inputs, wanted: Wanted) -> list[Any]:
 
 
 def _layouts(known: Inputs) -> Iterator[tuple[int, ...]]:
-    """Shapes of the sample: a picture, tokens, a film with channels or frames first or channels last, a sequence, a vector."""
+    """Shapes of the sample: an image, tokens, a video with channels or frames first or channels last, a sequence, a vector."""
     names = ("in_channels", "in_visual_dim", "latent_channels", "io_channels", "latent_dim", "embedding_dim")
     for channels in dict.fromkeys(known.config[name] for name in names if known.config.get(name)):
         yield BATCH, channels, known.side, known.side
@@ -351,4 +351,4 @@ INPUTS: list[tuple[str, bool, Callable[[Inputs, Wanted], list[Any]]]] = [
     (r"cross_attention_kwargs", False, lambda *_: [None, {}]),
     (r"added_cond_kwargs", False, lambda *_: [{"resolution": None, "aspect_ratio": None}]),
 ]
-"""Arguments by name, whether they are given only where `forward` requires them, and what makes their candidates."""
+"""Patterns of argument names, whether the argument is given only if `forward` requires it, and the function for candidates."""

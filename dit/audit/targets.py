@@ -1,4 +1,4 @@
-"""What `dit audit` is pointed at: a network, and a batch to call it with, from a name, a file, a directory or a function."""
+"""Targets of `dit audit`: a network, and a batch to call it with, from a name, a file, a directory or a function."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 PARAMS = Path("params.yaml")
 BATCH = 4
 SHOWN = 60
-"""Characters of `--config` that a message repeats."""
+"""How many characters of `--config` a message repeats."""
 
 
 @dataclass(frozen=True)
 class AuditTarget:
-    """A network, what it is called with, and its loss where there is one of its own."""
+    """A network, the batch that it is called with, and its own loss if it has one."""
 
     model: nn.Module
     batch: Batch
@@ -60,12 +60,12 @@ def load(
     weights: Path | None = None,
     reading: Reading | None = None,
 ) -> AuditTarget:
-    """The network that `target` names; `config` are its constructor's arguments, or what a checkpoint does not tell.
+    """The network that `target` names; `config` holds arguments of its constructor, or what a checkpoint does not tell.
 
-    A strategy is one of the file `params`, and its network `model_name`, or that file's own. `weights` is a file or directory
-    that fills the network of a function; `reading` says how files are read.
+    A strategy comes from the parameter file `params`; its network is `model_name`, by default the one in that file. `weights`
+    is a file or directory with weights for the network that a function returns; `reading` says how files are read.
 
-    Raises `ConfigError` or `DataError` where there is no such network, or where what it holds cannot be used safely.
+    Raises `ConfigError` or `DataError` if there is no such network, or if its files cannot be used safely.
     """
     reading = reading or Reading()
     with torch.random.fork_rng(devices=[]):
@@ -89,7 +89,7 @@ def load(
 
 
 def read_config(text: str) -> dict[str, Any]:
-    """A mapping from JSON, or from the JSON file at that path. Raises `ConfigError`."""
+    """A mapping from `text`, which is JSON or the path of a JSON file. Raises `ConfigError` for anything else."""
     with contextlib.suppress(OSError, ValueError):
         if Path(text).is_file():
             return directories.read_json(Path(text))
@@ -98,7 +98,7 @@ def read_config(text: str) -> dict[str, Any]:
 
 
 def _diffusers(name: str, config: Mapping[str, Any]) -> AuditTarget:
-    """A transformer of diffusers, built by its constructor: small where `config` does not say otherwise."""
+    """A transformer of diffusers, built by its constructor; arguments that `config` does not give are small."""
     from dit.audit import synthesis
 
     check_config(name, config)  # before diffusers is imported, which takes seconds
@@ -113,9 +113,9 @@ def _diffusers(name: str, config: Mapping[str, Any]) -> AuditTarget:
 
 
 def _strategy(name: str, model_name: str | None, seed: int, params: Path) -> AuditTarget:
-    """The network of a parameter file, or the one called `model_name`, with one of that file's strategies.
+    """The network of a parameter file, or the one called `model_name`, initialised by the strategy `name` of that file.
 
-    Its inputs and loss are those of training, by the file's objective: `dit.diffusion.Diffusion.training_loss`.
+    Inputs and loss are as in training with the file's objective; see `dit.diffusion.Diffusion.training_loss`.
     """
     loaded = config.load(params)
     if name not in loaded.strategies:
@@ -152,7 +152,7 @@ def _checkpoint(path: Path, config: Mapping[str, Any], reading: Reading) -> Audi
 
 
 def _directory(path: Path, config: Mapping[str, Any], reading: Reading) -> AuditTarget:
-    """A directory written by diffusers' `save_pretrained`: class and weights as its `from_pretrained` finds them."""
+    """A directory that `save_pretrained` of diffusers wrote; class and weights are those that `from_pretrained` would take."""
     from dit.audit import synthesis
 
     folder = directories.network_folder(path)
@@ -169,9 +169,9 @@ def _directory(path: Path, config: Mapping[str, Any], reading: Reading) -> Audit
 
 
 def _function(module: str, name: str, weights: Path | None, reading: Reading) -> AuditTarget:
-    """What somebody's function returns: (model, batch) or (model, batch, loss). The working directory is searched too.
+    """The (model, batch) or (model, batch, loss) that a user's function returns. The working directory is searched too.
 
-    The model is filled with the file or directory `weights`, where there is one.
+    If `weights` is given, the model gets the weights from this file or directory.
     """
     where = f"{module}:{name}"
     try:

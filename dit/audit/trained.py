@@ -1,9 +1,9 @@
-"""Whether weights are still as some initialisation drew them, or have been trained: by their statistics, not by their name.
+"""Whether weights are still as an initialisation drew them, or have been trained: judged by statistics, not by names.
 
 Every usual initialisation draws the entries of a matrix independently, from one distribution for the matrix or for each of its
-chunks (or makes it orthogonal, whose rows differ even less). Then the mean squares of its columns vary as those of independent
-entries do: with a relative variance of (k - 1) / n for n rows and a kurtosis of k. Training moves whole rows and columns, so
-that they vary by far more.
+chunks (or makes the matrix orthogonal, which makes its rows vary even less). Then the mean squares of its columns have the
+relative variance (k - 1) / n, for n rows and entries of kurtosis k. Training moves whole rows and columns, so that their mean
+squares vary far more.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 from dit.audit.report import Trained
 
 SMALLEST = 16
-"""Rows and columns that a matrix needs to be judged."""
+"""How many rows and how many columns a matrix must have at least to be judged."""
 
 EXCESS = 1.5
-"""Rows and columns that vary more than this multiple of the variance of independent entries were not drawn so."""
+"""The mean squares of a trained matrix vary by more than this multiple of the variance for independent entries."""
 
 DEVIATIONS = 6.0
-"""The excess must also be this many standard deviations of that variance, so that no small drawn matrix counts as trained."""
+"""The excess must also be this many standard deviations of the expected variance, so that no small matrix counts by chance."""
 
 ENOUGH = 0.25
-"""More than this share of the judged matrices must look trained; in a small network they do after some 300 steps."""
+"""More than this share of the judged matrices must look trained; a small network reaches it after some 300 steps."""
 
 
 def trained(weights: Mapping[str, Tensor]) -> Trained | None:
-    """What the statistics of the matrices among `weights` say; None where there are none that can be judged."""
+    """What the statistics of the matrices among `weights` say; None if no matrix can be judged."""
     judged: dict[str, bool] = {}
     for name, weight in weights.items():
         if weight.dim() < 2 or not weight.is_floating_point() or not weight.any():
@@ -44,7 +44,7 @@ def trained(weights: Mapping[str, Tensor]) -> Trained | None:
 
 
 def _moved(matrix: Tensor) -> bool:
-    """Whether both the rows and the columns vary by more than those of a draw do."""
+    """Whether both rows and columns vary by more than in a freshly drawn matrix."""
     squares = matrix.square()
     kurtosis = (squares.square().mean() / squares.mean().square()).item()
     return all(_excess(squares, kurtosis, dim) for dim in (0, 1))

@@ -1,4 +1,4 @@
-"""Units of a layer that start equal, and whether they part."""
+"""Units of a layer that start equal, and whether they become different."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def follow(
 
 
 def layers_of(model: nn.Module) -> dict[str, list[str]]:
-    """By layer, the parameters whose rows are its units: weight and bias, or a matrix that no layer of torch's holds."""
+    """By layer, the parameters whose rows are its units: weight and bias, or a matrix that belongs to no layer of torch."""
     found: dict[str, list[str]] = {}
     for path, module in model.named_modules():
         own = {name: f"{path}.{name}".lstrip(".") for name, weight in module.named_parameters(recurse=False)}
@@ -62,7 +62,7 @@ def _rows(weights: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
 
 
 def _repeats(rows: Tensor) -> Pairs:
-    """Rows that are equal. Equal rows have equal projections, so that only neighbours in the order of those are compared."""
+    """Rows that are equal. Equal rows have equal projections, so only neighbours in the order of projections are compared."""
     direction = torch.randn(rows.shape[1], generator=generator("audit", "projection"), dtype=torch.float64).to(rows)
     order = (rows @ direction).argsort()
     first, second = order[:-1], order[1:]
@@ -90,7 +90,7 @@ def _followed(path: str, pairs: Pairs, before: Tensor, after: Tensor, dtype: tor
 
 
 def _period(offsets: Tensor) -> int | None:
-    """The distance between equal rows where it is the same for all, such as the size of an attention head."""
+    """The distance of which all distances between equal rows are multiples, such as the size of an attention head."""
     if not len(offsets):
         return None
     smallest = int(offsets.min())

@@ -1,4 +1,4 @@
-"""How an audit report says things: items that are alike together, numbers and names in short."""
+"""Words of an audit report: groups of similar items, and short forms of numbers and names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NEGLIGIBLE = 1e-6
 """An input that changes the output by less than this fraction has no effect: what is left is float32 rounding."""
 
 LISTED = 3
-"""Names that a sentence lists before it counts the rest."""
+"""How many names a sentence lists; it only counts the others."""
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
@@ -43,12 +43,12 @@ def capital(sentence: str) -> str:
 
 
 def without_effect(change: float | None) -> bool:
-    """Whether a change of an input, as a fraction of the output, is none but for rounding."""
+    """Whether an input changes the output by no more than rounding; `change` is a fraction of the output."""
     return change is not None and change < NEGLIGIBLE
 
 
 def percent(change: float | None) -> str:
-    """A fraction as per cent, or why there is none."""
+    """A fraction as per cent; in words if there is no effect, or if the input was not varied."""
     if change is None:
         return "not varied"
     return "none" if without_effect(change) else f"{100 * change:.{0 if change >= 0.1 else 2}f} %"

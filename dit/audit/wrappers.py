@@ -1,4 +1,4 @@
-"""A copy of somebody's network without what compiling, checkpointing and data parallelism have wrapped around its parts."""
+"""Copy a user's network without the wrappers that compiling, checkpointing and data parallelism put around its modules."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SHARDED = "gather its weights into a network that is not wrapped, and audit that
 
 
 def inside(module: nn.Module) -> nn.Module | None:
-    """What `module` is wrapped around; None where it is no wrapper. Raises `UserError` for one that keeps only a shard."""
+    """The module that the wrapper `module` wraps; None if it is no wrapper. Raises `UserError` for a shard of the weights."""
     kinds = {kind.__name__ for kind in type(module).__mro__}
     if kinds & {"FullyShardedDataParallel", "FSDPModule", "FlattenParamsWrapper"}:
         raise UserError(f"{type(module).__name__} holds a shard of the weights; {SHARDED}")
-    if "OptimizedModule" in kinds:  # by its name, as to import what it is of takes seconds
+    if "OptimizedModule" in kinds:  # by its name, because importing its class takes seconds
         return module.get_submodule("_orig_mod")
     if isinstance(module, DistributedDataParallel | nn.DataParallel | AveragedModel):
         return module.module
@@ -41,10 +41,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A copy in which every wrapper is replaced by what is in it, at any depth.
+    """A copy in which every wrapper, at any depth, is replaced by the module in it.
 
-    Raises `UserError` where no independent copy can be made: its weights are sharded, or it calls code that is bound to the
-    original.
+    Raises `UserError` if no independent copy can be made: the weights are sharded, or the network calls code that is bound to
+    the original.
     """
     for name, weight in model.named_parameters():
         if not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor:
@@ -69,7 +69,7 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def _unbind(path: str, module: nn.Module, originals: dict[int, nn.Module]) -> None:
-    """Make what was put in place of a method call the copy. Raises `UserError` where it holds on to the original."""
+    """Bind replaced methods to the copy. Raises `UserError` if a function or hook still refers to the original network."""
     for name, given in list(module.__dict__.items()):
         value = _plain(given)
         if inspect.ismethod(value) and id(value.__self__) in originals:
@@ -89,7 +89,7 @@ def _compiled(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """What `torch.compile` was given: of a method, a function around that method alone."""
+    """The function or method that `torch.compile` was given; other values are returned as they are."""
     if not _compiled(value):
         return value
     while _compiled(value):
@@ -99,7 +99,7 @@ def _plain(value: Any) -> Any:
 
 
 def _held(value: Any, depth: int = 4) -> Iterator[nn.Module]:
-    """The modules that a function of the user's holds on to: as `self`, in a partial, behind a weak reference, in a closure."""
+    """The modules that a user's function refers to: as `self`, in a partial, by a weak reference, or in a closure."""
     if depth == 0:
         return
     if isinstance(value, weakref.ref):

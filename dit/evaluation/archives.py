@@ -1,7 +1,7 @@
-"""Many images in one `.npz`, as facebookresearch/DiT `sample_ddp.py` and OpenAI's guided-diffusion `evaluator.py` have them.
+"""Many images in one `.npz`, in the format of facebookresearch/DiT `sample_ddp.py` and guided-diffusion's `evaluator.py`.
 
-It is a zip archive whose member `arr_0.npy` is uint8 (N, H, W, 3). It is written and read a batch at a time: 50,000 images of
-256 x 256 are 9.8 GB.
+The file is a zip archive whose member `arr_0.npy` is uint8 (N, H, W, 3). It is written and read one batch at a time, because
+50,000 images of 256 x 256 are 9.8 GB.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ IMAGES = "arr_0"
 
 
 class ImageArchive:
-    """Writes `count` images, given in batches (B, H, W, C) uint8; grey ones become RGB. A context manager.
+    """Writes `count` images, given in batches (B, H, W, C) uint8; grey images become RGB. A context manager.
 
-    The file is there when it is whole: it is renamed when all images have come, and removed after an error.
+    The file appears only when it is complete: it gets its name after the last image, and is removed after an error.
     """
 
     def __init__(self, path: Path, count: int) -> None:
@@ -39,7 +39,7 @@ class ImageArchive:
         return self
 
     def write(self, images: np.ndarray) -> None:
-        """Add images (B, H, W, C) uint8. Raises `ValueError` for others than the first ones, or more than were announced."""
+        """Add images (B, H, W, C) uint8. Raises `ValueError` for another shape than before, or more than `count` images."""
         if images.dtype != np.uint8 or images.ndim != 4 or self._member is None:
             raise ValueError(f"images of {images.dtype} {images.shape}; expected uint8 (B, H, W, C)")
         if images.shape[3] == 1:
@@ -69,7 +69,7 @@ class ImageArchive:
 
 
 class ArchivedImages:
-    """The images `arr_0` of an archive: how many, how large, and all of them in batches. No pickle is ever read."""
+    """The images `arr_0` of an archive: their number, their shape, and all of them in batches. Never reads a pickle."""
 
     def __init__(self, path: Path, name: str = IMAGES) -> None:
         self.path, self.name = path, name

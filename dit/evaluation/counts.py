@@ -1,4 +1,4 @@
-"""How many images the distances need; apart from them, since to compare numbers nothing has to be imported that measures."""
+"""How many images the distances need. A module of its own, so that checking numbers does not import the metrics."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ def check_counts(num_real: int, params: EvaluateParams) -> None:
 
 
 def check_count(key: str, value: int, most: int, kind: str) -> None:
-    """Raise `ConfigError` where the value of `evaluate.KEY` is more than there are images for."""
+    """Raise `ConfigError` if the value of `evaluate.KEY` is larger than `most`, which the number of images allows."""
     if value > most:
         raise ConfigError(f"evaluate.{key} = {value}; it should be at most {most}, with the {kind} images that there are")

@@ -1,6 +1,6 @@
 """How far generated images are from real ones, as distances between two sets of features (N, D).
 
-Every figure depends on both sample counts: the Fréchet distance falls as they grow, so only figures of equal counts compare.
+Every figure depends on both sample counts (the Fréchet distance falls as they grow), so compare only figures of equal counts.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def measure_kernel_distance(
 ) -> tuple[float, float]:
     """Mean and standard deviation over random subsets of the squared maximum mean discrepancy; Binkowski et al. (2018).
 
-    Kernel (x.y / D + 1)^3, unbiased estimate, which may be negative, in float64. `seed` decides the subsets. Raises
-    `ConfigError` where a set has fewer samples than a subset, `DataError` for features that are not finite.
+    The kernel is (x.y / D + 1)^3. The estimate is unbiased, may be negative, and is computed in float64. `seed` decides the
+    subsets. Raises `ConfigError` if a set has fewer samples than a subset, `DataError` for features that are not finite.
     """
     _check_finite(real, generated)
     check_count("kernel_subset_size", subset_size, len(real), "real")
@@ -83,10 +83,11 @@ def measure_kernel_distance(
 
 
 def measure_precision_recall(real: Tensor, generated: Tensor, *, nearest_k: int) -> tuple[float, float]:
-    """Share of generated images among the real ones, and of real images among the generated; Kynkäänniemi et al. (2019), eq. 2.
+    """Share of generated images in the region of real ones, and of real images in the region of generated ones.
 
-    A set's region is the union of balls around its samples, each as wide as the distance to the `nearest_k`-th neighbour.
-    Raises `ConfigError` where a sample has too few neighbours, `DataError` for features that are not finite.
+    Kynkäänniemi et al. (2019), eq. 2: a set's region is the union of balls around its samples; the radius of a ball is the
+    distance to the `nearest_k`-th neighbour. Raises `ConfigError` if a sample has too few neighbours, `DataError` for features
+    that are not finite.
     """
     _check_finite(real, generated)
     check_count("nearest_k", nearest_k, len(real) - 2, "real")
@@ -97,7 +98,7 @@ def measure_precision_recall(real: Tensor, generated: Tensor, *, nearest_k: int)
 
 
 class _Given(nn.Identity):
-    """The feature network of a library that is given features; `num_features` is how it asks for their dimension."""
+    """Stands for the feature network of torchmetrics, which gets features here; it reads their dimension in `num_features`."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()

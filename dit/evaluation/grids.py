@@ -1,4 +1,4 @@
-"""The picture of samples: a column for each class, the same noise and class in the same place for every strategy."""
+"""The picture of samples: a column for each class; for every strategy, the same place has the same noise and class."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 from PIL import Image
 
 MAX_COLUMNS = 32
-"""Classes shown, the first ones: a picture of a thousand columns shows nobody anything."""
+"""How many classes are shown at most, the first ones: a picture with a thousand columns is of no use."""
 
 
 def grid_shape(num_samples: int, num_classes: int, rows: int) -> tuple[int, int]:
-    """Rows and columns of a grid, where `num_samples` samples with `dit.sampling.balanced_labels` can fill it."""
+    """Rows and columns of a grid that `num_samples` samples with `dit.sampling.balanced_labels` can fill."""
     return min(rows, max(1, num_samples // num_classes)), min(num_classes, num_samples, MAX_COLUMNS)
 
 

@@ -1,4 +1,4 @@
-"""Inception-v3 as the literature measures with it: TensorFlow's network of 2015, by torch-fidelity, at three of its places."""
+"""Inception-v3 as used in the literature: TensorFlow's network of 2015, from torch-fidelity, with three of its outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POOLED = 2048
 """Features of the last pooling layer, `pool_3`: of FID, precision and recall."""
 SPATIAL_CHANNELS, SPATIAL_SIDE = 7, 17
 SPATIAL = SPATIAL_CHANNELS * SPATIAL_SIDE**2
-"""Features of sFID: the first 7 channels of `mixed_6/conv`, at 17 x 17 places; Nash et al. (2021), OpenAI's `evaluator.py`."""
+"""Features for sFID: the first 7 channels of `mixed_6/conv`, 17 x 17 positions; Nash et al. (2021), OpenAI's `evaluator.py`."""
 LOGITS = 1008
 """Classes of the network, for the Inception score."""
 INSTALL = "features.extractor = 'inception' needs torch-fidelity: pip install -e '.[inception]'"
@@ -52,7 +52,10 @@ class Inception(nn.Module):
 
 
 def cached_weights() -> Path | None:
-    """The weights that torch-fidelity publishes, where this machine has downloaded them. Raises `ConfigError` without it."""
+    """The weights that torch-fidelity publishes, if this machine has downloaded them; otherwise None.
+
+    Raises `ConfigError` if torch-fidelity is not installed.
+    """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
     except ModuleNotFoundError:
@@ -64,9 +67,9 @@ def cached_weights() -> Path | None:
 def inception(params: FeaturesParams) -> tuple[nn.Module, int]:
     """Inception-v3 with the weights and the resizing of Heusel et al. (2017), by torch-fidelity.
 
-    Its images are resized as TensorFlow 1 did, without antialiasing, so that distances compare with the literature. As
-    torch-fidelity unpickles whatever its file holds, the file is first read here, where nothing can execute from it. Raises
-    `ConfigError` where the package or the weights are missing.
+    Images are resized as in TensorFlow 1, without antialiasing, so that distances can be compared with the literature. Because
+    torch-fidelity unpickles anything in its file, the file is first read here in a way that executes nothing. Raises
+    `ConfigError` if the package or the weights are missing.
     """
     path = None if params.weights is None else str(params.weights)
     try:

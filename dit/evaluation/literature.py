@@ -1,7 +1,7 @@
 """The figures of published tables: FID, sFID, Inception score, precision and recall, against a reference.
 
-As OpenAI's guided-diffusion `evaluator.py` and torch-fidelity define them, computed here a part at a time, since the tables of
-distances between 50,000 images would not fit into memory.
+The definitions are those of OpenAI's guided-diffusion `evaluator.py` and of torch-fidelity. Distances are computed in parts,
+because the table of all distances between 50,000 images would not fit into memory.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from dit.errors import ConfigError
 from dit.evaluation.statistics import Normal, Statistics
 
 SPLITS, SHUFFLE_SEED = 10, 2020
-"""Of the Inception score: torch-fidelity's."""
+"""Number of splits and seed of the shuffle for the Inception score, as in torch-fidelity."""
 ROWS = 1024
-"""Samples whose distances to all others are in memory at once."""
+"""For how many samples at once the distances to all others are in memory."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """One comparison; None is what the reference or the feature network has not.
+    """All figures of one comparison; None for a figure that the reference or the feature network does not allow.
 
-    `fid` and `sfid` are squared Fréchet distances, of pooled and of spatial features. `inception_score` needs no reference.
+    `fid` and `sfid` are squared Fréchet distances of pooled and of spatial features. `inception_score` needs no reference.
     """
 
     fid: float
@@ -50,8 +50,8 @@ def compare(generated: Statistics, reference: Statistics, nearest_k: int) -> Fig
 def frechet(one: Normal, other: Normal) -> float:
     """Squared Fréchet distance of two normal distributions; Heusel et al. (2017), eq. 6, in float64.
 
-    The trace of sqrt(A B) is that of sqrt(R' B R), where A = R R' and R has a column for each eigenvalue of A above rounding:
-    with fewer images than features that is a small matrix.
+    The trace of sqrt(A B) equals the trace of sqrt(R' B R), where A = R R' and R has a column for each eigenvalue of A above
+    rounding. With fewer images than features, R' B R is a small matrix.
     """
     a, b = one.covariance.numpy(), other.covariance.numpy()
     with threadpool_limits(torch.get_num_threads()):
@@ -66,7 +66,7 @@ def frechet(one: Normal, other: Normal) -> float:
 def inception_score(logits: Tensor, splits: int = SPLITS) -> float:
     """Mean over splits of exp(E KL(p(y|x) || p(y))); Salimans et al. (2016), section 4. `logits` (N, classes), N >= splits.
 
-    Images are shuffled before, as torch-fidelity does it, since samples may be sorted by class.
+    Images are shuffled first, as in torch-fidelity, because samples may be sorted by class.
     """
     count = len(logits)
     if count < splits:
@@ -82,10 +82,11 @@ def inception_score(logits: Tensor, splits: int = SPLITS) -> float:
 
 
 def precision_recall(real: Tensor, generated: Tensor, nearest_k: int) -> tuple[float, float]:
-    """Share of generated images among the real ones, and of real images among the generated; Kynkäänniemi et al. (2019), eq. 2.
+    """Share of generated images in the region of real ones, and of real images in the region of generated ones.
 
-    Features (N, D) and (M, D). A set's region is the union of balls around its samples, each as wide as the distance to the
-    `nearest_k`-th neighbour. Raises `ConfigError` where a sample has too few neighbours.
+    Features are (N, D) and (M, D). Kynkäänniemi et al. (2019), eq. 2: a set's region is the union of balls around its samples;
+    the radius of a ball is the distance to the `nearest_k`-th neighbour. Raises `ConfigError` if a sample has too few
+    neighbours.
     """
     for kind, features in (("real", real), ("generated", generated)):
         if len(features) <= nearest_k:

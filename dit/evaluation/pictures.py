@@ -1,4 +1,4 @@
-"""Images to be measured, in batches and in order: a folder of pictures, an archive, or the images of a study."""
+"""Read images to measure, in batches and in order: from a folder of pictures, an archive, or the images of a study."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORKERS = 2
 
 @dataclass(frozen=True)
 class Pictures:
-    """`count` images; `batches(size)` gives them in order, each (B, H, W, C) uint8. `name` is what tables call them."""
+    """`count` images; `batches(size)` yields them in order as (B, H, W, C) uint8. `name` is their name in tables."""
 
     name: str
     count: int
@@ -32,8 +32,8 @@ class Pictures:
 def open_pictures(path: Path, size: int | None = None, split: Literal["train", "validation"] = "train") -> Pictures:
     """The images at `path`: an `.npz` with `arr_0`, a folder that stage `images` wrote, or any folder of pictures.
 
-    Pictures of a folder are cropped and scaled to `size` as in training, by default to the short side of the first. `split`
-    is that of a study's images. Raises `DataError` where there are no images, or one cannot be read.
+    Pictures of a folder are cropped and scaled to `size` as in training, by default to the short side of the first picture.
+    `split` chooses a split of a study's images. Raises `DataError` if there are no images, or if one cannot be read.
     """
     if path.suffix == ".npz":
         archived = ArchivedImages(path)
@@ -51,7 +51,7 @@ def open_pictures(path: Path, size: int | None = None, split: Literal["train", "
 
 
 def first(pictures: Pictures, count: int | None) -> Pictures:
-    """The first `count` of them. Raises `ConfigError` where there are fewer."""
+    """The first `count` pictures, or all if `count` is None. Raises `ConfigError` if there are fewer."""
     if count is None:
         return pictures
     if count > pictures.count:

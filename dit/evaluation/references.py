@@ -1,4 +1,4 @@
-"""What the distances say of images that no network generated: between them lies all that a generator can show."""
+"""Distances of images that no network generated: a generator's distances should lie between these best and worst cases."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Measured:
 def measure(
     params: Params, training_images: np.ndarray, validation: Tensor, extractor: FeatureExtractor, autoencoder: Autoencoder
 ) -> Measured:
-    """Measure as many images as the study samples, or all training images where these are fewer.
+    """Measure as many images as the study samples, or all training images if there are fewer.
 
-    Training images are spread evenly, since they may be sorted by class. `validation` are features (N, D).
+    The images are spread evenly over the training set, which may be sorted by class. `validation` holds features (N, D).
     """
     count = min(params.evaluate.num_samples, len(training_images))
     chosen = training_images[np.linspace(0, len(training_images) - 1, count).round().astype(int)]

@@ -1,4 +1,4 @@
-"""The samples of a trained network: drawn as latents, decoded, seen by a feature extractor, and shown as a picture."""
+"""Samples of a trained network: draw latents, decode them, extract their features, and show some in a picture."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def load_network(params: Params, store: LatentStore, weights: Path) -> Denoiser:
 
 
 def draw(network: Denoiser, params: Params, num_classes: int, ranks: Ranks, description: str) -> Tensor:
-    """Normalised latents (N, C, h, w) of `params.evaluate`, with all classes equally often."""
+    """Draw normalised latents (N, C, h, w) as `params.evaluate` says, with all classes equally often."""
     settings = params.evaluate
     precision = resolve_precision(settings.precision, ranks.device)
     backend = backend_for(network, settings.backend, ranks.device, precision, "evaluate")
@@ -65,7 +65,7 @@ class Seen:
     features: Tensor
     grid: Image.Image
     statistics: Statistics | None = None
-    """What `look` measured where it was asked to measure all."""
+    """The statistics of all samples, if `look` was called with `measure`."""
 
 
 def look(
@@ -77,8 +77,10 @@ def look(
     ranks: Ranks,
     measure: bool = False,
 ) -> Seen | None:
-    """Decode raw latents (N, C, h, w) with balanced labels, a batch at a time; None where one is not finite, as in a run that
-    diverged. With `measure`, also take the statistics that a published table needs.
+    """Decode raw latents (N, C, h, w) with balanced labels, one batch at a time, and extract their features.
+
+    None if a latent is not finite, as when sampling diverged. With `measure`, also take the statistics that published tables
+    need.
     """
     if not latents.isfinite().all():
         return None

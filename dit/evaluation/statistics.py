@@ -1,8 +1,8 @@
-"""Statistics of many images: normal distributions of their features, kept in a file, as others publish them and as our own.
+"""Statistics of many images: normal distributions of their features, in this project's files and in those of others.
 
-The files of OpenAI's guided-diffusion (`evaluations/evaluator.py`) are `.npz` with `mu` and `sigma`, mean and covariance of
-Inception's pooled features, `mu_s` and `sigma_s`, those of its spatial features, and `arr_0`, some of the images. No pickle is
-ever read.
+The files of OpenAI's guided-diffusion (`evaluations/evaluator.py`) are `.npz` with mean `mu` and covariance `sigma` of
+Inception's pooled features, `mu_s` and `sigma_s` of its spatial features, and `arr_0`, some of the images. No pickle is ever
+read.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from dit.progress import progress
 from dit.sections import EvaluateParams
 
 ASYMMETRY = 1e-4
-"""Of a covariance, relative to its largest entry: above it, it is none."""
+"""The largest asymmetry of a covariance, relative to its largest entry; above it, a matrix is refused."""
 KEYS = {"mean": "mu", "covariance": "sigma", "spatial_mean": "mu_s", "spatial_covariance": "sigma_s"}
-"""Tensors of a saved reference, and what the files of guided-diffusion call them."""
+"""Tensors of a saved reference, and their names in the files of guided-diffusion."""
 FEATURES, ABOUT = "features", "about"
 
 
@@ -43,7 +43,7 @@ class Normal:
 
 
 class Moments:
-    """Mean and covariance of features that come in batches, in float64 and without keeping them."""
+    """Accumulates mean and covariance of features that come in batches, in float64, without keeping the features."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -51,7 +51,7 @@ class Moments:
         self._sum = self._products = torch.zeros(0)
 
     def add(self, features: Tensor) -> None:
-        """Add features (B, D). They are shifted by the mean of the first batch, so that no digits are lost."""
+        """Add features (B, D). Sums are taken after subtracting the mean of the first batch, so that no digits are lost."""
         values = features.double()
         if self._shift is None:
             self._shift = values.mean(0)
@@ -62,7 +62,7 @@ class Moments:
         self._products += values.T @ values
 
     def normal(self) -> Normal:
-        """The unbiased estimate, as numpy.cov has it. Raises `DataError` for fewer than two images."""
+        """The unbiased estimate, as in numpy.cov. Raises `DataError` for fewer than two images."""
         if self._shift is None or self.count < 2:
             raise DataError(f"{self.count} images have no covariance; expected at least 2")
         mean = self._sum / self.count
@@ -72,11 +72,11 @@ class Moments:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What was measured of images; `count` is None where a file does not say it.
+    """Statistics of a set of images; `count` is None if their file does not say how many images it describes.
 
-    `features` (N, D) are those of single images, for precision and recall: of all, of some of them, or None. `logits`
-    (N, 1008) are those of generated images, for the Inception score. `extractor` and `size` are empty and 0 where a file does
-    not say them.
+    `features` (N, D) belong to single images, all or some of them, and are needed for precision and recall; None if there are
+    none. `logits` (N, 1008) belong to generated images, for the Inception score. `extractor` is empty and `size` is 0 if the
+    file does not say them.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Statistics:
 
 
 class Gathered:
-    """What is seen in images that come in batches: moments, and the features and logits of each image."""
+    """Gathers outputs for images that come in batches: moments, and the features and logits of each image."""
 
     def __init__(self) -> None:
         self._pooled, self._spatial = Moments(), Moments()
@@ -109,7 +109,7 @@ class Gathered:
             self._logits.append(seen.logits)
 
     def statistics(self, name: str, extractor: FeatureExtractor) -> Statistics:
-        """Of all images so far."""
+        """The statistics of all images so far."""
         return Statistics(
             name,
             self._pooled.count,
@@ -158,10 +158,10 @@ def save(statistics: Statistics, path: Path, with_features: bool = True) -> None
 
 
 def load(path: Path, extractor: FeatureExtractor) -> Statistics:
-    """A reference of ours, or an `.npz` as others publish it, that fits the extractor.
+    """Read a reference that fits the extractor: a file that `save` wrote, or an `.npz` as others publish it.
 
-    Raises `DataError` that names what is missing, of another dimension, not finite, or no covariance; `ConfigError` where
-    the file says that it is of another feature network.
+    Raises `DataError`, which names what is missing, has another dimension, is not finite or is no covariance; and `ConfigError`
+    if the file says that another feature network made it.
     """
     tensors, about = _safetensors(path) if path.suffix == ".safetensors" else _npz(path)
     for key, own in (("extractor", extractor.name), ("size", extractor.size)):
@@ -174,7 +174,7 @@ def load(path: Path, extractor: FeatureExtractor) -> Statistics:
         raise DataError(f"{path} has no {names['mean']} and {names['covariance']}; it holds {held}")
     spatial = _normal(path, tensors, names["spatial_mean"], names["spatial_covariance"], SPATIAL, "spatial Inception")
     features = tensors.get(FEATURES)
-    if features is None and IMAGES in tensors:  # activations in the place of images
+    if features is None and IMAGES in tensors:  # features in place of images
         features = tensors[IMAGES]
     if features is not None and (
         features.ndim != 2 or features.shape[1] != extractor.dimension or not features.isfinite().all()
@@ -189,19 +189,19 @@ def load(path: Path, extractor: FeatureExtractor) -> Statistics:
 
 
 def has_statistics(path: Path) -> bool:
-    """Whether a file holds statistics, and not images alone."""
+    """Whether a file holds statistics, not only images."""
     return path.suffix != ".npz" or not _members(path).isdisjoint(KEYS.values()) or IMAGES not in _members(path)
 
 
 def of_params(params: EvaluateParams, extractor: FeatureExtractor, batch_size: int) -> Statistics | None:
-    """What `evaluate.reference` names, with the features of its images; None where it names nothing. Raises as `load` does."""
+    """The statistics in `evaluate.reference`, with features of the file's images; None if it is not set. Raises as `load`."""
     if params.reference is None:
         return None
     return with_features_of_images(load(params.reference, extractor), params.reference, extractor, batch_size)
 
 
 def with_features_of_images(reference: Statistics, path: Path, extractor: FeatureExtractor, batch_size: int) -> Statistics:
-    """The reference with the features of the images in its own file, where it has no features and there are such."""
+    """The reference; if it has no features and its own file has images, with the features of these images."""
     if reference.features is not None or path.suffix != ".npz" or IMAGES not in _members(path):
         return reference
     images = ArchivedImages(path)
@@ -227,7 +227,7 @@ def _members(path: Path) -> set[str]:
 
 
 def _npz(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The arrays that are statistics, but no images, which may be larger than memory; and what the file says of itself."""
+    """The arrays with statistics, without images, which may be larger than memory; and the file's description of itself."""
     if path.suffix != ".npz":
         raise DataError(f"{path}: expected reference statistics, .npz or .safetensors")
     members = _members(path)

@@ -1,1 +1,1 @@
-"""Exchange with the tools of others: trained networks in and out, images out, in the formats that this field uses."""
+"""Exchange with other tools: import and export trained networks, and export images, in the field's formats."""

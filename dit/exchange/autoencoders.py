@@ -1,4 +1,4 @@
-"""The autoencoder that goes with a network from elsewhere, and how latents are normalised for it."""
+"""The autoencoder that belongs to a network, and how the latents of that network are normalised."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dit.autoencoder.published import normalization
 from dit.errors import ConfigError
 
 PUBLISHED_AUTOENCODERS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
-"""The two of facebookresearch/DiT `sample.py --vae`."""
+"""The two autoencoders that facebookresearch/DiT `sample.py --vae` offers."""
 
 
 Factors = tuple[float, ...]
 
 
 def of_study(directory: Path, vae: str | None) -> Autoencoder | None:
-    """What stage `autoencoder` left, or another one where `vae` names it; None where there is none."""
+    """The autoencoder that stage `autoencoder` wrote, or the one that `vae` names; None if there is none."""
     if vae is not None:
         return named(vae)
     return load_autoencoder(directory, "cpu") if directory.is_dir() else None

@@ -1,4 +1,4 @@
-"""The model card of an exported network: what it is, what made it, what was measured, and how to load it."""
+"""The model card of an exported network: what the network is, how it was trained, what was measured, and how to load it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dit.exchange.trained import TIMESTEP_LAYER, Trained
 from dit.sections import EvaluateParams
 
 SHOWN_CLASSES = 10
-"""Names of classes that a card lists."""
+"""How many names of classes a card lists."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card is written from; `timesteps` and `steps` as in `dit.exchange.pipeline.Exported`."""
+    """The facts that a card states; `timesteps` and `steps` as in `dit.exchange.pipeline.Exported`."""
 
     trained: Trained
     settings: EvaluateParams
@@ -26,7 +26,7 @@ class Facts:
 
 
 def card(facts: Facts) -> str:
-    """A README.md, with the head that model hubs read."""
+    """The text of README.md, with the YAML header that model hubs read."""
     trained, about = facts.trained, facts.trained.about
     parameters = sum(weight.numel() for weight in trained.network.parameters() if weight.requires_grad)
     library = "diffusers" if facts.format == "diffusers" else "safetensors"

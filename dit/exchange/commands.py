@@ -1,4 +1,4 @@
-"""The commands `dit sample` and `dit export`: their options, and what is called with them. Torch is imported when one runs."""
+"""The commands `dit sample` and `dit export`: their options and the calls behind them. Torch is imported only in a command."""
 
 from __future__ import annotations
 

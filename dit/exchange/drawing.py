@@ -1,4 +1,4 @@
-"""Images of a trained network: drawn, decoded and written a batch at a time, so that their number is not limited by memory."""
+"""Images of a trained network: drawn, decoded and written one batch at a time, so memory does not limit their number."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ PUBLISHED: dict[str, Any] = {
     "threads": 2,
     "device": "auto",
 }
-"""Where no study says otherwise: facebookresearch/DiT `sample_ddp.py`, with guidance on three channels as in its
-`forward_with_cfg`; neighbours of precision and recall as in OpenAI's guided-diffusion `evaluator.py`."""
+"""Settings if no study has others: those of facebookresearch/DiT `sample_ddp.py`, with guidance on three channels as in its
+`forward_with_cfg`; neighbours for precision and recall as in OpenAI's guided-diffusion `evaluator.py`."""
 FLOW = {"scheduler": "flow_euler", "guidance_channels": "all"}
 EXPORT_STEPS = {"scheduler": "ddim", "steps": 50}
-"""A sampler that diffusers has, in place of ddpm: its scheduler and steps in `DiTPipeline`."""
+"""A sampler in place of ddpm, which `DiTPipeline` cannot reproduce: the scheduler and the number of steps."""
 
 
 def settings_for(trained: Trained, base: Mapping[str, Any] | None, given: Mapping[str, Any]) -> EvaluateParams:
-    """How samples are drawn: by the values `given`, then by the study's (`base`), then as published.
+    """How samples are drawn: the values in `given` come first, then the study's (`base`), or else the published ones.
 
     Raises `ConfigError` for values that do not fit the network's diffusion.
     """
@@ -86,7 +86,7 @@ def settings_for(trained: Trained, base: Mapping[str, Any] | None, given: Mappin
 
 
 def labels_for(trained: Trained, count: int, classes: list[int] | None) -> Tensor:
-    """Labels (count,) that go round `classes`, or round all. Raises `ConfigError` for a class that there is not."""
+    """Labels (count,) that cycle through `classes`, or through all classes. Raises `ConfigError` for an unknown class."""
     total = trained.network.num_classes
     if not classes:
         return balanced_labels(count, total)
@@ -132,7 +132,7 @@ def images(trained: Trained, labels: Tensor, settings: EvaluateParams, ranks: Ra
 
 
 def kept(batches: Iterator[np.ndarray], count: int, output: Path) -> Iterator[np.ndarray]:
-    """The same batches, each written to an archive on its way. `check_output` says whether it may be."""
+    """Yield the same batches, and write each to the archive `output`. Call `check_output` before."""
     with ImageArchive(output, count) as archive:
         for batch in batches:
             archive.write(batch)
@@ -140,9 +140,9 @@ def kept(batches: Iterator[np.ndarray], count: int, output: Path) -> Iterator[np
 
 
 def check_output(output: Path, archive: bool = False) -> None:
-    """Raise `ConfigError` where something is at `output` already, or where it has to be an `archive` and is named as none.
+    """Raise `ConfigError` if `output` exists already, or if it has to be an `archive` and has another suffix than `.npz`.
 
-    Every process has to ask before any of them writes.
+    Every process must call this before any process writes.
     """
     if archive and (output.suffix != ".npz" or output.exists()):
         raise ConfigError(f"--output {output}: expected a new file that ends in .npz")
@@ -151,9 +151,9 @@ def check_output(output: Path, archive: bool = False) -> None:
 
 
 def save(batches: Iterator[np.ndarray], count: int, output: Path) -> None:
-    """Write `count` images: as an archive (.npz), as a grid (.png), or else one PNG each, `000000.png` and on, in a folder.
+    """Write `count` images: as an archive (.npz), as a grid (.png), or else as PNG files `000000.png` and so on in a folder.
 
-    `check_output` says whether there may be such.
+    Call `check_output` before.
     """
     if output.suffix == ".npz":
         with ImageArchive(output, count) as archive:
@@ -176,7 +176,7 @@ def _picture(image: np.ndarray) -> Image.Image:
 
 
 def _grid(pictures: np.ndarray) -> Image.Image:
-    """Images (N, H, W, C) in rows, as square as can be, black where there is none."""
+    """Images (N, H, W, C) in a grid that is as square as possible; unused tiles are black."""
     count, height, width, channels = pictures.shape
     columns = int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)

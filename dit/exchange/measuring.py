@@ -1,4 +1,4 @@
-"""The commands `dit evaluate` and `dit reference`: figures of published tables. Torch is imported when one runs."""
+"""The commands `dit evaluate` and `dit reference`: figures of published tables. Torch is imported only in a command."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from dit.evaluation.statistics import Statistics
 
 NUM_SAMPLES = 50_000
-"""Of published tables."""
+"""The number of samples behind published tables."""
 NEAREST_K = 3
-"""Neighbours of precision and recall in OpenAI's guided-diffusion `evaluator.py`, and in torch-fidelity."""
+"""Neighbours for precision and recall, as in OpenAI's guided-diffusion `evaluator.py` and in torch-fidelity."""
 SIZES = {"inception": 299, "efficientnet_lite0": 128}
 LABELS = {
     "fid": "FID",
@@ -169,7 +169,7 @@ def reference(
 
 
 def _extractor(name: str | None, weights: Path | None, params: Path, batch_size: int, device: str) -> FeatureExtractor:
-    """The feature network that was asked for; or the study's, where there is a parameter file; or Inception."""
+    """The feature network called `name`, or else the study's if there is a parameter file, or else Inception."""
     from pydantic import ValidationError
 
     from dit import config
@@ -201,7 +201,7 @@ def _extractor(name: str | None, weights: Path | None, params: Path, batch_size:
 
 
 def _reference(path: Path, network: FeatureExtractor, batch_size: int) -> Statistics:
-    """Statistics from a file, or of the images that are there."""
+    """Statistics from the file `path`, or of the images at `path`."""
     from dit.evaluation.pictures import open_pictures
     from dit.evaluation.statistics import has_statistics, load, measure, with_features_of_images
 

@@ -1,4 +1,4 @@
-"""The tensors of a DiT under the names of facebookresearch/DiT, and under those of diffusers' `DiTTransformer2DModel`."""
+"""Convert names of a DiT's tensors between facebookresearch/DiT and the `DiTTransformer2DModel` of diffusers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ IN_BLOCK = {
     "mlp.fc2": "ff.net.2",
     "adaLN_modulation.1": "norm1.linear",
 }
-"""Layers of a block: in DiT, and in diffusers."""
+"""Layers of a block: the name in DiT, and the name in diffusers."""
 QUERY_KEY_VALUE = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
-"""diffusers keeps the parts of the fused layer `attn.qkv` apart."""
+"""The three layers of diffusers that correspond to the fused layer `attn.qkv`."""
 OUTSIDE = {
     "x_embedder.proj": "pos_embed.proj",
     "final_layer.adaLN_modulation.1": "proj_out_1",
@@ -31,12 +31,12 @@ SHARED = {
     "t_embedder.mlp.2.bias": "norm1.emb.timestep_embedder.linear_2.bias",
     "y_embedder.embedding_table.weight": "norm1.emb.class_embedder.embedding_table.weight",
 }
-"""Embedders: one in DiT; diffusers has a copy in every block, and uses that of the first for its last layer."""
+"""Embedders. DiT has one of each; diffusers has copies in every block, and its last layer uses those of the first block."""
 PARTS = ("weight", "bias")
 
 
 def to_diffusers(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """The tensors of a DiT of `depth` blocks, as diffusers names them. It makes the positions itself, so they are left out."""
+    """The tensors of a DiT of `depth` blocks under diffusers' names, without positions, which diffusers computes itself."""
     renamed = {f"{new}.{part}": weights[f"{old}.{part}"] for old, new in OUTSIDE.items() for part in PARTS}
     for block in range(depth):
         old_block, new_block = f"blocks.{block}", f"transformer_blocks.{block}"
@@ -51,8 +51,7 @@ def to_diffusers(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]
 def from_diffusers(weights: Mapping[str, Tensor], side: int) -> dict[str, Tensor]:
     """The inverse of `to_diffusers`, with the positions of `side` x `side` tokens.
 
-    Raises `DataError` where a tensor is missing or not known, or where the blocks' embedders differ, which those of a DiT
-    cannot.
+    Raises `DataError` if a tensor is missing or unknown, or if the blocks' embedders differ, which is impossible in a DiT.
     """
     left = dict(weights)
     depth = 1 + max((int(name.split(".")[1]) for name in left if name.startswith("transformer_blocks.")), default=-1)

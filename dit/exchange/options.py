@@ -1,4 +1,4 @@
-"""The options that the commands of exchange share, in the words of this project and in those of facebookresearch/DiT."""
+"""Options that the commands of `dit.exchange` share, under this project's names and those of facebookresearch/DiT."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto (defaul
 
 
 def one(target: str | None, checkpoint: Path | None) -> str:
-    """What to take the weights from. Raises `ConfigError` unless exactly one of both is given."""
+    """The source of the weights. Raises `ConfigError` unless exactly one of `target` and `checkpoint` is given."""
     if target is not None and checkpoint is None:
         return target
     if checkpoint is not None and target is None:
@@ -88,7 +88,7 @@ def one(target: str | None, checkpoint: Path | None) -> str:
 
 
 def study(about: Mapping[str, Any], params: Path) -> dict[str, Any] | None:
-    """How the study draws samples, for a network that it trained; None for others, or where there is no parameter file."""
+    """How the study draws samples, if it trained the network; None for other networks, or without a parameter file."""
     from dit import config
 
     if not about.keys() & {"strategy", "checkpoint"} or not params.is_file():
@@ -97,7 +97,7 @@ def study(about: Mapping[str, Any], params: Path) -> dict[str, Any] | None:
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """The options that were given."""
+    """The options that the user gave, without those that are None."""
     channels = options.get("guidance_channels")
     if channels is not None and channels != "all":
         if not channels.isdecimal():
@@ -117,5 +117,5 @@ def numbers(text: str | None) -> list[int] | None:
 
 
 def words(settings: Any) -> str:
-    """How samples were drawn."""
+    """How samples were drawn, in words."""
     return f"{settings.steps} steps of {settings.scheduler}, guidance scale {settings.guidance_scale:g}, seed {settings.seed}"

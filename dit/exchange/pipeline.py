@@ -1,4 +1,4 @@
-"""A trained network as a directory for others: a `DiTPipeline` of diffusers, or safetensors with what they mean beside them."""
+"""Export a trained network as a directory: a `DiTPipeline` of diffusers, or safetensors with a description in `dit.json`."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from dit.sections import EvaluateParams
 from dit.timesteps import sampled_timesteps
 
 NULL_CLASS = 1000
-"""The label without a class, which `DiTPipeline.__call__` has in its code."""
+"""The label for "no class", which is fixed in the code of `DiTPipeline.__call__`."""
 PIPELINE_STEPS = 50
-"""What `DiTPipeline.__call__` takes where nobody says `num_inference_steps`."""
+"""The default of `num_inference_steps` in `DiTPipeline.__call__`."""
 INSTEAD = "export it with --format safetensors, which keeps the weights with their configuration; `dit sample` reads that too"
 TIME_IN, TIME_BIAS = "t_embedder.mlp.0.weight", "t_embedder.mlp.0.bias"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the timesteps at which a pipeline computes what the network does, or None for all."""
+    """An exported network: `timesteps` at which the pipeline computes the same as the network, or None for all timesteps."""
 
     directory: Path
     timesteps: tuple[int, ...] | None
     steps: tuple[int, ...]
-    """The numbers of steps whose timesteps these are."""
+    """The numbers of sampling steps that visit only these timesteps."""
 
 
 def export_pipeline(trained: Trained, directory: Path, settings: EvaluateParams, any_steps: bool = False) -> Exported:
-    """Write what `DiTPipeline.from_pretrained` loads; with the scheduler and the steps of `settings` it samples as we do.
+    """Write a directory for `DiTPipeline.from_pretrained`; with scheduler and steps of `settings` it draws the same samples.
 
-    With `any_steps` all tensors are as trained, and the pipeline needs the lines of the README that mend its time. Raises
-    `ConfigError` for what diffusers cannot express.
+    With `any_steps` all tensors are as trained, and the user must add the lines of README.md that correct the pipeline's
+    embedding of timesteps. Raises `ConfigError` for what diffusers cannot express.
     """
     network = trained.network
     _check_expressible(trained)
@@ -90,7 +90,7 @@ def export_pipeline(trained: Trained, directory: Path, settings: EvaluateParams,
 
 
 def export_safetensors(trained: Trained, directory: Path, settings: EvaluateParams) -> Exported:
-    """Write the weights under their own names, `dit.json` that says what they are, and the autoencoder: of any network."""
+    """Write any network: its weights under their own names, `dit.json`, which describes them, and the autoencoder."""
     with _complete(directory) as partial:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.network.state_dict().items()}
         save_file(weights, partial / WEIGHTS)
@@ -102,7 +102,7 @@ def export_safetensors(trained: Trained, directory: Path, settings: EvaluatePara
 
 
 class _complete:  # noqa: N801 - a context manager
-    """A folder that is there when it is whole: written beside, then renamed. Raises `ConfigError` where there is one."""
+    """A folder that appears only when it is complete: written beside, then renamed. Raises `ConfigError` if it exists."""
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.partial = directory, directory.with_name(f".{directory.name}.partial")
@@ -153,13 +153,13 @@ def _transformer(network: DiT) -> DiTTransformer2DModel:
 
 
 def _padded(table: Tensor) -> Tensor:
-    """The class table (K + 1, D) with the null class as number 1000; classes that there are not are the null class too."""
+    """The class table (K + 1, D) with the null class moved to row 1000; rows of missing classes hold the null class too."""
     classes, null = table[:-1], table[-1:]
     return torch.cat([classes, null.expand(NULL_CLASS - len(classes) + 1, -1)])
 
 
 def _scheduler(trained: Trained, settings: EvaluateParams) -> Any:
-    """The scheduler of diffusers that visits our timesteps when it is asked for so many steps. Raises `ConfigError`."""
+    """The scheduler of diffusers that visits this project's timesteps for `settings.steps` steps. Raises `ConfigError`."""
     diffusion = trained.diffusion
     if settings.scheduler == "ddpm":
         raise ConfigError(
@@ -171,7 +171,7 @@ def _scheduler(trained: Trained, settings: EvaluateParams) -> Any:
         if settings.scheduler == "dpmsolver++":
             made = DPMSolverMultistepScheduler(**noise, algorithm_type="dpmsolver++", timestep_spacing=spacing)
         elif spacing == "linspace" or diffusion.num_timesteps % settings.steps:
-            continue  # there DDIMScheduler does not step from one timestep of its list to the next
+            continue  # with these settings DDIMScheduler does not step from one timestep of its list to the next
         else:
             made = DDIMScheduler(**noise, clip_sample=False, steps_offset=0, timestep_spacing=spacing)
         made.set_timesteps(settings.steps)
@@ -186,9 +186,9 @@ def _scheduler(trained: Trained, settings: EvaluateParams) -> Any:
 def _fitted(
     weights: dict[str, Tensor], scheduler: Any, steps: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Tensor]]:
-    """The timesteps that a pipeline may visit, the numbers of steps that they belong to, and the layer that is right there.
+    """The timesteps that a pipeline may visit, the numbers of steps that visit them, and the weights fitted to them.
 
-    They are those of `steps`, and, where one layer can serve both, those of the number that `DiTPipeline` takes by itself.
+    These are the timesteps of `steps`, and, if one layer fits both, also those of the default number of `DiTPipeline`.
     """
     for counts in ((steps, PIPELINE_STEPS), (steps,)):
         timesteps = _timesteps(scheduler, dict.fromkeys(counts))
@@ -212,9 +212,9 @@ def _timesteps(scheduler: Any, counts: Any) -> tuple[int, ...]:
 def _autoencoder(
     autoencoder: AutoencoderKL | AutoencoderTiny, shift: Sequence[float], scale: Sequence[float]
 ) -> tuple[AutoencoderKL | AutoencoderTiny, float]:
-    """An autoencoder whose latents are ours but for one factor, and that factor, which `DiTPipeline` divides by.
+    """An autoencoder for `DiTPipeline`, and the one factor by which the pipeline divides latents before it decodes them.
 
-    Other normalisations, by channel or with a shift, become part of the 1 x 1 convolutions beside the latents.
+    A normalisation by channel or with a shift becomes part of the 1 x 1 convolutions next to the latents.
     """
     if len(set(scale)) == 1 and not any(shift):
         same = _clean(autoencoder)
@@ -241,7 +241,7 @@ def _autoencoder(
 
 
 def _clean(autoencoder: AutoencoderKL | AutoencoderTiny) -> AutoencoderKL | AutoencoderTiny:
-    """A copy on the CPU, without a trace of where it came from."""
+    """A copy on the CPU, without the name or path that it was loaded from."""
     copy = type(autoencoder).from_config(dict(autoencoder.config))
     copy.load_state_dict(autoencoder.state_dict())
     copy.register_to_config(_name_or_path="")

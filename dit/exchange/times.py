@@ -1,9 +1,9 @@
-"""Time as diffusers' DiT sees it, which is not how a DiT was trained to see it, and what can be done about it.
+"""Timesteps in diffusers' DiT, which embeds them in another way than the DiT was trained with, and how to correct this.
 
 A DiT embeds a timestep t by cosines and sines of t / 10000^(k / 128), k = 0..127 (facebookresearch/DiT `TimestepEmbedder`).
 diffusers' `DiTTransformer2DModel` divides k by 127 instead (`CombinedTimestepLabelEmbeddings`, `downscale_freq_shift=1`, in
-0.42), which no setting changes. So the same weights compute something else there, for almost every timestep. For the few
-timesteps that one sampler visits, another first layer of the timestep MLP makes up for it: a system of linear equations.
+0.42), and no setting changes this. So the same weights give another output for almost every timestep. For the few timesteps
+that one sampler visits, another first layer of the timestep MLP corrects this; it solves a system of linear equations.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from torch import Tensor
 from dit.models.layers import FREQUENCY_SIZE
 
 LARGEST_ERROR = 1e-4
-"""Of a fit, relative to the layer's outputs; above it, images would be told apart. 50 timesteps of 1000 are far below it."""
+"""The largest accepted error of a fit, relative to the layer's outputs: larger errors would be visible in images.
+
+A fit to 50 of 1000 timesteps has a far smaller error.
+"""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A first layer of the timestep MLP for diffusers, and how far its outputs are from those wanted, relative to these."""
+    """A first layer of the timestep MLP for diffusers, and the relative error of its outputs."""
 
     weight: Tensor
     bias: Tensor
@@ -31,9 +34,10 @@ class Fit:
 
 
 def fit(weight: Tensor, bias: Tensor, timesteps: Sequence[float]) -> Fit:
-    """The layer (D, 256), (D,) nearest to the given one that gives with diffusers' features what that gives with its own.
+    """The layer (D, 256), (D,) nearest to the given one that gives the same outputs, but from diffusers' features.
 
-    It holds at `timesteps` and at no other. Solved in float64, judged as it will be computed, in float32.
+    The outputs agree only at `timesteps`. The layer is solved for in float64; its error is measured in float32, in which the
+    pipeline computes it.
     """
     t = torch.tensor(timesteps, dtype=torch.float64)
     wanted = features(t, FREQUENCY_SIZE // 2) @ weight.double().T  # (T, D); the bias is added on both sides

@@ -1,4 +1,4 @@
-"""A trained network with all that sampling needs: from a run of a study, a kept checkpoint, a file, or a directory."""
+"""Load a trained network with all that sampling needs: from a run of a study, a kept checkpoint, a file, or a directory."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 RUNS, LATENTS, AUTOENCODER = Path("runs/train"), "data/latents", "data/autoencoder"
 OWN = "dit.json"
-"""Beside exported weights: what a network is, in this project's words."""
+"""The file beside exported weights that describes the network in this project's terms."""
 WEIGHTS = "model.safetensors"
 TIMESTEP_LAYER = "timestep_layer.safetensors"
-"""The first layer of the timestep MLP as it was trained, where an export has another; see `dit.exchange.times`."""
+"""The first layer of the timestep MLP as it was trained, if the export has a fitted one; see `dit.exchange.times`."""
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 FAMILIES = ("DiT", "SiT", "LightningDiT")
 PUBLISHED_DIFFUSION = {
@@ -50,14 +50,14 @@ PUBLISHED_DIFFUSION = {
     "logit_normal_mean": 0.0,
     "logit_normal_std": 1.0,
 }
-"""What the published DiTs were trained with: facebookresearch/DiT `create_diffusion`. SiT and LightningDiT learn a flow."""
+"""The diffusion of the published DiTs: facebookresearch/DiT `create_diffusion`. SiT and LightningDiT learn a flow instead."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A network in eval mode on the CPU, what it predicts, and the way from its latents to pixels.
+    """A network in eval mode on the CPU, its diffusion, and how its latents are decoded to pixels.
 
-    A raw latent z is normalised to `(z - shift) * scale`, per channel. `about` is what a model card says of it, by topic.
+    A raw latent z is normalised to `(z - shift) * scale`, per channel. `about` holds facts for the model card, by topic.
     """
 
     name: str
@@ -68,12 +68,12 @@ class Trained:
     scale: tuple[float, ...]
     class_names: tuple[str, ...]
     autoencoder: Autoencoder | None = None
-    """None where none is known: latents can be drawn, images cannot."""
+    """None if no autoencoder is known: then latents can be drawn, but no images."""
     about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What `dit.models.build` asks of the latents."""
+        """The sizes of the latents that `dit.models.build` needs."""
         network = self.network
         return {
             "latent_size": network.latent_size,
@@ -82,14 +82,14 @@ class Trained:
         }
 
     def denormalize(self, z: Tensor) -> Tensor:
-        """Normalised latents (B, C, h, w) -> raw ones, which the autoencoder decodes."""
+        """Normalised latents (B, C, h, w) -> raw latents, which the autoencoder decodes."""
         shift, scale = (torch.tensor(values, device=z.device).view(1, -1, 1, 1) for values in (self.shift, self.scale))
         return z / scale + shift
 
 
 @dataclass(frozen=True)
 class Where:
-    """What a target leaves open, as options of the commands say it; None to find it."""
+    """Options that say what a target does not; for None, the value is found from the target."""
 
     model: str | None = None
     vae: str | None = None
@@ -110,15 +110,15 @@ class Where:
         autoencoder: Path | None,
         scratch: Path,
     ) -> Where:
-        """From the options of a command."""
+        """Make it from the options of a command."""
         return cls(model, vae, autoencoder, latents, step, scratch, Reading(key=key))
 
 
 def load(target: str, where: Where) -> Trained:
-    """The network that `target` means: a run of the study in the working directory, a file, or a directory.
+    """The network that `target` names: a run of the study in the working directory, a file, or a directory.
 
-    A run is named, as `adaln_zero-0`, or is its folder; with a `step`, or as the folder of a kept checkpoint, it is the
-    averaged weights of that step. Raises `UserError`, which says what is missing or does not fit.
+    A run is given by its name, such as `adaln_zero-0`, or by its folder. With a `step`, or for the folder of a kept checkpoint,
+    the weights are the averaged weights of that step. Raises `UserError`, which says what is missing or does not fit.
     """
     path = Path(target)
     if path.suffix in SUFFIXES or path.is_file():
@@ -139,7 +139,7 @@ def load(target: str, where: Where) -> Trained:
 
 
 def is_images(path: Path) -> bool:
-    """Whether there are images at `path` and no network: an `.npz`, or a folder without anything that `load` reads."""
+    """Whether `path` holds images, not a network: it is an `.npz`, or a folder without any file that `load` reads."""
     if path.suffix == ".npz":
         return True
     marks = (OWN, "model_index.json", "config.json", "run.json", "ema.safetensors")
@@ -209,7 +209,7 @@ def _of_study(
 
 
 def _folders(name: str, where: Where) -> tuple[Path, Path]:
-    """Where a run's latents and autoencoder are: as given, as the list of the study's stages says, or at their usual places."""
+    """The folders of a run's latents and autoencoder: as given, or as in `design.yaml`, or else the usual ones."""
     latents, autoencoder = LATENTS, AUTOENCODER
     stages = yamlfile.read("design.yaml")["design"] if Path("design.yaml").is_file() else {}
     latents = str(where.latents or stages.get("train", {}).get(name, {}).get("latents", latents))
@@ -220,9 +220,9 @@ def _folders(name: str, where: Where) -> tuple[Path, Path]:
 
 
 def of_file(path: Path, where: Where) -> Trained:
-    """A checkpoint in the layout of the published DiT, SiT or LightningDiT; its autoencoder is that of `where.vae`.
+    """A checkpoint in the layout of the published DiT, SiT or LightningDiT, with the autoencoder that `where.vae` names.
 
-    A SiT is told from a DiT by `where.model` alone.
+    Only `where.model` tells a SiT from a DiT.
     """
     family = _family(where.model)
     network, weights = published.load(path, {}, where.reading, family)
@@ -246,7 +246,7 @@ def _family(name: str | None) -> Any:
 
 
 def _named(network: Denoiser, name: str | None, path: Path) -> ModelParams:
-    """The network's own name and options; raises `ConfigError` where it is given another."""
+    """The name and options of the network; raises `ConfigError` if `name` does not fit its sizes."""
     kind = type(network).__name__
     sizes, patches = (LIGHTNING_SIZES, LIGHTNING_PATCH_SIZES) if kind == "LightningDiT" else (SIZES, (2, 4, 8))
     found: Any = network
@@ -272,14 +272,14 @@ def _named(network: Denoiser, name: str | None, path: Path) -> ModelParams:
 
 
 def _diffusion(network: Denoiser) -> DiffusionParams:
-    """What the published networks of this class predict."""
+    """The diffusion of the published networks of this class."""
     flow = models.backbone_of(network).objectives == FLOW_ONLY
     objective = {"objective": "flow", "learn_sigma": False} if flow else {"learn_sigma": network.learn_sigma}
     return DiffusionParams.model_validate({**PUBLISHED_DIFFUSION, **objective})
 
 
 def of_directory(path: Path, where: Where) -> Trained:
-    """What `dit export` wrote, or another directory of a `DiTTransformer2DModel`, alone or in a pipeline."""
+    """A directory that `dit export` wrote, or another one with a `DiTTransformer2DModel`, alone or in a pipeline."""
     own = read_json(path / OWN) if (path / OWN).is_file() else None
     if own is not None and (path / WEIGHTS).is_file():
         weights = load_file(path / WEIGHTS)
@@ -320,7 +320,7 @@ def _of_own(path: Path, own: Mapping[str, Any], weights: Mapping[str, Tensor], w
 
 
 def _of_foreign(path: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor], where: Where) -> Trained:
-    """A DiT of somebody else's in diffusers format, such as facebook/DiT-XL-2-256."""
+    """A DiT that others published in diffusers format, such as facebook/DiT-XL-2-256."""
     channels = config.get("in_channels", 4)
     network = models.build(
         f"DiT-S/{config.get('patch_size', 2)}",
@@ -345,7 +345,7 @@ def _of_foreign(path: Path, config: Mapping[str, Any], weights: Mapping[str, Ten
 
 
 def _about_run(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of a run and of its evaluation, for its card."""
+    """Facts about a run and its evaluation, for the model card."""
     final = record.get("final") or {}
     about = {
         "strategy": record.get("strategy"),

@@ -1,7 +1,7 @@
-"""Pre-flight: open everything that parameters name, before any work, and list all that is wrong with it at once.
+"""Pre-flight: open everything that parameters name, before any work, and list all problems at once.
 
-Each module here checks one kind of thing. It opens files and reads shapes, counts and a sample, and computes nothing, so that
-all of it takes seconds. What the stages of a study would refuse after hours is refused here in the same words.
+Each module here checks one kind of thing. It opens files and reads shapes, counts and a few samples, but computes nothing, so
+the whole check takes seconds. What a stage would refuse after hours is refused here in the same words.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     evaluation.check,
     resources.check,
 )
-"""In this order: what later ones need to know, such as the number of classes, earlier ones note in the subject."""
+"""The checks, in order: earlier ones note in the subject what later ones need, such as the number of classes."""
 
 
 def check(params: Params, where: str = "params.yaml", stages: Collection[str] | None = None) -> list[Finding]:
-    """What was opened, and what is wrong with it, at every setting of the study that `params` describe.
+    """Open what the study of `params` needs at every setting, and report what was opened and what is wrong with it.
 
-    `stages` are the kinds of stages that will run, such as `train`; what only others need is not opened. None is all of them.
-    Raises `ConfigError` where a level of a factor does not fit the other parameters.
+    `stages` are the kinds of stages that will run, such as `train`, or None for all; what only other stages need is not opened.
+    Raises `ConfigError` if a level of a factor does not fit the other parameters.
     """
     subject = Subject.of(params, where, stages)
     return list(dict.fromkeys(finding for each in CHECKS for finding in each(subject)))
 
 
 def merged(findings: Collection[Finding], others: Collection[Finding]) -> list[Finding]:
-    """`findings` and `others`. Where others find a key of the parameters wrong, what `findings` say of it is left out."""
+    """`findings` and `others`, but without the `findings` about any key of the parameters for which `others` has an error."""
     told = {finding.key for finding in others if finding.severity == "error"}
     return [*(finding for finding in findings if finding.key not in told), *others]
 

@@ -18,7 +18,7 @@ ANSWER_SECONDS = 10.0
 
 
 def check(subject: Subject) -> Iterator[Finding]:
-    """Open the autoencoder of every setting, where it is one that is loaded; that its latents can be normalised as asked."""
+    """Open the pretrained autoencoder of every setting, and check that its latents can be normalised as the parameters ask."""
     if not subject.runs("autoencoder"):
         return
     for params in subject.distinct("autoencoder", "latents", "images"):
@@ -31,7 +31,7 @@ def check(subject: Subject) -> Iterator[Finding]:
 
 
 def _open(params: Params, autoencoder: PretrainedAutoencoder, where: str) -> Iterator[Finding]:
-    """A directory is loaded; of one on the hub, only the configuration is fetched."""
+    """Load a local directory; for an autoencoder on the hub, fetch only its configuration."""
     from dit.autoencoder.published import load_pretrained, normalization, read_config  # imports diffusers
     from dit.data.latents import stated_normalization
 

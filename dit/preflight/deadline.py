@@ -1,4 +1,4 @@
-"""A deadline for what may wait for somebody else's server."""
+"""A deadline for calls that may have to wait for a server."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ T = TypeVar("T")
 
 
 def within(seconds: float, what: str, ask: Callable[[], T]) -> T:
-    """What `ask` returns or raises. Raises `ConnectionError`, which names `what`, where that takes longer."""
+    """What `ask` returns or raises. Raises `ConnectionError`, which names `what`, if `ask` takes more than `seconds`."""
     answers: SimpleQueue[tuple[bool, T | BaseException]] = SimpleQueue()
 
     def run() -> None:
         try:
             answers.put((True, ask()))
-        except BaseException as error:  # it belongs to whoever waits
+        except BaseException as error:  # raised again in the thread that waits
             answers.put((False, error))
 
     threading.Thread(target=run, daemon=True).start()

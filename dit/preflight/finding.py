@@ -1,4 +1,4 @@
-"""What a check finds: what was looked at, where it is named, what is there, and what is expected."""
+"""One finding of a check: what was checked, where it is named, what was found, and what is expected."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Literal
 
 Severity = Literal["fine", "warning", "error"]
 _NAMED = re.compile(r"[\w.]+(?:\[\d+\])?[\w.\[\]]* = .+?(?=: |; |, but |, where | with | holds | has |$)")
-"""How most messages begin: a key and its value."""
+"""The beginning of most messages: a key and its value."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the table. `where` is a key of params.yaml with its value, or a file; `found` is what is there."""
+    """One row of the table. `where` is a key of params.yaml with its value, or a file; `found` is what the check found."""
 
     what: str
     where: str
@@ -23,20 +23,20 @@ class Finding:
 
     @property
     def key(self) -> str:
-        """The key of the parameters that `where` names, or the file."""
+        """The key of the parameters, or the file, that `where` names."""
         return self.where.partition(" = ")[0]
 
     def __str__(self) -> str:
-        """As one sentence."""
+        """The finding as one sentence."""
         return f"{self.where}: {self.found}{f'; expected {self.expected}' if self.expected else ''}"
 
 
 def of_error(what: str, where: str, error: BaseException, severity: Severity = "error") -> Finding:
-    """What an error says; `where` stands for the key and value where its message does not begin with them."""
+    """The finding in an error's message; `where` gives the key and value if the message does not begin with them."""
     head, _, expected = " ".join(str(error).split()).partition("expected ")
     if named := _NAMED.match(head):
         key = named[0].partition(" = ")[0]
-        if not where.partition(" = ")[0].endswith(f".{key}"):  # else it says which of several
+        if not where.partition(" = ")[0].endswith(f".{key}"):  # otherwise `where` says which of several keys of this name
             where = named[0]
         head = head[named.end() :]
     found = head.strip(" :;,").removeprefix("but ")

@@ -1,4 +1,4 @@
-"""The images: the source is opened, its classes are counted, and a sample of its pictures is decoded."""
+"""Images: open the source, count its classes, and decode a sample of its pictures."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from dit.sections import FolderSource, HuggingFaceSource, IdxSource, ImagesParam
 
 WHAT = "images"
 SAMPLE = 32
-"""Pictures that are decoded."""
+"""How many pictures are decoded."""
 LARGEST = 256
-"""Pixels to which they are scaled at most: whether a picture can be decoded hardly depends on it."""
+"""The largest size in pixels to which pictures are scaled here: whether one can be decoded hardly depends on the size."""
 ANSWER_SECONDS = 10.0
 """How long a data set on the hub may take to answer."""
 
 
 def check(subject: Subject) -> Iterator[Finding]:
-    """Open the source of images of every setting. Counts of images are noted in the subject."""
+    """Open the source of images of every setting, and note the counts of images in the subject."""
     if not subject.runs("images"):
         return
     for params in subject.distinct("images"):
@@ -51,7 +51,7 @@ def _where(images: ImagesParams) -> str:
 
 
 def _look(subject: Subject, name: str, images: ImagesParams, where: str) -> Iterator[Finding]:
-    """Count where that is quick, and decode a sample."""
+    """Count the images if that is quick, and decode a sample."""
     source = images.source
     sample: list[Encoded] = []
     if isinstance(source, FolderSource | UnlabelledSource):
@@ -89,20 +89,20 @@ def _classes(counts: Counts) -> str:
 
 
 def _spread(pictures: list[Encoded]) -> list[Encoded]:
-    """`SAMPLE` of the pictures, from the first to the last."""
+    """At most `SAMPLE` of the pictures, evenly spread over all of them."""
     count = min(SAMPLE, len(pictures))
     return [pictures[index * len(pictures) // count] for index in range(count)]
 
 
 def _decoded(images: ImagesParams, sample: list[Encoded], where: str) -> Iterator[Finding]:
-    """Decode the sample: what a stage would reject in it, and how many pictures are turned."""
+    """Decode the sample: report pictures that a stage would reject, and how many are rotated upright."""
     size = min(images.size, LARGEST)
     results = (decode_or_reject(picture, size, images.channels) for picture in sample)
     reasons = [result if isinstance(result, Rejected) else None for result in results]
     rejected = [reason for reason in reasons if reason]
     if len(rejected) > images.max_rejected * len(sample):
         named = "; ".join(f"{each.item}: {each.reason}" for each in rejected[:NAMED])
-        few = len(rejected) < len(sample) / 2  # of all images it may be less than is accepted
+        few = len(rejected) < len(sample) / 2  # among all images, the rejected share may still be acceptable
         found = f"{len(rejected)} of {len(sample)} looked at are no usable images ({named})"
         expected = f"at most images.max_rejected = {images.max_rejected} of all"
         yield Finding(WHAT, where, found, expected, "warning" if few else "error")

@@ -1,4 +1,4 @@
-"""How much memory and disk a machine has, without asking a library that would start a GPU."""
+"""How much memory and disk space a machine has, found without a library that would initialise a GPU."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from pathlib import Path
 import torch
 
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Where Linux says what a container may use; kernel documentation, admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst."""
+"""Files in which Linux says how much memory a container may use.
+
+Kernel documentation, admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
+"""
 
 
 def of_host() -> int | None:
-    """Bytes of memory that programs of this machine, or container, may use together; None where nothing says it."""
+    """Bytes of memory that all programs on this machine or in this container may use together; None if unknown."""
     try:
         found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     except (ValueError, OSError):
@@ -28,7 +31,9 @@ def of_host() -> int | None:
 
 
 def of(device: torch.device) -> int | None:
-    """Bytes of memory of a device. Of a GPU, its driver is asked by its own program: a process that forks must not start it."""
+    """Bytes of memory of a device; None if unknown. For a GPU, `nvidia-smi` tells, so that this process, which may fork, does
+    not initialise the driver.
+    """
     if device.type != "cuda":
         return of_host()
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
@@ -40,13 +45,13 @@ def of(device: torch.device) -> int | None:
 
 
 def free_disk(path: Path) -> int:
-    """Bytes that are free on the disk where `path` is or will be."""
+    """Free bytes on the disk on which `path` is or will be."""
     existing = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
     return shutil.disk_usage(existing).free
 
 
 def shown(count: float) -> str:
-    """Bytes in words."""
+    """A number of bytes with its unit, such as "1.5 GB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""The network, and the checkpoints from which rules of the study's strategies take weights: every name and shape in them."""
+"""The network, and the checkpoints from which strategies of the study take weights: every name and shape is checked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WHAT = "model"
 
 
 def check(subject: Subject) -> Iterator[Finding]:
-    """Build the network of every setting without values, and look for its weights in the files that strategies name."""
+    """Build the network of every setting on the meta device, and look for its weights in the files that strategies name."""
     if not subject.runs("analyse", "train"):
         return
     for params in subject.distinct("model", "images", "autoencoder", "diffusion"):
@@ -32,7 +32,7 @@ def check(subject: Subject) -> Iterator[Finding]:
 
 
 def _strategy(params: Params, name: str, classes: int | None) -> Iterator[Finding]:
-    """What one strategy takes from files. What the number of classes decides is not compared where that is not known."""
+    """Check the weights that one strategy takes from files; shapes that depend on an unknown number of classes are skipped."""
     every_role = models.roles(params.skeleton(num_classes=classes or 1))
     shapes = {} if classes else {role.parameter: role.shape for role in models.roles(params.skeleton(num_classes=2))}
     claimed = claims(params.strategies[name], every_role)

@@ -1,6 +1,6 @@
-"""Memory and disk that a study needs at least, against what the machine has, before anything large is made.
+"""Compare the memory and disk space that a study needs at least with what the machine has, before anything large is made.
 
-The estimates are lower bounds: what they refuse cannot run, and what they let pass may still be too much.
+The estimates are lower bounds: a study that they refuse cannot run, and one that they accept may still need too much.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ WHAT = "resources"
 FLOAT = 4
 """Bytes of a float32."""
 BLOCK_VALUES = 16
-"""What a block of a DiT keeps for its backward pass at least, in values for each feature of each token.
+"""How many values a block of a DiT keeps at least for its backward pass, for each feature of each token.
 
-On a CPU it is 20.5, and 27 in a LightningDiT, counted by `torch.autograd.graph.saved_tensors_hooks`; on a GPU 17.5 to 20 where
-compiled or fused, and 25 eager, by the peak memory of DiT-S/2 to XL/2 in benchmarks/results. Korthikanti et al. (2022),
+On a CPU it keeps 20.5, and 27 in a LightningDiT, counted by `torch.autograd.graph.saved_tensors_hooks`; on a GPU it keeps 17.5
+to 20 compiled or fused and 25 eager, by the peak memory of DiT-S/2 to XL/2 in benchmarks/results. Korthikanti et al. (2022),
 "Reducing Activation Recomputation in Large Transformer Models", eq. 1, has 17.
 """
 LEVEL_VALUES = 25
-"""As `BLOCK_VALUES`, of an autoencoder that is trained, for each channel of each pixel of each resolution: 26 to 31."""
+"""How many values an autoencoder keeps for its backward pass, for each channel and pixel of each resolution: 26 to 31."""
 LEVEL_WEIGHTS = 100
-"""Weights of such an autoencoder, for each square of a resolution's width: 103 to 127, counted with 3 and 4 resolutions."""
+"""Weights of an autoencoder, as a multiple of width^2 summed over its resolutions: 103 to 127 counted with 3 and 4 of them."""
 BLOCK_WEIGHTS = 18
-"""Weights of a block of a DiT, for each square of its width: 4 of attention, 8 of the MLP, 6 of the modulation."""
+"""Weights of a block of a DiT, as a multiple of width^2: 4 in attention, 8 in the MLP, 6 in the modulation."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that something needs at least, and the parameter to blame.
+    """Bytes that something needs at least, and the parameter that causes the need.
 
-    Where less of it would do, `key` is a parameter that counts something, `count` its value, and `each` the bytes of one.
+    If a smaller number of things would help, `key` is the parameter with this number, `count` its value, and `each` the bytes
+    of one of them.
     """
 
     what: str
@@ -55,16 +56,16 @@ class Need:
 
 
 def check(subject: Subject) -> Iterator[Finding]:
-    """Compare what every setting needs with the memory of its device, and all of them together with the free disk.
+    """Compare the memory that every setting needs with its device, and the disk space of all settings with the free space.
 
-    Of what fits, only the largest is listed.
+    Of the needs that fit, only the one that comes closest to its limit is listed.
     """
     largest: tuple[float, Finding] | None = None
     for params, _ in subject.settings:
         for section, need in _memory(subject, params):
             try:
                 device = resolve_device(getattr(params, section).device)
-            except ConfigError:  # which the start of a study tells
+            except ConfigError:  # the start of a study reports it
                 continue
             there = memory.of(device)
             if there is None:
@@ -81,7 +82,7 @@ def check(subject: Subject) -> Iterator[Finding]:
 
 
 def on_disk(outputs: Collection[Need], path: Path) -> Finding:
-    """All outputs together against the space that is free where `path` is."""
+    """Compare the size of all outputs with the free space on the disk of `path`."""
     largest = max(outputs, key=lambda need: need.bytes)
     named = Need(f"outputs of all stages, most of them {largest.what},", sum(need.bytes for need in outputs), largest.where)
     return _compared(named, memory.free_disk(path), f"free space on the disk of {path.absolute()}")
@@ -97,7 +98,7 @@ def _compared(need: Need, there: int, of: str) -> Finding:
 
 
 def _memory(subject: Subject, params: Params) -> Iterator[tuple[str, Need]]:
-    """What stages hold at once, each with the section that chooses its device."""
+    """The memory that stages need at once, each with the section of the parameters that chooses its device."""
     counts = subject.counts_of(params)
     latent = FLOAT * params.autoencoder.latent_channels * params.latent_size**2
     if subject.runs("autoencoder") and isinstance(params.autoencoder, TrainedAutoencoder):
@@ -112,7 +113,7 @@ def _memory(subject: Subject, params: Params) -> Iterator[tuple[str, Need]]:
         yield "train", training(params)
     if subject.runs("evaluate") and params.study.sample != "none":
         samples = params.evaluate.num_samples
-        distances = FLOAT * samples**2  # from each to each, for precision and recall
+        distances = FLOAT * samples**2  # between all pairs, for precision and recall
         if distances > samples * latent:
             yield "evaluate", Need("distances between samples", distances, f"evaluate.num_samples = {samples}")
         else:
@@ -120,12 +121,12 @@ def _memory(subject: Subject, params: Params) -> Iterator[tuple[str, Need]]:
 
 
 def _counted(what: str, others: float, key: str, count: int, each: float) -> Need:
-    """So many things of a size, beside others."""
+    """The need for `count` things of `each` bytes, in addition to `others` bytes."""
     return Need(what, others + count * each, f"{key} = {count}", key, count, each)
 
 
 def training(params: Params) -> Need:
-    """What the processes of a run hold: weights, gradients, averages and moments, and what the backward pass needs."""
+    """Memory of one process of a training run: weights, gradients, averages, moments, and activations for the backward pass."""
     train, network = params.train, params.own_skeleton
     weights = sum(weight.numel() for weight in network.parameters())
     state = FLOAT * weights * (3 + _moments(params))
@@ -144,7 +145,7 @@ def training(params: Params) -> Need:
 
 
 def kept_for_backward(network: torch.nn.Module, value: int) -> float:
-    """Bytes that one sample leaves in the blocks of a network of ours, at `value` bytes each; 0 for one of unknown make."""
+    """Bytes that the blocks keep for the backward pass of one sample, at `value` bytes a number; 0 for an unknown network."""
     sizes = [getattr(network, name, None) for name in ("hidden_size", "depth", "latent_size", "patch_size")]
     if not all(isinstance(size, int) for size in sizes):
         return 0.0
@@ -153,7 +154,7 @@ def kept_for_backward(network: torch.nn.Module, value: int) -> float:
 
 
 def _moments(params: Params) -> int:
-    """Numbers that the optimiser keeps for each weight, at least."""
+    """How many numbers the optimiser keeps at least for each weight."""
     optimizer = params.train.optimizer
     if isinstance(optimizer, AdamWParams):
         return 2
@@ -161,7 +162,7 @@ def _moments(params: Params) -> int:
 
 
 def _autoencoder(params: Params, autoencoder: TrainedAutoencoder) -> Need:
-    """Its training by Adam."""
+    """Memory for training the autoencoder with Adam."""
     state = 4 * FLOAT * LEVEL_WEIGHTS * sum(width**2 for width in autoencoder.channels)
     pixels = sum(width * (params.images.size >> level) ** 2 for level, width in enumerate(autoencoder.channels))
     each = FLOAT * LEVEL_VALUES * pixels
@@ -173,14 +174,14 @@ def _autoencoder(params: Params, autoencoder: TrainedAutoencoder) -> Need:
 
 
 def _coordinate_check(params: Params) -> Need:
-    """Two blocks of the largest width, with their gradients and moments."""
+    """Memory for two blocks of the largest width, with their gradients and moments."""
     width = max(params.analyse.widths)
     needed = 4 * FLOAT * 2 * BLOCK_WEIGHTS * width**2
     return Need("networks of the coordinate check", needed, f"analyse.widths = {params.analyse.widths}")
 
 
 def disk(subject: Subject) -> list[Need]:
-    """What the outputs of stages take at least, over all settings: images, latents, and the averaged weights of all runs."""
+    """Disk space that outputs of all settings need at least: images, latents, and the averaged weights of all runs."""
     found = []
     for params in subject.distinct("images"):
         counts = subject.counts_of(params)

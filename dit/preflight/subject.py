@@ -1,4 +1,4 @@
-"""What is checked: the parameters of a study at all its settings, and what is known of their images so far."""
+"""The subject of the checks: the parameters of a study at all its settings, and what is known so far about their images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dit.config import Params
 
 @dataclass(frozen=True)
 class Counts:
-    """The images of a source: how many of each class are for training and for validation."""
+    """How many images of each class a source has for training and for validation."""
 
     train: tuple[int, ...]
     validation: tuple[int, ...]
@@ -25,12 +25,12 @@ class Counts:
 
 @dataclass
 class Subject:
-    """The different settings of a study, how many runs each has, and the kinds of stages that will run; None for all."""
+    """The settings of a study with their numbers of runs, and the kinds of stages that will run (None for all)."""
 
     settings: list[tuple[Params, int]]
     stages: Collection[str] | None
     counts: dict[str, Counts] = field(default_factory=dict)
-    """By what `key` returns for section `images`; a source that is only looked into has none."""
+    """Counts of images by `key(params, "images")`; a source whose images are only sampled, not counted, has no entry."""
 
     @classmethod
     def of(cls, params: Params, where: str, stages: Collection[str] | None) -> Subject:
@@ -43,14 +43,14 @@ class Subject:
         return self.stages is None or any(stage in self.stages for stage in stages)
 
     def distinct(self, *sections: str) -> Iterator[Params]:
-        """The parameters of one setting for each different content of `sections`."""
+        """For each different content of `sections`, the parameters of one setting that has it."""
         yield from {key(params, *sections): params for params, _ in reversed(self.settings)}.values()
 
     def counts_of(self, params: Params) -> Counts | None:
-        """What is known of the images of a setting."""
+        """The counts of images of a setting; None if unknown."""
         return self.counts.get(key(params, "images"))
 
 
 def key(params: Params, *sections: str) -> str:
-    """The content of sections, to compare it."""
+    """A text of the content of these sections, by which settings are compared."""
     return repr([getattr(params, section) for section in sections])

@@ -1,1 +1,1 @@
-"""The studies of docs/evidence: run many small runs on one GPU, keep their results small, and answer what was declared."""
+"""The studies of docs/evidence: train many small runs on one GPU, write small result files, and answer what was declared."""

@@ -67,7 +67,7 @@ def _points(tuning: Tuning) -> tuple[Point, ...]:
 
 
 def _around(means: list[float]) -> tuple[float, float]:
-    """Limits of an axis that shows all means; a long interval of one of them is cut, so that the others are told apart."""
+    """Limits of an axis that shows all means; a long interval is cut off, so that the means can be told apart."""
     margin = 0.1 * (max(means) - min(means))
     return min(means) - margin, max(means) + margin
 

@@ -1,4 +1,4 @@
-"""What a study of docs/evidence answers, from its results: its declared comparisons and effects, and everything beside them."""
+"""The answers of a study of docs/evidence, from its results: declared comparisons and effects, and exploratory ones."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from pipelines.evidence.results import RESULTS, Ended, Results
 QUESTIONS = RESULTS / "questions.yaml"
 BASELINE = "adaln_zero"
 LEARNED = 0.5
-"""A run that ends above this share of the error of a zero output has not learned: it survived none of its steps."""
+"""A run whose final error is above this share of the error of a zero output has not learned: it survived none of its steps."""
 
 
 @dataclass(frozen=True)
 class FactorialAnswers:
-    """Declared main effects, and everything that the same runs allow to say beside them.
+    """Declared main effects, and all other effects of the same runs.
 
-    `quantity` is `error`, the final validation error, of which effects are ratios; or `survived`, the share of its steps
-    before a run failed, of which they are differences.
+    `quantity` is `error`, the final validation error, for which effects are ratios; or `survived`, the share of its steps that
+    a run took before it failed, for which effects are differences.
     """
 
     quantity: str
@@ -44,7 +44,7 @@ class FactorialAnswers:
 
 @dataclass(frozen=True)
 class Answers:
-    """What one study answers. `findings` compare strategies by rate; `effects` and `delays` are None where nobody asked."""
+    """The answers of one study. `findings` compare strategies by rate; `effects` and `delays` are None if not asked for."""
 
     results: Results
     findings: Findings
@@ -53,18 +53,18 @@ class Answers:
 
     @property
     def complete(self) -> bool:
-        """Whether every run of the study has ended; verdicts of a study that was cut are not quoted."""
+        """Whether every run of the study has ended; verdicts of an incomplete study must not be quoted."""
         return len(self.results.runs) == self.results.planned
 
 
 def questions(root: Path) -> dict[str, dict[str, Any]]:
-    """What each study was declared to ask, beside what its profile declares."""
+    """The declared questions of each study, in addition to those in its profile."""
     found: dict[str, dict[str, Any]] = yamlfile.read(root / QUESTIONS, QUESTIONS)
     return found
 
 
 def answer(results: Results, asked: Mapping[str, Any]) -> Answers:
-    """The answers of one study, by what `questions` holds of it. Raises `UserError` where its runs do not fit the question."""
+    """The answers of one study to its entry in `questions`. Raises `UserError` if its runs do not fit the question."""
     values = results.values
     question = Question(
         values.get("study.baseline", BASELINE),
@@ -78,7 +78,7 @@ def answer(results: Results, asked: Mapping[str, Any]) -> Answers:
 
 
 def survived(run: Ended) -> float:
-    """The share of its steps that a run survived: until it collapsed or diverged, and none where it never learned."""
+    """The share of its steps that a run took before it collapsed or diverged; 0 if it never learned."""
     if run.failed_at is not None:
         return run.failed_at / run.length
     assert run.error is not None

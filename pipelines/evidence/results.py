@@ -1,4 +1,4 @@
-"""What a study of docs/evidence left, as one file for git: how every run ended, its curve, and what warned of a failure."""
+"""The results of a study of docs/evidence in one file for git: how every run ended, its curve, and what announced a failure."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DIGITS = 6
 
 
 class Made(Entry):
-    """Which code and machine made the results, of which data, and in what time."""
+    """Which code made the results, on which machine, from which data, and in what time."""
 
     commit: str
     code: str
@@ -50,9 +50,10 @@ class Made(Entry):
 class Warned(Entry):
     """What moved before a failure.
 
-    `lead`: how many steps before the turning point each quantity of the loop left its past. `sign`: the indicator that had
-    changed most by the last diagnosis before it, in which block or role, by which factor, and how many steps before. The
-    results of November 2026 looked at four indicators of blocks; update ratio and share of clipped steps were added later.
+    `lead`: how many steps before the turning point each quantity of the training loop rose above its limit. `sign`: the
+    indicator that had changed most by the last diagnosis before the turning point, in which block or role, by which factor, and
+    how many steps earlier. The results of November 2026 have four indicators of blocks; update ratio and share of clipped steps
+    were added later.
     """
 
     lead: dict[str, int]
@@ -60,10 +61,10 @@ class Warned(Entry):
 
 
 class Ended(Entry):
-    """One run. `error` is the final validation error of the averaged weights, None where it did not finish.
+    """One run. `error` is the final validation error of the averaged weights, None if the run did not finish.
 
-    `curve` are validation errors of the trained weights at the steps of the study, as far as it came. `failed_at` is the step
-    at which it collapsed or diverged.
+    `curve` holds validation errors of the trained weights at `steps`, as far as the run came. `failed_at` is the step at which
+    the run collapsed or diverged.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Ended(Entry):
     warned: Warned | None
 
     def trained(self) -> Trained:
-        """The run as the analysis takes it."""
+        """The run in the form that the analysis needs."""
         whole = [math.nan if value is None else value for value in self.curve]
         return Trained(
             self.strategy,
@@ -106,7 +107,7 @@ class Ended(Entry):
 
 
 class Results(Entry):
-    """All runs of one study that have ended, of `planned` ones. `values` are those in which it differs from params.yaml."""
+    """The runs of one study that have ended, out of `planned` runs. `values` are parameters that differ from params.yaml."""
 
     study: str
     values: dict[str, Any]
@@ -116,7 +117,7 @@ class Results(Entry):
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What results must share to stand in one file: parameters, code, data, device and version of torch."""
+        """What all results in one file must have in common: parameters, code, data, device and version of torch."""
         first = self.made[0]
         return {
             "values of parameters": self.values,
@@ -127,9 +128,9 @@ class Results(Entry):
         }
 
     def with_those_of(self, path: Path) -> Results:
-        """These results and the runs of an earlier file that they lack.
+        """These results, with runs of an earlier file that they lack.
 
-        Raises `UserError` where the file is of other parameters, code, data, device or torch: nothing in it is dropped unasked.
+        Raises `UserError` if the file has other parameters, code, data, device or torch, so that no run is lost silently.
         """
         if not path.exists():
             return self
@@ -157,14 +158,14 @@ class Results(Entry):
 
 
 def collect(name: str, place: Workplace, values: Mapping[str, Any], made: Made) -> Results:
-    """Read what the runs of a study left in its folder."""
+    """Read the results of the runs in a study's folder."""
     with chdir(place.folder):
         ended = [_ended(place.params, read_run(run, sampled=False)) for run in place.done]
     return Results(study=name, values=dict(values), planned=len(design.items(place.params)["train"]), made=[made], runs=ended)
 
 
 def made_here(place: Workplace, root: Path, workers: int, minutes: float) -> Made:
-    """Of what these results are made."""
+    """Which code, data and machine made the results in `place`."""
     folders = [item.out for stage in DATA for item in design.items(place.params)[stage].values()]
     manifests = {folder: place.folder / folder / "manifest.json" for folder in folders}
     return Made(

@@ -1,8 +1,8 @@
 """Run a study without DVC, many runs at a time on one machine: the same stages, called by a pool of processes.
 
-DVC starts a process for each stage, which costs some seconds. Where a run itself takes ten, and hundreds of them share one GPU
-for some minutes, this pool starts its processes once. The stages are the same functions with the same parameters, so their
-outputs are those that `make study` makes on such a machine.
+DVC starts a process for each stage, which costs some seconds. This is too much if a run takes ten seconds and hundreds of runs
+share one GPU, so this pool starts its processes only once. The stages are the same functions with the same parameters, so
+their outputs are the same as those of `make study` on such a machine.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DATA = ("images", "autoencoder", "latents")
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where a study runs: a folder with its parameters, its data and `runs/train`, and those parameters."""
+    """Where a study runs: a folder with its parameters, its data and `runs/train`; and the parameters themselves."""
 
     folder: Path
     params: Params
@@ -55,11 +55,11 @@ class Workplace:
 
 
 def prepare(name: str, root: Path, scratch: Path, overrides: Mapping[str, Any]) -> Workplace:
-    """The folder in which `profiles/evidence/<name>.yaml` runs, with other values of parameters in `overrides`.
+    """Prepare the folder in which `profiles/evidence/<name>.yaml` runs, with other values of parameters in `overrides`.
 
-    Its name holds a digest of all parameters and of the code of training, so that what an interrupted call left is used
-    again, and nothing else is. Studies with the same data share one folder for them. Raises `ConfigError` for a profile that
-    is not there, or for a wrong key.
+    The folder's name holds a digest of all parameters and of the code of training, so that only runs of an interrupted call
+    with the same parameters and code are used again. Studies with the same data share one folder of data. Raises `ConfigError`
+    for an unknown profile or a wrong key.
     """
     profile = root / PROFILES / f"{name}.yaml"
     known = sorted(file.stem for file in profile.parent.glob("*.yaml"))
@@ -83,11 +83,11 @@ def prepare(name: str, root: Path, scratch: Path, overrides: Mapping[str, Any]) 
 
 
 def run(place: Workplace, workers: int, minutes: float) -> list[str]:
-    """Make the data, then train run after run, `workers` at a time, and start none once `minutes` have passed.
+    """Make the data, then train all runs, `workers` at a time; start no run after `minutes`.
 
-    Runs that choose learning rates come first, then the other seeds one after the other, so that a study that is cut short
-    has whole seeds. Returns a line for each run that a fault of the program or of the machine ended. Raises `UserError` where
-    that happened to the data.
+    Seeds that choose learning rates come first, then the other seeds one after another, so that a study that is cut short has
+    complete seeds. Returns a line for each run that ended by a fault of the program or of the machine. Raises `UserError` if
+    such a fault occurs while the data are made.
     """
     until = time.monotonic() + 60 * minutes
     stages = design.items(place.params)
@@ -108,7 +108,7 @@ def run(place: Workplace, workers: int, minutes: float) -> list[str]:
 
 
 def _train(pool: ProcessPoolExecutor, waiting: list[Item], workers: int, until: float) -> Iterator[str | None]:
-    """Yields after each run what ended it, or None where it ended by itself."""
+    """Yields after each run the fault that ended it, or None if it ended normally."""
     running: set[Future[str | None]] = set()
     todo = iter(waiting)
     while True:
@@ -126,21 +126,21 @@ def _train(pool: ProcessPoolExecutor, waiting: list[Item], workers: int, until: 
 
 
 def _in_order(params: Params, items: Iterable[Item]) -> list[Item]:
-    """Longer runs first, so that none is left over at the end; of one length, seed by seed."""
+    """The order of the runs: longer runs first, so that no long run is left for the end; runs of one length seed by seed."""
     seeds = [*params.study.choose_on, *(seed for seed in params.study.seeds if seed not in params.study.choose_on)]
     return sorted(items, key=lambda item: (-item.setting.levels.get("train.steps", 0), seeds.index(item.seed or 0)))
 
 
 @contextmanager
 def _pool(folder: Path, workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that work in `folder`. They are not forked: a fork of a process that has asked CUDA anything cannot use it."""
+    """Processes that work in `folder`. They are spawned: a fork of a process that has initialised CUDA could not use it."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_enter, initargs=(folder,)) as pool:
         yield pool
 
 
 def _enter(folder: Path) -> None:
-    """Work in `folder`, and print into a file there: lines of many runs at once are nothing to read."""
+    """Work in `folder`, and print into a file there, because mixed lines of many runs would be hard to read."""
     os.chdir(folder)
     logs = Path("logs")
     logs.mkdir(exist_ok=True)
@@ -155,7 +155,7 @@ def _parameters() -> Params:
 
 
 def _run_stage(item: Item) -> str | None:
-    """Run one stage here; returns what went wrong, in one line."""
+    """Run one stage in this process; return what went wrong in one line, or None."""
     try:
         STAGES[item.stage](_parameters().with_values(item.setting.levels), item)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The page of answers, docs/evidence/answers.md, and the same numbers for programs, from the results of all studies."""
+"""Write the page of answers, docs/evidence/answers.md, and the same numbers as JSON, from the results of all studies."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from pipelines.report.words import MINUS
 PAGE = RESULTS / "answers.md"
 NUMBERS = RESULTS / "answers.json"
 DIGITS = 8
-"""Of the numbers in `answers.json`."""
+"""Significant digits of the numbers in `answers.json`."""
 FIGURES = RESULTS / "figures"
 HYPHEN = re.compile(r"(?<=[\s\[(])-(?=\d)")
-"""One that stands for a minus."""
+"""A hyphen that stands for a minus sign."""
 HEAD = """\
 # Answers
 
@@ -92,7 +92,7 @@ def _conditions(name: str, results: Results) -> str:
 
 
 def _of_declared(answers: Answers) -> list[str]:
-    """The declared answers, with the conditions that the section's first line does not state."""
+    """A table of the declared answers, with the conditions that the section's first line does not state."""
     lines = []
     if answers.effects and (effects := answers.effects.declared):
         unit = "final error" if answers.effects.quantity == "error" else "share of its steps that a run survives"
@@ -154,12 +154,12 @@ def _compared(findings: Findings) -> list[AtBest | Pair]:
 
 
 def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with numbers of `DIGITS` digits: processors of other kinds add in another order, and differ after those."""
+    """The values with numbers rounded to `DIGITS` digits: other kinds of processors add in another order, and differ beyond."""
     return {key: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value for key, value in values.items()}
 
 
 def _declared(answers: Answers) -> Iterator[Mapping[str, Any]]:
-    """Every declared answer as numbers: what a second program must find, too."""
+    """Every declared answer as numbers, which a second program must reproduce."""
     if answers.effects:
         for effect in answers.effects.declared:
             found = effect.effect.estimate
@@ -204,7 +204,7 @@ def _of_effects(answers: Answers) -> list[str]:
 
 
 def _of_failures(runs: list[Ended]) -> list[str]:
-    """What had changed most before a run failed, as counts."""
+    """A table of the indicators that had changed most before a run failed, with counts."""
     failed = [run for run in runs if survived(run) < 1 and run.warned is not None]
     moved: dict[str, int] = {}
     for run in failed:
@@ -258,7 +258,7 @@ def _size(judgement: Judgement) -> str:
 
 
 def _percent(share: float) -> str:
-    """With one digit after the point, or the first digit that is not zero, so that the sign of a bound can be seen."""
+    """A share in per cent with one decimal; a tiny share with one significant digit, so that its sign can be seen."""
     return f"{100 * share:+.1g}" if abs(share) < 0.0005 else f"{100 * share:+.1f}"
 
 

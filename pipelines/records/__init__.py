@@ -1,5 +1,5 @@
-"""What the runs of a study leave on disk: one schema for each file, by which its stage writes it and everybody else reads it.
+"""Files that the runs of a study write: one schema for each file, with which its stage writes it and all others read it.
 
-Keys are written in the order of the fields. No output tells times or machines; `Timing`, which lies in scratch, does.
-There is one module for each stage, so that a change of what one records makes no other stage run again.
+Keys are written in the order of the fields. No output holds times or machines; only `Timing` does, which is kept in scratch.
+Each stage has its own module, so that a change to one stage's records makes no other stage run again.
 """

@@ -1,4 +1,4 @@
-"""What stage `analyse` leaves in `runs/analyse/<strategy>`."""
+"""The files that stage `analyse` writes into `runs/analyse/<strategy>`."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class EarlyEntry(Entry):
 
 
 class StartRecord(Record):
-    """What stage `analyse` found. Schedules hold, by role, the first optimiser step with a gradient.
+    """The findings of stage `analyse`. Schedules hold, by role, the first optimiser step with a gradient.
 
-    `predicted` is None where there is no prediction, and then so is `predicted_equals_measured`; `not_predicted` says why.
+    If there is no prediction, `predicted` and `predicted_equals_measured` are None, and `not_predicted` says why.
     """
 
     FILE = "start.json"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Status = Literal["finished", "diverged", "collapsed"]
 Settings = dict[str, Any]
-"""A section of the parameters, as it was when the run was made."""
+"""A section of the parameters with which a run was made."""
 
 
 def _finite(value: Any) -> Any:
@@ -28,7 +28,7 @@ def _finite(value: Any) -> Any:
 
 
 Finite = Annotated[float | None, BeforeValidator(_finite)]
-"""A number that JSON can hold; None stands for one that is not finite."""
+"""A number in JSON; None stands for a number that is not finite."""
 
 
 class Entry(BaseModel):
@@ -43,7 +43,7 @@ class Record(Entry):
     FILE: ClassVar[str]
 
     def write(self, directory: Path) -> None:
-        """Write the file into a directory, which is made where there is none."""
+        """Write the file into a directory, which is created if it is missing."""
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / self.FILE, self.model_dump(mode="json"))
 
@@ -51,7 +51,7 @@ class Record(Entry):
     def read(cls, directory: Path) -> Self:
         """Read the file.
 
-        Raises `InputError` where it is missing or damaged, and `DataError` that names each wrong key.
+        Raises `InputError` if the file is missing or damaged, and `DataError`, which names each wrong key.
         """
         path = directory / cls.FILE
         checksums.verify(path)
@@ -68,7 +68,7 @@ class Record(Entry):
 
 
 class Timing(Record):
-    """How long a run took, and where: in the run's scratch folder, never in an output."""
+    """How long a run took and on which machine. Kept in the run's scratch folder, never in an output."""
 
     FILE = "timing.json"
 
@@ -79,24 +79,24 @@ class Timing(Record):
 
 @dataclass(frozen=True)
 class Table:
-    """A CSV file of a run: `columns` are those that it has at least, whichever run wrote it."""
+    """A CSV file of a run; `columns` are the columns that every run writes; a run may write more."""
 
     file: str
     columns: tuple[str, ...]
 
     def write(self, directory: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the file, where None is empty."""
+        """Write the file; None becomes an empty field."""
         header = tuple(rows[0]) if rows else self.columns
         csvfile.write(directory / self.file, header, rows)
 
     def write_frame(self, directory: Path, frame: pd.DataFrame) -> None:
-        """Write the file, where None and NaN are empty; whole numbers of a column that has such gaps are floats."""
+        """Write the file; None and NaN become empty fields, and a column of integers with such gaps becomes floats."""
         frame.to_csv(directory / self.file, index=False, lineterminator="\n")
 
     def read(self, directory: Path) -> pd.DataFrame:
-        """Read the file, where values that are not finite become NaN.
+        """Read the file; values that are not finite become NaN.
 
-        Raises `InputError` where it is missing or damaged, and `DataError` where it lacks a column.
+        Raises `InputError` if the file is missing or damaged, and `DataError` if it lacks a column.
         """
         import pandas as pd
 
@@ -106,7 +106,7 @@ class Table:
             table = pd.read_csv(path).replace([float("inf"), float("-inf")], float("nan"))
         except FileNotFoundError:
             raise InputError(path) from None
-        except pd.errors.EmptyDataError:  # of a run that diverged at once, written when such had no header
+        except pd.errors.EmptyDataError:  # a run that diverged at once, written by a version that left out the header
             return pd.DataFrame(columns=list(self.columns))
         except ValueError as error:
             raise DataError(f"{path}: not a table: {error}") from None

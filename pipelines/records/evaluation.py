@@ -1,4 +1,4 @@
-"""What stage `evaluate` leaves in `runs/evaluate/<run>`, beside the picture of the samples."""
+"""The files that stage `evaluate` writes into `runs/evaluate/<run>`, except the picture of the samples."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ EVALUATE = Path("runs/evaluate")
 
 
 class FeatureSpace(Entry):
-    """Where distances are measured: the network, and the pixels that images are resized to for it."""
+    """The feature space of the distances: the network, and the size in pixels to which images are resized for it."""
 
     extractor: str
     size: int
 
 
 class ReferenceUsed(Entry):
-    """Statistics of other images, to which samples were compared: the name of their file, its digest, and numbers of images.
+    """The reference statistics with which samples were compared: the name of their file, its digest, and numbers of images.
 
-    `count` is that of all images behind them, `features` that of those for precision and recall; None where it is not known, or
-    there are none.
+    `count` is the number of images behind the statistics (None if unknown), `features` the number of images with features for
+    precision and recall (None if there are none).
     """
 
     file: str
@@ -33,7 +33,7 @@ class ReferenceUsed(Entry):
 
 
 class EvaluateRecord(Record):
-    """What stage `evaluate` measured. `metrics` are None where training did not finish, or sampling diverged."""
+    """The results of stage `evaluate`. Metrics are None if training did not finish, or if sampling diverged."""
 
     FILE = "metrics.json"
 
@@ -50,11 +50,11 @@ class EvaluateRecord(Record):
     settings: dict[str, Settings]
     metrics: dict[str, float | None]
     reference: ReferenceUsed | None = None
-    """None where samples are compared with the study's own validation images alone."""
+    """None if samples are compared only with the study's own validation images."""
 
     @model_serializer(mode="wrap")
     def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A record without a reference does not speak of one."""
+        """Leave out the key `reference` if there is no reference."""
         written: dict[str, Any] = serialize(self)
         if self.reference is None:
             written.pop("reference", None)
@@ -62,9 +62,10 @@ class EvaluateRecord(Record):
 
 
 class ReferencesRecord(Record):
-    """What the distances say of images that no network generated, against the same validation images, in `data/features`.
+    """Distances of images that no network generated to the same validation images; written into `data/features`.
 
-    `real` are training images, `reconstructions` the same through the autoencoder, `grey` images of one grey; `count` of each.
+    `real` is for training images, `reconstructions` for the same images through the autoencoder, `grey` for images of one grey;
+    there are `count` images of each kind.
     """
 
     FILE = "references.json"

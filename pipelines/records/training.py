@@ -1,4 +1,4 @@
-"""What stage `train` leaves in `runs/train/<run>`, beside the weights."""
+"""The files that stage `train` writes into `runs/train/<run>`, except the weights."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ GRADIENT_NOISE = Table("gradient_noise.csv", TABLES["gradient_noise"])
 """`dit.analysis.diagnostics.GradientNoise` at the diagnosed steps."""
 
 STABILITY = Table("stability.csv", TABLES["stability"])
-"""`dit.training.indicators.BlockState` of every block at the diagnosed steps; without a block, of all that is in none."""
+"""`dit.training.indicators.BlockState` of every block at the diagnosed steps; a row without a block is for other weights."""
 
 EVENTS = Table("events.csv", TABLES["events"])
 """`dit.training.records.Event`: every spike, recovery and collapse."""
 
 SPIKES = Table("spikes.csv", TABLES["spikes"])
-"""The steps before each spike and that of the spike, each once: a step before several spikes has the number of the first."""
+"""The steps up to each spike, each step once: a step before several spikes has the number of the first spike."""
 
 
 class TrainSettings(Entry):
@@ -41,7 +41,7 @@ class TrainSettings(Entry):
 
 
 class RunningRecord(Record):
-    """A run that trains in `folder`: this is in its scratch folder, beside its growing tables, never in an output."""
+    """A run that is training in `folder`. Kept in the run's scratch folder, beside its growing tables, never in an output."""
 
     FILE = "running.json"
 
@@ -54,7 +54,7 @@ class RunningRecord(Record):
 
 
 class TrainRecord(Record):
-    """What stage `train` made, and how it ended: `dit.training.records.Outcome`."""
+    """A run of stage `train`, and how it ended: `dit.training.records.Outcome`."""
 
     FILE = "run.json"
 

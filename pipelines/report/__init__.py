@@ -1,1 +1,1 @@
-"""The report: run directories in, one page and its numbers out."""
+"""The report: reads the directories of runs, and makes one page and its numbers."""

@@ -1,4 +1,4 @@
-"""Findings over all runs in words: how a strategy stands at each setting, delays over training, runs that fail."""
+"""Findings over all runs in words: how each strategy compares at each setting, delays over training, failed runs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pipelines.report.tuning import place_label
 from pipelines.report.words import counted, fixed, listed, percent
 
 FEW = 3
-"""Settings that a sentence names one by one."""
+"""How many settings a sentence names one by one at most."""
 
 
 def against(findings: Findings, name: str) -> str:
-    """How a strategy stands against the baseline in final validation error, wherever both ran, in one clause.
+    """How a strategy compares with the baseline in final validation error, wherever both ran, in one clause.
 
     `symmetric is worse (+6.4 %, 95 % interval +5.1 % to +7.7 %, n = 3; exploratory)` at one setting; with several,
     `symmetric is worse at every learning rate (+5.0 % to +6.4 %, n = 3); exploratory`.
@@ -29,7 +29,7 @@ def against(findings: Findings, name: str) -> str:
 
 
 def standing(pairs: Sequence[Pair]) -> str:
-    """The same without the name of the strategy, from its comparisons."""
+    """The clause of `against` without the name of the strategy, from its comparisons."""
     found: dict[str, list[Pair]] = {}
     for pair in pairs:
         found.setdefault(_answer(pair.judgement), []).append(pair)
@@ -64,7 +64,7 @@ def short_reason(judgement: Judgement) -> str:
 
 
 def sizes(judged: Sequence[Judgement]) -> str:
-    """`+6.4 %, 95 % interval +5.1 % to +7.7 %, n = 3` of one comparison; the range of means of several."""
+    """`+6.4 %, 95 % interval +5.1 % to +7.7 %, n = 3` for one comparison; for several, the range of their means."""
     means = [one.mean for one in judged if one.mean is not None]
     counts = sorted({one.n for one in judged})
     n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
@@ -86,7 +86,7 @@ def _plain(value: float, _decimals: int) -> str:
 
 
 def scope(found: Sequence[Pair], among: Sequence[Pair]) -> str:
-    """Where, in words: `at every learning rate`, `at learning rate 0.001 and 0.004`, `at 5 of 12 settings`."""
+    """Where `found` is among all comparisons: `at every learning rate`, `at learning rate 0.001 and 0.004`, and so on."""
     by_rate = len({pair.place for pair in among}) == 1
     by_place = len({pair.rate for pair in among}) == 1
     noun = _noun(among)
@@ -102,7 +102,7 @@ def scope(found: Sequence[Pair], among: Sequence[Pair]) -> str:
 
 
 def delay(pairs: Sequence[Pair], subject: str, other: str) -> str | None:
-    """Delay or level in words, over all settings at which curves could be compared; None where there is none.
+    """Delay or level in words, over all settings at which curves could be compared; None if there is no such setting.
 
     `The random head is 18 steps behind the zero head early in training and stays 18 steps behind, at every learning rate; at
     step 350 the error of its trained weights is 3.4 % higher (n = 5; exploratory).`
@@ -131,7 +131,7 @@ def delay(pairs: Sequence[Pair], subject: str, other: str) -> str | None:
 
 
 def _scope_of_curves(compared: Sequence[Pair], pairs: Sequence[Pair]) -> str:
-    """Where curves could be compared; at the other settings runs failed, or seeds are too few."""
+    """The settings at which curves could be compared, in words; at other settings runs failed, or there are too few seeds."""
     if len(compared) == len(pairs) or len(compared) <= FEW:
         return scope(compared, pairs)
     return f"at each of the {len(compared)} {_noun(pairs)}s (of {len(pairs)}) where curves can be compared"
@@ -149,7 +149,7 @@ def _terms(compared: Sequence[Pair]) -> str:
 
 
 def _mixed(compared: Sequence[Pair], pairs: Sequence[Pair], subject: str, other: str) -> str:
-    """Sides and courses, each with where it was found."""
+    """A sentence that says at which settings a strategy is later, earlier or neither, and how these delays change."""
     sides: dict[str, list[Pair]] = {}
     for pair in compared:
         found = pair.curves.delay if pair.curves else None
@@ -187,7 +187,7 @@ def _step_range(curves: Sequence[CurveComparison]) -> str:
 
 
 def _at_the_end(curves: Sequence[CurveComparison]) -> str:
-    """What the difference in error is at the last step: of the trained weights, as they were validated."""
+    """The difference in error at the last step, in words, for the trained weights, whose curves are compared."""
     gaps = sorted(math.expm1(one.gap.values[-1].mean) for one in curves)
     low, high = gaps[0], gaps[-1]
     step = f"at step {curves[0].gap.steps[-1]:,.0f} the error of its trained weights is"
@@ -202,7 +202,7 @@ def _size(value: float) -> str:
 
 
 def at_best(found: Sequence[AtBest]) -> str | None:
-    """Each at its own best rate, in a clause for each; None where nothing was asked."""
+    """Each strategy at its own best rate, one clause for each; None if there is no such comparison."""
     if not found:
         return None
     clauses = []
@@ -236,7 +236,7 @@ def reversed_strategies(findings: Findings) -> list[str]:
 
 
 def interactions(findings: Findings) -> str | None:
-    """The clear interactions with a strategy, the largest for each factor, in a sentence."""
+    """The clear interactions of strategies with other factors in a sentence; for each pair, the largest one."""
     effects = findings.effects
     largest: dict[tuple[str, str], Effect] = {}
     for one in sorted(effects.clear if effects else [], key=lambda one: -abs(one.estimate.mean)):
@@ -257,7 +257,7 @@ def _interaction(name: str, factor: str, one: Effect) -> str:
 
 
 def failing(study: Study) -> str | None:
-    """How many runs collapsed or diverged, by strategy and rate; None where none did."""
+    """How many runs collapsed or diverged, by strategy and rate; None if no run did."""
     clauses = []
     for (name, rate), histories in study.histories.items():
         lost = [one for one in histories if one.failed_at is not None]

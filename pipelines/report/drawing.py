@@ -1,4 +1,4 @@
-"""How figures are drawn: what strategies look like, curves with their spread, and the layout that all figures share."""
+"""Shared parts of figures: the look of each strategy, curves with their spread, and the layout."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ERROR_AXIS = {**LOG_AXIS, "title": "mean squared error"}
 
 
 DASH_ARRAYS = {"dash": "7 4", "dot": "2 3", "dashdot": "7 3 2 3", "longdash": "11 4", "longdashdot": "11 3 2 3"}
-"""How the legend draws what Plotly calls a dash."""
+"""SVG dash patterns with which the legend draws Plotly's kinds of dashes."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One entry of a legend: the traces that it shows and hides, its words, and its line."""
+    """One entry of a legend: the group of traces that it shows and hides, its label, and its line."""
 
     group: str
     label: str
@@ -37,7 +37,7 @@ class Key:
 
     @property
     def dashes(self) -> str:
-        """The dashes of its line, as SVG writes them."""
+        """The dashes of the line in SVG's notation."""
         return DASH_ARRAYS.get(self.dash or "solid", "none")
 
 
@@ -57,7 +57,7 @@ class Figure:
 
     @property
     def keys(self) -> list[Key]:
-        """What its lines mean, in their order; nothing where the axes say it."""
+        """The entries of its legend, in the order of the lines; none if the figure needs no legend."""
         if self.plot.layout.showlegend is False:
             return []
         named = [one for one in self.plot.data if one.type == "scatter" and one.name and one.showlegend is not False]
@@ -65,13 +65,13 @@ class Figure:
 
     @property
     def scrolls(self) -> bool:
-        """Whether a narrow screen moves it sideways, because its cells would be too small."""
+        """Whether the figure scrolls sideways on a narrow screen, because its cells would be too small."""
         return any(one.type == "heatmap" for one in self.plot.data)
 
 
 @dataclass(frozen=True)
 class Look:
-    """How one strategy is drawn, everywhere."""
+    """How one strategy is drawn in all figures."""
 
     colour: str
     dash: str
@@ -79,13 +79,13 @@ class Look:
 
     @property
     def tint(self) -> str:
-        """The colour of its bands."""
+        """The colour of the strategy's bands."""
         red, green, blue = (int(self.colour[index : index + 2], 16) for index in (1, 3, 5))
         return f"rgba({red}, {green}, {blue}, 0.16)"
 
 
 def looks(study: Study) -> dict[str, Look]:
-    """A look for each strategy. The baseline is a broad solid line that others, dashed and drawn over it, leave visible."""
+    """A look for each strategy. The baseline is a broad solid line, which stays visible under the dashed lines of others."""
     return {
         name: Look(colour, DASHES[index % len(DASHES)], 2 if index else 4)
         for index, (name, colour) in enumerate(colours(study.baseline, study.others).items())
@@ -100,7 +100,7 @@ def curves(
     position: Callable[[float], float] = float,
     legend: bool = True,
 ) -> Iterator[go.Scatter]:
-    """Mean and range over the finished runs of each strategy; any other by itself, up to its last finite value."""
+    """Mean and range over the finished runs of each strategy; every other run as its own line, up to its last finite value."""
     for name in [study.baseline, *study.others]:
         finished = study.finished(name)
         if finished:
@@ -120,7 +120,7 @@ def curves(
 
 
 def line_of(x: Sequence[float], y: Sequence[float], name: str, look: Look, value: str) -> go.Scatter:
-    """One line of a strategy; `value` says how hovering shows y."""
+    """One line of a strategy; `value` is the format in which hovering shows y."""
     line = {"color": look.colour, "width": look.width, "dash": look.dash}
     return go.Scatter(x=x, y=y, name=name, legendgroup=name, mode="lines", line=line, hovertemplate=value)
 
@@ -141,13 +141,13 @@ def ribbon(x: list[float], low: list[float], high: list[float], name: str, look:
 
 
 def band(study: Study) -> str:
-    """What line and band of `curves` are, in words."""
+    """A sentence that explains line and band of `curves`."""
     count = len(study.seeds)
     return f"Line: mean; band: lowest to highest of {counted(count, 'seed')}." if count > 1 else "One seed."
 
 
 def finish(plot: go.Figure, **layout: Any) -> None:
-    """What all figures share. The page draws their legends above them."""
+    """Apply the layout that all figures share. The page draws the legends, above the figures."""
     margin = {"l": 64, "r": 16, "t": 12, "b": 48, **layout.pop("margin", {})}
     shared = {"template": go.layout.Template(), "font": {"size": 12}, "hovermode": "x unified"}
     plot.update_layout({**shared, "margin": margin, **layout})

@@ -1,4 +1,4 @@
-"""What `dvc plots show` draws: tables with what the report's main figures show, and a page that needs no network."""
+"""Files for `dvc plots show`: tables with the data of the report's main figures, and a page that needs no network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.report.runs import Run, Study
 from pipelines.report.summary import mean_curves
 
 VEGA_LITE = "5.21"
-"""The version whose specifications the DVC templates write is 5."""
+"""The version of Vega-Lite in the page; DVC's templates write specifications of version 5."""
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -31,11 +31,11 @@ PAGE = """<!DOCTYPE html>
 </body>
 </html>
 """
-"""As DVC fills it; `%s` is Vega, which DVC's own page loads from the network."""
+"""The page that DVC fills. `%s` stands for the code of Vega, which DVC's own page loads from the network."""
 
 
 def write_tables(directory: Path, study: Study) -> None:
-    """Write the tables that the `plots` of dvc.yaml name, with a column for each strategy and setting, or each strategy."""
+    """Write the tables that `plots` in dvc.yaml names; most have a column for each strategy and setting."""
     tables = {
         "validation_mse": mean_curves(study.groups, lambda run: run.validation("ema")["mse"]),
         "difference": differences(study),
@@ -48,7 +48,7 @@ def write_tables(directory: Path, study: Study) -> None:
 
 
 def differences(study: Study) -> pd.DataFrame:
-    """By step, the mean paired difference of validation error to the baseline at the same setting, in per cent of its error."""
+    """By step, the mean paired difference in validation error to the baseline at the same setting, in % of its error."""
     columns = {}
     for name, runs in study.groups.items():
         paired = _paired(study, runs, _curve)
@@ -59,7 +59,7 @@ def differences(study: Study) -> pd.DataFrame:
 
 
 def final_differences(study: Study) -> pd.DataFrame:
-    """The same for the averaged weights at the end of training, a row for each strategy and setting but the baseline's."""
+    """As `differences`, for the averaged weights after training: a row for each strategy and setting, without the baseline."""
     found = {name: _paired(study, runs, lambda run: pd.Series([run.error])) for name, runs in study.groups.items()}
     others = {name: paired for name, paired in found.items() if study.groups[name][0].strategy != study.baseline}
     values = {name: 100 * float(paired.iloc[0].mean()) for name, paired in others.items() if len(paired)}
@@ -67,7 +67,7 @@ def final_differences(study: Study) -> pd.DataFrame:
 
 
 def _paired(study: Study, runs: Sequence[Run], curve: Callable[[Run], pd.Series]) -> pd.DataFrame:
-    """`relative_differences` of the runs of one strategy and setting to the baseline's."""
+    """`relative_differences` of the runs of one strategy and setting to the baseline's runs at the same setting."""
     baseline = {
         run.seed: curve(run)
         for run in study.everything

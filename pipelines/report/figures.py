@@ -1,4 +1,4 @@
-"""The figures of results and training, as Plotly describes them; colours of paper, ink and grid belong to the page."""
+"""Figures of results and training, as descriptions for Plotly; the page sets the colours of background, text and grid."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def differences(study: Study, summary: dict[str, Any], styles: dict[str, Look]) 
 
 
 def _forest(summary: dict[str, Any], name: str, metric: str, row: int, colour: str) -> list[go.Scatter]:
-    """The mean difference of one strategy in one metric with its interval, and below it that of each seed."""
+    """The mean difference of one strategy in one metric with its interval, and below it the difference of each seed."""
     entry, base = summary["strategies"][name], summary["strategies"][summary["baseline"]]["runs"]
     found = entry["difference"][metric]
     if found["mean"] is None:
@@ -98,7 +98,7 @@ def validation(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -
 
 
 def early(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
-    """The same on a logarithmic step axis, where the start can be seen."""
+    """Validation error of the trained weights on a logarithmic step axis, which shows the start of training."""
     plot = go.Figure(list(curves(study, styles, lambda run: run.validation("model")["mse"], position=_log_position)))
     last = summary["study"]["steps"]
     powers = int(math.log2(last)) + 1
@@ -177,7 +177,7 @@ def buckets(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> F
 
 
 def _paired(study: Study, name: str, curve: Callable[[Run], pd.Series]) -> pd.DataFrame:
-    """The curve of each seed minus that of the baseline, as a fraction of the baseline's mean; one column for each seed."""
+    """Each seed's curve minus the baseline's curve, as a fraction of the baseline's mean; one column for each seed."""
     curves, base = ({run.seed: curve(run) for run in study.finished(each)} for each in (name, study.baseline))
     return relative_differences(curves, base)
 
@@ -220,7 +220,7 @@ def _interval_arms(values: pd.DataFrame, colour: str) -> dict[str, Any]:
 
 
 def _around_zero(traces: list[go.Scatter], axis: str, room: float = 0.08) -> dict[str, Any]:
-    """An axis of differences: it holds all traces with their error bars, and always the line where there is no difference."""
+    """An axis for differences, with room for all traces and their error bars, that always includes zero."""
     ends = [0.0]
     for trace in traces:
         above = trace[f"error_{axis}"].array
@@ -245,7 +245,7 @@ def _bucket_labels(study: Study) -> list[str]:
 
 
 def _log_position(step: float) -> float:
-    """Where a step stands on a logarithmic axis: step 0 has a place of its own, left of step 1."""
+    """The position of a step on a logarithmic axis; step 0 is placed left of step 1."""
     return float(step) if step >= 1 else 0.5
 
 

@@ -1,4 +1,4 @@
-"""What all runs of a study allow to say, as data for `summary.json`: responses, verdicts, delays, effects, failures."""
+"""Findings over all runs of a study as data for `summary.json`: responses, verdicts, delays, effects, failures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines.report.runs import Study
 
 
 def findings(study: Study) -> dict[str, Any]:
-    """Everything that `dit.analysis.study` and `dit.analysis.failures` find, without curves and single seeds."""
+    """All findings of `dit.analysis.study` and `dit.analysis.failures`, without curves and single seeds."""
     found = study.findings
     return {
         "choose_on": study.params.study.choose_on,

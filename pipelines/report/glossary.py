@@ -1,4 +1,4 @@
-"""The words of the report that a reader who has trained another network may not know, in the order in which they build up."""
+"""Words of the report that a reader may not know who has trained other networks; each entry builds on earlier ones."""
 
 from __future__ import annotations
 

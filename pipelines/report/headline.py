@@ -1,4 +1,4 @@
-"""The answer in words, derived from the numbers of the study: it changes with them, and says so where they do not suffice."""
+"""The answer in words, derived from the numbers of the study; it says so if the numbers do not suffice for an answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipelines.report.tuning import place_label
 from pipelines.report.words import counted, listed
 
 ZERO_HEAD, RANDOM_HEAD, CONTROL = "adaln_zero", "head_xavier", "symmetric"
-"""Strategies with a part in the question. Where one is not in the study, what is said about it is left out."""
+"""Strategies that the question is about. If one is not in the study, sentences about it are left out."""
 
 SHOWN = {
     "worse": "a lower validation error with the zero head",
@@ -29,12 +29,12 @@ SHOWN = {
 """What a verdict on the random head means."""
 
 SENTENCES = 4
-"""Verdicts that the detail of an answer spells out; the table holds all."""
+"""How many verdicts the detail of an answer spells out; the table holds all."""
 
 
 @dataclass(frozen=True)
 class Headline:
-    """The question, its answer, what it holds for, the verdicts behind it, and what else the study found."""
+    """The question, its answer, the conditions of the answer, the verdicts behind it, and other findings of the study."""
 
     question: str
     answer: str
@@ -44,24 +44,24 @@ class Headline:
 
     @property
     def lead(self) -> str:
-        """The answer without what follows its first sentence, where `Yes.` is not a sentence."""
+        """The first sentence of the answer, or the first two if the first is very short, such as `Yes.`"""
         pieces = re.split(r"(?<=\.) (?=[A-Z])", self.answer)
         return " ".join(pieces[: 1 if len(pieces[0]) > len("It depends on the averaging.") else 2])
 
     @property
     def rest(self) -> str:
-        """What follows."""
+        """The answer after `lead`."""
         return self.answer[len(self.lead) :].strip()
 
     @property
     def sentences(self) -> list[str]:
-        """All of it as plain text."""
+        """Answer, conditions, detail and findings as plain text."""
         texts = (self.answer, self.conditions, self.detail, *(finding.text for finding in self.findings))
         return [text for text in texts if text]
 
 
 def headline(study: Study, summary: dict[str, Any]) -> Headline:
-    """Say what the numbers of the study allow to say."""
+    """The headline that follows from the numbers of the study."""
     about_heads = {ZERO_HEAD, RANDOM_HEAD} <= summary["strategies"].keys()
     question, answer, detail = _head_answer(study, summary) if about_heads else _general_answer(study)
     warnings = [
@@ -90,7 +90,7 @@ def headline(study: Study, summary: dict[str, Any]) -> Headline:
 
 
 def _conditions(study: Study, summary: dict[str, Any]) -> str:
-    """What all of it holds for, in one sentence."""
+    """The conditions under which the findings hold, in one sentence."""
     runs = study.trained.values()
     networks, data, lengths, rates = (
         list(dict.fromkeys(values))
@@ -113,7 +113,7 @@ def _conditions(study: Study, summary: dict[str, Any]) -> str:
 
 
 def _heads(study: Study) -> Findings:
-    """What the study finds of the random head against the zero head, whatever its baseline is."""
+    """The findings for the random head against the zero head, whatever the study's baseline is."""
     if study.baseline == ZERO_HEAD:
         return study.findings
     runs = (run for run in study.trained.values() if run.strategy in (ZERO_HEAD, RANDOM_HEAD))
@@ -121,7 +121,7 @@ def _heads(study: Study) -> Findings:
 
 
 def _head_answer(study: Study, summary: dict[str, Any]) -> tuple[str, str, str]:
-    """Does the zero head learn as well as the random one?"""
+    """Question, answer and detail of: does the zero head learn as well as the random head?"""
     question = "Does a diffusion transformer with a zero output projection learn as well as one with a random projection?"
     findings = _heads(study)
     pairs = findings.of(RANDOM_HEAD)
@@ -154,7 +154,7 @@ def _one_setting(study: Study, summary: dict[str, Any], found: Judgement) -> str
 
 
 def _undecided(study: Study, found: Judgement) -> str:
-    """The answer without a verdict: a head with which no run ends is an answer too."""
+    """The answer if there is no verdict; if all runs with one of the heads fail, that is an answer too."""
     asked = found.comparison
     zero, random = (sum(map(ended, side.values())) for side in (asked.baseline_values, asked.values))
     if bool(zero) != bool(random):
@@ -197,7 +197,7 @@ def _at_best(tuned: list[AtBest]) -> str:
 
 
 def _verdicts(pairs: list[Pair], tuned: list[Judgement]) -> str:
-    """The verdicts with their conditions; those at one rate are left to the table where there are many."""
+    """The verdicts with their conditions; if there are many, those at the same rate are only summarised."""
     judged = [*tuned, *(pair.judgement for pair in pairs)]
     if len(judged) <= SENTENCES:
         return " ".join(one.sentence for one in judged)
@@ -206,7 +206,7 @@ def _verdicts(pairs: list[Pair], tuned: list[Judgement]) -> str:
 
 
 def _general_answer(study: Study) -> tuple[str, str, str]:
-    """What does each strategy change against the baseline?"""
+    """Question, answer and detail of: what does each strategy change compared with the baseline?"""
     baseline, findings = study.baseline, study.findings
     question = f"What does the initialisation change, compared with {baseline}?"
     if not study.others:
@@ -234,7 +234,7 @@ def _general_answer(study: Study) -> tuple[str, str, str]:
 
 
 def _reversals(study: Study) -> list[Finding]:
-    """Strategies whose verdict turns round between settings."""
+    """Strategies whose verdict is reversed between settings."""
     names = answers.reversed_strategies(study.findings)
     return [
         Finding("note", f"What {name} does depends on the setting: it {answers.standing(study.findings.of(name))}.")
@@ -248,7 +248,7 @@ def _interactions(study: Study) -> Finding | None:
 
 
 def _control(study: Study, summary: dict[str, Any]) -> Finding | None:
-    """Is the known failure seen? If not, no other silence of the study means much."""
+    """Whether the study sees the known failure of the control. If not, its other null results mean little."""
     pairs = study.findings.of(CONTROL)
     if CONTROL not in study.runs or study.baseline == CONTROL or not pairs:
         return None
@@ -274,7 +274,7 @@ def _control(study: Study, summary: dict[str, Any]) -> Finding | None:
 
 
 def _others(study: Study, about_heads: bool) -> Finding | None:
-    """Every strategy that the answer and the control did not speak of."""
+    """Every strategy that answer and control do not mention."""
     if not about_heads:
         return None
     spoken = {study.baseline, CONTROL}
@@ -292,7 +292,7 @@ def _others(study: Study, about_heads: bool) -> Finding | None:
 
 
 def _delays(study: Study, about_heads: bool) -> list[Finding]:
-    """Delay or level of every strategy that the answer did not speak of."""
+    """Delay or level of every strategy that the answer does not mention."""
     spoken = {RANDOM_HEAD} if about_heads and study.baseline == ZERO_HEAD else set()
     found = (
         (name, answers.delay(study.findings.of(name), name, study.baseline)) for name in study.others if name not in spoken

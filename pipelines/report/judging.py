@@ -1,4 +1,4 @@
-"""What the report may say of each metric at the setting that it shows: verdicts, and whether samples can rank strategies."""
+"""Verdicts on each metric at the setting that the report shows, and whether metrics of samples can rank strategies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines.report.runs import Study
 
 SAMPLE_METRICS = tuple(metric for metric in METRICS if metric is not ERROR)
 OF_COVARIANCES = ("frechet_distance",)
-"""Metrics that need as many samples as features have dimensions."""
+"""Metrics that need at least as many samples as the features have dimensions."""
 
 Numbers = Mapping[str, Mapping[int, Mapping[str, float | None]]]
 """By strategy and seed: every number of a run."""
@@ -44,9 +44,9 @@ def _present(by_seed: Mapping[int, Mapping[str, float | None]], metric: str) -> 
 def judgements(
     study: Study, numbers: Numbers, metrics: Sequence[Metric], ranked: Mapping[str, Ranking]
 ) -> dict[str, dict[str, Judgement]]:
-    """By strategy and metric: the comparison with the baseline at the setting that is shown.
+    """By strategy and metric: the comparison with the baseline at the setting that the report shows.
 
-    Of the final validation error, these are the comparisons of `study.findings`. All others are exploratory.
+    For the final validation error, these are the comparisons in `study.findings`. Those of other metrics are exploratory.
     """
     found: dict[str, dict[str, Judgement]] = {name: {} for name in study.others}
     for name in study.others:
@@ -84,7 +84,7 @@ def _conditions(study: Study, name: str, of_samples: bool) -> Conditions:
 
 
 def shown(judgement: Judgement) -> dict[str, Any]:
-    """A judgement as the summary holds it: mean and interval in units of the metric, and what it says."""
+    """A judgement as data for the summary: mean and interval in units of the metric, and the answer."""
     pairs = judgement.comparison.pairs
     base = sum(other for _, other in pairs) / len(pairs) if pairs else 0.0
     unit = base if judgement.relative else 1.0

@@ -1,4 +1,4 @@
-"""Tables over all runs of a study: verdicts, responses, delays, effects, failures, and the floors of sample metrics."""
+"""Tables over all runs of a study: verdicts, responses, delays, effects, failures, and reference scores of sample metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUANTITY_WORDS = {"gradient_norm": "gradient norm", "loss": "loss", "mse": "erro
 
 @dataclass(frozen=True)
 class Listing:
-    """A table of words: its caption, its columns, its rows, and what to know when reading it."""
+    """A table of text: its caption, its columns, its rows, and a remark on how to read it."""
 
     caption: str
     columns: list[str]
@@ -108,7 +108,7 @@ def _where(place: Place, rate: str) -> str:
 
 
 def responses(study: Study) -> Listing:
-    """What the learning rate does to each strategy."""
+    """How the final error of each strategy responds to the learning rate."""
     return Listing(
         "The learning rate of each strategy.",
         ["Strategy", "Where", "Best rate", "Error there", "Within 1 % of the best", "Largest stable rate", "Sensitivity"],
@@ -221,7 +221,7 @@ def _outcome(histories: Sequence[History]) -> str:
 
 
 def failures(study: Study) -> Listing:
-    """Where runs spiked, collapsed or diverged: how often, when, and what moved before."""
+    """Strategies and rates at which runs spiked, collapsed or diverged: how often, when, and what moved before."""
     eventful = [
         found for found in study.histories.values() if any(one.spike_steps or one.failed_at is not None for one in found)
     ]
@@ -256,7 +256,7 @@ def _failure(histories: Sequence[History]) -> list[str]:
 
 
 def _warned(histories: Sequence[History]) -> str:
-    """What moved first in failed runs, or where none failed, before first spikes."""
+    """What moved first before failures or, if no run failed, before first spikes."""
     chosen = [one for one in histories if one.failed_at is not None] or [one for one in histories if one.spike_steps]
     leads: dict[str, list[int]] = {}
     for one in chosen:
@@ -274,7 +274,7 @@ def _warned(histories: Sequence[History]) -> str:
 
 
 def _indicator(found: Sign) -> str:
-    """What had changed and where, in words."""
+    """Which indicator had changed and where, in words."""
     if found.indicator == "clipped_share":
         return "share of clipped steps"
     place = f"of {found.role}" if found.role else "outside the blocks" if found.block is None else f"in block {found.block}"
@@ -282,7 +282,7 @@ def _indicator(found: Sign) -> str:
 
 
 def steps_to(study: Study, summary: dict[str, Any]) -> Listing:
-    """Steps until a run is as good as the baseline was at early steps, where runs that never were count as censored."""
+    """Steps until a run reaches the baseline's error at early steps; runs that never reach it count as censored."""
     limits = summary["thresholds"]
     rows = [[name, *(_median(entry["steps_to"][step]) for step in limits)] for name, entry in summary["strategies"].items()]
     return Listing(
@@ -302,7 +302,7 @@ def _median(found: dict[str, Any]) -> str:
 
 
 def floors(summary: dict[str, Any]) -> Listing:
-    """What each metric says of real, reconstructed and grey images, beside what it says of the strategies."""
+    """The scores of real, reconstructed and grey images in each metric, beside the scores of the strategies."""
     references = summary["references"] or {}
     rows = []
     for name, entry in summary["rankings"].items():
@@ -329,7 +329,7 @@ PUBLISHED = {
 
 
 def published(study: Study) -> Listing:
-    """The figures of published tables of every run that was compared with an external reference."""
+    """Figures as in published tables, for every run that was compared with an external reference."""
     rows, caption = [], ""
     for run in study.everything:
         record = run.evaluation

@@ -1,4 +1,4 @@
-"""Figures of the mechanism: who learns when, what signal and conditioning do at the start, symmetry, gates and ranks."""
+"""Figures of the mechanism: which weights learn when, signal and conditioning at the start, symmetry, gates and ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pipelines.report.runs import Analysis, Run, Study
 from pipelines.report.words import fixed
 
 PANELS = 5
-"""Heat maps side by side."""
+"""The most heat maps side by side."""
 
 ASLEEP = "rgba(128, 128, 128, 0.22)"
 FIGURE_HEIGHT = 340
@@ -76,7 +76,7 @@ def _predicted(start: Analysis) -> dict[str, str]:
 
 
 def _prediction(starts: Sequence[Analysis]) -> str:
-    """Whether the measured schedules are the predicted ones, in a sentence."""
+    """A sentence that says whether the measured schedules agree with the predicted ones."""
     if reasons := sorted({start.record.not_predicted for start in starts if start.record.not_predicted}):
         return f"Measured, not predicted. {' '.join(reasons)}"
     agree = all(start.record.predicted_equals_measured for start in starts)
@@ -88,13 +88,13 @@ def _prediction(starts: Sequence[Analysis]) -> str:
 
 
 def _grid(count: int) -> tuple[int, int]:
-    """Rows and columns for so many panels: at most PANELS in a row, and rows as equally long as can be."""
+    """Rows and columns for `count` panels: at most PANELS in a row, and rows as equal in length as possible."""
     rows = math.ceil(count / PANELS) or 1
     return rows, math.ceil(count / rows) or 1
 
 
 def gradients(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
-    """Who receives a gradient, and how large, over the first steps: one heat map for each strategy."""
+    """Which weights receive a gradient, and how large, over the first steps: one heat map for each strategy."""
     names = [name for name in study.runs if any(len(run.diagnostics) for run in study.runs[name].values())]
     rows, columns = _grid(len(names))
     plot = make_subplots(rows, columns, shared_yaxes=True, horizontal_spacing=0.02, subplot_titles=names)
@@ -143,7 +143,7 @@ def gradients(study: Study, summary: dict[str, Any], styles: dict[str, Look]) ->
 
 
 def gradient_ranks(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
-    """How many directions the gradient of each kind of weight has in the first steps."""
+    """Ranks of the gradient of each kind of weight in the first steps."""
     names = [study.baseline, *study.others]
     rows, columns = _grid(len(names))
     plot = make_subplots(rows, columns, shared_yaxes=True, horizontal_spacing=0.02, subplot_titles=names)
@@ -185,7 +185,7 @@ def gradient_ranks(study: Study, summary: dict[str, Any], styles: dict[str, Look
 
 
 def depth(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
-    """What each block adds at the start, and how large stream and gradient are, by depth."""
+    """What each block adds to the stream at the start, and how large stream and gradient are, by depth."""
     panels: list[StartPanel] = [
         ("attention adds", lambda start: start.blocks["attn_contribution"]),
         ("MLP adds", lambda start: start.blocks["mlp_contribution"]),
@@ -201,7 +201,7 @@ def depth(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Fig
 
 
 def conditioning(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
-    """From which step on the prediction depends on timestep and label."""
+    """How much the prediction depends on timestep and label before each of the first steps."""
     panels: list[StartPanel] = [
         ("another timestep", lambda start: start.early["timestep_sensitivity"]),
         ("another label", lambda start: start.early["label_sensitivity"]),
@@ -240,7 +240,7 @@ def widths(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Fi
 
 
 def units(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
-    """How many units differ from each other: of the MLPs, heads of attention, rows of the output projection."""
+    """How many hidden units of an MLP, attention heads of a block, and rows of the output projection differ from each other."""
     panels = [
         ("hidden units of an MLP", lambda run: diagnosed(run.diagnostics, "distinct_units/mlp")),
         ("attention heads of a block", lambda run: diagnosed(run.diagnostics, "distinct_units/attention_heads")),
@@ -253,7 +253,7 @@ def units(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Fig
 
 
 def gates(study: Study, summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
-    """How far the gates open, by step and by depth at the last."""
+    """How far the gates open: by step, and by depth at the last step."""
     panels = [
         ("gates of attention", lambda run: diagnosed(run.diagnostics, "gates/attention")),
         ("gates of the MLPs", lambda run: diagnosed(run.diagnostics, "gates/mlp")),

@@ -1,4 +1,4 @@
-"""What else a study says, a sentence or two each: starts, wake-up, samples, lost runs, and what to be careful about."""
+"""Other findings of a study, in one or two sentences each: starts, wake-up, samples, failed runs, and cautions."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Kind = Literal["better", "worse", "same", "note", "warning"]
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence or two, and what kind of news they are."""
+    """One or two sentences, and the kind of finding that they state."""
 
     kind: Kind
     text: str
 
 
 def start(summary: dict[str, Any]) -> Finding | None:
-    """Where each strategy starts, against the error of a network whose output is zero."""
+    """The initial error of each strategy, compared with the error of a network whose output is zero."""
     moment = summary["study"]["target_second_moment"]
     starts = {name: entry["mean"][INITIAL.name] for name, entry in summary["strategies"].items()}
     at = [name for name, start in starts.items() if start is not None and starts_at_zero_output(start, moment)]
@@ -39,7 +39,7 @@ def start(summary: dict[str, Any]) -> Finding | None:
 
 
 def going(summary: dict[str, Any]) -> Finding | None:
-    """How fast each strategy gets going: the step at which it reaches an early error of the baseline."""
+    """How fast each strategy starts to learn: the step at which it reaches an early error of the baseline."""
     if not summary["thresholds"]:
         return None
     step, limit = next(iter(summary["thresholds"].items()))
@@ -56,7 +56,7 @@ def going(summary: dict[str, Any]) -> Finding | None:
 
 
 def awake(summary: dict[str, Any]) -> Finding:
-    """From which step on every role of the network learns."""
+    """The step from which every role of the network learns."""
     steps: dict[int, list[str]] = defaultdict(list)
     never = []
     for name, entry in summary["strategies"].items():
@@ -75,7 +75,7 @@ def awake(summary: dict[str, Any]) -> Finding:
 
 
 def samples_rank_nothing(summary: dict[str, Any]) -> Finding | None:
-    """That the generated samples cannot rank anything, where that is so."""
+    """A warning that no metric of generated samples can rank the strategies; None if one can."""
     rankings = summary["rankings"]
     if not rankings or any(entry["possible"] for entry in rankings.values()):
         return None
@@ -87,7 +87,7 @@ def samples_rank_nothing(summary: dict[str, Any]) -> Finding | None:
 
 
 def missed_by_samples(summary: dict[str, Any], name: str) -> str | None:
-    """Which sample metrics do not tell a strategy from the baseline; None where all do, or nothing was sampled."""
+    """Which metrics of samples do not tell a strategy from the baseline; None if all do, or if nothing was sampled."""
     found = {metric: summary["strategies"][name]["difference"][metric]["verdict"] for metric in summary["rankings"]}
     missed = [summary["metrics"][metric]["label"] for metric, verdict in found.items() if verdict not in ("better", "worse")]
     if not missed:
@@ -99,7 +99,7 @@ def missed_by_samples(summary: dict[str, Any], name: str) -> str | None:
 
 
 def pictures(summary: dict[str, Any]) -> str:
-    """`(960 training images of 16 classes)`, where it is known."""
+    """`(960 training images of 16 classes)`; empty if the numbers are not known."""
     images = summary.get("images")
     if not images:
         return ""
@@ -107,7 +107,7 @@ def pictures(summary: dict[str, Any]) -> str:
 
 
 def samples(summary: dict[str, Any]) -> Finding | None:
-    """What the sample metrics can tell apart."""
+    """The verdicts in those metrics of samples that can rank strategies, and the metrics that cannot; None if none can."""
     able = [name for name, entry in summary["rankings"].items() if entry["possible"]]
     unable = [summary["metrics"][name]["label"] for name, entry in summary["rankings"].items() if not entry["possible"]]
     if not able:
@@ -128,7 +128,7 @@ def samples(summary: dict[str, Any]) -> Finding | None:
 
 
 def lost(study: Study, summary: dict[str, Any]) -> Finding | None:
-    """Runs that diverged or collapsed: they belong to no mean."""
+    """Runs that diverged or collapsed, which no mean includes."""
     if len(study.everything) > len(study.all_runs):
         text = answers.failing(study)
         return Finding("warning", text) if text else None
@@ -153,7 +153,7 @@ def not_tuned(study: Study) -> Finding | None:
 
 
 def unsampled(summary: dict[str, Any]) -> Finding | None:
-    """Runs that finished training and whose samples were not finite all the same."""
+    """Runs that finished training, but whose samples were not finite."""
     runs = [
         f"{name}-{seed}"
         for name, entry in summary["strategies"].items()
@@ -168,7 +168,7 @@ def unsampled(summary: dict[str, Any]) -> Finding | None:
 
 
 def few_seeds(summary: dict[str, Any]) -> Finding | None:
-    """What one or two seeds do not allow."""
+    """A warning about conclusions that one or two seeds do not allow."""
     seeds = len(summary["study"]["seeds"])
     if seeds > 2 or len(summary["strategies"]) == 1:
         return None
@@ -217,5 +217,5 @@ def devices(summary: dict[str, Any]) -> Finding | None:
 
 
 def final_metric(summary: dict[str, Any]) -> str:
-    """The metric that is the validation error of the trained weights after training."""
+    """The name of the metric for the validation error of the trained weights after training."""
     return error_at(summary["compared_steps"][-1]).name

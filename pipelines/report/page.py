@@ -1,4 +1,4 @@
-"""The page: one HTML file that holds its style, its script, its pictures and Plotly, and opens from disk without a network."""
+"""The page: one HTML file with its style, script, pictures and Plotly, which opens from disk without a network."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pipelines.report.words import counted, decimals_for, fixed, listed, percent
 HERE = Path(__file__).parent
 
 FIRST_FINDINGS = 7
-"""Findings below the answer; the others fold."""
+"""How many findings are shown below the answer; the others are folded."""
 
 EXTRACTORS = {
     "efficientnet_lite0": "EfficientNet-Lite0, trained on ImageNet",
@@ -38,7 +38,7 @@ EXTRACTORS = {
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """What stage `autoencoder` measured, its configuration, and its side-by-side picture."""
+    """Metrics and configuration of the autoencoder, and the picture of images beside their reconstructions."""
 
     metrics: dict[str, float]
     config: dict[str, Any]
@@ -47,7 +47,7 @@ class Autoencoder:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table: a number of each run, its decimals, and whether strategies are compared by it."""
+    """One column of a table: a metric, its decimals, and whether strategies are compared by it."""
 
     metric: str
     title: str
@@ -66,7 +66,7 @@ def render(
     autoencoder: Autoencoder,
     partial: str = "",
 ) -> str:
-    """The report as HTML; `partial` says which runs it has, where those are not yet all."""
+    """The report as HTML; `partial` says which runs it contains, if these are not all runs yet."""
     template = _environment(study).get_template("template.html")
     evaluation = study.evaluation
     real = real_grid(images, evaluation.num_generated, evaluation.settings["evaluate"]["grid_rows"]) if evaluation else None
@@ -113,7 +113,7 @@ def _environment(study: Study) -> Environment:
 
 @cache
 def _packed_plotly() -> str:
-    """Plotly's script, compressed: 1.9 MB of text instead of 4.6. The same bytes each time, as no time of day is written."""
+    """Plotly's script, compressed from 4.6 MB to 1.9 MB of text; always the same bytes, because no time is written."""
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
 
 
@@ -128,14 +128,14 @@ def _chips(study: Study, text: str) -> Markup:
 
 
 def _results(summary: dict[str, Any]) -> list[Column]:
-    """The columns of the table of results: those that any run has a number for."""
+    """The columns of the table of results: metrics for which any run has a value."""
     columns = [INITIAL, *METRICS]
     has = [any(entry["mean"][metric.name] is not None for entry in summary["strategies"].values()) for metric in columns]
     return [_column(summary, metric.name, metric.label) for metric, some in zip(columns, has, strict=True) if some]
 
 
 def _going(summary: dict[str, Any]) -> list[Column]:
-    """The columns of the table of errors on the way."""
+    """The columns of the table of errors during training."""
     return [_column(summary, error_at(step).name, f"error at step {step}") for step in summary["compared_steps"]]
 
 
@@ -178,7 +178,7 @@ def _rule(rule: dict[str, Any]) -> str:
 
 
 def _grids(study: Study) -> dict[int, dict[str, str | None]]:
-    """The sample grids by seed and strategy; None for a run that has none. Nothing where no run was sampled."""
+    """The sample grids by seed and strategy; None for a run without a grid. Empty if no run was sampled."""
     seeds = sorted({seed for by_seed in study.sampled.values() for seed in by_seed})
     found = {
         seed: {name: study.sampled[name][seed].grid for name in study.runs if seed in study.sampled[name]} for seed in seeds

@@ -1,4 +1,4 @@
-"""Pictures of the report: samples as the runs left them, and real validation images laid out in the same way."""
+"""Pictures of the report: sample grids that the runs wrote, and real validation images in the same layout."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dit.evaluation.grids import grid_shape, image_grid
 
 
 def data_uri(png: bytes) -> str:
-    """A PNG as an address that needs no file."""
+    """A PNG as a data URI, which needs no file."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def real_grid(images: ImageStore, num_samples: int, rows: int) -> bytes:
-    """The first validation images of each class, laid out as the sample grids are; a PNG, black where a class has too few."""
+    """The first validation images of each class as a PNG, in the layout of the sample grids; black if a class has too few."""
     num_classes = len(images.class_names)
     rows, columns = grid_shape(num_samples, num_classes, rows)
     tiles = np.zeros((rows, num_classes, *images.validation_images.shape[1:]), np.uint8)

@@ -1,4 +1,4 @@
-"""Where the report finds what stages left for each run, and what a run's place in the study is called."""
+"""Names for a run's place in the study: its factors, levels and data in words."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ LEARNING_RATE = "train.learning_rate"
 
 
 def place_of(params: Params, run: Run) -> Place:
-    """The level of every factor but the learning rate, in words, without what only this strategy has."""
+    """The level of every factor except the learning rate, in words, without parameters that only this strategy has."""
     left = {key: level for key, level in run.setting.levels.items() if key not in params.study.fixed(run.strategy)}
     return tuple((word(key), level_of(run.setting, key)) for key in left if key != LEARNING_RATE)
 
 
 def own_of(params: Params, run: Run) -> str:
-    """What only this strategy has, but for its learning rate, in words."""
+    """The parameters that only this strategy has, except its learning rate, in words."""
     own = params.study.fixed(run.strategy)
     return ", ".join(f"{word(key)} {level_of(run.setting, key)}" for key in own if key != LEARNING_RATE)
 
@@ -33,7 +33,7 @@ def word(key: str) -> str:
 
 
 def level_of(setting: Setting, key: str) -> str:
-    """A level in words: a text as it is, else its name in the study."""
+    """A level in words: a string as it is, other values by their name in the study, if they have one."""
     level = setting.levels[key]
     if isinstance(level, str):
         return level
@@ -42,7 +42,7 @@ def level_of(setting: Setting, key: str) -> str:
 
 
 def data_of(params: Params, levels: Mapping[str, Any]) -> str:
-    """The images of a run in words, such as `photos at 32 px`; those of a folder are called by its name."""
+    """The images of a run in words, such as `photos at 32 px`; images from a folder have the folder's name."""
     images = params.with_values({key: level for key, level in levels.items() if key.startswith("images.")}).images
     source = images.source
     match source:

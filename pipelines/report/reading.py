@@ -1,4 +1,4 @@
-"""The runs of a study as the report needs them: read from disk, checked to belong together, and which setting is shown."""
+"""Read the runs of a study for the report, check that they belong together, and choose the setting that is shown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipelines.report.runs import Analysis, Run, Sampled, Study
 
 
 def read_study(params: Params) -> Study:
-    """Read every run that `params.study` names. Raises `DataError` for one that is missing, stale, or made differently."""
+    """Read every run of `params.study`. Raises `DataError` for a run that is missing, stale, or made with other parameters."""
     found = designs.design(params.study)
     everything = [read_run(run, sampled=params.study.sample == "all") for run in found.runs]
     _check_alike(everything, set(found.factors))
@@ -44,7 +44,7 @@ def read_study(params: Params) -> Study:
 
 
 def read_run(run: designs.Run, *, sampled: bool = True) -> Run:
-    """Read one run. Raises `InputError` where it is missing, or its evaluation belongs to another training."""
+    """Read one run. Raises `InputError` if it is missing, or if its evaluation belongs to another training run."""
     train = TrainRecord.read(TRAIN / run.name)
     return Run(run, train, _evaluation(EVALUATE / run.name, train, run.name) if sampled else None)
 
@@ -60,7 +60,7 @@ def _evaluation(folder: Path, train: TrainRecord, name: str) -> EvaluateRecord:
 
 
 def _sampled(params: Params, everything: list[Run], shown: dict[str, dict[int, Run]]) -> dict[str, dict[int, Sampled]]:
-    """The evaluations of the runs that are shown, or of each strategy at its best setting."""
+    """The evaluations of the runs that the report shows, or of each strategy at its best setting."""
     if params.study.sample in ("best", "one"):
         by_name = {run.name: run for run in everything}
         return {name: {seed: _best(f"{name}-best-{seed}", by_name) for seed in design.sampled_seeds(params)} for name in shown}
@@ -79,9 +79,9 @@ def _best(name: str, by_name: dict[str, Run]) -> Sampled:
 
 
 def _shown(params: Params, everything: list[Run]) -> dict[str, designs.Setting]:
-    """The setting at which each strategy is shown: that of the baseline's lowest mean error at its first place.
+    """The setting at which each strategy is shown: the one with the baseline's lowest mean error at its first place.
 
-    A strategy that did not run there is shown at the setting of its own that agrees with it in most levels.
+    A strategy that did not run there is shown at its own setting that has the most levels in common with it.
     """
     base = [run for run in everything if run.strategy == params.study.baseline]
     first = place_of(params, base[0].design)
@@ -110,7 +110,7 @@ def departed(study: Study) -> Iterator[Path]:
 
 
 def _check_alike(runs: list[Run], factors: set[str]) -> None:
-    """Runs may differ in strategy, seed and the factors alone, or their differences would not be those of the strategies."""
+    """Check that runs differ only in strategy, seed and factors; otherwise other causes could explain their differences."""
     first = _shared(runs[0], factors)
     for run in runs[1:]:
         for key, value in _shared(run, factors).items():
@@ -133,7 +133,7 @@ def _shared(run: Run, factors: set[str]) -> dict[str, Any]:
 
 
 def _without(section: dict[str, Any], prefix: str, factors: set[str]) -> dict[str, Any]:
-    """The section without the parameters that are factors, or lie in one."""
+    """The section without parameters that are factors or parts of a factor."""
     kept = {key: value for key, value in section.items() if f"{prefix}.{key}" not in factors}
     return {
         key: _without(value, f"{prefix}.{key}", factors) if isinstance(value, dict) else value for key, value in kept.items()

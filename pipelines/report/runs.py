@@ -1,4 +1,4 @@
-"""The runs of a study for the report: what stages left on disk, and what the analysis makes of it."""
+"""The runs of a study for the report: the files that stages wrote, and what the analysis finds in them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from pipelines.report.words import millions
 
 @dataclass(frozen=True)
 class Run:
-    """One run: what training left on disk, and evaluation where it was sampled."""
+    """One run: the record of its training, and the record of its evaluation if it was sampled."""
 
     design: designs.Run
     train: TrainRecord
@@ -54,7 +54,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """As its directories and DVC stages are called."""
+        """The name of its directories and DVC stages."""
         return self.design.name
 
     @property
@@ -64,12 +64,12 @@ class Run:
 
     @property
     def error(self) -> float | None:
-        """The final validation error of its averaged weights, None where it did not finish."""
+        """The final validation error of its averaged weights; None if the run did not finish."""
         return self.train.final.ema_validation_mse if self.train.final and self.finished else None
 
     @property
     def finished(self) -> bool:
-        """Whether training came to its end."""
+        """Whether training took all steps."""
         return self.train.status == "finished"
 
     @cached_property
@@ -92,12 +92,12 @@ class Run:
         return VALIDATION.read(TRAIN / self.name)
 
     def validation(self, weights: Literal["model", "ema"]) -> pd.DataFrame:
-        """Validation errors of the trained or of the averaged weights, by step, where they are finite."""
+        """Finite validation errors of the trained or of the averaged weights, by step."""
         table = self._validation[self._validation["weights"] == weights].drop(columns="weights").set_index("step")
         return table[table["mse"].notna()]
 
     def history(self) -> History:
-        """What happened to it on the way. Of a run without events, nothing else is read."""
+        """Spikes, recoveries and failure of the run. If it has no events, its other tables are not read."""
         directory = TRAIN / self.name
         collapsed, diverged = self.train.collapsed, self.train.diverged
         events = EVENTS.read(directory)
@@ -118,7 +118,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Sampled:
-    """An evaluation, the run of which the samples are, and the folder with their picture."""
+    """An evaluation, the run that was sampled, and the folder with the picture of its samples."""
 
     record: EvaluateRecord
     run: Run
@@ -126,7 +126,7 @@ class Sampled:
 
     @property
     def grid(self) -> bytes | None:
-        """The PNG of the samples, if there is any. Raises `DamagedError` where it was changed."""
+        """The PNG of the samples, if there is one. Raises `DamagedError` if the file was changed."""
         path = self.folder / "grid.png"
         checksums.verify(path)
         return path.read_bytes() if path.exists() else None
@@ -134,7 +134,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Analysis:
-    """One strategy at its start: what stage `analyse` left on disk."""
+    """One strategy at its start: the files of stage `analyse`."""
 
     strategy: str
     record: StartRecord
@@ -168,11 +168,12 @@ def _by(kind: type[Entry], entries: Sequence[Entry], key: str) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Study:
-    """All runs of a study, and those at one setting, by strategy and seed, in the order of `params.yaml`.
+    """All runs of a study (`everything`), and those at the setting that the report shows (`runs`), by strategy and seed.
 
-    A study without factors has one setting. `setting` is, in words, the one at which training, samples and mechanism are shown,
-    and empty where there is no other. `sampled` are the evaluations by strategy and seed: of those runs, or of each strategy
-    at its best setting. `references` are what the distances are read against, None where nothing is sampled.
+    Both are in the order of `params.yaml`. A study without factors has one setting. `setting` names the setting at which
+    training, samples and mechanism are shown; it is empty if the study has only one. `sampled` holds the evaluations by
+    strategy and seed: of `runs`, or of each strategy at its best setting. `references` holds distances of images that no
+    network generated, for comparison; None if nothing is sampled.
     """
 
     params: Params
@@ -191,7 +192,7 @@ class Study:
 
     @property
     def baseline(self) -> str:
-        """The strategy that the others are compared with."""
+        """The strategy with which the others are compared."""
         return self.params.study.baseline
 
     @property
@@ -201,17 +202,17 @@ class Study:
 
     @property
     def all_runs(self) -> list[Run]:
-        """Every run at the setting that is shown."""
+        """Every run at the setting that the report shows."""
         return [run for by_seed in self.runs.values() for run in by_seed.values()]
 
     @property
     def first(self) -> Run:
-        """Any run at the setting that is shown: for what all share."""
+        """A run at the setting that the report shows, for values that all these runs share."""
         return self.all_runs[0]
 
     @property
     def evaluation(self) -> EvaluateRecord | None:
-        """Any evaluation: for what all share. None where no run was sampled."""
+        """An evaluation, for values that all evaluations share; None if no run was sampled."""
         return next((one.record for by_seed in self.sampled.values() for one in by_seed.values()), None)
 
     @property
@@ -228,7 +229,7 @@ class Study:
         return found
 
     def finished(self, strategy: str) -> list[Run]:
-        """The runs of a strategy at the setting that is shown that came to their end."""
+        """The finished runs of a strategy at the setting that the report shows."""
         return [run for run in self.runs[strategy].values() if run.finished]
 
     @cached_property
@@ -238,7 +239,7 @@ class Study:
 
     @cached_property
     def findings(self) -> Findings:
-        """What the final errors and curves of all runs allow to say."""
+        """The findings from final errors and curves of all runs."""
         study = self.params.study
         question = Question(study.baseline, study.strategies, study.primary, study.choose_on)
         return find(self.trained.values(), question)
@@ -253,14 +254,14 @@ class Study:
         return found
 
     def shown(self, strategy: str, sampled: bool = False) -> Trained:
-        """Any run of a strategy at the setting that is shown, or of those that were sampled."""
+        """A run of a strategy at the setting that the report shows; with `sampled`, one of the runs that were sampled."""
         chosen = self.sampled[strategy].values() if sampled else ()
         run = next((one.run for one in chosen), None) or next(iter(self.runs[strategy].values()))
         return self.trained[run.name]
 
 
 def trained(params: Params, run: Run) -> Trained:
-    """What the analysis needs of a run: how it ended, its validation curve, and its conditions in words."""
+    """The run in the form that the analysis needs: final error, validation curve, and conditions in words."""
     curve = run.validation("model")["mse"]
     settings = run.train.settings
     return Trained(

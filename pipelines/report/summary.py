@@ -1,4 +1,4 @@
-"""`summary.json` and its small relatives: every number of the report, in machine form."""
+"""The content of `summary.json` and `metrics.json`, and tables of mean curves: the numbers of the report, for programs."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from pipelines.report.runs import Analysis, Run, Study
 
 
 def summarise(study: Study) -> dict[str, Any]:
-    """Everything numeric: each run, means and standard deviations over seeds, differences to the baseline, and findings.
+    """All numbers: each run, means and standard deviations over seeds, differences to the baseline, and findings.
 
-    `strategies` are those at the setting that the report shows. `groups` are the runs of all settings, and `findings` what
-    all of them allow to say.
+    `strategies` holds the runs at the setting that the report shows, `groups` the runs at all settings, and `findings` the
+    findings over all runs.
     """
     steps = compared_steps(next((list(run.validation("model").index) for run in study.all_runs if run.finished), []))
     limits = thresholds([run.validation("model")["mse"] for run in study.finished(study.baseline)], steps[:-1])
@@ -64,9 +64,9 @@ def summarise(study: Study) -> dict[str, Any]:
 
 
 def headline_metrics(summary: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """`metrics.json`: a column of `dvc exp show` for each strategy, its final error at the setting that is shown.
+    """`metrics.json`: the final error of each strategy at the setting that the report shows, a column each of `dvc exp show`.
 
-    All else is in `summary.json`.
+    All other numbers are in `summary.json`.
     """
     return {"mse": {name: entry["mean"][ERROR.name] for name, entry in summary["strategies"].items()}}
 
@@ -97,7 +97,7 @@ def _strategy(study: Study, name: str, numbers: Numbers, limits: Mapping[int, fl
 
 
 def _curves(runs: Mapping[int, Run]) -> Curves:
-    """The errors of the trained weights at the steps that any run was validated at, NaN where a run was not."""
+    """The errors of the trained weights at every step at which any run was validated; NaN for runs that were not."""
     table = pd.DataFrame({seed: run.validation("model")["mse"] for seed, run in runs.items()}).sort_index()
     return Curves([float(step) for step in table.index], {seed: list(table[seed]) for seed in runs})
 
@@ -118,9 +118,9 @@ def _group(study: Study, runs: list[Run]) -> dict[str, Any]:
 
 
 def _numbers(study: Study, run: Run, steps: list[int], limits: dict[int, float]) -> dict[str, float | None]:
-    """Every number of a run that is averaged over seeds. A run that did not finish has none but the first.
+    """Every number of a run that is averaged over seeds. A run that did not finish has only the first of them.
 
-    Where only each strategy's best setting was sampled, the distances are those of its samples with the same seed.
+    If only each strategy's best setting was sampled, the distances are those of the samples there with the same seed.
     """
     curve = run.validation("model")["mse"] if run.finished else None
     sampled = study.sampled[run.strategy].get(run.seed)
@@ -130,7 +130,7 @@ def _numbers(study: Study, run: Run, steps: list[int], limits: dict[int, float])
 
 
 def _start(analysis: Analysis) -> dict[str, Any]:
-    """The strategy before training, and what width does to the change of its prediction in the first steps."""
+    """The strategy before training, and how the change of its prediction in the first steps depends on width."""
     record = analysis.record
     return {
         "awake_step": record.awake_step,

@@ -1,4 +1,4 @@
-"""Figures over all runs of a study: errors by learning rate, differences, delays, interactions, and what precedes spikes."""
+"""Figures over all runs of a study: errors by learning rate, differences, delays, interactions, and the steps before spikes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from pipelines.report.runs import Study
 from pipelines.report.words import fixed, listed
 
 PANELS = 9
-"""Places, strategies or factors side by side in one figure; the tables hold all of them."""
+"""The most places, strategies or factors in one figure; the tables hold all of them."""
 
 POINTS = 60
-"""Steps at which a curve over training is drawn, at most."""
+"""A curve over training is drawn at no more than this many steps."""
 
 RATE_COLOURS = ("#e3a11f", "#e0652b", "#c2365e", "#8a4fc0", "#3b7dd8", "#1aa3b0")
 """Learning rates from low to high: not the colours of strategies."""
@@ -162,14 +162,14 @@ def _difference(x: list[float], pairs: Sequence[Pair], name: str, look: Look) ->
 
 
 def _arms(judged: Sequence[Judgement], colour: str) -> dict[str, Any]:
-    """Error bars in per cent; of no length where there is no interval."""
+    """Error bars in per cent, of zero length if there is no interval."""
     up = [100 * (one.high - one.mean) if one.high is not None and one.mean is not None else 0 for one in judged]
     down = [100 * (one.mean - one.low) if one.low is not None and one.mean is not None else 0 for one in judged]
     return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "color": colour, "thickness": 1.5, "width": 4}
 
 
 def at_best(study: Study, _summary: dict[str, Any], styles: dict[str, Look]) -> Figure:
-    """Each strategy at its own best learning rate against the baseline at its own."""
+    """Each strategy at its own best learning rate against the baseline at the baseline's best."""
     found = [one for one in reversed(study.findings.at_best) if one.judgement.mean is not None]
     labels = [", ".join(filter(None, (one.strategy, place_label(one.place)))) for one in found]
     plot = go.Figure()
@@ -200,7 +200,7 @@ def at_best(study: Study, _summary: dict[str, Any], styles: dict[str, Look]) -> 
 
 
 def delays(study: Study, _summary: dict[str, Any], _styles: dict[str, Look]) -> Figure:
-    """How many steps each strategy is behind the baseline over training, by learning rate, at the setting that is shown."""
+    """How many steps each strategy is behind the baseline over training, by learning rate, at the place that is shown."""
     place = study.shown(study.baseline).place
     pairs = [pair for pair in study.findings.pairs if pair.place == place and pair.curves and pair.curves.delay]
     names = list(dict.fromkeys(pair.strategy for pair in pairs))[:PANELS]
@@ -248,7 +248,7 @@ def _bounds(values: Sequence[Estimate], side: str) -> list[float]:
 
 
 def _thinned(count: int) -> list[int]:
-    """Indices of at most `POINTS` of so many, with the first and the last."""
+    """At most `POINTS` of the indices 0 to `count` - 1, evenly spaced, with the first and the last."""
     if count <= POINTS:
         return list(range(count))
     return sorted({round(index * (count - 1) / (POINTS - 1)) for index in range(POINTS)})
@@ -283,7 +283,7 @@ def interactions(study: Study, _summary: dict[str, Any], styles: dict[str, Look]
 
 
 def map_of_differences(study: Study, _summary: dict[str, Any], _styles: dict[str, Look]) -> Figure:
-    """The difference to the baseline by strategy and setting, where there is any factor beside the learning rate."""
+    """The difference to the baseline by strategy and setting, if the study has a factor other than the learning rate."""
     pairs = study.findings.pairs if len(study.findings.places) > 1 else ()
     columns = list(dict.fromkeys((pair.place, pair.rate) for pair in pairs))
     with_rate = len({pair.rate for pair in pairs}) > 1
@@ -321,7 +321,7 @@ def map_of_differences(study: Study, _summary: dict[str, Any], _styles: dict[str
 
 
 def warnings(study: Study, _summary: dict[str, Any], _styles: dict[str, Look]) -> Figure:
-    """What moved in the last steps before spikes, by strategy: before those that ended in failure, where there are any."""
+    """What moved in the last steps before spikes, by strategy; if runs failed, only before the spikes that led to failure."""
     tables: dict[str, list[Any]] = {}
     for name in study.strategies:
         mine = [one for (strategy, _), found in study.histories.items() for one in found if strategy == name]

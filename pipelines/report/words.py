@@ -12,7 +12,7 @@ NARROW = "\u202f"
 
 
 def fixed(value: float | None, decimals: int, *, signed: bool = False) -> str:
-    """A number with a true minus sign, and without a sign where all its digits are zero; a dash where there is none."""
+    """A number with a true minus sign, and without a sign if all its digits are zero; a dash for None."""
     if value is None:
         return "\u2013"
     text = f"{value:{'+' if signed else ''}.{decimals}f}"
@@ -25,7 +25,7 @@ def percent(value: float, decimals: int = 1, *, signed: bool = True) -> str:
 
 
 def decimals_for(values: Iterable[float | None], digits: int = 4) -> int:
-    """Decimals that give the largest of `values` so many significant digits."""
+    """The number of decimals with which the largest of `values` has `digits` significant digits."""
     largest = max((abs(value) for value in values if value), default=1.0)
     return max(0, digits - 1 - math.floor(math.log10(largest)))
 
@@ -43,12 +43,12 @@ def counted(count: int, noun: str) -> str:
 
 
 def millions(count: int) -> str:
-    """`1.2 M` of so many parameters, `820 k` of fewer than a million."""
+    """A number of parameters in short: `1.2 M`, or `820 k` below a million."""
     return f"{count / 1e6:.3g} M" if count >= 1e6 else f"{count / 1e3:.3g} k"
 
 
 def samples(summary: Mapping[str, Any]) -> str:
-    """How many images a distance compares, and in which feature space: what stands beside every such figure."""
+    """How many images a distance compares, and in which feature space; this stands beside every distance."""
     features = summary["features"]
     if features is None:
         return "no samples"

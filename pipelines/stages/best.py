@@ -1,4 +1,4 @@
-"""Stage `best`: the setting at which each strategy ends with the lowest validation error, whose runs alone are sampled."""
+"""Stage `best`: choose for each strategy the setting with the lowest final validation error; only its runs are sampled."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def best(params: Params, item: Item) -> None:
 
 
 def _chosen(runs: list[Run], seeds: list[int]) -> str:
-    """The setting with the lowest geometric mean of the final error; one at which a run failed comes after all others."""
+    """The setting with the fewest failed runs and, among these settings, the lowest geometric mean of the final error."""
 
     def rank(setting: str) -> tuple[int, float]:
         finals = [TrainRecord.read(TRAIN / run.name).final for run in runs if run.setting.name == setting and run.seed in seeds]

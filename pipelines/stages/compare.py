@@ -44,12 +44,12 @@ def compare(params: Params, item: Item) -> None:
         (out / "plots.html").write_text(dvc_plots.template(), encoding="utf-8")
         (out / "index.html").write_text(report.page, encoding="utf-8")
     print(f"compare: {report.words.answer}".replace("\u202f", " "))  # a terminal has no narrow spaces
-    if not Path(".git").is_file():  # the worktree of an experiment goes: the flow names the copy that stays
+    if not Path(".git").is_file():  # the worktree of an experiment is removed: the flow names the copy that stays
         print(f"compare: wrote {Path('reports/index.html').resolve().as_uri()}")
 
 
 def make_report(params: Params, partial: str = "") -> Report:
-    """Read exactly the runs of the study. `partial` is told on the page where these are not yet all."""
+    """Read exactly the runs of the study. If these are not all runs yet, the page shows the text `partial`."""
     study = read_study(params)
     shown = study.first.design
     images = load_images(data_folder(params, shown, "images"))
@@ -73,7 +73,7 @@ def drop_departed(study: Study) -> None:
 
 
 def read_autoencoder(directory: Path) -> Autoencoder:
-    """What stage `autoencoder` wrote beside its model. Raises `DamagedError` for a file that was changed."""
+    """Read what stage `autoencoder` wrote beside its model. Raises `DamagedError` for a file that was changed."""
     metrics, about, picture = (directory / path for path in ("metrics.json", "model/config.json", "reconstructions.png"))
     for path in (metrics, about, picture):
         checksums.verify(path)

@@ -1,7 +1,7 @@
-"""Stage `design`: what determines each stage of the study beside its inputs, one file each.
+"""Stage `design`: for each stage of the study, write one file with everything but the inputs that determines the stage.
 
-DVC compares what comes out here, so an edit reruns its own runs: another layout of params.yaml or an unused strategy changes
-nothing below, and the lock file stays small.
+DVC compares these files, so an edit of params.yaml reruns only the runs that it concerns: another layout of the file or an
+unused strategy reruns nothing. The lock file stays small.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipelines.stages.entry import exit_codes
 def write_design(params: Params) -> None:
     """Check every combination, and write `runs/design`.
 
-    Raises `UserError` where DVC read a `design.yaml` of other runs: it cannot read it anew within one command.
+    Raises `UserError` if DVC read a `design.yaml` that lists other runs, because DVC cannot read it again within one command.
     """
     valid = designs.check(params)
     stages = design.items(params)

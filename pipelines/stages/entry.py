@@ -1,4 +1,4 @@
-"""How every stage starts and ends: parameters checked first, outputs complete or absent, faults as exit codes.
+"""How every stage starts and ends: parameters are checked first, and exit codes tell what went wrong.
 
 Exit codes: 0 done; 2 the user's input is wrong, do not retry; 75 (EX_TEMPFAIL of sysexits.h) a fault of the machine that a
 retry may cure; 1 a defect.
@@ -30,13 +30,14 @@ TRANSIENT = os.EX_TEMPFAIL
 
 
 Stage = Callable[[Params, Item], None]
-"""What a stage does with the parameters of its setting, and with what is known of it."""
+"""The function of a stage; it gets the parameters of the stage's setting, and the stage's entry in the study."""
 
 
 def run_dvc_stage(stage: Stage, name: str, section: str = "") -> None:
-    """Run `stage` as the command line wants it: `python -m pipelines.stages.<name> KEY`, by default the key of all runs.
+    """Run `stage` from the command line: `python -m pipelines.stages.<name> KEY`; the default key means all runs.
 
-    A stage whose `section` of the parameters wants several processes runs as a group, in which each process comes here again.
+    If the `section` of the parameters asks for several processes, the stage runs as a group, and each process of it calls this
+    function again.
     """
 
     def main(
@@ -63,7 +64,7 @@ def run_dvc_stage(stage: Stage, name: str, section: str = "") -> None:
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """End the process with a code that says what went wrong, if anything did."""
+    """End the process with the exit code for what went wrong, if anything did."""
     try:
         with _full_disk_told():
             yield
@@ -93,7 +94,7 @@ def exit_codes() -> Iterator[None]:
 
 @contextmanager
 def _full_disk_told() -> Iterator[None]:
-    """Raises `FullDiskError` where something fails for that, whatever the library that wrote made of it."""
+    """Raises `FullDiskError` in place of any error that a full disk caused."""
     try:
         yield
     except Exception as error:
@@ -105,7 +106,7 @@ def _full_disk_told() -> Iterator[None]:
 def run_key(item: Item, settings: object) -> str:
     """The identity of a run: a digest of its settings, its code, and its inputs.
 
-    `settings` is the JSON-able slice of parameters that the run depends on, as well as the kind of device it runs on.
+    `settings` holds the parameters that the run depends on and the kind of device that it runs on, in a form that JSON accepts.
     """
     identity = [item.stage, item.strategy, item.seed, torch.__version__, settings, design.code_digest(item.stage)]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
@@ -117,7 +118,7 @@ def run_key(item: Item, settings: object) -> str:
 
 
 def made_by(path: Path) -> str | None:
-    """The stage that makes the file or folder at `path`, such as `train@adaln_zero-0`; None where the study has none."""
+    """The stage that makes the file or folder at `path`, such as `train@adaln_zero-0`; None if no stage does."""
     if path.is_relative_to(design.OUT):
         return "design"
     for stage, by_key in design.items(load()).items():
@@ -128,7 +129,7 @@ def made_by(path: Path) -> str | None:
 
 
 def _content(path: Path) -> list[Path]:
-    """The files that determine an input; a store's manifest holds the checksums of all else in it."""
+    """The files that determine an input; a store's manifest holds the checksums of all its other files."""
     if path.is_file():
         return [path]
     if (path / "manifest.json").exists():

@@ -88,7 +88,7 @@ def evaluate(params: Params, item: Item) -> None:
 
 
 def against_reference(seen: Seen | None, reference: Statistics, params: Params) -> dict[str, float | None]:
-    """The figures of published tables, by name; None for what the reference or the feature network has not."""
+    """The figures of published tables, by name; None for figures that the reference or the feature network does not allow."""
     if seen is None or seen.statistics is None:
         return {f"reference_{field.name}": None for field in fields(Figures)}
     figures = compare(seen.statistics, reference, params.evaluate.nearest_k)
@@ -117,7 +117,7 @@ def evaluated_run(params: Params, item: Item) -> Run:
 
 
 def read_run(run: Run, params: Params) -> TrainRecord:
-    """The record of a training run. Raises `InputError` where there is none, or it learned another diffusion."""
+    """The record of a training run. Raises `InputError` if it is missing, or if the run learned another diffusion."""
     directory = TRAIN / run.name
     record = TrainRecord.read(directory)
     if record.settings.diffusion != params.diffusion.model_dump(mode="json"):
@@ -127,7 +127,7 @@ def read_run(run: Run, params: Params) -> TrainRecord:
 
 
 def drawn(params: Params, store: LatentStore, name: str, ranks: Ranks, key: str) -> Tensor:
-    """Normalised latents (N, C, h, w) of the EMA weights; their speed goes to scratch."""
+    """Draw normalised latents (N, C, h, w) with the EMA weights; the sampling speed is written to scratch."""
     network = load_network(params, store, TRAIN / name / "ema.safetensors").to(ranks.device)
     started = time.monotonic()
     latents = draw(network, params, store.num_classes, ranks, f"sample {name}")
@@ -139,7 +139,7 @@ def drawn(params: Params, store: LatentStore, name: str, ranks: Ranks, key: str)
 
 
 def ending(trained: TrainRecord, distances: Distances | None) -> str:
-    """What a person wants to know of an evaluation that is over."""
+    """The result of an evaluation in a line for the user."""
     if trained.collapsed:
         return f"collapsed in training, at step {trained.collapsed.step}"
     if trained.diverged:

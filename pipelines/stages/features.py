@@ -1,4 +1,4 @@
-"""Stage `features`: the real validation images in the feature space of the distances, and what these say of real images."""
+"""Stage `features`: features of the real validation images, and distances of real, reconstructed and grey images to them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def features(params: Params, item: Item) -> None:
     make_deterministic(settings.threads)
     store = load_images(item.inputs["images"])
     images = store.validation_images
-    check_counts(len(images), params.evaluate)  # here, since every run would fail on it after its training
+    check_counts(len(images), params.evaluate)  # here, because otherwise every run would fail after its training
     device = resolve_device(settings.device)
     extractor = load_extractor(settings, device)
     found = extractor.extract(images, settings.batch_size, "features")

@@ -31,7 +31,7 @@ def latents(params: Params, item: Item) -> None:
 
 
 def encode_on(ranks: Ranks, settings: LatentsParams, item: Item) -> dict[str, Any]:
-    """This rank's part of it; the first one writes."""
+    """Encode this rank's part of the images; the main rank writes."""
     device = ranks.device
     autoencoder = load_autoencoder(item.inputs["autoencoder"], device)
     precision = resolve_precision(settings.precision, device)

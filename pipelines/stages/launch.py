@@ -1,4 +1,4 @@
-"""A stage as several processes of this machine, started as `torchrun` starts them. On several machines, `torchrun` does it."""
+"""Run a stage as several processes on this machine, started as by `torchrun`. On several machines, use `torchrun` itself."""
 
 from __future__ import annotations
 
@@ -35,14 +35,15 @@ PR_SET_PDEATHSIG = 1
 
 
 def in_group() -> bool:
-    """Whether this process is already one of a group."""
+    """Whether this process already belongs to a group."""
     return "RANK" in os.environ
 
 
 def join_group(section: str, settings: TrainParams | EvaluateParams | LatentsParams | None) -> None:
-    """Check that the group of this process has as many as `settings` want, and end with the launcher, where that was ours.
+    """Check that the group has as many processes as `settings` ask for; if `run_group` started it, end with that process.
 
-    `section` is their name in `params.yaml`; a stage of one process has none. Raises `ConfigError`.
+    `section` is the name of `settings` in `params.yaml`; a stage with one process has none. Raises `ConfigError` if the
+    numbers differ.
     """
     size = int(os.environ["WORLD_SIZE"])
     if settings is None:
@@ -54,13 +55,13 @@ def join_group(section: str, settings: TrainParams | EvaluateParams | LatentsPar
 
 
 def check_devices(section: str, settings: TrainParams | EvaluateParams | LatentsParams) -> None:
-    """Raises `ConfigError` where there is no GPU for each process."""
+    """Raises `ConfigError` if there are fewer GPUs than processes."""
     if resolve_device(settings.device).type == "cuda" and settings.processes > (count := torch.cuda.device_count()):
         raise ConfigError(f"{section}.processes = {settings.processes}; it should be at most {count} here, one for each GPU")
 
 
 def end_with(parent: int) -> None:
-    """Have this process killed when its parent is gone, also by SIGKILL: alone it would wait, or write, for nobody."""
+    """Have this process killed when its parent ends, even by SIGKILL; otherwise it would wait, or write, for nobody."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
@@ -76,9 +77,9 @@ def _watch(parent: int) -> None:
 
 
 def run_group(count: int) -> int:
-    """Run the command of this process as `count` ranks; the exit code of the first that failed, negative for a signal, or 0.
+    """Run the command of this process as `count` ranks. Returns 0 or the exit code of the first failure (negative: a signal).
 
-    Where one fails, or this process is asked to end, the others are ended, and one message says why.
+    If one rank fails, or if this process is asked to end, the other ranks are ended, and one message says why.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -119,6 +120,6 @@ def run_group(count: int) -> int:
 
 
 def _order(failure: ProcessFailure) -> tuple[bool, bool, int]:
-    """What failed first: a rank that is killed makes others fail, of which some are then asked to end."""
+    """A sort key for failures: the first cause comes first. If a rank is killed, others fail, or are asked to end."""
     asked = failure.exitcode == -signal.SIGTERM
     return failure.exitcode > 0 or asked, asked, failure.timestamp

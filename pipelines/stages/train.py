@@ -33,7 +33,7 @@ def train(params: Params, item: Item) -> None:
 
 
 def train_on(ranks: Ranks, params: Params, item: Item) -> None:
-    """This rank's part of it."""
+    """Train on this rank; the main rank writes."""
     device = ranks.device
     strategy, seed = item.strategy, item.seed or 0
     rules = params.strategies[strategy]
@@ -90,7 +90,7 @@ def train_on(ranks: Ranks, params: Params, item: Item) -> None:
 
 
 def _shared(params: Params, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The settings in which runs agree that resume each other's checkpoints, and those in which they may differ in length."""
+    """Settings that two runs must share to continue from each other's checkpoints: of equal length, and of any length."""
     beside = {"processes", "parallel", "keep_checkpoints"}
     for keys in (beside, beside if params.train.depends_on_length else {*beside, "steps"}):
         yield {**settings, "train": params.train.model_dump(mode="json", exclude=keys)}
