@@ -28,7 +28,7 @@ from pipelines.report.listings import listings
 from pipelines.report.reading import read_run, read_study
 from pipelines.report.summary import summarise
 from pipelines.report.words import MINUS, fixed
-from pipelines.stages.compare import compare as compare_stage
+from pipelines.stages.compare import compare as compare_stage, make_report
 
 Workspace = Callable[..., Params]
 
@@ -389,6 +389,14 @@ def test_planted_optima_are_compared_each_at_its_best_on_seeds_that_did_not_choo
     assert "Each at its own best learning rate, chosen on other seeds" in rest
     assert not any(one["declared"] for one in found["same_rate"])
     assert numbers["features"] is None
+
+
+def test_a_partial_report_without_samples_does_not_say_that_the_study_draws_none() -> None:
+    params = write_study(study({"strategies": THREE, "seeds": [0], "sample": "none"}))
+    whole, part = (make_report(params, partial).page for partial in ("", "Partial report: 3 of 9 runs."))
+    assert "No run of this study was sampled (<code>study.sample: none</code>)." in whole
+    assert "No run of this study was sampled" not in part
+    assert "A partial report has no samples." in part
 
 
 def test_a_planted_interaction_with_another_factor_is_said_and_no_other() -> None:
