@@ -353,6 +353,11 @@ def test_a_planted_delay_is_the_answer_with_its_steps_and_its_conditions() -> No
         r"2\.\d\s%(?: to 2\.\d\s%)? higher \(n = 5\)\.",
         answer,
     )
+    assert re.search(
+        r"In final validation error against adaln_zero, head_xavier is worse at every learning rate "
+        r"\(\+\d\.\d\s%(?: to \+\d\.\d\s%)?, n = 5\)\.",
+        rest,
+    )
     conditions = (
         "with DiT-Tiny/2 (1.23 M parameters) on photos at 32 px, after 400 steps, at learning rates 0.001, 0.002 and 0.004"
     )
