@@ -247,6 +247,17 @@ def test_runs_that_left_the_study_leave_the_workspace_too(workspace: Workspace, 
     assert "removed runs/train/symmetric-0" in capsys.readouterr().out
 
 
+def test_an_experiment_does_not_say_that_runs_of_the_study_were_removed(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = workspace(["adaln_zero", "adaln"], [0])
+    write_run(params, Run("adaln", Setting(), 7))
+    Path(".git").touch()  # as in a worktree
+    compare(params)
+    assert "removed" not in capsys.readouterr().out
+    assert not Path("runs/train/adaln-7").exists()
+
+
 def test_a_network_without_a_prediction_is_measured_all_the_same(workspace: Workspace) -> None:
     params = workspace(["adaln_zero", "adaln"], [0])
     for strategy in params.study.strategies:
