@@ -19,6 +19,12 @@ NAMED = 3
 MOST_LINES, LONGEST_LINE = 40, 1000
 """Most lines of a message, and most letters of a line. The rest is left out; a long value that the user gave may cause it."""
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_]*$"
+"""What the user may call a strategy."""
+
+KEY = ".[key]"
+"""The end of a location of pydantic that means the key of a mapping, not its value."""
+
 Location = tuple[int | str, ...]
 
 
@@ -154,7 +160,27 @@ def _sentence(problem: Any, key: str) -> tuple[str, str]:
         return f"{key}.{_tag(problem)} = {chosen!r}; it should be one of ", problem["ctx"]["expected_tags"]
     if problem["type"] == "value_error":
         return f"{key + ': ' if key else ''}{problem['ctx']['error']}", ""
-    return f"{key} = {problem['input']!r}; it should be ", problem["msg"].removeprefix("Input should be ")
+    value = "null" if problem["input"] is None else repr(problem["input"])
+    wrong = f"{key.removesuffix(KEY)}: the name is wrong" if key.endswith(KEY) else f"{key} = {value}"
+    return f"{wrong}; it should be ", _expected(problem)
+
+
+def _expected(problem: Any) -> str:
+    """What pydantic expects, in the words of YAML, as the end of a sentence."""
+    limits = problem.get("ctx", {})
+    match problem["type"]:
+        case "tuple_type":
+            return "a valid list"
+        case "path_type":
+            return "a path"
+        case "string_too_short":
+            return "text that is not empty"
+        case "too_short":
+            return f"a list with at least {limits['min_length']} {'entry' if limits['min_length'] == 1 else 'entries'}"
+        case "string_pattern_mismatch":
+            words = "letters, digits and underscores" if limits["pattern"] == NAME else "text"
+            return f"{words} (pattern {limits['pattern']})"
+    return str(problem["msg"]).removeprefix("Input should be ")
 
 
 def _key(location: Location) -> str:

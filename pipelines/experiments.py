@@ -21,7 +21,7 @@ from dvc.repo import Repo
 from dit import config, design as designs, yamlfile
 from dit.config import Params
 from dit.devices import resolve_backend, resolve_device, resolve_precision
-from dit.errors import ConfigError, UserError
+from dit.errors import ConfigError, UserError, did_you_mean
 from dit.fused.residual import NEEDS
 from dit.models import backend_for
 from dit.optim.fused import unserved
@@ -63,7 +63,7 @@ def _check_machine(params: Params, where: str) -> None:
         try:
             device = resolve_device(section.device)
         except ConfigError as error:
-            raise ConfigError(f"{where}: {name}.{error}") from None
+            raise ConfigError(f"{where}: {name}.{error}; with {name}.device=auto the study takes what there is") from None
         if name in ("train", "evaluate"):
             precision = resolve_precision(section.precision, device)
             cannot = unserved(params.train.optimizer) if name == "train" else ""
@@ -82,7 +82,8 @@ def profile(root: Path, name: str) -> dict[str, Any]:
     known = sorted(file.relative_to(root / PROFILES).with_suffix("").as_posix() for file in (root / PROFILES).rglob("*.yaml"))
     path = PROFILES / f"{name}.yaml"
     if name not in known:
-        raise ConfigError(f"{path}: no such profile; there are {', '.join(known) or 'none: the folder is empty'}")
+        hint = did_you_mean(name.removeprefix(f"{PROFILES}/").removesuffix(".yaml"), known)
+        raise ConfigError(f"{path}: no such profile; there are {', '.join(known) or 'none: the folder is empty'}{hint}")
     overrides = yamlfile.read(root / path, path)
     if not isinstance(overrides, dict) or not all(_is_override(key, value) for key, value in overrides.items()):
         raise ConfigError(

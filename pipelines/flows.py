@@ -99,9 +99,10 @@ def study(
         overrides: Parameters that differ from params.yaml, by dotted key, such as {"train.steps": 300, "study.seeds": [0]}.
             The run is then an isolated DVC experiment: the workspace stays as it is, and `dvc exp show` lists the result.
         workers: Stages that run at the same time; by default as many as the machine has room for.
-        targets: Only these stages and what they need, such as ["train@adaln_zero-0"] or ["evaluate"]; by default all.
-        profile: A file of overrides, such as "gpu" for profiles/gpu.yaml; `overrides` come on top.
-        strategies: Only these strategies, beside the baseline.
+        targets: Only these stages and what they need, such as ["train@adaln_zero-*"] or ["evaluate"]; by default all.
+        profile: A file of overrides, such as "gpu" for profiles/gpu.yaml; `overrides` come on top. In Prefect's form, click
+            `str` to choose one.
+        strategies: Only these strategies, beside the baseline. In Prefect's form, click `list` to choose them.
         engine: Where stages run: on this machine, or on the Ray cluster that RAY_ADDRESS names, by default one of this machine.
     """
     root = Path.cwd()

@@ -26,11 +26,11 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
 def _assignment(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
-        raise UserError(f"--set {text}: expected KEY=VALUE, such as train.steps=300")
+        raise UserError(f"--set {text}: expected KEY=VALUE, such as train.steps=300, without spaces around =")
     try:
         return key, yamlfile.parse(value, f"--set {text}")
     except ConfigError as error:
-        raise UserError(f"{error}; make's SET splits at spaces") from None
+        raise UserError(f'{error}; SET splits at spaces, so write a list as [0,1] and a mapping as {{"a":1}}') from None
 
 
 def whole_number(name: str, text: str | None, most: int | None = None) -> int | None:

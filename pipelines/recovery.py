@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 from dvc.exceptions import DvcException
 from dvc.lock import make_lock
+from dvc.rwlock import SCHEMA
 from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 from dvc.utils.serialize import dump_yaml, parse_yaml
 from voluptuous import Invalid
@@ -101,16 +102,16 @@ def release_rwlock(root: Path, tell: Tell) -> None:
         return
     with make_lock(str(path.with_name("rwlock.lock")), tmp_dir=str(path.parent)):
         try:
-            used = json.loads(path.read_bytes())
+            used = SCHEMA(json.loads(path.read_text(encoding="utf-8")))
             since = path.stat().st_mtime
-            write = {file: holder for file, holder in used.get("write", {}).items() if _holds(holder, since)}
-            read = {file: [one for one in holders if _holds(one, since)] for file, holders in used.get("read", {}).items()}
+            write = {file: holder for file, holder in used["write"].items() if _holds(holder, since)}
+            read = {file: [one for one in holders if _holds(one, since)] for file, holders in used["read"].items()}
             left = {"write": write, "read": {file: holders for file, holders in read.items() if holders}}
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, Invalid):
             path.unlink()
             tell("DVC's list of files in use, .dvc/tmp/rwlock, was damaged and is begun anew")
             return
-        if left != {"write": used.get("write", {}), "read": used.get("read", {})}:
+        if left != used:
             with atomic_dvc.replacing(path) as file:
                 json.dump(left, file)
             tell("files that an earlier DVC left marked as in use are free again")

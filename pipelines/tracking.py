@@ -229,8 +229,9 @@ def _log_run(
 ) -> Run:
     """Create a run, or complete the run `begun` that was created during training, and mark it as finished at the very end."""
     took = timing(run)
-    end = int(time.time() * 1000)
-    start = begun.info.start_time if begun else end - int(1000 * (took.seconds if took else 0.0))
+    now, lasted = int(time.time() * 1000), int(1000 * took.seconds) if took else 0
+    start = begun.info.start_time if begun else now - lasted
+    end = min(now, start + lasted) if took else now  # not when the study ended: other runs may have come after this one
     about = {
         **tags,
         "status": run.status,

@@ -528,6 +528,7 @@ def test_a_function_of_the_user_is_called(tmp_path: Path, monkeypatch: pytest.Mo
         (["missing.pt"], "missing.pt: no such file"),
         (["no_such_module:f"], "No module named 'no_such_module'"),
         (["dit.audit:f"], "dit.audit has no function 'f'"),
+        (["diffusers:DiTTransformer2DModl"], "; did you mean DiTTransformer2DModel?\n"),
         (["diffusers:Nothing"], "diffusers has no network 'Nothing'; expected one such as AceStep"),
         (
             ["diffusers:DiTTransformer2DModel", "--config", '{"depth": 3}'],
@@ -543,6 +544,7 @@ def test_a_function_of_the_user_is_called(tmp_path: Path, monkeypatch: pytest.Mo
         ),
         (["diffusers:DiTTransformer2DModel", "--config", "{"], "--config = {: not JSON"),
         (["strategy:nothing"], "unknown strategy 'nothing'; expected one of adaln_zero"),
+        (["strategy:adaln_zro"], "; did you mean adaln_zero?\n"),
         (["strategy:adaln_zero", "--model", "DiT-Q/2"], "unknown model 'DiT-Q/2'"),
         (["strategy:adaln_zero", "--expect", "zero"], "unknown expectation 'zero'; expected one of adaln-zero"),
     ],

@@ -42,7 +42,21 @@ def test_the_shipped_parameters_are_valid() -> None:
     [
         ("study.strategies", ["adaln_zero", "nope"], r"unknown strategy 'nope'; expected one of adaln_zero, head_xavier"),
         ("study.baseline", "nope", r"study: baseline = 'nope': expected one of study.strategies"),
+        (
+            "study.strategies",
+            ["my-head"],
+            r"strategies\[0\] = 'my-head'; it should be letters, digits and underscores \(pattern",
+        ),
+        ("study.seeds", [], r"study.seeds = \[\]; it should be a list with at least 1 entry$"),
+        ("study.name", "", r"study.name = ''; it should be text that is not empty$"),
+        ("study.baseline", None, r"study.baseline = null; it should be a valid string$"),
+        ("train.optimizer.betas", 0.9, r"train.optimizer.betas = 0.9; it should be a valid list$"),
         ("study.seeds", [0, 0], r"seeds = \[0, 0\]: expected each entry once"),
+        (
+            "strategies.my-head",
+            {"rules": ["adaln"]},
+            r"strategies.my-head: the name is wrong; it should be letters, digits and",
+        ),
         ("strategies.a.b", {"rules": ["adaln"]}, r"strategies.a.b.*it should .*pattern"),
         ("strategies.adaln", {"rules": []}, r"strategies: the library has a strategy called 'adaln' .*give yours another name"),
         ("model.name", "DiT-Q/2", r"unknown model 'DiT-Q/2'; expected DiT-SIZE/PATCH with a SIZE of Micro"),

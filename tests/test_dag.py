@@ -347,6 +347,9 @@ def test_every_profile_gives_valid_parameters_and_another_name_is_one_clear_erro
     for name in ("gpu8", "../params"):
         with pytest.raises(ConfigError, match=rf"profiles/{name}\.yaml: no such profile; there are .*gpu"):
             experiments.profile(ROOT, name)
+    for name in ("gpuu", "profiles/gpu.yaml"):
+        with pytest.raises(ConfigError, match=r"no such profile; there are .*; did you mean gpu\?$"):
+            experiments.profile(ROOT, name)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +375,10 @@ def test_a_wrong_profile_is_told_with_its_file(tmp_path: Path, text: str, messag
     ("overrides", "message"),
     [
         (experiments.profile(ROOT, "gpu"), r"with overrides: autoencoder\.device = 'cuda' is not on this machine"),
-        ({"latents.device": "cuda"}, r"overrides: latents\.device = 'cuda' is not on this machine, which has auto"),
+        (
+            {"latents.device": "cuda"},
+            r"latents\.device = 'cuda' is not on this machine, which has auto, .*with latents\.device=auto",
+        ),
         (
             {"latents.backend": "fused"},
             r"latents\.backend = 'fused' cannot run here; use auto.*powers of two",

@@ -229,6 +229,7 @@ def test_a_wrong_target_or_option_is_one_message(study: config.Params) -> None:
     Path("there").mkdir()
     Path("there/file").touch()
     assert "'nobody-7' is no run in runs/train" in refused("sample", "nobody-7")
+    assert "'adaln_zro-0' is no run in runs/train, which has adaln_zero-0, no checkpoint" in refused("sample", "adaln_zro-0")
     assert "expected one of RUN and --checkpoint FILE" in refused("sample")
     assert "missing.pt: no such file" in refused("sample", "missing.pt")
     assert "has the classes 0 to 2" in refused("sample", "adaln_zero-0", "--class-labels", "3")

@@ -13,6 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from dvc import rwlock
+from dvc.fs import LocalFileSystem
 from hypothesis import given, settings, strategies as st
 from studies import command, git
 
@@ -151,6 +153,22 @@ def test_a_damaged_list_of_files_in_use_is_begun_anew(project: Path, text: str) 
     recovery.release_rwlock(project, said.append)
     assert len(said) == 1
     assert command(project, "dvc", "repro").returncode == 0
+
+
+def test_a_list_of_files_in_use_of_which_any_bit_is_flipped_can_be_read_by_dvc_again(project: Path) -> None:
+    holder = {"pid": os.getpid(), "cmd": "dvc repro"}
+    whole = json.dumps({"write": {str(project / "out/a"): holder}, "read": {str(project / "out/data"): [holder]}}).encode()
+    path = project / ".dvc/tmp/rwlock"
+
+    @settings(deadline=None, max_examples=200)
+    @given(st.integers(0, 8 * len(whole) - 1))
+    def readable(bit: int) -> None:
+        path.write_bytes(bytes(byte ^ (1 << bit % 8) * (place == bit // 8) for place, byte in enumerate(whole)))
+        recovery.release_rwlock(project, lambda said: None)
+        with rwlock._edit_rwlock(str(path.parent), LocalFileSystem(), False):
+            pass
+
+    readable()
 
 
 def test_a_file_is_not_in_use_by_a_process_that_only_has_the_id_of_a_dvc(project: Path) -> None:

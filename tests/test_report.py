@@ -28,7 +28,7 @@ from pipelines.report.listings import listings
 from pipelines.report.reading import read_run, read_study
 from pipelines.report.summary import summarise
 from pipelines.report.words import MINUS, fixed
-from pipelines.stages.compare import compare as compare_stage
+from pipelines.stages.compare import compare as compare_stage, make_report
 
 Workspace = Callable[..., Params]
 
@@ -247,6 +247,17 @@ def test_runs_that_left_the_study_leave_the_workspace_too(workspace: Workspace, 
     assert "removed runs/train/symmetric-0" in capsys.readouterr().out
 
 
+def test_an_experiment_does_not_say_that_runs_of_the_study_were_removed(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = workspace(["adaln_zero", "adaln"], [0])
+    write_run(params, Run("adaln", Setting(), 7))
+    Path(".git").touch()  # as in a worktree
+    compare(params)
+    assert "removed" not in capsys.readouterr().out
+    assert not Path("runs/train/adaln-7").exists()
+
+
 def test_a_network_without_a_prediction_is_measured_all_the_same(workspace: Workspace) -> None:
     params = workspace(["adaln_zero", "adaln"], [0])
     for strategy in params.study.strategies:
@@ -353,6 +364,11 @@ def test_a_planted_delay_is_the_answer_with_its_steps_and_its_conditions() -> No
         r"2\.\d\s%(?: to 2\.\d\s%)? higher \(n = 5\)\.",
         answer,
     )
+    assert re.search(
+        r"In final validation error against adaln_zero, head_xavier is worse at every learning rate "
+        r"\(\+\d\.\d\s%(?: to \+\d\.\d\s%)?, n = 5\)\.",
+        rest,
+    )
     conditions = (
         "with DiT-Tiny/2 (1.23 M parameters) on photos at 32 px, after 400 steps, at learning rates 0.001, 0.002 and 0.004"
     )
@@ -389,6 +405,14 @@ def test_planted_optima_are_compared_each_at_its_best_on_seeds_that_did_not_choo
     assert "Each at its own best learning rate, chosen on other seeds" in rest
     assert not any(one["declared"] for one in found["same_rate"])
     assert numbers["features"] is None
+
+
+def test_a_partial_report_without_samples_does_not_say_that_the_study_draws_none() -> None:
+    params = write_study(study({"strategies": THREE, "seeds": [0], "sample": "none"}))
+    whole, part = (make_report(params, partial).page for partial in ("", "Partial report: 3 of 9 runs."))
+    assert "No run of this study was sampled (<code>study.sample: none</code>)." in whole
+    assert "No run of this study was sampled" not in part
+    assert "A partial report has no samples." in part
 
 
 def test_a_planted_interaction_with_another_factor_is_said_and_no_other() -> None:

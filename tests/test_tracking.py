@@ -548,8 +548,10 @@ def test_a_run_appears_while_it_trains_and_is_completed_not_doubled(study: Path,
     assert len(pages) == 1
     seen = runs()["adaln_zero-0"]
     assert (seen.info.status, seen.data.tags["outcome"]) == ("KILLED", "training")
+    Timing(seconds=0.01, images_per_second=100.0, hostname="somewhere").write(scratch("train-adaln_zero-0"))
     assert len(tracking.sync(study).added) == 4
     run = runs()["adaln_zero-0"]
+    assert run.info.end_time - run.info.start_time == 10  # the time of its training, not of the study
     assert (run.info.run_id, run.info.status, run.data.tags["outcome"]) == (seen.info.run_id, "FINISHED", "finished")
     assert history(run, "train/mse") == [(0, 1.0), (10, 0.5)]
     assert history(run, "validation/mse") == [(0, 1.0), (20, 0.25)]

@@ -23,7 +23,7 @@ from dit.audit.specs import made as inputs_of
 from dit.audit.wrappers import unwrapped
 from dit.data.classes import num_classes
 from dit.diffusion import Batch as TrainingBatch, Diffusion
-from dit.errors import ConfigError, DataError, UserError
+from dit.errors import ConfigError, DataError, UserError, did_you_mean
 from dit.models import Denoiser, backbone_of
 from dit.models.external.sources import diffusers_class, function, working_directory_searched
 from dit.seeding import generator
@@ -102,7 +102,12 @@ def _diffusers(name: str, config: Mapping[str, Any]) -> AuditTarget:
     from dit.audit import synthesis
 
     check_config(name, config)  # before diffusers is imported, which takes seconds
-    constructor = diffusers_class(name)
+    try:
+        constructor = diffusers_class(name)
+    except ConfigError as error:
+        import diffusers
+
+        raise ConfigError(f"{error}{did_you_mean(name, diffusers.__all__)}") from None
     if constructor.__name__ in SIGNATURES and not config:
         signature = SIGNATURES[constructor.__name__]
         given = {argument: inputs_of(spec) for argument, spec in signature.inputs.items()}
@@ -119,7 +124,10 @@ def _strategy(name: str, model_name: str | None, seed: int, params: Path) -> Aud
     """
     loaded = config.load(params)
     if name not in loaded.strategies:
-        raise ConfigError(f"{params}: unknown strategy '{name}'; expected one of {', '.join(loaded.strategies)}")
+        raise ConfigError(
+            f"{params}: unknown strategy '{name}'; expected one of {', '.join(loaded.strategies)}"
+            f"{did_you_mean(name, loaded.strategies)}"
+        )
     network = init.apply(loaded.network({"num_classes": num_classes(loaded.images)}, model_name), loaded.strategies[name], seed)
     x0, timesteps, labels = of_latents(network)
     objective = loaded.diffusion.objective if loaded.diffusion.objective in backbone_of(network).objectives else "flow"

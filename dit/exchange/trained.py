@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from dit.audit.directories import read_directory, read_json
 from dit.audit.files import Reading, fill
 from dit.continuation.request import find as find_kept
 from dit.data.latents import LatentStore
-from dit.errors import ConfigError, DataError, InputError, explain
+from dit.errors import NAMED, ConfigError, DataError, InputError, explain
 from dit.exchange import autoencoders
 from dit.exchange.names import from_diffusers
 from dit.models import Denoiser
@@ -134,8 +135,18 @@ def load(target: str, where: Where) -> Trained:
         if where.step is not None:
             raise
         raise ConfigError(
-            f"'{target}' is no run in {RUNS}, no checkpoint file ({', '.join(SUFFIXES)}) and no exported directory; {error}"
+            f"'{target}' is no run in {RUNS}, {_there(target)}, no checkpoint file ({', '.join(SUFFIXES)}) "
+            f"and no exported directory; {error}"
         ) from None
+
+
+def _there(target: str) -> str:
+    """The runs of the study in the working directory, for somebody who named one that is none of them."""
+    names = sorted(folder.name for folder in RUNS.glob("*") if folder.is_dir())
+    if near := get_close_matches(target, names, n=1):
+        return f"which has {near[0]}"
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"which has {', '.join(names[:NAMED])}{more}" if names else "where no run has ended yet"
 
 
 def is_images(path: Path) -> bool:

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dit.errors import NAME
+
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Backend = Literal["auto", "fused", "compiled", "eager"]
@@ -37,7 +39,7 @@ MOST_SETTINGS = 1000
 LEVEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", re.ASCII)
 """What a level of a factor looks like in the names of runs, folders and stages: 0.001, 1e-05, DiT-S_4."""
 LevelName = Annotated[str, Field(pattern=f"^{LEVEL_NAME.pattern}$")]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")]
+Name = Annotated[str, Field(pattern=NAME)]
 
 
 class Section(BaseModel):

@@ -65,6 +65,7 @@ def headline(study: Study, summary: dict[str, Any]) -> Headline:
     about_heads = {ZERO_HEAD, RANDOM_HEAD} <= summary["strategies"].keys()
     question, answer, detail = _head_answer(study, summary) if about_heads else _general_answer(study)
     warnings = [
+        _final_errors(study) if about_heads else None,
         notes.lost(study, summary),
         notes.not_tuned(study),
         notes.unsampled(summary),
@@ -135,6 +136,16 @@ def _head_answer(study: Study, summary: dict[str, Any]) -> tuple[str, str, str]:
         _many_settings(pairs, tuned, delay),
         _verdicts(pairs, [one.judgement for one in tuned]),
     )
+
+
+def _final_errors(study: Study) -> Finding | None:
+    """By how much the heads' final errors differ, where the answer says how training goes, or only which head is better."""
+    findings = _heads(study)
+    pairs = findings.of(RANDOM_HEAD)
+    told = any(one.strategy == RANDOM_HEAD for one in findings.at_best) or not answers.delay(pairs, RANDOM_HEAD, ZERO_HEAD)
+    if told or RANDOM_HEAD in answers.reversed_strategies(study.findings):
+        return None
+    return Finding("note", f"In final validation error against {ZERO_HEAD}, {RANDOM_HEAD} {answers.standing(pairs)}.")
 
 
 def _one_setting(study: Study, summary: dict[str, Any], found: Judgement) -> str:

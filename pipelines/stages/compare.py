@@ -36,7 +36,11 @@ class Report:
 def compare(params: Params, item: Item) -> None:
     """Read exactly the runs of the study, drop others from the workspace, and write `reports`."""
     report = make_report(params)
-    drop_departed(report.study)
+    of_experiment = Path(".git").is_file()  # its worktree goes, and the user's runs stay: the flow names what there is to see
+    for path in departed(report.study):
+        shutil.rmtree(path)
+        if not of_experiment:
+            print(f"compare: removed {path}, which is no longer part of the study; DVC's cache keeps it")
     with complete_directory("reports", sealed=False) as out:
         write_json(out / "summary.json", report.summary)
         write_json(out / "metrics.json", headline_metrics(report.summary))
@@ -44,7 +48,7 @@ def compare(params: Params, item: Item) -> None:
         (out / "plots.html").write_text(dvc_plots.template(), encoding="utf-8")
         (out / "index.html").write_text(report.page, encoding="utf-8")
     print(f"compare: {report.words.answer}".replace("\u202f", " "))  # a terminal has no narrow spaces
-    if not Path(".git").is_file():  # the worktree of an experiment is removed: the flow names the copy that stays
+    if not of_experiment:
         print(f"compare: wrote {Path('reports/index.html').resolve().as_uri()}")
 
 
@@ -63,13 +67,6 @@ def make_report(params: Params, partial: str = "") -> Report:
     drawn = figures(study, summary)
     page = render(study, summary, headline=words, figures=drawn, images=images, autoencoder=autoencoder, partial=partial)
     return Report(study, summary, words, page)
-
-
-def drop_departed(study: Study) -> None:
-    """Remove runs that the study no longer names, so that `runs/` is the same for the same parameters."""
-    for path in departed(study):
-        shutil.rmtree(path)
-        print(f"compare: removed {path}, which is no longer part of the study; DVC's cache keeps it")
 
 
 def read_autoencoder(directory: Path) -> Autoencoder:
