@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 DURATIONS = Path(".scratch/durations.csv")
 """How long each stage took that the flow ran: one line with the kind of stage and the seconds."""
 START_SECONDS = 6.0
-"""How long a stage takes if no earlier stage of its kind tells: Python starts, and DVC reads and writes its files. Measured in
-a default study on two cores (`make bench BENCH=stages`)."""
+"""How long a stage takes to start as a Python of its own, with DVC's reading and writing of its files. If no earlier stage of a
+kind tells, a whole stage counts as this. Measured in a default study on two cores (`make bench BENCH=stages`)."""
+WARM_SECONDS = 0.7
+"""How long a training run takes to start if it is forked from the warm server; measured by `make bench BENCH=study`."""
 DIAGNOSED = 0.1
 """The fraction of training time that validation and diagnoses add; measured by `make bench BENCH=diagnostics`."""
 
@@ -102,8 +104,10 @@ def _training(params: Params, names: Iterable[str]) -> tuple[float, int]:
     """The total seconds of the training runs `names`, and the most memory that one of them needs."""
     from dit.design import design
     from dit.training.estimate import estimate
+    from pipelines import warm
 
     runs = design(params.study).by_name
+    start = WARM_SECONDS if warm.wanted() else START_SECONDS
     total, memory, known = 0.0, 0, {}
     for name in names:
         kind, _, key = name.partition("@")
@@ -114,7 +118,7 @@ def _training(params: Params, names: Iterable[str]) -> tuple[float, int]:
         if cost not in known:
             known[cost] = estimate(here, runs[key].strategy)
             memory += known[cost].memory  # growth of this process's peak: the sum is what the largest network needs
-        total += START_SECONDS + here.train.steps * known[cost].seconds_per_step * (1 + DIAGNOSED)
+        total += start + here.train.steps * known[cost].seconds_per_step * (1 + DIAGNOSED)
     return total, memory
 
 
@@ -182,7 +186,7 @@ def show(found: Plan) -> None:
     )
     print(f"study '{study.name}': {len(runs.runs)} runs of {counts}")
     print(f"factors: {levels or 'none'}")
-    print(f"primary comparisons with {study.baseline}: {', '.join(study.primary) or 'none declared'}; samples: {study.sample}")
+    print(f"declared comparisons with {study.baseline}: {', '.join(study.primary) or 'none'}; samples: {study.sample}")
     table = Table(box=SIMPLE)
     for title in ("stage", "to run", "up to date", "seconds each", "known from"):
         table.add_column(title, justify="left" if title in ("stage", "known from") else "right")

@@ -13,7 +13,7 @@ from dit.config import Params
 from dit.training.estimate import Estimate
 from pipelines import design
 from pipelines.overrides import override
-from pipelines.plan import DURATIONS, START_SECONDS, Plan, Row, note_duration, plan, show
+from pipelines.plan import DURATIONS, START_SECONDS, WARM_SECONDS, Plan, Row, note_duration, plan, show
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def test_times_are_those_of_earlier_stages_and_training_is_timed_by_a_probe(caps
     train = rows["train"]
     assert (train.to_run, train.up_to_date, train.source) == (7, 1, "some steps trained now")
     assert train.seconds is not None
-    assert train.seconds > START_SECONDS
+    assert train.seconds > WARM_SECONDS
     show(found)
     said = capsys.readouterr().out
     assert "8 runs of 2 strategies and 2 seeds\nfactors: train.steps: 60, 6000\n" in said
@@ -64,6 +64,18 @@ def test_the_memory_is_that_of_the_largest_network(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("dit.training.estimate.estimate", lambda *_: Estimate(0.1, next(peaks), 1))
     params = micro(factors={"model.depth": [6, 12]})
     assert plan(params, stages(params), workers=1).memory == 900
+
+
+@pytest.mark.parametrize(("warm", "seconds"), [("0", START_SECONDS), ("", WARM_SECONDS)])
+def test_the_start_of_a_run_counts_and_is_shorter_from_the_warm_server(
+    warm: str, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("DIT_WARM", warm)
+    monkeypatch.setattr("dit.training.estimate.estimate", lambda *_: Estimate(0.0, 0, 1))
+    params = micro()
+    (train,) = (row for row in plan(params, stages(params), workers=1).rows if row.kind == "train")
+    assert train.seconds == pytest.approx(seconds)
 
 
 def test_stages_that_all_runs_share_are_not_divided_among_workers() -> None:

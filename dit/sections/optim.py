@@ -78,8 +78,8 @@ class NamedOptimizerParams(OptimizerSection):
         """Name the choices in one error; otherwise each key of another optimiser would be an error too."""
         if isinstance(data, Mapping) and "arguments" not in data:
             raise ValueError(
-                f"name = {data.get('name')!r}: expected adamw, sgd or muon, or a class of torch.optim beside its `arguments`, "
-                "such as {}"
+                f"name = {data.get('name')!r}: expected adamw, sgd or muon, or a class of torch.optim and its arguments, "
+                "such as {name: Adam, arguments: {}}"
             )
         return data
 
