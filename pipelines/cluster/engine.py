@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -38,8 +39,8 @@ from dit.config import Params
 from dit.errors import UserError
 from pipelines import dag
 from pipelines.cluster import resources, snapshot, voices
-from pipelines.cluster.node import DESIGN, STUDIES, Node, Study, installed
-from pipelines.cluster.results import Results, opened
+from pipelines.cluster.node import DESIGN, FOLDER, STUDIES, Node, Shared, Study, installed
+from pipelines.cluster.results import Results, cache_folder, opened
 from pipelines.cluster.transport import Remote
 from pipelines.device_pool import NO_GPU
 from pipelines.known_services import private_folder, write_private
@@ -60,7 +61,6 @@ LOST = 3
 AHEAD = 4
 """Stages that are given to Ray at once, for each core: so many wait there for a free one."""
 LEAST_AHEAD = 64
-FOLDER = Path(".scratch/cluster")
 PACKAGES = ("pipelines", "dit")
 """What a node imports to run a stage; the stage itself imports them from its clone."""
 WORKERS = {"DO_NOT_TRACK": "true", "RAY_kill_child_processes_on_worker_exit": "false"}
@@ -153,8 +153,8 @@ class Cluster:
             return Failed(message=f"stage '{stage}' ran, but {error}")
         if not found:
             return Failed(
-                message=f"stage '{stage}' ran on a node, but with other inputs than the head has: DVC's run cache has no entry "
-                "for these; was a file changed while the study ran?"
+                message=f"stage '{stage}' ran on a node, but with other inputs than the head has: if a file was changed "
+                "meanwhile, start the study again"
             )
         return state
 
@@ -188,10 +188,14 @@ def _nothing() -> None:
 
 
 def _why(state: State[Any]) -> str:
-    said = state.message or "Ray lost it"
-    if any(word in said for word in ("NodeDied", "node", "WorkerCrashed", "worker died")):
-        return f"the nodes that ran it were lost, {LOST + 1} times; the last time: {' '.join(said.split())[:300]}"
-    return " ".join(said.split())[:300]
+    said = " ".join((state.message or "Ray lost it").split())
+    if any(word in said for word in ("NodeDied", "WorkerCrashed", "worker died")):
+        where = re.search(r"Node IP: ([^\s,]+)", said)
+        return (
+            f"the nodes that ran it were lost, {LOST + 1} times{f', the last one {where[1]}' if where else ''}; look there in Ray's "
+            "logs (/tmp/ray/session_latest/logs) for the reason; the next run goes on from here"
+        )
+    return said[:300]
 
 
 @contextmanager
@@ -238,7 +242,7 @@ def _study(workspace: Path, remote: Remote | None) -> Study:
     scratch = os.environ.get("DIT_SCRATCH", "")
     pinned = _pinned(workspace)
     versions = {package: known for package, known in installed().items() if not pinned or package in pinned}
-    shared = None if remote else str(Path.cwd())
+    shared = None if remote else Shared(str(Path.cwd()), cache_folder(workspace))
     return Study(commit, remote, shared, scratch if "://" in scratch else None, versions)
 
 
@@ -357,12 +361,13 @@ def _watched(log: Log) -> Iterator[None]:
         known = _alive()
         while not ended.wait(WATCH_SECONDS):
             now = _alive()
+            goes_on = (
+                "what it ran goes on elsewhere" if now else "none is left, and the study waits for one to join by `ray start`"
+            )
             for node in known.keys() - now.keys():
-                log.warning("node %s was lost; what it ran goes on elsewhere", known[node])
+                log.warning("node %s was lost; %s", known[node], goes_on)
             for node in now.keys() - known.keys():
                 log.info("node %s joined", now[node])
-            if known and not now:
-                log.warning("no node is left: the study waits for one")
             known = now
 
     with _beside(watch, ended):
@@ -382,6 +387,9 @@ def _beside(work: Callable[[], None], ended: threading.Event) -> Iterator[None]:
 
 
 def _alive() -> dict[str, str]:
+    """What the nodes are called that live and have cores, as a head may not."""
     return {
-        node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in ray.nodes() if node["Alive"]
+        node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU")
     }

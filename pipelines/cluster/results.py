@@ -158,3 +158,11 @@ def opened(root: Path, remote: Remote | None) -> Iterator[Results]:
             yield results
         finally:
             results.write(now=True)
+
+
+def cache_folder(root: Path) -> str:
+    """DVC's cache of the project in `root`, which is there when this returns."""
+    with Repo(str(root)) as repo:
+        folder = Path(repo.cache.local_cache_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
