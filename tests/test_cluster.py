@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import fsspec
 import psutil
@@ -31,7 +32,8 @@ from pipelines.cluster import node, resources, snapshot
 from pipelines.cluster.checkpoints import Mirror, Place
 from pipelines.cluster.engine import narrowed
 from pipelines.cluster.lockfile import LockFile
-from pipelines.cluster.node import Node, Study
+from pipelines.cluster.node import Node, Shared, Study
+from pipelines.cluster.results import cache_folder, opened
 from pipelines.cluster.transport import Remote
 
 TRAINED = "train@symmetric-0"
@@ -174,28 +176,36 @@ def test_stages_that_fail_on_nodes_are_told_and_tried_again_as_on_one_machine(
     assert (alone / "dvc.lock").read_bytes() == (shell / "dvc.lock").read_bytes()
 
 
-def test_nodes_that_see_the_heads_folder_work_on_its_files_and_copy_none(
-    bare: Path, cluster: Hosts, servers: dict[str, str], counted: Path
+def test_nodes_that_see_the_heads_folder_link_its_files_and_copy_none(
+    bare: Path, counted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def copies() -> set[Path]:
-        """What the hosts hold beside clones."""
-        return {path for host in cluster.running.values() for path in host.work.glob("cache/**/*")}
-
-    before = copies()
+    monkeypatch.setenv("COUNTED", str(counted))
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
     (counted / "go").touch()
-    done = study(bare, servers, "long")
-    assert done.returncode == 0, done.stdout
-    assert copies() == before
-    (out,) = yamlfile.read(bare / "dvc.lock")["stages"]["long"]["outs"]
-    kept = bare / ".dvc/cache/files/md5" / out["md5"][:2] / out["md5"][2:]
-    clones = {path for host in cluster.running.values() for path in host.work.glob("studies/*/*-*") if path.is_dir()}
-    (made,) = (clone for clone in clones if (clone / "long").exists() and (clone / "long").samefile(kept))
-    assert (made / "fine").samefile(kept)  # it has the same content
+    commit, bundle = snapshot.take(bare)
+    (bare / node.FOLDER).mkdir(parents=True)
+    (bare / node.FOLDER / f"{commit}.bundle").write_bytes(bundle)
+    shared = Shared(str(bare), cache_folder(bare))
+    with TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else tmp_path) as other, opened(bare, None) as results:
+        for stage, work in {"fine": tmp_path / "work", "long": Path(other)}.items():  # the second on another disk
+            monkeypatch.setenv(node.WORK, str(work))
+            Node(Study(commit, None, shared, None, {}), results.upstream(["fine"])).run(stage, print)
+            assert results.restore(stage)
+            assert [path.name for path in work.iterdir()] == ["studies"]
+        (clone,) = (path for path in Path(other).glob("studies/*/*") if path.is_dir())
+        for name in ("fine", "long"):
+            assert Path(shared.cache) in (clone / name).resolve().parents
     alone = shutil.copytree(bare, bare.with_name("alone"))
     (alone / "dvc.lock").unlink()
     shutil.rmtree(alone / ".dvc/cache")
     assert command(alone, "dvc", "repro", "long").returncode == 0
     assert (alone / "dvc.lock").read_bytes() == (bare / "dvc.lock").read_bytes()
+
+
+def test_a_node_that_does_not_see_the_heads_folder_says_what_is_missing(bare: Path) -> None:
+    shared = Shared(str(bare), str(bare / ".dvc/cache"))
+    with pytest.raises(dag.StageError, match=rf"{bare}/.* not found: the study has no DVC remote, so this node must see"):
+        Node(Study("0" * 40, None, shared, None, {}), "").run("fine", print)
 
 
 def test_interrupting_a_study_ends_what_it_runs_on_the_nodes(shell: Path, servers: dict[str, str], counted: Path) -> None:
@@ -334,17 +344,29 @@ def test_a_study_through_s3_keeps_its_results_and_checkpoints_there(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_whole_study_ends_as_on_one_machine(tmp_path: Path, servers: dict[str, str]) -> None:
+@pytest.mark.parametrize("place", ["remote", "shared"])
+def test_a_whole_study_ends_as_on_one_machine(tmp_path: Path, cluster: Hosts, servers: dict[str, str], place: str) -> None:
+    """Through a remote; and on a shared file system, where nodes keep no copies."""
     root = micro_project(tmp_path / "study")
     alone = shutil.copytree(root, tmp_path / "alone")
-    with_remote(root, tmp_path / "remote")
+    if place == "remote":
+        with_remote(root, tmp_path / "remote")
+
+    def copies() -> set[Path]:
+        return {path for host in cluster.running.values() for path in host.work.glob("cache/**/*")}
+
+    before = copies()
     done = study(root, servers)
     assert done.returncode == 0, done.stdout
+    assert (copies() == before) == (place == "shared")
     beside = command(alone, "pipelines", "study")
     assert beside.returncode == 0, beside.stdout
     assert (root / "dvc.lock").read_bytes() == (alone / "dvc.lock").read_bytes()
     assert (root / "reports/index.html").read_bytes() == (alone / "reports/index.html").read_bytes()
     assert "0 stages ran, 16 were cached" in study(root, servers).stdout
+    trial = study(root, servers, "--set", "train.steps=61", TRAINED)
+    assert trial.returncode == 0, trial.stdout
+    assert f"{TRAINED:<26} | done in " in trial.stdout
 
 
 @pytest.mark.slow

@@ -191,9 +191,10 @@ def _why(state: State[Any]) -> str:
     said = " ".join((state.message or "Ray lost it").split())
     if any(word in said for word in ("NodeDied", "WorkerCrashed", "worker died")):
         where = re.search(r"Node IP: ([^\s,]+)", said)
+        last = f", the last one {where[1]}" if where else ""
         return (
-            f"the nodes that ran it were lost, {LOST + 1} times{f', the last one {where[1]}' if where else ''}; look there in Ray's "
-            "logs (/tmp/ray/session_latest/logs) for the reason; the next run goes on from here"
+            f"the nodes that ran it were lost, {LOST + 1} times{last}; look for the reason in Ray's logs there "
+            "(/tmp/ray/session_latest/logs); the next run goes on from here"
         )
     return said[:300]
 
