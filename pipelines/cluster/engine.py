@@ -24,14 +24,10 @@ from urllib.parse import urlsplit
 
 import psutil
 import ray
-from prefect.context import EngineContext
-from prefect.flows import Flow
 from prefect.futures import PrefectFuture
 from prefect.states import Failed, State
 from prefect.tasks import Task
 from prefect.utilities.callables import get_call_parameters
-from prefect_ray.context import remote_options
-from prefect_ray.task_runners import RayTaskRunner
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dit import yamlfile
@@ -41,6 +37,7 @@ from pipelines import dag
 from pipelines.cluster import resources, snapshot, voices
 from pipelines.cluster.node import DESIGN, FOLDER, STUDIES, Node, Shared, Study, installed
 from pipelines.cluster.results import Results, cache_folder, opened
+from pipelines.cluster.runner import Runner
 from pipelines.cluster.transport import Remote
 from pipelines.device_pool import NO_GPU
 from pipelines.known_services import private_folder, write_private
@@ -92,7 +89,7 @@ class Cluster:
 
     def __init__(
         self,
-        runner: RayTaskRunner[Any],
+        runner: Runner,
         study: Study,
         results: Results,
         stages: Mapping[str, dag.Stage],
@@ -134,8 +131,7 @@ class Cluster:
         options = {"num_cpus": need.cpus, "num_gpus": need.gpus, "max_retries": LOST}
         self._away.add(stage)
         tasks = [state for state in above if state.state_details.task_run_id]  # no task ran for what was up to date
-        with _without_flow(), remote_options(**options):
-            return self._runner.submit(task, parameters, wait_for=tasks)
+        return self._runner.give(task, parameters, tasks, options)
 
     def ended(self, stage: str, state: State[Any]) -> State[Any]:
         """Take in what a stage made, and return the state in which it ended."""
@@ -171,20 +167,6 @@ def narrowed(design: Mapping[str, Any], stages: Collection[str]) -> str:
         return {key: one for key, one in entries.items() if f"{kind}@{key}" in stages} if isinstance(entries, dict) else entries
 
     return json.dumps({"design": {kind: listed(kind, entries) for kind, entries in design["design"].items()}})
-
-
-@contextmanager
-def _without_flow() -> Iterator[None]:
-    """The run of a flow without the code of the flow: Ray would send it with each stage, and nodes import all that it needs."""
-    run = EngineContext.get()
-    assert run
-    assert run.flow
-    with run.model_copy(update={"flow": Flow(_nothing, name=run.flow.name, persist_result=False)}):
-        yield
-
-
-def _nothing() -> None:
-    """The code of a flow that runs elsewhere."""
 
 
 def _why(state: State[Any]) -> str:
@@ -255,7 +237,7 @@ def _pinned(workspace: Path) -> set[str]:
 
 
 @contextmanager
-def _runner(listener: str) -> Iterator[RayTaskRunner[Any]]:
+def _runner(listener: str) -> Iterator[Runner]:
     """Prefect's task runner, connected.
 
     Where Ray is started here, its dashboard is off and it asks for a password; its sockets are in a folder that only this user
@@ -282,7 +264,7 @@ def _runner(listener: str) -> Iterator[RayTaskRunner[Any]]:
         place = tempfile.mkdtemp(prefix="dit-ray-")  # of mode 0700; the folder in it Ray opens to everybody
         options |= {"include_dashboard": False, "num_cpus": _cores(), "_temp_dir": f"{place}/ray"}
     logging.getLogger("ray").setLevel(logging.ERROR)
-    runner: RayTaskRunner[Any] = RayTaskRunner(address or LOCAL, options)
+    runner: Runner = Runner(address or LOCAL, options)
     ray._private.worker.print_to_stdstream = lambda *_, **__: None  # Ray's own words on lost nodes, which no option turns off
     try:
         runner.__enter__()
