@@ -204,16 +204,14 @@ def pull(root: Path, stage: str, remote: Remote | None) -> None:
     """Bring what `stage` reads of other stages into the clone at `root`."""
     with Repo(str(root), _wait_for_lock=True) as repo:
         wanted = next(each for each in repo.index.stages if getattr(each, "name", None) == stage)
-        read = {
-            dep.fs_path: out for dep in wanted.deps for out in repo.index.outs if repo.fs.isin_or_eq(dep.fs_path, out.fs_path)
-        }
-        if not read:
+        made = [out.fs_path for out in repo.index.outs]
+        targets = [dep.fs_path for dep in wanted.deps if any(repo.fs.isin_or_eq(dep.fs_path, out) for out in made)]
+        if not targets:
             return
-        missing = [path for path, out in read.items() if out.changed_cache()]
         with remote.reached(f"pulling what stage '{stage}' reads") if remote else nullcontext():
-            if remote and missing:
-                repo.fetch(missing, remote=remote.name)
-            repo.checkout(list(read), force=True)
+            if remote:
+                repo.fetch(targets, remote=remote.name)
+            repo.checkout(targets, force=True)
 
 
 def push(root: Path, stage: str, remote: Remote | None) -> None:
