@@ -18,18 +18,27 @@ _WORDS = re.compile(r"no space left on|disk quota exceeded|disk is full|os error
 """Messages about a full disk: of the operating system, of SQLite, and of libraries in Rust."""
 
 
+ADVICE = (
+    "with `dvc gc --workspace`, which drops results of other parameters from DVC's cache, or by removing .scratch/experiments"
+)
+"""What a person can free on the disk of a study."""
+
+
 class FullDiskError(UserError):
     """There is no space left. The message says where, and what can be freed."""
 
-    def __init__(self, path: str | Path) -> None:
-        where = Path(path).absolute()
-        existing = next(each for each in (where, *where.parents) if each.exists())
-        free = shutil.disk_usage(existing).free
+    def __init__(self, path: str | Path, advice: str = ADVICE) -> None:
+        free = free_bytes(Path(path)) / 1e6
         super().__init__(
-            f"no space left on the disk of {path} ({free / 1e6:.0f} MB are free): free some, for example with "
-            "`dvc gc --workspace`, which drops results of other parameters from DVC's cache, or by removing "
-            ".scratch/experiments; the next run goes on from here"
+            f"no space left on the disk of {path} ({free:.0f} MB are free): free some, for example {advice}; "
+            "the next run goes on from here"
         )
+
+
+def free_bytes(path: Path) -> int:
+    """The space that is left on the disk of a path, which need not exist yet."""
+    where = path.absolute()
+    return shutil.disk_usage(next(each for each in (where, *where.parents) if each.exists())).free
 
 
 def is_full(text: str) -> bool:

@@ -24,11 +24,14 @@ if TYPE_CHECKING:
     from pipelines.tracking import Synced
 
 NOTES = Path(".scratch/up-to-date.json")
-FILES = ("params.yaml", "design.yaml", "dvc.lock")
+LOCK = "dvc.lock"
+FILES = ("params.yaml", "design.yaml", LOCK)
 
 
 def note(root: Path, synced: Synced) -> None:
     """Write the note of a study once MLflow has its runs. Call this under the lock of the study."""
+    if not (root / LOCK).exists():  # no stage has ended well
+        return
     there = {"experiment": synced.experiment, "view": synced.view, "missing": len(synced.missing)}
     runs = len(synced.added) + len(synced.present)
     (root / NOTES).parent.mkdir(exist_ok=True)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import fsspec
 import psutil
@@ -20,7 +21,7 @@ from studies import MICRO, ROOT, command, environment, free_port, git, micro_pro
 from dit import yamlfile
 from dit.config import Params
 from dit.errors import UserError
-from pipelines import dag
+from pipelines import dag, disk
 from pipelines.experiments import override
 
 pytest.importorskip("prefect_ray", reason="the extra `cluster` is not installed")
@@ -30,6 +31,9 @@ from raylets import Hosts, hosts
 from pipelines.cluster import node, resources, snapshot
 from pipelines.cluster.checkpoints import Mirror, Place
 from pipelines.cluster.engine import narrowed
+from pipelines.cluster.node import Node, Shared, Study
+from pipelines.cluster.results import cache_folder, opened
+from pipelines.cluster.transport import Remote
 from pipelines.lockfile import LockFile
 
 TRAINED = "train@symmetric-0"
@@ -51,6 +55,14 @@ stages:
     cmd: cp wrong below
     deps: [wrong]
     outs: [below]
+  large:
+    cmd: head -c 20000000 /dev/zero > large
+    deps: [params.yaml]
+    outs: [large]
+  cut:
+    cmd: rm -r $REMOTE && touch $REMOTE && echo made > cut
+    deps: [params.yaml]
+    outs: [cut]
   long:
     cmd: echo $$ > $COUNTED/pid; while ! test -e $COUNTED/go; do sleep 0.1; done; cp fine long
     deps: [fine]
@@ -74,8 +86,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, counted: Path) -> Iterator
 
 
 @pytest.fixture
-def shell(tmp_path: Path, counted: Path) -> Path:
-    """A project whose stages are shell commands, with a remote; marks of other tests are gone."""
+def shell(bare: Path, tmp_path: Path) -> Path:
+    """The project `bare`, with a remote."""
+    with_remote(bare, tmp_path / "remote")
+    return bare
+
+
+@pytest.fixture
+def bare(tmp_path: Path, counted: Path) -> Path:
+    """A project whose stages are shell commands, without a remote; marks of other tests are gone."""
     for mark in counted.iterdir():
         mark.unlink()
     root = tmp_path / "project"
@@ -86,13 +105,20 @@ def shell(tmp_path: Path, counted: Path) -> Path:
     (root / ".gitignore").write_text("/.scratch\n/mlflow.db*\n/mlartifacts\n")
     git(root, "init", "--quiet")
     assert command(root, "dvc", "init", "--quiet").returncode == 0
-    with_remote(root, tmp_path / "remote")
     return root
 
 
 def with_remote(root: Path, remote: Path) -> None:
     remote.mkdir()
     assert command(root, "dvc", "remote", "add", "--local", "--default", "here", str(remote)).returncode == 0
+
+
+def with_s3(root: Path, url: str) -> None:
+    """A remote on the S3 server at `url`, whose keys are in DVC's configuration of the head alone."""
+    settings = {"endpointurl": url, "access_key_id": "key", "secret_access_key": "secret", "region": "us-east-1"}
+    assert command(root, "dvc", "remote", "add", "--local", "--default", "s3", "s3://studies/one").returncode == 0
+    for name, value in settings.items():
+        assert command(root, "dvc", "remote", "modify", "--local", "s3", name, value).returncode == 0
 
 
 @pytest.fixture
@@ -150,6 +176,38 @@ def test_stages_that_fail_on_nodes_are_told_and_tried_again_as_on_one_machine(
     assert (alone / "dvc.lock").read_bytes() == (shell / "dvc.lock").read_bytes()
 
 
+def test_nodes_that_see_the_heads_folder_link_its_files_and_copy_none(
+    bare: Path, counted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COUNTED", str(counted))
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+    (counted / "go").touch()
+    commit, bundle = snapshot.take(bare)
+    (bare / node.FOLDER).mkdir(parents=True)
+    (bare / node.FOLDER / f"{commit}.bundle").write_bytes(bundle)
+    shared = Shared(str(bare), cache_folder(bare))
+    with TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else tmp_path) as other, opened(bare, None) as results:
+        for stage, work in {"fine": tmp_path / "work", "long": Path(other)}.items():  # the second on another disk
+            monkeypatch.setenv(node.WORK, str(work))
+            Node(Study(commit, None, shared, None, {}), results.upstream(["fine"])).run(stage, print)
+            assert results.restore(stage)
+            assert [path.name for path in work.iterdir()] == ["studies"]
+        (clone,) = (path for path in Path(other).glob("studies/*/*") if path.is_dir())
+        for name in ("fine", "long"):
+            assert Path(shared.cache) in (clone / name).resolve().parents
+    alone = shutil.copytree(bare, bare.with_name("alone"))
+    (alone / "dvc.lock").unlink()
+    shutil.rmtree(alone / ".dvc/cache")
+    assert command(alone, "dvc", "repro", "long").returncode == 0
+    assert (alone / "dvc.lock").read_bytes() == (bare / "dvc.lock").read_bytes()
+
+
+def test_a_node_that_does_not_see_the_heads_folder_says_what_is_missing(bare: Path) -> None:
+    shared = Shared(str(bare), str(bare / ".dvc/cache"))
+    with pytest.raises(dag.StageError, match=rf"{bare}/.* not found: the study has no DVC remote, so this node must see"):
+        Node(Study("0" * 40, None, shared, None, {}), "").run("fine", print)
+
+
 def test_interrupting_a_study_ends_what_it_runs_on_the_nodes(shell: Path, servers: dict[str, str], counted: Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     running = started(shell, servers, "long")
@@ -185,11 +243,77 @@ def wait_for_end(pid: int) -> None:
         time.sleep(0.05)
 
 
-def test_a_node_with_other_packages_is_refused_by_name() -> None:
+def test_a_node_with_other_packages_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = node.installed()
     node.check_versions(known)
-    with pytest.raises(UserError, match=r"other packages than on the head: torch .* instead of 0\.1; install"):
-        node.check_versions({**known, "torch": "0.1"})
+    monkeypatch.syspath_prepend(other_torch(tmp_path))
+    with pytest.raises(UserError, match=rf"other packages than on the head: torch 0\.1 instead of {known['torch']}; install"):
+        node.check_versions(known)
+
+
+def other_torch(folder: Path) -> Path:
+    """A folder that has to come before all others for Python to find another version of torch."""
+    found = folder / "other/torch-0.1.dist-info"
+    found.mkdir(parents=True)
+    (found / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 0.1\n")
+    return found.parent
+
+
+@pytest.fixture
+def on_node(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Runs a stage of `bare` as a node does, in this process; what is said of its failure."""
+    monkeypatch.setenv("REMOTE", str(tmp_path / "remote"))
+    monkeypatch.setenv(node.WORK, str(tmp_path / "work"))
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+
+    def failed(stage: str) -> str:
+        commit, bundle = snapshot.take(bare)
+        remote = Remote.of(bare)
+        assert remote
+        remote.put(bundle, node.STUDIES, f"{commit}.bundle")
+        with pytest.raises(dag.StageError) as error:
+            Node(Study(commit, remote, None, None, {}), "").run(stage, print)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return failed
+
+
+def test_a_disk_of_a_node_that_is_full_is_named_with_what_can_be_freed(
+    on_node: Callable[[str], str], shell: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = (
+        f"stage '{{}}' failed with exit code 75: node {node.here()}: no space left on the disk of {small}/work "
+        "(0 MB are free): free some, for example by removing this folder while no study runs, or choose another disk there "
+        "by DIT_WORK; the next run goes on from here"
+    )
+    monkeypatch.setenv(node.WORK, str(small / "work"))
+    assert on_node("large") == said.format("large")
+    shutil.rmtree(small / "work")
+    (small / "filler").write_bytes(bytes(disk.free_bytes(small) - 30_000))
+    assert on_node("large") == said.format("large")  # there is no room for the clone
+
+
+def test_a_remote_that_a_node_cannot_reach_is_named_with_what_to_do(on_node: Callable[[str], str], shell: Path) -> None:
+    remote = shell.parent / "remote"
+    said = on_node("cut")
+    assert said.startswith(
+        f"stage 'cut' failed: node {node.here()}: the DVC remote 'here' at {remote} cannot be used, "
+        "pushing the outputs of stage 'cut': [Errno 20] Not a directory: "
+    )
+    assert said.endswith("; see that it can be reached, or correct its settings by `dvc remote modify here`")
+
+
+@pytest.mark.slow
+def test_a_study_whose_remote_does_not_answer_is_refused_in_one_message(bare: Path, prefect_api: dict[str, str]) -> None:
+    pytest.importorskip("dvc_s3")
+    with_s3(bare, url := f"http://127.0.0.1:{free_port()}")
+    done = study(bare, prefect_api, "fine")
+    assert done.returncode == 1
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("error: the DVC remote 's3' at s3://studies/one cannot be used, writing ")
+    assert url in line
+    assert line.endswith("; see that it can be reached, or correct its settings by `dvc remote modify s3`")
 
 
 @pytest.mark.slow
@@ -202,10 +326,7 @@ def test_a_study_through_s3_keeps_its_results_and_checkpoints_there(tmp_path: Pa
     try:
         url = "http://{}:{}".format(*served.get_host_and_port())
         root = micro_project(tmp_path / "study")
-        settings = {"endpointurl": url, "access_key_id": "key", "secret_access_key": "secret", "region": "us-east-1"}
-        assert command(root, "dvc", "remote", "add", "--local", "--default", "s3", "s3://studies/one").returncode == 0
-        for name, value in settings.items():
-            assert command(root, "dvc", "remote", "modify", "--local", "s3", name, value).returncode == 0
+        with_s3(root, url)
         bucket = fsspec.filesystem("s3", key="key", secret="secret", endpoint_url=url)
         bucket.mkdir("studies")
         done = study(root, servers, "train@adaln_zero-0")
@@ -223,17 +344,29 @@ def test_a_study_through_s3_keeps_its_results_and_checkpoints_there(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_whole_study_ends_as_on_one_machine(tmp_path: Path, servers: dict[str, str]) -> None:
+@pytest.mark.parametrize("place", ["remote", "shared"])
+def test_a_whole_study_ends_as_on_one_machine(tmp_path: Path, cluster: Hosts, servers: dict[str, str], place: str) -> None:
+    """Through a remote; and on a shared file system, where nodes keep no copies."""
     root = micro_project(tmp_path / "study")
     alone = shutil.copytree(root, tmp_path / "alone")
-    with_remote(root, tmp_path / "remote")
+    if place == "remote":
+        with_remote(root, tmp_path / "remote")
+
+    def copies() -> set[Path]:
+        return {path for host in cluster.running.values() for path in host.work.glob("cache/**/*")}
+
+    before = copies()
     done = study(root, servers)
     assert done.returncode == 0, done.stdout
+    assert (copies() == before) == (place == "shared")
     beside = command(alone, "pipelines", "study")
     assert beside.returncode == 0, beside.stdout
     assert (root / "dvc.lock").read_bytes() == (alone / "dvc.lock").read_bytes()
     assert (root / "reports/index.html").read_bytes() == (alone / "reports/index.html").read_bytes()
-    assert "0 stages ran, 16 were cached" in study(root, servers).stdout
+    assert "nothing to do: 16 of 16 stages are up to date" in study(root, servers).stdout
+    trial = study(root, servers, "--set", "train.steps=61", TRAINED)
+    assert trial.returncode == 0, trial.stdout
+    assert f"{TRAINED:<26} | done in " in trial.stdout
 
 
 @pytest.mark.slow
@@ -374,3 +507,28 @@ def test_a_study_of_which_a_node_is_lost_in_training_ends_as_on_one_machine(
     assert (root / "dvc.lock").read_bytes() == (alone / "dvc.lock").read_bytes()
     for file in (alone / "runs/train/symmetric-0").iterdir():
         assert (root / "runs/train/symmetric-0" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_on_a_node_is_told_in_one_message(
+    shell: Path, cluster: Hosts, servers: dict[str, str], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, another version of torch, and a remote that is lost while a stage runs, each on a node that is alone."""
+    monkeypatch.setenv("REMOTE", str(tmp_path / "remote"))
+    for host in list(cluster.running.values())[1:]:
+        host.kill()
+
+    def told(name: str, target: str, code: int, words: str, **variables: str) -> None:
+        host = cluster.start(name, "--num-cpus", "1", **variables)
+        cluster.wait()
+        done = study(shell, servers, target)
+        host.kill()
+        assert done.returncode == code, done.stdout
+        assert "Traceback" not in done.stdout
+        (error,) = (line for line in done.stdout.splitlines() if line.startswith("error: "))
+        assert words in error
+
+    told("full", "large", 75, f"no space left on the disk of {small}", DIT_WORK=str(small / "work"))
+    torch = os.pathsep.join(map(str, (other_torch(tmp_path), ROOT)))
+    told("other", "fine", 1, "other packages than on the head: torch 0.1 instead of ", PYTHONPATH=torch)
+    told("cut-off", "cut", 1, f"the DVC remote 'here' at {tmp_path}/remote cannot be used, pushing the outputs of stage 'cut'")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +21,6 @@ from dit.errors import ConfigError
 from pipelines import dag, disk
 from pipelines.files import complete_directory
 from pipelines.stages.entry import exit_codes
-
-MEGABYTES = 12
-
-
-@pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder on a disk of its own, of a few megabytes."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={MEGABYTES}m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("only an administrator may mount the small disk that this test fills")
-    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def by_sqlite(folder: Path) -> None:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A study on Slurm: sbatch --nodes 8 --gpus-per-node 8 docs/cluster/slurm.sh [arguments of `python -m pipelines study`]
-# Submit it in the study's folder, after `make install` and `dvc remote add --default NAME URL`. The first node is the head.
+# Submit it in the study's folder, after `make install`. The first node is the head. If not all nodes see this folder, first give the
+# study a remote: dvc remote add --default NAME URL
 #SBATCH --job-name dit-study
 #SBATCH --ntasks-per-node 1
 #SBATCH --cpus-per-task 64

@@ -20,7 +20,7 @@ from typing import Any
 
 import fsspec
 
-from pipelines.cluster.transport import put
+from pipelines.cluster.transport import put, reaching, words
 
 SECONDS = 1.0
 """How often changes are looked for."""
@@ -55,13 +55,16 @@ class Mirror:
         self._tell = tell
         self._blobs: dict[Version, str] = {}
         self._listed: dict[str, str] = {}
+        self._told = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> Mirror:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        self._fetch()
+        to_do = "see that this place can be reached, or choose another by DIT_SCRATCH"
+        with reaching(f"checkpoints at {self.place.path} cannot be read", to_do):
+            self._fetch()
         self._thread.start()
         return self
 
@@ -92,11 +95,15 @@ class Mirror:
             self._send()
 
     def _send(self) -> None:
-        """Copy what has changed. A place that cannot be written costs only the work since the last copy, so it is told."""
+        """Copy what has changed. A place that cannot be written costs only the work since the last copy: it is told, once."""
         try:
             self._copy()
         except Exception as error:  # of whatever library serves this place
-            self._tell(f"checkpoints cannot be kept at {self.place.path}: {' '.join(str(error).split())}")
+            if not self._told:
+                self._tell(f"checkpoints cannot be kept at {self.place.path} now, which is tried again: {words(error)}")
+            self._told = True
+        else:
+            self._told = False
 
     def _copy(self) -> None:
         system, path = self.place.filesystem, self.place.path

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -23,14 +24,10 @@ from urllib.parse import urlsplit
 
 import psutil
 import ray
-from prefect.context import EngineContext
-from prefect.flows import Flow
 from prefect.futures import PrefectFuture
 from prefect.states import Failed, State
 from prefect.tasks import Task
 from prefect.utilities.callables import get_call_parameters
-from prefect_ray.context import remote_options
-from prefect_ray.task_runners import RayTaskRunner
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dit import yamlfile
@@ -38,8 +35,9 @@ from dit.config import Params
 from dit.errors import UserError
 from pipelines import dag
 from pipelines.cluster import resources, snapshot, voices
-from pipelines.cluster.node import DESIGN, STUDIES, Node, Study, installed
-from pipelines.cluster.results import Results, opened
+from pipelines.cluster.node import DESIGN, FOLDER, STUDIES, Node, Shared, Study, installed
+from pipelines.cluster.results import Results, cache_folder, opened
+from pipelines.cluster.runner import Runner
 from pipelines.cluster.transport import Remote
 from pipelines.device_pool import NO_GPU
 from pipelines.known_services import private_folder, write_private
@@ -60,7 +58,6 @@ LOST = 3
 AHEAD = 4
 """Stages that are given to Ray at once, for each core: so many wait there for a free one."""
 LEAST_AHEAD = 64
-FOLDER = Path(".scratch/cluster")
 PACKAGES = ("pipelines", "dit")
 """What a node imports to run a stage; the stage itself imports them from its clone."""
 WORKERS = {"DO_NOT_TRACK": "true", "RAY_kill_child_processes_on_worker_exit": "false"}
@@ -92,7 +89,7 @@ class Cluster:
 
     def __init__(
         self,
-        runner: RayTaskRunner[Any],
+        runner: Runner,
         study: Study,
         results: Results,
         stages: Mapping[str, dag.Stage],
@@ -134,8 +131,7 @@ class Cluster:
         options = {"num_cpus": need.cpus, "num_gpus": need.gpus, "max_retries": LOST}
         self._away.add(stage)
         tasks = [state for state in above if state.state_details.task_run_id]  # no task ran for what was up to date
-        with _without_flow(), remote_options(**options):
-            return self._runner.submit(task, parameters, wait_for=tasks)
+        return self._runner.give(task, parameters, tasks, options)
 
     def ended(self, stage: str, state: State[Any]) -> State[Any]:
         """Take in what a stage made, and return the state in which it ended."""
@@ -153,8 +149,8 @@ class Cluster:
             return Failed(message=f"stage '{stage}' ran, but {error}")
         if not found:
             return Failed(
-                message=f"stage '{stage}' ran on a node, but with other inputs than the head has: DVC's run cache has no entry "
-                "for these; was a file changed while the study ran?"
+                message=f"stage '{stage}' ran on a node, but with other inputs than the head has: if a file was changed "
+                "meanwhile, start the study again"
             )
         return state
 
@@ -173,25 +169,16 @@ def narrowed(design: Mapping[str, Any], stages: Collection[str]) -> str:
     return json.dumps({"design": {kind: listed(kind, entries) for kind, entries in design["design"].items()}})
 
 
-@contextmanager
-def _without_flow() -> Iterator[None]:
-    """The run of a flow without the code of the flow: Ray would send it with each stage, and nodes import all that it needs."""
-    run = EngineContext.get()
-    assert run
-    assert run.flow
-    with run.model_copy(update={"flow": Flow(_nothing, name=run.flow.name, persist_result=False)}):
-        yield
-
-
-def _nothing() -> None:
-    """The code of a flow that runs elsewhere."""
-
-
 def _why(state: State[Any]) -> str:
-    said = state.message or "Ray lost it"
-    if any(word in said for word in ("NodeDied", "node", "WorkerCrashed", "worker died")):
-        return f"the nodes that ran it were lost, {LOST + 1} times; the last time: {' '.join(said.split())[:300]}"
-    return " ".join(said.split())[:300]
+    said = " ".join((state.message or "Ray lost it").split())
+    if any(word in said for word in ("NodeDied", "WorkerCrashed", "worker died")):
+        where = re.search(r"Node IP: ([^\s,]+)", said)
+        last = f", the last one {where[1]}" if where else ""
+        return (
+            f"the nodes that ran it were lost, {LOST + 1} times{last}; look for the reason in Ray's logs there "
+            "(/tmp/ray/session_latest/logs); the next run goes on from here"
+        )
+    return said[:300]
 
 
 @contextmanager
@@ -238,7 +225,7 @@ def _study(workspace: Path, remote: Remote | None) -> Study:
     scratch = os.environ.get("DIT_SCRATCH", "")
     pinned = _pinned(workspace)
     versions = {package: known for package, known in installed().items() if not pinned or package in pinned}
-    shared = None if remote else str(Path.cwd())
+    shared = None if remote else Shared(str(Path.cwd()), cache_folder(workspace))
     return Study(commit, remote, shared, scratch if "://" in scratch else None, versions)
 
 
@@ -250,7 +237,7 @@ def _pinned(workspace: Path) -> set[str]:
 
 
 @contextmanager
-def _runner(listener: str) -> Iterator[RayTaskRunner[Any]]:
+def _runner(listener: str) -> Iterator[Runner]:
     """Prefect's task runner, connected.
 
     Where Ray is started here, its dashboard is off and it asks for a password; its sockets are in a folder that only this user
@@ -277,7 +264,7 @@ def _runner(listener: str) -> Iterator[RayTaskRunner[Any]]:
         place = tempfile.mkdtemp(prefix="dit-ray-")  # of mode 0700; the folder in it Ray opens to everybody
         options |= {"include_dashboard": False, "num_cpus": _cores(), "_temp_dir": f"{place}/ray"}
     logging.getLogger("ray").setLevel(logging.ERROR)
-    runner: RayTaskRunner[Any] = RayTaskRunner(address or LOCAL, options)
+    runner: Runner = Runner(address or LOCAL, options)
     ray._private.worker.print_to_stdstream = lambda *_, **__: None  # Ray's own words on lost nodes, which no option turns off
     try:
         runner.__enter__()
@@ -357,12 +344,13 @@ def _watched(log: Log) -> Iterator[None]:
         known = _alive()
         while not ended.wait(WATCH_SECONDS):
             now = _alive()
+            goes_on = (
+                "what it ran goes on elsewhere" if now else "none is left, and the study waits for one to join by `ray start`"
+            )
             for node in known.keys() - now.keys():
-                log.warning("node %s was lost; what it ran goes on elsewhere", known[node])
+                log.warning("node %s was lost; %s", known[node], goes_on)
             for node in now.keys() - known.keys():
                 log.info("node %s joined", now[node])
-            if known and not now:
-                log.warning("no node is left: the study waits for one")
             known = now
 
     with _beside(watch, ended):
@@ -382,6 +370,9 @@ def _beside(work: Callable[[], None], ended: threading.Event) -> Iterator[None]:
 
 
 def _alive() -> dict[str, str]:
+    """What the nodes are called that live and have cores, as a head may not."""
     return {
-        node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in ray.nodes() if node["Alive"]
+        node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU")
     }

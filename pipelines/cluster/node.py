@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 
+from dvc.config import Config
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.stage.cache import _get_cache_hash, _get_stage_hash
@@ -32,9 +33,30 @@ WORK = "DIT_WORK"
 DEFAULT_WORK = Path("~/.cache/dit-init-lab")
 DESIGN = "design.yaml"
 STUDIES, SCRATCH = "studies", "scratch"
+FOLDER = Path(".scratch/cluster")
+"""The head's folder for what concerns clusters; without a remote, snapshots of the code are there."""
 THREADS = "OMP_NUM_THREADS"
 """A variable that Ray gives its workers; a stage has the threads that its parameters say."""
 MOST_TOLD = 5
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Folders of the head that all nodes see under the same path, so that nothing has to be copied to them."""
+
+    root: str
+    """The head's folder."""
+    cache: str
+    """Its DVC cache, which the nodes use too."""
+
+    def check(self, commit: str) -> None:
+        """Raises `UserError` where this node does not see them."""
+        for path in (Path(self.root, FOLDER, f"{commit}.bundle"), Path(self.cache)):
+            if not path.exists():
+                raise UserError(
+                    f"{path} not found: the study has no DVC remote, so this node must see the head's files; mount their "
+                    "folder here, or give the study a remote by `dvc remote add --default NAME URL`"
+                )
 
 
 @dataclass(frozen=True)
@@ -43,8 +65,8 @@ class Study:
 
     commit: str
     remote: Remote | None
-    shared: str | None
-    """The head's folder, where there is no remote: nodes then see it, and use its DVC cache."""
+    shared: Shared | None
+    """What all nodes see of the head's files, where there is no remote."""
     scratch: str | None
     """The URL below which checkpoints are kept; None for the remote's own place, or that of the shared folder."""
     versions: Mapping[str, str]
@@ -82,13 +104,26 @@ class Node:
                 push(root, stage, self.study.remote)
                 return outcome
         except dag.StageError as error:
+            if error.exit_code == disk.EXIT_CODE and not error.transient:
+                raise self._full_disk(stage) from None
             raise dag.StageError(stage, error.exit_code, error.transient, f"{error.reason}, on node {here()}") from None
         except UnreachableError as error:
             raise dag.StageError(stage, None, True, f"node {here()}: {error}") from None
         except (UserError, DvcException, OSError) as error:
-            full = disk.full_path(error)
-            code, said = (disk.EXIT_CODE, disk.FullDiskError(full)) if full else (None, error)
-            raise dag.StageError(stage, code, False, f"node {here()}: {said}") from None
+            if disk.full_path(error) is not None:
+                raise self._full_disk(stage) from None
+            raise dag.StageError(stage, None, False, f"node {here()}: {error}") from None
+
+    def _full_disk(self, stage: str) -> dag.StageError:
+        """Told of the disk that has the least space of those that the stage writes to."""
+        work, remote, shared = work_folder(), self.study.remote, self.study.shared
+        places = {work: f"by removing this folder while no study runs, or choose another disk there by {WORK}"}
+        if remote and remote.folder:
+            places[remote.folder] = "with `dvc gc --workspace --cloud`, which drops results of other parameters from the remote"
+        if shared:
+            places[Path(shared.cache)] = disk.ADVICE
+        full = min(places, key=disk.free_bytes)
+        return dag.StageError(stage, disk.EXIT_CODE, False, f"node {here()}: {disk.FullDiskError(full, places[full])}")
 
     def ran(self, stage: str, seconds: float) -> None:
         """The stage has taken so long: the head notes it."""
@@ -97,60 +132,64 @@ class Node:
     @contextmanager
     def _clone(self) -> Iterator[Path]:
         """A clone of the study that no other stage uses meanwhile; made where all there are, if any, are used."""
-        work = Path(os.environ.get(WORK) or DEFAULT_WORK).expanduser().absolute()
+        work = work_folder()
+        if self.study.shared:
+            self.study.shared.check(self.study.commit)
         folder = work / STUDIES / self.study.commit
         folder.mkdir(parents=True, exist_ok=True)
         number = 0
         while True:
-            with (folder / f"{number}.lock").open("w") as lock:
+            name = f"{socket.gethostname()}-{number}"  # several nodes may have one folder, whose file system may not lock
+            with (folder / f"{name}.lock").open("w") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     number += 1
                     continue
-                root = folder / str(number)
+                root = folder / name
                 if not (root / ".git").exists() or not snapshot.is_clean(root, self.study.commit):
                     shutil.rmtree(root, ignore_errors=True)
-                    self._make(root, work)
+                    self._make(root)
+                self._configure(root, work)
                 yield root
                 return
 
-    def _make(self, root: Path, work: Path) -> None:
-        bundle = root.with_suffix(".bundle")
-        bundle.write_bytes(self._bundle())
+    def _make(self, root: Path) -> None:
+        bundle = root.with_name(f"{root.name}.bundle")
         try:
+            bundle.write_bytes(self._bundle())
             snapshot.check_out(bundle, self.study.commit, root)
         finally:
-            bundle.unlink()
-        (root / ".dvc" / "config.local").unlink(missing_ok=True)
-        if self.study.remote:
-            self.study.remote.write(root)
-        shared = Path(self.study.shared) if self.study.shared else None
-        with Repo(str(root)) as repo, repo.config.edit("local") as config:
-            config["cache"]["dir"] = str(shared_cache(shared) if shared else work / "cache")
-            config["cache"]["type"] = ["reflink", "hardlink", "copy"]
+            bundle.unlink(missing_ok=True)
+
+    def _configure(self, root: Path, work: Path) -> None:
+        """DVC's settings of a clone, anew for each stage: another study of the same commit may have other places or keys."""
+        local = root / ".dvc" / "config.local"
+        local.unlink(missing_ok=True)
+        local.touch(0o600)  # it may hold keys of the remote
+        remote, shared = self.study.remote, self.study.shared
+        with Config(str(root / ".dvc")).edit("local") as config:
+            if remote:
+                config["core"]["remote"] = remote.name
+                config["remote"].update({name: dict(section) for name, section in remote.settings.items()})
             config["core"]["site_cache_dir"] = str(root / ".dvc" / "tmp" / "site")
-        (root / ".dvc" / "config.local").chmod(0o600)  # it may hold keys of the remote
+            config["cache"]["dir"] = shared.cache if shared else str(work / "cache")
+            config["cache"]["type"] = ["reflink", "hardlink", *(["symlink"] if shared else []), "copy"]
 
     def _bundle(self) -> bytes:
         name = f"{self.study.commit}.bundle"
         if self.study.remote:
             return self.study.remote.get(STUDIES, name)
         assert self.study.shared
-        path = Path(self.study.shared, ".scratch", "cluster", name)
-        if not path.exists():
-            raise UserError(
-                f"{path} not found here: the study has no DVC remote, so this node must see its folder; "
-                "mount it here, or give the study a remote by `dvc remote add --default NAME URL`"
-            )
-        return path.read_bytes()
+        return Path(self.study.shared.root, FOLDER, name).read_bytes()
 
     @contextmanager
     def _scratch(self, stage: str, root: Path, log: Callable[[str], None]) -> Iterator[Path]:
         """The folder for the stage's checkpoints, which are kept where every node sees them."""
         study = self.study
         if study.scratch is None and study.remote is None:
-            yield Path(str(study.shared), ".scratch")
+            assert study.shared
+            yield Path(study.shared.root, ".scratch")
             return
         if study.scratch is not None:
             kept = Place.at(study.scratch)
@@ -190,15 +229,17 @@ def push(root: Path, stage: str, remote: Remote | None) -> None:
         remote.put_run_cache(key, value, Path(repo.stage_cache._get_cache_path(key, value)))
 
 
-def shared_cache(root: Path) -> Path:
-    """The folder of DVC's cache of the project in `root`."""
-    with Repo(str(root)) as repo:
-        return Path(repo.cache.local_cache_dir)
+def work_folder() -> Path:
+    """The folder of this node."""
+    return Path(os.environ.get(WORK) or DEFAULT_WORK).expanduser().absolute()
 
 
 def installed() -> dict[str, str]:
     """All packages that are installed here, with their versions; a build for some hardware counts as any other."""
-    return {package.name.lower(): package.version.partition("+")[0] for package in distributions()}
+    found: dict[str, str] = {}
+    for package in distributions():  # of two with one name, Python imports the first
+        found.setdefault(package.name.lower(), package.version.partition("+")[0])
+    return found
 
 
 def check_versions(wanted: Mapping[str, str]) -> None:
@@ -213,7 +254,8 @@ def check_versions(wanted: Mapping[str, str]) -> None:
     if wrong:
         more = f", and {len(wrong) - MOST_TOLD} more" if len(wrong) > MOST_TOLD else ""
         raise UserError(
-            f"other packages than on the head: {', '.join(wrong[:MOST_TOLD])}{more}; install the study's requirements.lock"
+            f"other packages than on the head: {', '.join(wrong[:MOST_TOLD])}{more}; install the study's requirements.lock "
+            "there, and start the study again"
         )
 
 

@@ -8,7 +8,7 @@ cache.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.schema import COMPILED_LOCK_FILE_STAGE_SCHEMA
-from dvc.stage import PipelineStage
+from dvc.stage import PipelineStage, create_stage
 from dvc.stage.cache import _can_hash, _get_stage_hash
+from dvc.stage.loader import StageLoader
 from dvc.utils.serialize import parse_yaml
 from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.transfer import transfer
@@ -69,7 +70,7 @@ class Results:
 
     def _send(self, stage: str, remote: Remote) -> None:
         entry = parse_yaml(self._lock.text([stage]), "dvc.lock")["stages"][stage]
-        made = self._repo.stage_cache._create_stage(entry, wdir=self._stages[stage].wdir)
+        made = self._recorded(stage, entry)
         with self._repo.lock, remote.reached(f"pushing the outputs of stage '{stage}'"):
             for objects in made.get_used_objs().values():
                 if failed := self._repo.cloud.push(objects, odb=self._odb).failed:
@@ -92,7 +93,7 @@ class Results:
                 return False
             key = _get_stage_hash(known)
             for entry in self._entries(key):
-                done = self._repo.stage_cache._create_stage(entry, wdir=known.wdir)
+                done = self._recorded(stage, entry)
                 self._fetch({out.hash_info for out in done.outs})
                 if not any(out.changed_cache() for out in done.outs):
                     for out in done.outs:
@@ -102,6 +103,17 @@ class Results:
                     self.write()
                     return True
         return False
+
+    def _recorded(self, stage: str, entry: Mapping[str, Any]) -> PipelineStage:
+        """A stage as an entry of the run cache or of `dvc.lock` describes it.
+
+        DVC's own way takes the working directory for the project, which that of an experiment is not.
+        """
+        known = self._stages[stage]
+        outs = [out["path"] for out in entry["outs"]]
+        made = create_stage(PipelineStage, repo=self._repo, path=known.path, cmd=entry["cmd"], wdir=known.wdir, outs=outs)
+        StageLoader.fill_from_lock(made, entry)
+        return made
 
     def _fetch(self, outputs: set[HashInfo]) -> None:
         """Bring outputs into DVC's cache: lists of files first, then the files.
@@ -158,3 +170,11 @@ def opened(root: Path, remote: Remote | None) -> Iterator[Results]:
             yield results
         finally:
             results.write(now=True)
+
+
+def cache_folder(root: Path) -> str:
+    """DVC's cache of the project in `root`, which is there when this returns."""
+    with Repo(str(root)) as repo:
+        folder = Path(repo.cache.local_cache_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)

@@ -30,6 +30,24 @@ class UnreachableError(UserError):
     """The remote did not do what was asked: a later try may succeed."""
 
 
+@contextmanager
+def reaching(what: str, to_do: str) -> Iterator[None]:
+    """Raises `UnreachableError` that says `what` failed, whatever fails in the block; a full disk is told as such."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of whatever library serves the place
+        if (full := disk.full_path(error)) is not None:
+            raise disk.FullDiskError(full) from None
+        raise UnreachableError(f"{what}: {words(error)}; {to_do}") from error
+
+
+def words(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 @dataclass(frozen=True)
 class Remote:
     """A DVC remote, as its settings tell: they travel to the nodes, so that a node needs no configuration of its own."""
@@ -50,12 +68,6 @@ class Remote:
         """Where it is, without passwords."""
         return shown(str(self.settings[self.name]["url"]))
 
-    def write(self, root: Path) -> None:
-        """Make it the default remote of the project in `root`, in a file that git does not see."""
-        with Repo(str(root)) as repo, repo.config.edit("local") as config:
-            config["core"] = {**config.get("core", {}), "remote": self.name}
-            config["remote"] = {name: dict(section) for name, section in self.settings.items()}
-
     @cached_property
     def _opened(self) -> tuple[Any, str, dict[str, Any]]:
         kind, config, path = get_cloud_fs({"remote": self.settings, "core": {}}, name=self.name)
@@ -70,6 +82,11 @@ class Remote:
         """Where something lies in the remote."""
         return str(self._opened[0].join(self._opened[1], *parts))
 
+    @property
+    def folder(self) -> Path | None:
+        """Where it is on a disk of this machine; None for any other remote."""
+        return Path(self.path()) if self._opened[0].protocol == "local" else None
+
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "settings": self.settings}
 
@@ -81,15 +98,9 @@ class Remote:
     @contextmanager
     def reached(self, doing: str) -> Iterator[None]:
         """Raises `UnreachableError` that says what was being done, whatever fails in the block; a full disk is told as such."""
-        try:
+        to_do = f"see that it can be reached, or correct its settings by `dvc remote modify {self.name}`"
+        with reaching(f"the DVC remote '{self.name}' at {self.url} cannot be used, {doing}", to_do):
             yield
-        except UserError:
-            raise
-        except Exception as error:
-            if (full := disk.full_path(error)) is not None:
-                raise disk.FullDiskError(full) from None
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise UnreachableError(f"the DVC remote '{self.name}' at {self.url} cannot be used, {doing}: {said}") from error
 
     def put(self, data: bytes, *parts: str) -> None:
         """Write a file, which appears complete."""
