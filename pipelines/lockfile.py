@@ -1,7 +1,7 @@
-"""`dvc.lock` as the texts of its entries, so that one of thousands of stages can be added without parsing the others.
+"""`dvc.lock` as the texts of its entries, so that one entry can be added without parsing thousands of others.
 
 DVC parses and writes the whole file for each stage. Here DVC formats only one entry, and the file is put together from the
-texts of all entries in the order of `dvc.yaml`. The file has the same bytes.
+texts of all entries in the order of `dvc.yaml`. It has the same bytes as if DVC had written it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pipelines.atomic_dvc import HEADER, entries, entry_text, replacing
 
 
 class LockFile:
-    """The entries of a `dvc.lock` by stage; `order` lists the stages as in `dvc.yaml`. Nothing is written before `write`."""
+    """The entries of a `dvc.lock` by stage; `order` lists the stages as in `dvc.yaml`. Only `write` changes the file."""
 
     def __init__(self, path: Path, order: Sequence[str] = ()) -> None:
         self.path = path
         self._place = {name: index for index, name in enumerate(order)}
         self._texts, self._rest = _read(path)
         self.written = list(self._texts) == self._names()
-        """Whether the file has these entries in this order."""
+        """Whether the file already has all entries, in the order of `dvc.yaml`."""
 
     def take(self, stage: str) -> None:
         """Read the entry of a stage from the file again, because another process may have written it."""
@@ -45,7 +45,7 @@ class LockFile:
         self.written = False
 
     def write(self) -> None:
-        """Bring the file up to date, by a rename; stages that are not in `dvc.yaml` stay at its end."""
+        """Replace the file, if it is not up to date, by a rename. Entries of stages that are not in `dvc.yaml` come last."""
         if not self.written:
             with replacing(self.path) as file:
                 file.write(self.text(self._names()) + self._rest)
@@ -56,7 +56,7 @@ class LockFile:
 
 
 def _read(path: Path) -> tuple[dict[str, str], str]:
-    """The lines of each entry of a file, and the text of its other keys. A file in another layout than DVC's is parsed."""
+    """The lines of each stage's entry, and the text of the file's other keys. A file in another layout than DVC's is parsed."""
     text = path.read_text() if path.exists() else ""
     if found := entries(text):
         return found, ""

@@ -1,7 +1,7 @@
-"""A report in a real browser: Chromium opens it at several widths at once, and a script in each reports what is wrong.
+"""Check a report in a real browser: Chromium opens it at several widths at once, and a script reports what is wrong at each.
 
-Each width is a frame of one page, so that a screen narrower than the smallest window of a browser can be tried too. The copy of
-the report that a frame shows holds axe-core and `PROBE`, which the report itself does not.
+One page shows the report in a frame of each width, so even widths below a browser's smallest window can be tried. The frames
+show a copy of the report to which axe-core and the script `PROBE` are added.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ addEventListener("message", ({ data }) => {
 
 
 def dumped(page: Path, profile: Path, *options: str) -> str:
-    """The document after a headless browser opened `page` from disk and its scripts ran."""
+    """The HTML of a page that a headless browser has opened from disk, after the scripts of the page have run."""
     assert CHROMIUM, MISSING
     quiet = ["disable-quic", "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync"]
     headless = ["headless", "no-sandbox", "disable-gpu", f"user-data-dir={profile}", "virtual-time-budget=20000"]
@@ -87,7 +87,7 @@ def dumped(page: Path, profile: Path, *options: str) -> str:
 
 
 def seen(report: Path, scratch: Path, widths: tuple[int, ...], *, dark: bool) -> dict[int, dict[str, Any]]:
-    """By width: what sticks out, what is cut off unsaid, what overlaps, and what axe-core objects to, in light or in dark."""
+    """For each width, what `PROBE` and axe-core found: what sticks out, is cut off unmarked, overlaps, or is not accessible."""
     scratch.mkdir()
     axe = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text()
     probed = report.read_text().replace("</body>", f"<script>{axe}</script><script>{PROBE}</script></body>")

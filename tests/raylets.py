@@ -1,4 +1,4 @@
-"""A Ray cluster of several hosts on one machine, as `ray start` makes it: each has its own home, cache and folder for work."""
+"""A Ray cluster of several hosts on one machine, started by `ray start`. Each host has its own home, cache and work folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PORTS = (
 
 @dataclass
 class Host:
-    """One raylet and all that it has started."""
+    """One raylet and all processes that it has started."""
 
     process: subprocess.Popen[bytes]
     work: Path
@@ -39,7 +39,7 @@ class Host:
         return []
 
     def kill(self) -> None:
-        """What a power cut does: nothing of it runs any more."""
+        """Kill the raylet and everything that it has started, as a power cut would."""
         for process in self.family:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -48,7 +48,7 @@ class Host:
 
 @dataclass
 class Hosts:
-    """A head without cores of its own, and hosts that may come and go."""
+    """Ray's head, which has no cores for tasks, and hosts that can be started and killed at any time."""
 
     folder: Path
     port: int = field(default_factory=free_port)
@@ -56,7 +56,7 @@ class Hosts:
 
     @property
     def variables(self) -> dict[str, str]:
-        """What a driver must know of the cluster."""
+        """The environment variables with which a study can use the cluster."""
         return {"RAY_ADDRESS": f"127.0.0.1:{self.port}", **self._access}
 
     @property
@@ -64,7 +64,7 @@ class Hosts:
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_raylet_start_wait_time_s": "120"}
 
     def start(self, name: str, *arguments: str, **variables: str) -> Host:
-        """Start a raylet, the first one with Ray's own head; `wait` says when it has joined."""
+        """Start a raylet; the first one is started as Ray's head. Call `wait` before using it."""
         home = self.folder / name
         home.mkdir()
         own = {
@@ -82,7 +82,7 @@ class Hosts:
         )
         lowest = 20000 + 500 * number
         chosen = {"min-worker-port": lowest, "max-worker-port": lowest + 400, **{name: free_port() for name in PORTS}}
-        ports = [f"--{name}={port}" for name, port in chosen.items()]  # raylets that start at once would choose the same
+        ports = [f"--{name}={port}" for name, port in chosen.items()]  # raylets that start at once would choose the same ports
         with (home / "ray.log").open("wb") as log:
             process = subprocess.Popen(
                 [
@@ -106,7 +106,7 @@ class Hosts:
         return self.running[name]
 
     def wait(self) -> None:
-        """Until all that were started have joined."""
+        """Wait until all raylets that were started have joined the cluster."""
         for name, host in self.running.items():
             while "Ray runtime started" not in (said := (self.folder / name / "ray.log").read_text()):
                 assert host.process.poll() is None, said
@@ -115,7 +115,7 @@ class Hosts:
 
 @contextmanager
 def hosts(folder: Path, names: Mapping[str, int]) -> Iterator[Hosts]:
-    """A cluster with hosts of so many cores, in `folder`."""
+    """A cluster in `folder`, with hosts of these names; `names` also gives the number of cores of each."""
     folder.mkdir()
     cluster = Hosts(folder)
     try:

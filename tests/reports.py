@@ -1,6 +1,6 @@
-"""Run directories as the stages write them, made up: studies for the report, with curves that a test plants.
+"""Made-up studies for tests of the report: this writes the files of all stages, with curves that a test chooses.
 
-`python tests/reports.py FOLDER` writes a study of 4 strategies at 4 learning rates and its report, to look at in a browser.
+`python tests/reports.py FOLDER` writes a study of 4 strategies at 5 learning rates and 2 depths, and its report, to look at.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ Errors = Callable[[Run, float], float]
 
 @dataclass(frozen=True)
 class Fate:
-    """How a run fails: at `step` it collapses, with a spike 8 steps before, or else diverges at once."""
+    """How a run fails: it collapses at `step`, with a spike 8 steps before, or it diverges at `step`."""
 
     step: int
     collapses: bool = False
 
 
 def study(changes: dict[str, Any], **others: dict[str, Any]) -> Params:
-    """The shipped parameters with another study, which lasts `STEPS` steps."""
+    """The shipped parameters with another study, whose runs last `STEPS` steps; `others` are changes of other sections."""
     data = yamlfile.read(SHIPPED)
     data["study"] = {"name": "planted", "baseline": changes["strategies"][0], "seeds": [0, 1, 2], **changes}
     data["train"]["steps"] = STEPS
@@ -65,7 +65,7 @@ def study(changes: dict[str, Any], **others: dict[str, Any]) -> Params:
 
 
 def write_study(params: Params, errors: Errors | None = None, fates: dict[str, Fate] | None = None) -> Params:
-    """Write everything that the report of `params` reads into the current folder. `fates` are by name of the run."""
+    """Write everything that the report of `params` reads into the current folder. `fates` lists the runs that fail, by name."""
     write_images(params)
     write_autoencoder()
     write_references()
@@ -88,10 +88,10 @@ def planted(
     with_level: dict[tuple[str, str, Any], float] | None = None,
     noise: float = 0.002,
 ) -> Errors:
-    """An error that falls as a power of the step, with what a test plants in it.
+    """A validation error that falls as a power of the step, with effects that a test plants.
 
-    `delay` in steps and `level` as a factor, by strategy; `best` is the learning rate at which a strategy's error is lowest (no
-    effect of the rate without it); `with_level` is a factor for one strategy ("*": all) at one level of a factor.
+    `delay` (in steps), `level` (a multiplier of the error) and `best` (the rate with the lowest error) are given by strategy.
+    Without `best`, the rate has no effect. `with_level` multiplies the error of a strategy ("*": all) at one level of a factor.
     """
 
     def error(run: Run, step: float) -> float:
@@ -133,14 +133,14 @@ def write_autoencoder() -> None:
 
 
 def write_references(dimension: int = 64) -> None:
-    """Floors that leave room for strategies to be ranked."""
+    """Write floors of the sample metrics that leave room to rank strategies."""
     Path("data/features").mkdir(parents=True)
     record = {"count": 256, "dimension": dimension, "real": REAL, "reconstructions": RECONSTRUCTED, "grey": GREY}
     write_json(Path("data/features/references.json"), record)
 
 
 def write_start(params: Params, strategy: str, directory: Path) -> None:
-    """What stage `analyse` writes: the schedule that the architecture predicts, and a plausible signal."""
+    """Write what stage `analyse` writes: the schedule that is predicted for the strategy, and a plausible signal."""
     directory.mkdir(parents=True)
     network = build("DiT-Tiny/2", latent_size=8, latent_channels=4, num_classes=4, learn_sigma=True)
     schedule = wakeup.predict(params.strategies[strategy], network, steps=5)
@@ -187,7 +187,7 @@ def write_start(params: Params, strategy: str, directory: Path) -> None:
 
 
 def write_run(params: Params, run: Run, fate: Fate | None = None, errors: Errors | None = None) -> None:
-    """What stages `train` and, where the study samples all runs, `evaluate` write."""
+    """Write what stage `train` writes for a run, and, if the study samples all runs, what stage `evaluate` writes."""
     key = hashlib.sha256(run.name.encode()).hexdigest()[:16]
     train = Path(f"runs/train/{run.name}")
     train.mkdir(parents=True)
@@ -218,7 +218,7 @@ def write_run(params: Params, run: Run, fate: Fate | None = None, errors: Errors
 
 
 def write_evaluation(params: Params, run: Run, directory: Path, status: str, curve: Curve) -> None:
-    """What stage `evaluate` writes for a run."""
+    """Write what stage `evaluate` writes for a run."""
     directory.mkdir(parents=True)
     key = hashlib.sha256(run.name.encode()).hexdigest()[:16]
     names = [*SAMPLED, "validation_mse"]
@@ -245,15 +245,15 @@ def write_evaluation(params: Params, run: Run, directory: Path, status: str, cur
 
 
 def write_best(params: Params, strategy: str, setting: str, seed: int) -> None:
-    """What stage `evaluate` writes for a strategy at its best setting."""
+    """Write what stage `evaluate` writes for a strategy at its best setting."""
     run = design(params.study).named(f"{strategy}-{setting}-{seed}")
     write_evaluation(params, run, Path(f"runs/evaluate/{strategy}-best-{seed}"), "finished", Curve(run, None, None))
 
 
 class Curve:
-    """A plausible error by step: a power law from the strategy's start to its end, with a seed's luck that strategies share.
+    """A plausible error by step, between the strategy's first and last errors. All strategies share a part of a seed's luck.
 
-    Where a test plants errors, those.
+    If a test plants `errors`, the curve follows them instead.
     """
 
     def __init__(self, run: Run, fate: Fate | None, errors: Errors | None) -> None:
@@ -273,7 +273,7 @@ class Curve:
 
     @property
     def spike(self) -> dict[str, Any] | None:
-        """The spike before a collapse, as an event."""
+        """The spike before a collapse, as a row of events.csv."""
         if not self.fate or not self.fate.collapses:
             return None
         return {"event": 0, "step": self.fate.step - 8, "kind": "spike", "quantity": "loss", "value": 1.0, "reference": 0.5}
@@ -300,7 +300,7 @@ class Curve:
         self._write_stability(directory)
 
     def _write_stability(self, directory: Path) -> None:
-        """Before a spike, the gradient norm rises 20 steps ahead, the loss 4 steps, and a logit at the last diagnosis."""
+        """The gradient norm rises 20 steps before a spike, the loss 4 steps before it, and a logit in the row before it."""
         events, spikes = [], []
         columns = ("max_attention_logit", "attention_entropy", "residual_rms", "second_moment_ratio", "clipped_share")
         stability = [
@@ -334,7 +334,7 @@ class Curve:
 
 @cache
 def diagnostics(strategy: str, until: int) -> str:
-    """The table of diagnosed steps, as CSV."""
+    """The text of diagnostics.csv."""
     file = io.StringIO()
     rows = list(_diagnosed(strategy, until))
     writer = csv.DictWriter(file, rows[0] if rows else (), lineterminator="\n")
@@ -375,7 +375,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...] =
 
 
 def example(folder: Path) -> None:
-    """A study to look at: a delay, an optimum that moves, a collapse, and a factor that changes what a start does."""
+    """Write a study with a delay, a best rate that moves, runs that collapse, and a factor that changes what a start does."""
     from pipelines.stages.compare import compare
 
     folder.mkdir(parents=True)

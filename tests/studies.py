@@ -20,7 +20,7 @@ from pipelines.stages.entry import Stage
 
 ROOT = Path(__file__).parents[1]
 Read = Callable[..., ImageStore]
-"""What fixture `read` gives."""
+"""The type of fixture `read`."""
 ONE_SETTING: dict[str, Any] = {"study.factors": {}, "study.declared": [], "study.sample": "all"}
 """A study without factors in which every run is sampled."""
 MICRO: dict[str, Any] = {
@@ -64,11 +64,11 @@ HUB: dict[str, Any] = {
     "validation_split": None,
     "validation_fraction": 0.25,
 }
-"""A source of the `datasets` library, without its path."""
+"""An image source for the `datasets` library, without its `path`, which each test adds."""
 
 
 def micro_project(root: Path) -> Path:
-    """Copy the project as git sees it to `root`, with the parameters of a micro study of which nothing has run; commit it."""
+    """Copy all files that git does not ignore to `root`, with parameters of a micro study that has not run yet, and commit."""
     for name in git(ROOT, "ls-files", "--cached", "--others", "--exclude-standard", "-z").split("\0"):
         if name and (ROOT / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def micro_project(root: Path) -> Path:
 
 
 def command(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m ...` in `root` as a person would, with stdout and stderr together."""
+    """Run `python -m ARGUMENTS` in `root` as a person would; the result has stdout and stderr together."""
     return subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=root,
@@ -97,9 +97,9 @@ def command(root: Path, *arguments: str, **variables: str) -> subprocess.Complet
 
 
 def environment(root: Path) -> dict[str, str]:
-    """This environment without anybody's settings of the tools, and with this interpreter as `python`.
+    """This process's environment variables without settings of Prefect, MLflow, DVC or `DIT_...`; `python` is this interpreter.
 
-    `MPLCONFIGDIR` and torch's cache are left out too: `import pipelines` has set them here, to folders of this process.
+    `MPLCONFIGDIR` and torch's cache are left out too, because `import pipelines` has set them to folders of this process.
     """
     settings = ("PREFECT", "MLFLOW", "DVC", "DIT", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
@@ -108,7 +108,7 @@ def environment(root: Path) -> dict[str, str]:
 
 
 def run_stage(stage: Stage, params: Params, key: str = design.ALL) -> None:
-    """Run one stage of the study in this process, in the working directory."""
+    """Run one stage of the study in this process; it reads and writes in the working directory."""
     item = design.item_named(params, stage.__name__, key)
     stage(params.with_values(item.setting.levels), item)
 

@@ -1,4 +1,4 @@
-"""Studies larger than one machine: Ray runs the stages, and DVC's remote carries what they read and write.
+"""Studies larger than one machine: Ray runs the stages, and their inputs and outputs travel through the DVC remote.
 
-The head is where the flow runs; a node is a machine of the Ray cluster. `engine` is the head's side and `node` that of a node.
+The flow runs on the head; a node is a machine of the Ray cluster. Module `engine` runs on the head, module `node` on a node.
 """

@@ -1,8 +1,8 @@
-"""The scratch folder of one stage, kept where all nodes see it, so that a stage whose node is lost goes on elsewhere.
+"""A copy of one stage's scratch folder in a place that all nodes see, so that another node can continue if one is lost.
 
-A stage writes to a folder of its node. Beside it, this copies what has changed to a URL of fsspec, as blobs of which a manifest
-says which file each is: the manifest is replaced at once, so that at every moment it describes files that are there. Files that
-are one file under several names, as kept checkpoints are, are copied once.
+A stage writes to a folder on its node. Meanwhile, this module copies changed files to a URL of fsspec, as blobs with random
+names. A manifest says which blob holds which file. It is replaced in one step, after new blobs are written and before old ones
+are removed, so all files that it lists exist. Hard links to one file, such as kept checkpoints, are copied once.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import fsspec
 from pipelines.cluster.transport import put, reaching, words
 
 SECONDS = 1.0
-"""How often changes are looked for."""
+"""How long to wait before looking for changed files again."""
 MANIFEST = "manifest.json"
 Version = tuple[int, int, int]
-"""What tells one state of a file from another: its inode, its time and its size."""
+"""Identifies one state of a file: its inode, modification time in nanoseconds, and size."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,16 @@ class Place:
 
     @classmethod
     def at(cls, url: str) -> Place:
-        """The folder that a URL such as s3://bucket/scratch names."""
+        """The folder at a URL such as s3://bucket/scratch."""
         return cls(*fsspec.core.url_to_fs(url))
 
     def below(self, name: str) -> Place:
-        """A folder in it."""
+        """The folder `name` inside this folder."""
         return Place(self.filesystem, f"{self.path.rstrip('/')}/{name}")
 
 
 class Mirror:
-    """Keeps `folder` at `place` while the block runs, beginning with what is there already."""
+    """Fills `folder` with the files kept at `place`; then copies changes of `folder` to `place` until the block has ended."""
 
     def __init__(self, folder: Path, place: Place, tell: Callable[[str], None]) -> None:
         self.folder = folder
@@ -95,10 +95,10 @@ class Mirror:
             self._send()
 
     def _send(self) -> None:
-        """Copy what has changed. A place that cannot be written costs only the work since the last copy: it is told, once."""
+        """Copy what has changed. If that fails, the user is told once, and the next call tries again."""
         try:
             self._copy()
-        except Exception as error:  # of whatever library serves this place
+        except Exception as error:  # which type it has depends on the library behind the URL
             if not self._told:
                 self._tell(f"checkpoints cannot be kept at {self.place.path} now, which is tried again: {words(error)}")
             self._told = True
@@ -121,7 +121,7 @@ class Mirror:
                         system.makedirs(path, exist_ok=True)
                         with system.open(f"{path}/{blob}", "wb") as target:
                             shutil.copyfileobj(source, target, 1 << 22)
-            except FileNotFoundError:  # removed meanwhile
+            except FileNotFoundError:  # the stage has just removed the file
                 continue
             blobs[version] = blob
             listed[file.relative_to(self.folder).as_posix()] = blob

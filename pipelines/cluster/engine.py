@@ -1,6 +1,6 @@
-"""The head's side of a study on a Ray cluster: it gives stages to Prefect's task runner for Ray, and takes in what they made.
+"""What the head does for a study on a Ray cluster: it gives stages to Prefect's task runner for Ray, and fetches their results.
 
-Some stages stay on the head: those that read what all others made, and those whose results DVC cannot find again.
+Some stages run on the head: those in `HERE`, and those whose results DVC does not keep in its run cache.
 """
 
 from __future__ import annotations
@@ -45,35 +45,35 @@ from pipelines.plan import note_duration
 from pipelines.redaction import shown
 
 ADDRESS = "RAY_ADDRESS"
-"""Ray's own variable: the cluster to use, such as 10.0.0.1:6379, which this machine has joined; without it, this machine."""
+"""Ray's own variable: address of a cluster that this machine has joined, such as 10.0.0.1:6379. If unset, Ray starts here."""
 LOCAL = "local"
-"""Ray's word for a cluster of this process alone, whatever else runs on the machine."""
+"""The address by which Ray starts a cluster for this process alone, even if another one runs on this machine."""
 Log = logging.Logger | logging.LoggerAdapter[Any]
 HERE = ("design", "best", "compare")
-"""Stages that take seconds, and read or write what all others do."""
+"""Stages that run on the head, in seconds: `design` writes what all stages read; `best` and `compare` read results of runs."""
 TERMINAL = "pipelines.nodes"
-"""The logger of what nodes say: Prefect has it from the nodes, so it is none of Prefect's."""
+"""The head's logger for lines from nodes. It is not a logger of Prefect, because the nodes send these lines to Prefect."""
 LOST = 3
-"""How many nodes a stage may lose before it fails."""
+"""How many times Ray runs a stage again because the node or the worker process that ran it was lost."""
 AHEAD = 4
-"""Stages that are given to Ray at once, for each core: so many wait there for a free one."""
+"""Without `workers`, Ray gets this many stages at once for each core of the cluster; most of them wait there for a core."""
 LEAST_AHEAD = 64
 PACKAGES = ("pipelines", "dit")
-"""What a node imports to run a stage; the stage itself imports them from its clone."""
+"""Packages that Ray sends to the nodes, to start stages with; a stage itself imports them from its clone."""
 WORKERS = {"DO_NOT_TRACK": "true", "RAY_kill_child_processes_on_worker_exit": "false"}
-"""Variables of workers. Ray would kill the guard of a stage, which then could not end the stage; left alone, it does."""
+"""Environment variables of Ray's workers. By the second, Ray does not kill a stage's guard, which has to end the stage."""
 WATCH_SECONDS, CONNECT_SECONDS = 5.0, 10.0
 
 
 class Places:
-    """How many stages may be under way; Ray decides which node runs each. It has the methods of a pool of devices."""
+    """Limits how many stages Ray has at once; Ray chooses the node for each. It has the methods of `DevicePool`."""
 
     def __init__(self, max_parallel: int) -> None:
         self.max_parallel = max_parallel
         self._running = 0
 
     def acquire(self, _stage: str) -> list[str] | None:
-        """A place, which has no devices; None where the stage must wait."""
+        """Take a place for a stage, which comes without a GPU; None if the stage must wait."""
         if self._running == self.max_parallel:
             return None
         self._running += 1
@@ -85,7 +85,7 @@ class Places:
 
 
 class Cluster:
-    """A Ray cluster that runs the stages of one study. Use `connected`."""
+    """A Ray cluster that runs the stages of one study. To get one, use `connected`."""
 
     def __init__(
         self,
@@ -107,11 +107,11 @@ class Cluster:
         self._away: set[str] = set()
 
     def takes(self, stage: str) -> bool:
-        """Whether a node runs this stage, and not the head."""
+        """Whether the stage runs on a node, and not on the head."""
         return stage.partition("@")[0] not in HERE and self._results.can_travel(stage)
 
     def unchanged(self, stage: str) -> bool:
-        """Whether nothing has to run for a stage: it is up to date, or its outputs were found in the run cache and are here."""
+        """Whether a stage need not run: it is up to date, or its outputs were found in the run cache and have been fetched."""
         return self.is_current(stage) or (self.takes(stage) and self._results.restore(stage))
 
     def is_current(self, stage: str) -> bool:
@@ -119,7 +119,7 @@ class Cluster:
         return self._results.unchanged(stage)
 
     def begins_here(self) -> None:
-        """A stage that the head runs itself is about to start."""
+        """Call this before the head itself runs a stage."""
         self._results.begins_here()
 
     def submit(self, task: Task[..., Any], stage: str, above: Sequence[State[Any]]) -> PrefectFuture[Any]:
@@ -130,11 +130,11 @@ class Cluster:
         parameters = get_call_parameters(task.fn, (stage, False, node, {}), {})
         options = {"num_cpus": need.cpus, "num_gpus": need.gpus, "max_retries": LOST}
         self._away.add(stage)
-        tasks = [state for state in above if state.state_details.task_run_id]  # no task ran for what was up to date
+        tasks = [state for state in above if state.state_details.task_run_id]  # stages that were up to date have no task
         return self._runner.give(task, parameters, tasks, options)
 
     def ended(self, stage: str, state: State[Any]) -> State[Any]:
-        """Take in what a stage made, and return the state in which it ended."""
+        """Fetch the results of a stage that has ended, and return its final state, which is failed if no results are found."""
         if stage not in self._away:
             self._results.ended_here(stage)
             return state
@@ -156,9 +156,9 @@ class Cluster:
 
 
 def narrowed(design: Mapping[str, Any], stages: Collection[str]) -> str:
-    """What a `design.yaml` says of `stages`, and of nothing that it lists beside; empty for a project that has none.
+    """The text of a `design.yaml` that lists only `stages`; empty if the project has no `design.yaml`.
 
-    It is JSON, which is YAML.
+    The text is JSON, which is also valid YAML.
     """
     if not design:
         return ""
@@ -185,9 +185,9 @@ def _why(state: State[Any]) -> str:
 def connected(
     workspace: Path, params: Params, stages: Mapping[str, dag.Stage], workers: int | None, log: Log
 ) -> Iterator[Cluster]:
-    """The cluster at `RAY_ADDRESS`, or one of this machine's own, ready for the stages of the study in `workspace`.
+    """The cluster at `RAY_ADDRESS`, or a new one on this machine alone, ready to run the stages of the study in `workspace`.
 
-    What the study still runs there ends when the block is left. Raises `UserError`.
+    When the block ends, so does everything that the study still runs on the cluster. Raises `UserError`.
     """
     remote = Remote.of(workspace)
     study = _study(workspace, remote)
@@ -214,7 +214,7 @@ def connected(
 
 
 def _study(workspace: Path, remote: Remote | None) -> Study:
-    """What nodes must know; the snapshot of the code is where they find it when this returns."""
+    """Put the snapshot of the code where nodes find it, and return what nodes must know of the study."""
     commit, bundle = snapshot.take(workspace)
     if remote:
         remote.put(bundle, STUDIES, f"{commit}.bundle")
@@ -238,10 +238,10 @@ def _pinned(workspace: Path) -> set[str]:
 
 @contextmanager
 def _runner(listener: str) -> Iterator[Runner]:
-    """Prefect's task runner, connected.
+    """Prefect's task runner, connected to Ray.
 
-    Where Ray is started here, its dashboard is off and it asks for a password; its sockets are in a folder that only this user
-    may enter, since by default every user of the machine may use them.
+    Without `RAY_ADDRESS`, Ray is started here, with a token as password and no dashboard. Its sockets are in a folder that only
+    this user may enter, because by default all users of the machine may use them.
     """
     address = os.environ.get(ADDRESS) or None
     options: dict[str, Any] = {
@@ -260,12 +260,12 @@ def _runner(listener: str) -> Iterator[Runner]:
         token = private_folder(FOLDER) / "token"
         if not token.exists():
             write_private(token, secrets.token_hex(32))
-        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token.resolve())  # a Ray that is started here asks for it by itself
-        place = tempfile.mkdtemp(prefix="dit-ray-")  # of mode 0700; the folder in it Ray opens to everybody
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token.resolve())  # a Ray that is started here requires this token
+        place = tempfile.mkdtemp(prefix="dit-ray-")  # has mode 0700; Ray opens the folder inside it to everybody
         options |= {"include_dashboard": False, "num_cpus": _cores(), "_temp_dir": f"{place}/ray"}
     logging.getLogger("ray").setLevel(logging.ERROR)
     runner: Runner = Runner(address or LOCAL, options)
-    ray._private.worker.print_to_stdstream = lambda *_, **__: None  # Ray's own words on lost nodes, which no option turns off
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None  # drops Ray's messages on lost nodes; no option does
     try:
         runner.__enter__()
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
@@ -280,7 +280,7 @@ def _runner(listener: str) -> Iterator[Runner]:
 
 
 def _check_address(address: str) -> None:
-    """Raises `UserError` where nothing listens at an address with a port: Ray would try for minutes."""
+    """Raises `UserError` if nothing listens at HOST:PORT, because Ray would try for minutes; or if `address` is a URL."""
     if "://" in address:
         raise UserError(f"{ADDRESS} = {address}: expected HOST:PORT of a cluster that this machine has joined by `ray start`")
     parts = urlsplit(f"//{address}")
@@ -300,7 +300,7 @@ def _cores() -> int:
 
 
 def _check_api(nodes: Collection[Mapping[str, Any]]) -> None:
-    """Raises `UserError` where nodes are other machines and Prefect's API answers on this one alone."""
+    """Raises `UserError` if there are nodes on other machines, but Prefect's API can only be reached from this one."""
     url = os.environ.get("PREFECT_API_URL", "")
     own = {address.address for each in psutil.net_if_addrs().values() for address in each}
     others = [node["NodeManagerAddress"] for node in nodes if node["Alive"] and node["NodeManagerAddress"] not in own]
@@ -313,12 +313,13 @@ def _check_api(nodes: Collection[Mapping[str, Any]]) -> None:
 
 @contextmanager
 def _heard(name: str) -> Iterator[None]:
-    """What stages say on the nodes is said here too, and how long they took is noted.
+    """While the block runs, show here what stages print on the nodes, and note how long they took.
 
-    If the node of the listener is lost, Ray starts the listener on another one, and those who speak to it go on.
+    If the node of the listener is lost, Ray starts the listener again on another node, and workers send their lines there.
     """
     actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(voices.Listener)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # other nodes may be lost
+    # the listener is started on the head's own node: if this node is lost, the study ends anyway
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor = actor.options(name=name, namespace=voices.NAMESPACE, scheduling_strategy=here).remote()
     ray.get(actor.take.remote(0.0))
     ended = threading.Event()
@@ -337,7 +338,7 @@ def _heard(name: str) -> Iterator[None]:
 
 @contextmanager
 def _watched(log: Log) -> Iterator[None]:
-    """Nodes that are lost or join are told."""
+    """While the block runs, log which nodes are lost or join."""
     ended = threading.Event()
 
     def watch() -> None:
@@ -359,7 +360,7 @@ def _watched(log: Log) -> Iterator[None]:
 
 @contextmanager
 def _beside(work: Callable[[], None], ended: threading.Event) -> Iterator[None]:
-    """Run `work` in a thread, which is to return soon after `ended` is set."""
+    """While the block runs, run `work` in a thread. It must return soon after `ended` is set."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
@@ -370,7 +371,7 @@ def _beside(work: Callable[[], None], ended: threading.Event) -> Iterator[None]:
 
 
 def _alive() -> dict[str, str]:
-    """What the nodes are called that live and have cores, as a head may not."""
+    """Names and addresses, by id, of the nodes that are alive and have cores; Ray's head node may have none."""
     return {
         node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
         for node in ray.nodes()

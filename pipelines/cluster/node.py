@@ -1,7 +1,7 @@
-"""A stage on a node of the cluster: a clone, what the stage reads, `dvc repro --single-item`, and its results back.
+"""How a node runs a stage: it clones the study, pulls the inputs, runs `dvc repro --single-item`, and pushes the outputs.
 
-Everything lies in one folder of the node, `DIT_WORK`: clones by commit, of which each is used by one stage at a time, and one
-DVC cache for all of them.
+The node keeps everything in one folder, `DIT_WORK`: clones by commit, each used by one stage at a time, and one DVC cache for
+all clones. In a study without a remote, the clones use the head's DVC cache instead.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from pipelines.cluster.checkpoints import Mirror, Place
 from pipelines.cluster.transport import Remote, UnreachableError
 
 WORK = "DIT_WORK"
-"""The environment variable of a node that names its folder."""
+"""The environment variable that names the folder of a node."""
 DEFAULT_WORK = Path("~/.cache/dit-init-lab")
 DESIGN = "design.yaml"
 STUDIES, SCRATCH = "studies", "scratch"
 FOLDER = Path(".scratch/cluster")
-"""The head's folder for what concerns clusters; without a remote, snapshots of the code are there."""
+"""The head's folder for files about clusters. In a study without a remote, it holds the snapshots of the code."""
 THREADS = "OMP_NUM_THREADS"
-"""A variable that Ray gives its workers; a stage has the threads that its parameters say."""
+"""A variable that Ray sets for its workers. Stages run without it, since their parameters say how many threads they use."""
 MOST_TOLD = 5
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Folders of the head that all nodes see under the same path, so that nothing has to be copied to them."""
+    """Folders of the head that all nodes see under the same path, so no results have to be copied to the nodes."""
 
     root: str
-    """The head's folder."""
+    """The folder on the head in which the study was started."""
     cache: str
-    """Its DVC cache, which the nodes use too."""
+    """The head's DVC cache, which the nodes use too."""
 
     def check(self, commit: str) -> None:
-        """Raises `UserError` where this node does not see them."""
+        """Raises `UserError` if this node does not see the folders, or the snapshot of `commit` in them."""
         for path in (Path(self.root, FOLDER, f"{commit}.bundle"), Path(self.cache)):
             if not path.exists():
                 raise UserError(
@@ -61,32 +61,32 @@ class Shared:
 
 @dataclass(frozen=True)
 class Study:
-    """What a node must know of a study; it goes to each with the first stage."""
+    """What a node must know of a study. The head sends it with each stage."""
 
     commit: str
     remote: Remote | None
     shared: Shared | None
-    """What all nodes see of the head's files, where there is no remote."""
+    """The folders of the head that all nodes see, if there is no remote."""
     scratch: str | None
-    """The URL below which checkpoints are kept; None for the remote's own place, or that of the shared folder."""
+    """The URL below which checkpoints are kept; None for `scratch` on the remote, or `.scratch` in the shared folder."""
     versions: Mapping[str, str]
-    """The packages of the head."""
+    """The versions of the head's packages, by name. If there is a requirements.lock, only the packages that it lists."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """Runs one stage on whatever node it comes to. It has the methods by which a stage runs on the head."""
+    """Runs one stage on the node to which Ray sends it. `run` takes the same arguments as `dag.Processes.run` on the head."""
 
     study: Study
     upstream: str
-    """A `dvc.lock` with the entries of the stages whose outputs this one reads."""
+    """The text of a `dvc.lock` with the entries of the stages whose outputs this stage reads."""
     design: str = ""
-    """A `design.yaml` with these stages and this one alone, where the study has one: DVC reads all that it lists each time."""
+    """The text of a `design.yaml` that lists only this stage and those in `upstream`, because DVC would read all stages."""
 
     def run(
         self, stage: str, log: Callable[[str], None], environment: Mapping[str, str] | None = None, command: str = ""
     ) -> dag.Outcome:
-        """Bring the stage up to date, from its inputs on the remote to its outputs there. Raises `dag.StageError`."""
+        """Pull the inputs of the stage, bring it up to date, and push its outputs. Raises `dag.StageError`."""
         try:
             os.environ.pop(THREADS, None)
             check_versions(self.study.versions)
@@ -115,7 +115,7 @@ class Node:
             raise dag.StageError(stage, None, False, f"node {here()}: {error}") from None
 
     def _full_disk(self, stage: str) -> dag.StageError:
-        """Told of the disk that has the least space of those that the stage writes to."""
+        """The error for a full disk. It names the disk with the least free space of all to which the stage writes."""
         work, remote, shared = work_folder(), self.study.remote, self.study.shared
         places = {work: f"by removing this folder while no study runs, or choose another disk there by {WORK}"}
         if remote and remote.folder:
@@ -126,12 +126,12 @@ class Node:
         return dag.StageError(stage, disk.EXIT_CODE, False, f"node {here()}: {disk.FullDiskError(full, places[full])}")
 
     def ran(self, stage: str, seconds: float) -> None:
-        """The stage has taken so long: the head notes it."""
+        """Tell the head how long the stage took."""
         voices.took(stage, seconds)
 
     @contextmanager
     def _clone(self) -> Iterator[Path]:
-        """A clone of the study that no other stage uses meanwhile; made where all there are, if any, are used."""
+        """A clone of the study that no other stage uses while the block runs; a new one if none is free."""
         work = work_folder()
         if self.study.shared:
             self.study.shared.check(self.study.commit)
@@ -139,7 +139,7 @@ class Node:
         folder.mkdir(parents=True, exist_ok=True)
         number = 0
         while True:
-            name = f"{socket.gethostname()}-{number}"  # several nodes may have one folder, whose file system may not lock
+            name = f"{socket.gethostname()}-{number}"  # nodes may share `folder`, and flock may not work across hosts
             with (folder / f"{name}.lock").open("w") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,7 +163,7 @@ class Node:
             bundle.unlink(missing_ok=True)
 
     def _configure(self, root: Path, work: Path) -> None:
-        """DVC's settings of a clone, anew for each stage: another study of the same commit may have other places or keys."""
+        """Write the clone's DVC settings, for each stage: studies of the same commit may use different remotes or keys."""
         local = root / ".dvc" / "config.local"
         local.unlink(missing_ok=True)
         local.touch(0o600)  # it may hold keys of the remote
@@ -185,7 +185,7 @@ class Node:
 
     @contextmanager
     def _scratch(self, stage: str, root: Path, log: Callable[[str], None]) -> Iterator[Path]:
-        """The folder for the stage's checkpoints, which are kept where every node sees them."""
+        """The folder to which the stage writes checkpoints. They are kept, or copied to a place, where every node sees them."""
         study = self.study
         if study.scratch is None and study.remote is None:
             assert study.shared
@@ -201,7 +201,7 @@ class Node:
 
 
 def pull(root: Path, stage: str, remote: Remote | None) -> None:
-    """Bring what `stage` reads of other stages into the clone at `root`."""
+    """Bring the outputs of other stages that `stage` reads into the clone at `root`."""
     with Repo(str(root), _wait_for_lock=True) as repo:
         wanted = next(each for each in repo.index.stages if getattr(each, "name", None) == stage)
         made = [out.fs_path for out in repo.index.outs]
@@ -215,7 +215,7 @@ def pull(root: Path, stage: str, remote: Remote | None) -> None:
 
 
 def push(root: Path, stage: str, remote: Remote | None) -> None:
-    """Bring the outputs of `stage` to the remote, and then the entry of DVC's run cache by which the head finds them."""
+    """Push the outputs of `stage` to the remote, and then the entry of DVC's run cache by which the head finds them."""
     if remote is None:
         return
     with Repo(str(root), _wait_for_lock=True) as repo, remote.reached(f"pushing the outputs of stage '{stage}'"):
@@ -230,20 +230,20 @@ def push(root: Path, stage: str, remote: Remote | None) -> None:
 
 
 def work_folder() -> Path:
-    """The folder of this node."""
+    """The folder in which this node keeps clones and its DVC cache."""
     return Path(os.environ.get(WORK) or DEFAULT_WORK).expanduser().absolute()
 
 
 def installed() -> dict[str, str]:
-    """All packages that are installed here, with their versions; a build for some hardware counts as any other."""
+    """Versions of all packages that are installed here, by name, without the suffix that tells builds apart, such as +cu126."""
     found: dict[str, str] = {}
-    for package in distributions():  # of two with one name, Python imports the first
+    for package in distributions():  # if a name is found twice, Python imports the first
         found.setdefault(package.name.lower(), package.version.partition("+")[0])
     return found
 
 
 def check_versions(wanted: Mapping[str, str]) -> None:
-    """Raises `UserError` where a package of the head has another version here, or where what runs stages is missing."""
+    """Raises `UserError` if a package has another version here than in `wanted`, or if torch or DVC is missing."""
     known = installed()
     wrong = [
         f"{name} {known[name]} instead of {wanted[name]}"
@@ -260,7 +260,7 @@ def check_versions(wanted: Mapping[str, str]) -> None:
 
 
 def here() -> str:
-    """What this node is called."""
+    """The name and address of this node, for messages."""
     import ray
 
     return f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"

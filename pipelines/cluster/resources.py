@@ -11,18 +11,18 @@ from dit.errors import UserError
 
 ON_GPU = ("auto", "cuda")
 DEVICES = ("autoencoder", "latents", "analyse", "train", "evaluate", "features")
-"""Sections of the parameters that choose a device; stages are named like them."""
+"""Sections of the parameters that choose a device. Each has the name of the stages that it configures."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """What one stage takes of a node; a part of a GPU where several stages share one."""
+    """The cores and GPUs that one stage takes, or that a node has; a fraction of a GPU if several stages share it."""
 
     cpus: float
     gpus: float = 0.0
 
     def fits(self, node: Need) -> bool:
-        """Whether a node that has so much can run the stage."""
+        """Whether a node with the resources `node` can run the stage."""
         return self.cpus <= node.cpus and self.gpus <= node.gpus
 
     def __str__(self) -> str:
@@ -30,16 +30,18 @@ class Need:
 
 
 def nodes(listed: Collection[Mapping[str, Any]]) -> list[Need]:
-    """What the nodes that live have, as `ray.nodes()` lists them."""
+    """The resources of each node that is alive; `listed` is what `ray.nodes()` returns."""
     alive = [node["Resources"] for node in listed if node["Alive"]]
     return [Need(has.get("CPU", 0.0), has.get("GPU", 0.0)) for has in alive]
 
 
 def needs(params: Params, kinds: Collection[str], have: list[Need], workers: int | None) -> dict[str, Need]:
-    """What a stage of each kind takes on a cluster whose nodes have so much, where `workers` stages are to run at once.
+    """What a stage of each kind takes on a cluster whose nodes `have` these resources, if `workers` stages run at once.
 
-    A stage on GPUs takes one for each of its processes, or a part of one where there are more workers than GPUs. Elsewhere it
-    takes a core for each thread, but not more than the largest node has. Raises `UserError` for what no node can run.
+    A stage that uses GPUs takes one for each of its processes. If there are more workers than GPUs, stages of one process share
+    GPUs. Other stages take one core for each thread, but not more than the largest node has.
+
+    Raises `UserError` for a stage that no node can run.
     """
     gpus = sum(node.gpus for node in have)
     share = 1.0 / -(-workers // int(gpus)) if workers and gpus >= 1 and workers > gpus else 1.0

@@ -1,8 +1,8 @@
-"""The head's side of results: found in DVC's run cache, fetched from the remote, and recorded in `dvc.lock`.
+"""How the head takes in results: it finds them in DVC's run cache, fetches them from the remote, and updates `dvc.lock`.
 
-All of it is done by DVC in this process, on a project that stays open, since a process for each of thousands of stages would
-cost a second each. `dvc.lock` is written once in a while: what is lost of it when the head is killed is found again in the run
-cache.
+The head calls DVC in this process, on a project that stays open: with thousands of stages, starting a process for each would
+cost a second per stage. `dvc.lock` is written about once a second. If the head is killed in between, the next run finds
+the missing entries in the run cache.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from pipelines.cluster.transport import Remote, UnreachableError
 from pipelines.lockfile import LockFile
 
 SECONDS = 1.0
-"""The least time between two writes of `dvc.lock`."""
+"""The shortest time between two writes of `dvc.lock`, except for those that must happen `now`."""
 
 
 class Results:
-    """The results of the project in `root`. Use `opened`."""
+    """The results of the project in `root`. To make one, use `opened`."""
 
     def __init__(self, repo: Repo, root: Path, remote: Remote | None) -> None:
         self._repo = repo
@@ -46,20 +46,20 @@ class Results:
         self._due = 0.0
 
     def can_travel(self, stage: str) -> bool:
-        """Whether DVC keeps results of this stage in its run cache: not without inputs or outputs, or where it always runs."""
+        """Whether DVC keeps the results of a stage in its run cache: not if it lacks inputs or outputs, or always runs."""
         known = self._stages[stage]
         return bool(known.cmd and known.deps and known.outs) and not (known.is_callback or known.always_changed)
 
     def unchanged(self, stage: str) -> bool:
-        """Whether DVC has nothing to do for a stage, those above it being done."""
+        """Whether DVC has nothing to do for a stage, once the stages above it are done."""
         try:
             with self._repo.lock:
                 return stage in self._lock and not self._stages[stage].status()
-        except DvcException:  # a dependency is in use, say; `dvc repro` waits, or tells what is wrong
+        except DvcException:  # for example, a dependency is in use; `dvc repro` waits, or reports what is wrong
             return False
 
     def upstream(self, stages: Collection[str]) -> str:
-        """A `dvc.lock` with the entries of these stages alone, whose outputs are on the remote when this returns.
+        """Push the outputs of `stages` to the remote, if there is one; return the text of a `dvc.lock` with only their entries.
 
         Raises `UnreachableError`.
         """
@@ -80,9 +80,9 @@ class Results:
         self._sent.add(stage)
 
     def restore(self, stage: str, sent: bool = False) -> bool:
-        """Bring the outputs of a stage here that has run with this command and these inputs; whether there are any.
+        """Fetch the outputs of an earlier run of the stage with its present command and inputs; return whether there was one.
 
-        A node has `sent` them where it has just run the stage.
+        `sent` says that a node has just run the stage, so its outputs are already on the remote.
 
         Raises `UnreachableError`.
         """
@@ -105,9 +105,9 @@ class Results:
         return False
 
     def _recorded(self, stage: str, entry: Mapping[str, Any]) -> PipelineStage:
-        """A stage as an entry of the run cache or of `dvc.lock` describes it.
+        """The stage that an entry of the run cache or of `dvc.lock` describes.
 
-        DVC's own way takes the working directory for the project, which that of an experiment is not.
+        DVC's own function assumes that the project is in the working directory. The project of an experiment is elsewhere.
         """
         known = self._stages[stage]
         outs = [out["path"] for out in entry["outs"]]
@@ -116,9 +116,9 @@ class Results:
         return made
 
     def _fetch(self, outputs: set[HashInfo]) -> None:
-        """Bring outputs into DVC's cache: lists of files first, then the files.
+        """Fetch outputs into DVC's cache: for folders, first the lists of their files, then the files.
 
-        Not by `pull`, which goes through the list of all folders that it knows in the remote, each time.
+        This avoids DVC's `pull`, which goes through all folders that it knows on the remote, each time.
         """
         if self._odb is None:
             return
@@ -128,7 +128,7 @@ class Results:
         transfer(self._odb, cache, outputs, cache_odb=cache, shallow=False)
 
     def _entries(self, key: str) -> Iterator[dict[str, Any]]:
-        """The run cache's entries for a key: of this machine, and then of the remote, which are kept here too."""
+        """The run cache's entries for a key: those on this machine, then those on the remote, which are also saved here."""
         folder = Path(self._repo.stage_cache._get_cache_dir(key))
         known = sorted(folder.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True) if folder.is_dir() else []
         for path in known:
@@ -144,18 +144,18 @@ class Results:
                 yield entry
 
     def write(self, now: bool = False) -> None:
-        """Write `dvc.lock`, unless that was done a moment ago, or a stage runs here, whose DVC may write it."""
+        """Write `dvc.lock`, unless it was written a moment ago, or another DVC process runs a stage here and may write it."""
         if not self._held and (now or time.monotonic() >= self._due):
             self._lock.write()
             self._due = time.monotonic() + SECONDS
 
     def begins_here(self) -> None:
-        """A stage is about to run on this machine, by a DVC of its own."""
+        """Call this before another DVC process runs a stage on this machine."""
         self.write(now=True)
         self._held += 1
 
     def ended_here(self, stage: str) -> None:
-        """A stage has run on this machine, and DVC has recorded it if it went well."""
+        """Call this after a stage has run on this machine. If it succeeded, DVC has written its entry, which is read here."""
         self._lock.take(stage)
         self._held -= 1
         self.write()
@@ -163,7 +163,7 @@ class Results:
 
 @contextmanager
 def opened(root: Path, remote: Remote | None) -> Iterator[Results]:
-    """The results of a project; `dvc.lock` is complete when the block is left."""
+    """The results of the project in `root`. When the block ends, `dvc.lock` is complete."""
     with Repo(str(root), _wait_for_lock=True) as repo:
         results = Results(repo, root, remote)
         try:
@@ -173,7 +173,7 @@ def opened(root: Path, remote: Remote | None) -> Iterator[Results]:
 
 
 def cache_folder(root: Path) -> str:
-    """DVC's cache of the project in `root`, which is there when this returns."""
+    """The folder of DVC's cache of the project in `root`, created if it does not exist."""
     with Repo(str(root)) as repo:
         folder = Path(repo.cache.local_cache_dir)
     folder.mkdir(parents=True, exist_ok=True)

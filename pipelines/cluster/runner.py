@@ -1,4 +1,4 @@
-"""Prefect's task runner for Ray, without what it does anew for each of thousands of tasks."""
+"""A version of Prefect's task runner for Ray that does once what the original repeats for each of thousands of tasks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from prefect_ray.task_runners import PrefectRayFuture, RayTaskRunner
 class Runner(RayTaskRunner[Any]):
     """Gives tasks to Ray.
 
-    For each task, Prefect's own method `submit` exports the function that runs it to Ray, which every worker then imports, and
-    describes the run of the flow. Here this is done once.
+    For each task, Prefect's own method `submit` exports the function that runs tasks to Ray, so every worker imports it again,
+    and serialises the context of the flow run. Here the context is serialised once, and the function is exported once for each
+    set of Ray's options.
     """
 
     def __init__(self, address: str, init_kwargs: dict[str, Any]) -> None:
@@ -30,9 +31,9 @@ class Runner(RayTaskRunner[Any]):
     def give(
         self, task: Task[..., Any], parameters: dict[str, Any], above: Sequence[State[Any]], options: Mapping[str, Any]
     ) -> PrefectRayFuture[Any]:
-        """Run a task whose parameters hold no futures, in the flow that runs here, once the tasks `above` have ended.
+        """Run a task of the current flow run once the tasks `above` have ended. `parameters` must hold no futures.
 
-        `options` are Ray's.
+        `options` are the options of `ray.remote`.
         """
         key = tuple(options.items())
         if key not in self._functions:
@@ -58,7 +59,10 @@ class Runner(RayTaskRunner[Any]):
 
 @contextmanager
 def _without_flow() -> Iterator[None]:
-    """The run of a flow without the code of the flow: Ray would send it with each stage, and nodes import all that it needs."""
+    """While the block runs, the context of this flow run holds an empty flow instead of the study's.
+
+    Ray would send the flow's code with each stage, and nodes would import everything that it needs.
+    """
     run = EngineContext.get()
     assert run
     assert run.flow
@@ -67,4 +71,4 @@ def _without_flow() -> Iterator[None]:
 
 
 def _nothing() -> None:
-    """The code of a flow that runs elsewhere."""
+    """The code of the empty flow; it is never called."""

@@ -1,6 +1,6 @@
-"""The study's files as they stand, uncommitted work included, as one git commit that a node can check out.
+"""The study's files as they are now, with uncommitted changes, as one git commit that a node can check out.
 
-The commit has no parents, author or date of its own, so that its id says what is in it and nothing else.
+The commit has no parents, and always the same author and date, so its id depends only on the files.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ WHO = {
     for what, value in (("NAME", "dit study"), ("EMAIL", "study@localhost"), ("DATE", "2000-01-01T00:00:00+0000"))
 }
 OWN = (".gitignore", "dvc.lock", "design.yaml")
-"""Files of a clone that differ from stage to stage."""
+"""Files of a clone that DVC and the node change for each stage."""
 REF = "refs/dit/snapshots/"
 
 
 def take(root: Path) -> tuple[str, bytes]:
-    """The id of a commit with all files of `root` that git does not ignore, and a git bundle that holds it.
+    """Commit all files of `root` that git does not ignore; return the commit's id, and a git bundle that holds the commit.
 
-    Neither the index nor a branch of the repository changes. Raises `UserError` where `root` is no git repository.
+    Neither the index nor a branch of the repository changes. Raises `UserError` if `root` is not a git repository.
     """
     with TemporaryDirectory() as name:
         index, bundle = Path(name, "index"), Path(name, "bundle")
         own = Path(root, git(root, "rev-parse", "--git-path", "index").strip())
-        if own.exists():  # it knows which files have not changed
+        if own.exists():  # with a copy of it, git need not read unchanged files again
             shutil.copy2(own, index)
         variables = {"GIT_INDEX_FILE": str(index), **WHO}
         git(root, "add", "--all", variables=variables)
@@ -47,7 +47,7 @@ def take(root: Path) -> tuple[str, bytes]:
 
 
 def check_out(bundle: Path, commit: str, target: Path) -> None:
-    """Make a repository at `target`, which does not exist yet, with the files of `commit`; there when this returns."""
+    """Make a repository with the files of `commit` at `target`, which must not exist yet. It appears complete, by a rename."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -58,7 +58,7 @@ def check_out(bundle: Path, commit: str, target: Path) -> None:
 
 
 def is_clean(root: Path, commit: str) -> bool:
-    """Whether `root` holds the files of `commit`, but for those that DVC and a node change."""
+    """Whether `root` holds the files of `commit` unchanged, apart from the files in `OWN`."""
     changed = git(
         root, "status", "--porcelain", "--untracked-files=no", "--", ".", *(f":(exclude,glob)**/{name}" for name in OWN)
     )
@@ -66,7 +66,7 @@ def is_clean(root: Path, commit: str) -> bool:
 
 
 def git(root: Path, *arguments: str, variables: Mapping[str, str] | None = None) -> str:
-    """Run git in `root` and return what it printed. Raises `UserError` with its message where it fails."""
+    """Run git in `root` and return what it printed. Raises `UserError` with git's message if git fails."""
     command = ["git", *arguments]
     environment = {**os.environ, **(variables or {})}
     try:

@@ -1,6 +1,6 @@
-"""The DVC remote of a study, through which alone its files travel: results, DVC's run cache, and the snapshot of the code.
+"""The DVC remote of a study: results, DVC's run cache and the snapshot of the code travel between machines through it alone.
 
-Beside what DVC keeps there, it holds `studies/COMMIT.bundle` and `scratch`, which `dvc gc` leaves alone.
+Besides DVC's own files, it holds `studies/COMMIT.bundle` and `scratch`, which `dvc gc` leaves alone.
 """
 
 from __future__ import annotations
@@ -27,45 +27,45 @@ HASH = "md5"
 
 
 class UnreachableError(UserError):
-    """The remote did not do what was asked: a later try may succeed."""
+    """The remote failed to do something; a later try may succeed."""
 
 
 @contextmanager
 def reaching(what: str, to_do: str) -> Iterator[None]:
-    """Raises `UnreachableError` that says `what` failed, whatever fails in the block; a full disk is told as such."""
+    """If the block fails, raise an `UnreachableError` that names `what` and `to_do`, or a `FullDiskError` if a disk is full."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # of whatever library serves the place
+    except Exception as error:  # which type it has depends on the library behind the URL
         if (full := disk.full_path(error)) is not None:
             raise disk.FullDiskError(full) from None
         raise UnreachableError(f"{what}: {words(error)}; {to_do}") from error
 
 
 def words(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The message of an error in one line, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A DVC remote, as its settings tell: they travel to the nodes, so that a node needs no configuration of its own."""
+    """A DVC remote by its settings. These are sent to the nodes, so a node needs no DVC configuration of its own."""
 
     name: str
     settings: Mapping[str, Mapping[str, Any]]
-    """DVC's sections `remote`, by name: one may refer to another."""
+    """The settings of all remotes in DVC's configuration, by name, because one remote may refer to another."""
 
     @classmethod
     def of(cls, root: Path) -> Remote | None:
-        """The default remote of the project in `root`; None where it has none."""
+        """The default remote of the project in `root`, or None."""
         with Repo(str(root)) as repo:
             name = repo.config["core"].get("remote")
             return cls(name.lower(), repo.config["remote"]) if name else None
 
     @property
     def url(self) -> str:
-        """Where it is, without passwords."""
+        """The URL of the remote, without passwords."""
         return shown(str(self.settings[self.name]["url"]))
 
     @cached_property
@@ -75,46 +75,46 @@ class Remote:
 
     @property
     def filesystem(self) -> fsspec.AbstractFileSystem:
-        """The file system that the remote is on."""
+        """The file system of fsspec that holds the remote."""
         return self._opened[0].fs
 
     def path(self, *parts: str) -> str:
-        """Where something lies in the remote."""
+        """The path of a file or folder in the remote, for `filesystem`."""
         return str(self._opened[0].join(self._opened[1], *parts))
 
     @property
     def folder(self) -> Path | None:
-        """Where it is on a disk of this machine; None for any other remote."""
+        """The folder of a remote that is a path of this machine; None for other remotes."""
         return Path(self.path()) if self._opened[0].protocol == "local" else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "settings": self.settings}
 
     def odb(self, tmp_dir: str) -> HashFileDB:
-        """DVC's view of the results in it; `tmp_dir` holds what DVC remembers of it."""
+        """DVC's object database of the results in the remote; DVC keeps an index of it in `tmp_dir`."""
         system, _, config = self._opened
         return get_odb(system, self.path("files", HASH), hash_name=HASH, **{**config, "tmp_dir": tmp_dir})
 
     @contextmanager
     def reached(self, doing: str) -> Iterator[None]:
-        """Raises `UnreachableError` that says what was being done, whatever fails in the block; a full disk is told as such."""
+        """If the block fails, raise an `UnreachableError` that says what we were `doing`, or a `FullDiskError`."""
         to_do = f"see that it can be reached, or correct its settings by `dvc remote modify {self.name}`"
         with reaching(f"the DVC remote '{self.name}' at {self.url} cannot be used, {doing}", to_do):
             yield
 
     def put(self, data: bytes, *parts: str) -> None:
-        """Write a file, which appears complete."""
+        """Write a file of the remote, which appears complete or not at all."""
         with self.reached(f"writing {parts[-1]}"):
             put(self.filesystem, data, self.path(*parts))
 
     def get(self, *parts: str) -> bytes:
-        """The content of a file."""
+        """The content of a file of the remote."""
         with self.reached(f"reading {parts[-1]}"):
             content: bytes = self.filesystem.cat_file(self.path(*parts))
             return content
 
     def run_cache(self, key: str) -> dict[str, bytes]:
-        """The entries of DVC's run cache for a key: what stages gave that had this command and these inputs."""
+        """The run cache's entries, by name, for the key of a command with its inputs. Each entry lists the outputs of a run."""
         folder = self.path("runs", key[:2], key)
         with self.reached("looking up a stage in the run cache"):
             try:
@@ -125,7 +125,7 @@ class Remote:
             return {value: self.filesystem.cat_file(f"{folder}/{value}") for value in values}
 
     def put_run_cache(self, key: str, value: str, entry: Path) -> None:
-        """Add an entry to the run cache. Its outputs must be there already."""
+        """Add an entry to the run cache. The outputs that it lists must already be on the remote."""
         self.put(entry.read_bytes(), "runs", key[:2], key, value)
 
 

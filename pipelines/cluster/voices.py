@@ -1,4 +1,4 @@
-"""What stages say on the nodes, on the head's terminal. Prefect's log has it from the nodes themselves."""
+"""Brings lines that stages print on nodes to the head's terminal. The nodes themselves send these lines to Prefect's log."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 LISTENER = "DIT_LISTENER"
-"""The environment variable that gives workers the name of the actor to which they tell."""
+"""The environment variable that tells workers the name of the `Listener` to which they send lines."""
 LOGGER = "prefect.task_runs.study"
-"""Prefect's logger of what a stage says to people."""
+"""Prefect's logger for what a stage tells the user."""
 NAMESPACE = "dit"
 SECONDS, LAST_SECONDS = 1.0, 0.3
-"""How long the head waits for a line before it looks whether the study has ended, and then for a last one."""
+"""How long the head waits for lines before it checks whether the study has ended, and how long for the last lines then."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """What a stage said; or, where it is given, how many seconds the stage took."""
+    """A line that a stage printed, or, if `seconds` is given, how long the stage took."""
 
     stage: str
     level: int
@@ -31,19 +31,19 @@ class Line:
 
 
 class Listener:
-    """An actor that keeps lines until the head asks for them."""
+    """A Ray actor that keeps lines until the head takes them."""
 
     def __init__(self) -> None:
         self._lines: list[Line] = []
         self._some = asyncio.Event()
 
     async def add(self, line: Line) -> None:
-        """From a worker."""
+        """Add a line; workers call this."""
         self._lines.append(line)
         self._some.set()
 
     async def take(self, seconds: float) -> list[Line]:
-        """All that came since; waits for that, but not for longer than `seconds`."""
+        """The lines that came since the last call. If there are none, wait for some, but at most for `seconds`."""
         with suppress(TimeoutError, asyncio.TimeoutError):
             await asyncio.wait_for(self._some.wait(), seconds)
         self._some.clear()
@@ -63,7 +63,7 @@ class _Sender(logging.Handler):
         self.send(Line(getattr(record, "task_run_name", ""), record.levelno, record.getMessage()))
 
     def send(self, line: Line) -> None:
-        """Send a line, unless the listener is gone, and with it the head."""
+        """Send a line. If the listener is gone, so is the head, and nothing is sent."""
         import ray
 
         with suppress(ray.exceptions.RayError, ValueError):
@@ -72,11 +72,11 @@ class _Sender(logging.Handler):
 
 
 def begin() -> None:
-    """In a worker, once: from now on what its stages say goes to the listener. Ray calls this when it starts a worker."""
+    """Send what stages print in this worker to the listener from now on. Ray calls this once, when it starts the worker."""
     from prefect.logging.configuration import setup_logging
 
     if LISTENER in os.environ and _sender() is None:
-        setup_logging()  # the first call makes loggers anew, later ones keep what was added
+        setup_logging()  # the first call resets Prefect's loggers; later calls keep added handlers
         logging.getLogger(LOGGER).addHandler(_Sender(os.environ[LISTENER]))
 
 
@@ -85,20 +85,20 @@ def _sender() -> _Sender | None:
 
 
 def took(stage: str, seconds: float) -> None:
-    """From a worker: how long a stage took."""
+    """Send how long a stage took; workers call this."""
     if (sender := _sender()) is not None:
         sender.send(Line(stage, logging.INFO, "", seconds))
 
 
 def follow(actor: Any, heard: Callable[[Line], None], ended: threading.Event) -> None:
-    """On the head: give each line to `heard` until `ended` is set and nothing more comes."""
+    """Give each line to `heard` until `ended` is set and no more lines come; the head calls this."""
     import ray
 
     while True:
         last = ended.is_set()
         try:
             lines = ray.get(actor.take.remote(LAST_SECONDS if last else SECONDS))
-        except ray.exceptions.RayError:  # its node was lost, or Ray has ended
+        except ray.exceptions.RayError:  # the listener's node was lost, or Ray has ended
             lines = []
             ended.wait(SECONDS)
         for line in lines:

@@ -1,8 +1,8 @@
 """`make chaos`: disturb micro studies, compare them with an undisturbed one, and read parameter files that nobody would write.
 
 Processes of every kind are killed or stopped, at random moments or while a file of a certain kind is being written; bits of
-files are flipped; disks fill up, memory runs out, the clock jumps, servers go. The seed decides which disturbance comes when;
-what it hits depends on the machine's speed as well.
+files are flipped; disks fill up, memory runs out, the clock jumps, servers are killed. The seed decides which disturbance comes
+when; what it hits depends on the machine's speed as well.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from chaos.parameters import fuzz  # noqa: E402
 
 
 def main() -> None:
-    """Run a campaign, write what it found, and exit with 1 where anything came out otherwise."""
+    """Run a campaign, write what it found, and exit with 1 if it found any fault."""
     arguments = argparse.ArgumentParser(prog="make chaos", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     arguments.add_argument("--minutes", type=float, default=30.0, help="how long studies are begun (default: 30)")
     arguments.add_argument("--seed", type=int, default=None, help="decides what is disturbed when (default: drawn)")

@@ -1,4 +1,4 @@
-"""Studies that are disturbed until they have ended, and then compared with one that nobody disturbed."""
+"""Studies are disturbed until they have ended, and then compared with an undisturbed study."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOMENTS = {
     "report": ".reports.partial",
     "mlflow": "mlflow.db-journal",
 }
-"""Files that are there while something is being written."""
+"""A pattern for each moment at which a study can be disturbed: a matching file exists while something is being written."""
 DAMAGED = (
     ".scratch/*/checkpoint.pt",
     ".scratch/recovery/dvc.lock",
@@ -41,7 +41,7 @@ DAMAGED = (
     "reports/*",
     "mlflow.db",
 )
-"""Files of which one bit is changed between two runs of a study, while no process writes them."""
+"""Patterns of files to damage: one bit of a file is flipped between two runs of a study, while no process writes the file."""
 LONGEST_WAIT, LONGEST_RUN, MOST_RUNS = 20.0, 1800.0, 30
 HIT_SHARE, STOP_SHARE, DAMAGE_SHARE = 0.25, 0.15, 0.6
 
@@ -66,9 +66,9 @@ class Found:
 def campaign(
     folder: Path, found: Found, conditions: list[str], tell: Callable[[str], None], disturbances: tuple[int, int] = (4, 10)
 ) -> Iterator[None]:
-    """Disturb studies for ever, one at each step, under each of the `conditions` in turn.
+    """Run and disturb one study in each iteration, without end, under the `conditions` in turn.
 
-    Each study is disturbed at least and at most as often as `disturbances` say.
+    The number of disturbances is drawn from the range `disturbances`; a study that ends earlier is disturbed less often.
     """
     draws = random.Random(found.seed)
     pristine = micro_project(folder / "template")
@@ -88,13 +88,13 @@ def campaign(
             kept = f"see {study.log}"
             found.faults.append(f"{name}, {condition}: {wrong or 'other outputs'}: {', '.join(different[:5])}; {kept}")
             tell(f"FAULT {found.faults[-1]}")
-        shutil.rmtree(study.root, ignore_errors=True)  # what a fault left running may still write there
+        shutil.rmtree(study.root, ignore_errors=True)  # after a fault, processes of the study may still write there
         tell(f"{found.studies} studies, {found.identical} identical, {sum(found.disturbances.values())} disturbances")
         yield
 
 
 def _one(study: Study, condition: str, found: Found, draws: random.Random, disturbances: int) -> str | None:
-    """Run a study under a condition until it has ended; what is wrong, if anything is."""
+    """Run a study under a condition until it has ended; return what is wrong, or None."""
     try:
         with CONDITIONS[condition](study, draws) as hit:
             wrong = _until_it_has_ended(study, hit, found, draws, disturbances)
@@ -127,7 +127,7 @@ def _until_it_has_ended(study: Study, hit: Hit, found: Found, draws: random.Rand
 
 
 def _disturb(study: Study, process: subprocess.Popen[str], hit: Hit, draws: random.Random) -> str | None:
-    """Wait for a moment, then kill or stop a process, or do what the condition does; what was done."""
+    """Wait for a moment, then kill or stop a process, or do what the condition does; return what was done, or None."""
     kind, moment = draws.choice(list(KINDS)), draws.choice(["random", *MOMENTS])
     by_condition, stop = draws.random() < HIT_SHARE, draws.random() < STOP_SHARE
     _wait_for(study.root, moment, process, draws)
@@ -150,7 +150,7 @@ def _disturb(study: Study, process: subprocess.Popen[str], hit: Hit, draws: rand
 
 
 def _wait_for(root: Path, moment: str, process: subprocess.Popen[str], draws: random.Random) -> None:
-    """Wait as long as the study runs: for a random time, or until a file of the `moment` is being written."""
+    """Wait for a random time, or until a file of the `moment` is being written; but not longer than the study runs."""
     until = time.monotonic() + (draws.uniform(0, LONGEST_WAIT) if moment == "random" else LONGEST_WAIT)
     while process.poll() is None and time.monotonic() < until:
         if moment != "random" and next(root.glob(MOMENTS[moment]), None):
@@ -159,7 +159,7 @@ def _wait_for(root: Path, moment: str, process: subprocess.Popen[str], draws: ra
 
 
 def _damage(root: Path, draws: random.Random) -> str | None:
-    """Change one bit of a file that a study left; its kind."""
+    """Flip one bit of a file that a study has left; return the pattern that matches the file, or None if no file does."""
     kinds = {
         pattern: sorted(file for file in root.glob(pattern) if file.is_file() and file.stat().st_size) for pattern in DAMAGED
     }

@@ -1,6 +1,7 @@
-"""Under what a study runs: as an ordinary user, on a disk that fills up, with little memory, with a clock that jumps.
+"""The conditions under which a study runs: as an ordinary user, on a disk that fills up, with little memory, and others.
 
-A condition is a context manager: it prepares the study, may hit it once at a moment, and has cleaned up when the block is left.
+A condition is a context manager. It prepares the study, yields a function that disturbs the study once whenever it is called,
+and cleans up when the block ends.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from studies import environment, free_port
 from chaos.micro import NOBODY, SOMEBODY, Study, differences
 
 Hit = Callable[[subprocess.Popen[str]], str | None]
-"""Disturbs the running study in the way of the condition; says what it did, or None where it could do nothing."""
+"""Disturbs the running study as the condition demands, and returns what it did, or None if it could do nothing."""
 Condition = Callable[[Study, random.Random], AbstractContextManager[Hit]]
 
 CGROUP = Path("/sys/fs/cgroup/memory")
@@ -39,13 +40,13 @@ def _nothing(_process: subprocess.Popen[str]) -> str | None:
 
 @contextmanager
 def plain(_study: Study, _draws: random.Random) -> Iterator[Hit]:
-    """Nothing but the disturbances."""
+    """No special condition: the study is only disturbed as under every other condition."""
     yield _nothing
 
 
 @contextmanager
 def ordinary_user(study: Study, _draws: random.Random) -> Iterator[Hit]:
-    """A user who is not root and whose home cannot be written; once, a folder of results cannot be written either."""
+    """The study runs as a user who is not root and has no home; a hit makes `runs` read-only for up to 20 s."""
     study.own(NOBODY)
     study.variables |= {"HOME": "/nonexistent", "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": ""}
     study.variables["DVC_SITE_CACHE_DIR"] = str(study.root / ".scratch" / "site")
@@ -70,12 +71,12 @@ offset, now, now_ns = Path(__file__).with_name("offset"), time.time, time.time_n
 time.time = lambda: now() + int(offset.read_text() or 0)
 time.time_ns = lambda: now_ns() + int(offset.read_text() or 0) * 10**9
 """
-"""A module `sitecustomize`, which every Python imports when it starts (docs.python.org, module site)."""
+"""A module `sitecustomize`, which every Python process imports when it starts (docs.python.org, module site)."""
 
 
 @contextmanager
 def jumping_clock(study: Study, draws: random.Random) -> Iterator[Hit]:
-    """`time.time()` of every process of the study jumps by up to three days, forwards and backwards."""
+    """`time.time()` of every process of the study jumps to any time between three days ago and three days from now."""
     folder = study.root.with_name(f"{study.root.name}.clock")
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(JUMPING)
@@ -92,7 +93,7 @@ def jumping_clock(study: Study, draws: random.Random) -> Iterator[Hit]:
 
 @contextmanager
 def little_memory(study: Study, _draws: random.Random) -> Iterator[Hit]:
-    """A control group whose limit is lowered to what is in use, so that the kernel kills what asks for more."""
+    """A control group limits the study to the memory that it already uses, so the kernel kills a process that needs more."""
     group = CGROUP / f"chaos-{os.getpid()}-{study.root.name}"
     group.mkdir()
     limit = group / "memory.limit_in_bytes"
@@ -123,7 +124,7 @@ def _kills(group: Path) -> int:
 
 @contextmanager
 def small_disk(study: Study, draws: random.Random) -> Iterator[Hit]:
-    """A disk of its own that somebody else fills for some seconds."""
+    """The study has a disk of its own, which another program fills up for some seconds."""
     copy = study.root.with_name(f"{study.root.name}.copy")
     study.root.rename(copy)
     study.root.mkdir()
@@ -155,7 +156,7 @@ def small_disk(study: Study, draws: random.Random) -> Iterator[Hit]:
 
 @contextmanager
 def server_that_goes(study: Study, _draws: random.Random) -> Iterator[Hit]:
-    """A tracking server that is killed while the study runs; afterwards it is there again, and takes all runs."""
+    """The tracking server is killed while the study runs. Afterwards it is started again, and must take the runs."""
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     store = study.root.parent / f"{study.root.name}.mlflow"
@@ -203,7 +204,7 @@ def _end(server: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def server_that_drips(study: Study, _draws: random.Random) -> Iterator[Hit]:
-    """A tracking server that takes connections and answers one byte in five seconds."""
+    """The tracking server accepts connections, but sends only one byte every five seconds."""
 
     def answer(connection: socket.socket) -> None:
         with connection, suppress(OSError):
@@ -224,7 +225,7 @@ def server_that_drips(study: Study, _draws: random.Random) -> Iterator[Hit]:
 
 @contextmanager
 def two_studies(study: Study, _draws: random.Random) -> Iterator[Hit]:
-    """Somebody starts the same study a second time while it runs; it is refused with one line."""
+    """Somebody starts the same study again while it runs; this second start must be refused with one line."""
 
     def hit(process: subprocess.Popen[str]) -> str | None:
         second = Study(study.root, study.log.with_suffix(".second.log"), study.variables, study.user)
@@ -247,14 +248,14 @@ for path in sys.argv[1:]:
         except OSError:
             pass
 """
-"""Tells which of some files its user can read or write."""
+"""A program that prints which of the given files its user can read or write."""
 PRIVATE = (".scratch/services/**/*", ".scratch/prefect/**/*", ".dvc/tmp/site/**/*")
-"""What no other user may read."""
+"""Files that no other user may read or write."""
 
 
 @contextmanager
 def two_users(study: Study, _draws: random.Random) -> Iterator[Hit]:
-    """Somebody else runs the same study in a folder of their own at the same time; none sees or changes what is the other's."""
+    """Another user runs the same study in another folder at the same time. Neither may access the other's private files."""
     before = _own_files(NOBODY, SOMEBODY)
     other = Study(study.root.with_name(f"{study.root.name}.other"), study.log.with_suffix(".other.log"))
     shutil.copytree(study.root, other.root, symlinks=True)
@@ -285,7 +286,7 @@ def two_users(study: Study, _draws: random.Random) -> Iterator[Hit]:
 
 
 def _own_files(*users: int) -> set[str]:
-    """What these users have in folders that all users of the machine write."""
+    """Paths that belong to these users in folders that all users of the machine can write."""
     places = [Path(name) for name in ("/tmp", "/var/tmp", "/dev/shm")]
     there = [each for place in places if place.is_dir() for each in (*place.glob("*"), *place.glob("dvc/repo/*"))]
     return {str(each) for each in there if each.lstat().st_uid in users}
@@ -305,7 +306,7 @@ CONDITIONS: dict[str, Condition] = {
 
 
 def possible() -> list[str]:
-    """The conditions that this machine can make: some need root, or a control group."""
+    """The conditions that can be created on this machine: some need root, or a control group."""
     root = os.geteuid() == 0
     needs = {
         "ordinary user": root and _runs_python(NOBODY),
@@ -317,7 +318,7 @@ def possible() -> list[str]:
 
 
 def _runs_python(user: int) -> bool:
-    """Whether another user may run this interpreter, which may lie in somebody's home."""
+    """Whether another user may run this interpreter: not if it is in a home that others cannot enter."""
     with suppress(PermissionError):
         return subprocess.run([sys.executable, "-c", ""], user=user, group=user, extra_groups=[], check=False).returncode == 0
     return False

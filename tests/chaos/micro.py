@@ -1,4 +1,4 @@
-"""A micro study under test: how it is started, which processes it has, and what it leaves."""
+"""A micro study under test: how to start it, and how to find its processes and outputs."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ KINDS = {
     "server": ("pipelines.gate:prefect",),
     "warm server": ("pipelines.warm_server",),
 }
-"""Processes of a study, by words of their command."""
+"""Kinds of processes of a study, each with words that its command line contains."""
 SOMEBODY = 65533
-"""Another user, whom the system need not know."""
+"""The id of another user and group, which need no entry in /etc/passwd."""
 NOBODY = 65534
-"""The user and group of nobody (Linux Standard Base, users and groups)."""
+"""The id of user `nobody`, and of its group, on most Linux systems."""
 
 
 @dataclass
 class Study:
-    """One study, in a folder of its own, and how it is started."""
+    """One study in a folder of its own, with the environment variables and the user (None: this one) of its processes."""
 
     root: Path
     log: Path
@@ -67,18 +67,18 @@ class Study:
         return {file.relative_to(self.root).as_posix(): sha256(file) for file in sorted(files) if file.is_file()}
 
     def said(self) -> str:
-        """All that it has printed."""
+        """Everything that the study has printed."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def own(self, user: int) -> None:
-        """Give the folder to another user, who then runs the study."""
+        """Make `user` the owner of the folder; the study then runs as this user."""
         self.user = user
         for path in (self.root, *self.root.rglob("*")):
             os.chown(path, user, user, follow_symlinks=False)
 
 
 def family(process: subprocess.Popen[str], kind: str) -> list[psutil.Process]:
-    """The living processes of a study that are of a kind."""
+    """The processes of a running study that are of this kind."""
     with suppress(psutil.Error):
         root = psutil.Process(process.pid)
         return [each for each in (root, *root.children(recursive=True)) if _is(each, kind)]
@@ -94,5 +94,5 @@ def _is(process: psutil.Process, kind: str) -> bool:
 
 
 def differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """The files that one of two studies has otherwise, or not at all."""
+    """The files that differ between two studies, or that only one of them has."""
     return sorted(file for file in expected.keys() | found.keys() if expected.get(file) != found.get(file))

@@ -1,4 +1,4 @@
-"""Parameter files that no person would write, drawn by hypothesis: each is read, or refused in a few lines, soon."""
+"""Parameter files that nobody would write, drawn by hypothesis: each must be read or refused in seconds, without a crash."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SCALARS = (
 )
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3))
 LEAVES_AT_ANY_DEPTH: list[tuple[str | int, ...]] = []
-"""Where a number, a word or a truth value stands in the shipped parameters."""
+"""The paths of all scalars in the shipped parameters."""
 
 
 def _list_leaves(value: Any, path: tuple[str | int, ...] = ()) -> None:
@@ -69,7 +69,7 @@ SPELLINGS = [
     "-0",
     "1e400",
 ]
-"""Scalars that readers of YAML 1.1 and 1.2 read in different ways, or that look like numbers."""
+"""Scalars that parsers of YAML 1.1 and YAML 1.2 read differently, or that look like numbers."""
 NEAR = st.integers(-2, 10) | st.sampled_from([64, 128, 1000, 2**31, 2**63]) | st.floats(0, 2) | st.booleans() | st.none()
 CHANGES = st.lists(st.tuples(st.sampled_from(LEAVES), VALUES), min_size=1, max_size=3)
 SYNTAX = st.text("[]{}&*!|>:-?, \n'\"a1%@#~.", max_size=60)
@@ -77,11 +77,11 @@ TEXTS = st.text(max_size=200) | SYNTAX
 MOST_SECONDS, MOST_BYTES, MOST_LETTERS = 5.0, 10**9, 45_000
 PLACE = "a-scalar-stands-here"
 BY_COMMAND = 50
-"""Of so many files, one is given to `dit check` in a process of its own, whose time and memory are measured."""
+"""Every `BY_COMMAND`-th file is also given to `dit check` in a process of its own, whose time and memory are measured."""
 
 
 def changed(changes: list[tuple[tuple[str, str], Any]]) -> dict[str, Any]:
-    """The shipped parameters with other values at some keys."""
+    """The shipped parameters with these values changed."""
     data = {section: dict(values) if isinstance(values, dict) else values for section, values in SHIPPED.items()}
     for (section, key), value in changes:
         data[section][key] = value
@@ -90,7 +90,7 @@ def changed(changes: list[tuple[tuple[str, str], Any]]) -> dict[str, Any]:
 
 @st.composite
 def near_texts(draw: st.DrawFn) -> str:
-    """The shipped parameters with one scalar replaced: by a value of about the right kind, or by an odd spelling of one."""
+    """The shipped parameters with one scalar replaced by a value of about the right kind, or by an oddly spelt scalar."""
     data = deepcopy(SHIPPED)
     *path, last = draw(st.sampled_from(LEAVES_AT_ANY_DEPTH))
     holder: Any = data
@@ -106,7 +106,7 @@ SETTINGS = settings(deadline=None, database=None, phases=[Phase.generate], suppr
 
 @dataclass
 class Fuzzed:
-    """What became of fuzzed parameter files."""
+    """How the project reacted to the parameter files."""
 
     files: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -117,7 +117,7 @@ class Fuzzed:
 
 
 def fuzz(count: int, seed: int) -> Fuzzed:
-    """Draw `count` parameter files and give each to the reader of the project."""
+    """Draw `count` parameter files and read each as the project does."""
     found = Fuzzed()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "params.yaml"
