@@ -23,7 +23,7 @@ MISSING = "no browser found: `make test` installs one where it can; CHROMIUM=/pa
 HEIGHT = 2000
 
 PROBE = """
-// What sticks out of the page, what is cut off without a way to scroll, and which texts of a figure lie over each other.
+// What sticks out of the page, what is cut off without a mark, and which texts of a figure overlap.
 function named(element) {
   const figure = element.closest("figure, section, header, nav");
   return `${figure?.id || figure?.tagName || "page"}: ${element.tagName} ${element.textContent.trim().slice(0, 40)}`;

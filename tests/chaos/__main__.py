@@ -26,8 +26,8 @@ from chaos.parameters import fuzz  # noqa: E402
 def main() -> None:
     """Run a campaign, write what it found, and exit with 1 if it found any fault."""
     arguments = argparse.ArgumentParser(prog="make chaos", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    arguments.add_argument("--minutes", type=float, default=30.0, help="how long studies are begun (default: 30)")
-    arguments.add_argument("--seed", type=int, default=None, help="decides what is disturbed when (default: drawn)")
+    arguments.add_argument("--minutes", type=float, default=30.0, help="start new studies for this long (default: 30)")
+    arguments.add_argument("--seed", type=int, default=None, help="seed of the disturbances (default: drawn)")
     arguments.add_argument("--files", type=int, default=1000, help="parameter files that are read (default: 1000)")
     arguments.add_argument("--only", choices=possible(), help="one condition instead of all in turn")
     arguments.add_argument("--output", type=Path, default=Path(".scratch/chaos.json"))
