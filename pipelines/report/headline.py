@@ -107,7 +107,8 @@ def _conditions(study: Study, summary: dict[str, Any]) -> str:
     few = networks if len(networks) <= 3 else [f"{len(networks)} networks"]
     plural = "" if len(rates) == 1 else "s"
     return (
-        f"Measured as validation error of the EMA weights, with {listed(few)} on {listed(data)}{notes.pictures(summary)}, "
+        "Measured as validation error (final differences with the EMA weights, delays with the trained weights), with "
+        f"{listed(few)} on {listed(data)}{notes.pictures(summary)}, "
         f"after {listed(lengths)} steps, at learning rate{plural} {listed(rates)}{across}, over "
         f"{counted(len(study.seeds), 'seed')}."
     )
