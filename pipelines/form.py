@@ -72,7 +72,7 @@ def _walk(name: str, schema: Mapping[str, Any], found: dict[str, Schema]) -> Non
 
 
 def _kinds(schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The alternative schemas, of which a value must meet one."""
+    """The alternative schemas. A value must match one of them."""
     if "$ref" in schema:
         yield from _kinds(_parameters()["$defs"][schema["$ref"].rpartition("/")[2]])
     elif alternatives := schema.get("oneOf") or schema.get("anyOf"):

@@ -39,7 +39,7 @@ class Results:
 
 
 def results(root: Path, params: Params, stages: Mapping[str, Stage]) -> Results:
-    """Those of `stages` (upstream first) for which `dvc.lock` records results of the present parameters, code and inputs."""
+    """The stages, given upstream first, for which `dvc.lock` records results of the present parameters, code and inputs."""
     identities = _Identities(params)
     cached: set[str] = set()
     elsewhere: set[str] = set()
@@ -121,7 +121,7 @@ class Tracked:
 
 
 def tracked(root: Path, paths: Collection[str]) -> Iterator[Tracked]:
-    """Those of the relative `paths` in `root` that DVC tracks and that are missing, or have another number of files.
+    """The relative `paths` in `root` that DVC tracks and that are missing, or have another number of files.
 
     Yields nothing if DVC cannot read the project.
     """

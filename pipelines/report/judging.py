@@ -46,7 +46,7 @@ def judgements(
 ) -> dict[str, dict[str, Judgement]]:
     """By strategy and metric: the comparison with the baseline at the setting that the report shows.
 
-    For the final validation error, these are the comparisons in `study.findings`. Those of other metrics are exploratory.
+    For the final validation error, these are the comparisons in `study.findings`. Comparisons of other metrics are exploratory.
     """
     found: dict[str, dict[str, Judgement]] = {name: {} for name in study.others}
     for name in study.others:
