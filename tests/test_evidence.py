@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import typer.testing
 from studies import MICRO, ROOT
 
 from dit import config, yamlfile
@@ -17,6 +19,7 @@ from dit.analysis.study import Findings, Question, Tuning
 from dit.errors import ConfigError, UserError
 from pipelines import design
 from pipelines.evidence import comparing, failing, figures, judging, results, running, training, writing
+from pipelines.evidence.__main__ import app
 from pipelines.evidence.results import Ended, Results, Warned
 from pipelines.overrides import override
 from pipelines.stages.autoencoder import autoencoder
@@ -242,6 +245,30 @@ def test_results_of_other_code_or_data_are_not_mixed(tmp_path: Path) -> None:
     other = whole.model_copy(update={"made": [whole.made[0].model_copy(update={"code": "0" * 64})]})
     with pytest.raises(UserError, match=r"target-flow.json holds results of other code: give another --output"):
         other.with_those_of(path)
+
+
+def test_a_study_is_refused_before_it_trains_if_its_file_holds_other_results(tmp_path: Path) -> None:
+    command = ["run", "delay", "--workers=1", "--minutes=0", f"--scratch={tmp_path / 'scratch'}", f"--output={tmp_path}"]
+    tiny = [f"--set={key}={json.dumps(value)}" for key, value in TINY.items()]
+    assert typer.testing.CliRunner().invoke(app, [*command, *tiny]).exit_code == 0
+    path = tmp_path / "delay.json"
+    first = Results.read(path)
+    place = running.prepare("delay", ROOT, tmp_path / "scratch", TINY)
+
+    def refused(made: dict[str, Any], *others: str) -> str:
+        first.model_copy(update={"made": [first.made[0].model_copy(update=made)]}).write(path)
+        found = typer.testing.CliRunner().invoke(app, [*command, "--minutes=10", *tiny, *others])
+        assert isinstance(found.exception, UserError)
+        assert place.done == []
+        return str(found.exception).removeprefix(f"{path} holds results of other ").removesuffix(", or remove it")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "run", lambda *_: pytest.fail("data are made"))
+        assert refused({"torch": "1.0"}) == f"torch (1.0, and here it is {torch.__version__}): give another --output"
+        assert refused({"code": "0" * 64}) == "code: give another --output"
+        assert refused({}, "--set=train.steps=7") == "values of parameters (train.steps): give another --output"
+    digests = dict.fromkeys(first.made[0].data, "0" * 64)
+    assert refused({"data": digests}) == f"data ({', '.join(digests)}): give another --output"
 
 
 def test_a_study_that_was_cut_says_so(tmp_path: Path) -> None:
