@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import typer.testing
 from studies import MICRO, ROOT
 
 from dit import config, yamlfile
 from dit.analysis.study import Findings, Question, Tuning
 from dit.errors import ConfigError, UserError
 from pipelines import design
-from pipelines.evidence import figures, judging, results, running, writing
-from pipelines.evidence.results import Results
+from pipelines.evidence import comparing, failing, figures, judging, results, running, training, writing
+from pipelines.evidence.__main__ import app
+from pipelines.evidence.results import Ended, Results, Warned
 from pipelines.overrides import override
 from pipelines.stages.autoencoder import autoencoder
 from pipelines.stages.images import images
@@ -42,6 +45,30 @@ TINY: dict[str, Any] = {
     "train.validate_every": 2,
 }
 """Values that make a study of seconds of `delay`."""
+
+
+def ended(strategy: str, rate: float, seed: int, error: float | None, **others: Any) -> Ended:
+    """A run of 100 steps; the error of a zero output is 1."""
+    values: dict[str, Any] = {"place": [], "failed_at": None, "spikes": 0, "warned": None, **others}
+    status = "finished" if error is not None else "collapsed"
+    return Ended(
+        name=f"{strategy}-learning_rate={rate:g}-{seed}",
+        strategy=strategy,
+        seed=seed,
+        rate=rate,
+        own="",
+        length=100,
+        network="DiT-Tiny/4",
+        data="photos",
+        status=status,
+        steps_done=100,
+        initial=1.0,
+        zero_output_error=1.0,
+        error=error,
+        steps=[],
+        curve=[],
+        **values,
+    )
 
 
 def copied(tmp_path: Path) -> Path:
@@ -75,6 +102,100 @@ def test_a_study_in_which_no_rate_has_a_mean_has_a_figure_too(tmp_path: Path) ->
     ended = Results(study="cut", values={}, planned=2, made=[], runs=[])
     figures.draw(judging.Answers(ended, findings, None, None), tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").stat().st_size
+
+
+def test_answers_count_at_each_rate_the_runs_that_failed_and_those_that_never_learned() -> None:
+    none, warm = [("schedule", "none")], [("schedule", "5_percent")]
+    runs = [
+        ended("adaln_zero", 0.01, 0, 0.1, place=none),
+        ended("adaln_zero", 0.02, 0, None, failed_at=40, place=none),
+        ended("adaln_zero", 0.01, 0, 0.1, place=warm),
+        ended("adaln_zero", 0.02, 0, 0.6, place=warm),
+    ]
+    assert failing.failures(runs)[2:] == [
+        "| `adaln_zero` | schedule none | 0 of 1 | 1 of 1 | 1 of 2 |",
+        "| `adaln_zero` | schedule 5_percent | 0 of 1 | 0 + 1 of 1 | 0 + 1 of 2 |",
+        "| `adaln_zero` | all | 0 of 2 | 1 + 1 of 2 | 1 + 1 of 4 |",
+        "| all |  | 0 of 2 | 1 + 1 of 2 | 1 + 1 of 4 |",
+    ]
+    assert failing.failures(runs[::2]) == []
+
+
+def test_answers_tell_what_moved_first_before_failures_and_how_many_steps_before() -> None:
+    together = {"gradient_norm": 2, "loss": 2, "mse": 0}
+    sign = {"indicator": "max_attention_logit", "steps_before": 30}
+    warned = [
+        Warned(lead={"gradient_norm": 5, "loss": 1}, sign=sign),
+        Warned(lead={"gradient_norm": 8}, sign={**sign, "steps_before": 40}),
+        Warned(lead=together, sign={"indicator": "residual_rms", "steps_before": 7}),
+        Warned(lead={}, sign=None),
+    ]
+    runs = [ended("adaln_zero", 0.01, seed, None, failed_at=40, warned=one) for seed, one in enumerate(warned)]
+    assert failing.first_to_rise(runs) == [
+        "| what left its range first | runs, of 4 that failed | lead, steps (median) |",
+        "|---|---|---|",
+        "| gradient norm alone | 2 | 6.5 |",
+        "| gradient norm, loss: at the same step | 1 | 2 |",
+        "| none | 1 |  |",
+    ]
+    assert failing.most_changed(runs)[2:] == [
+        "| max attention logit | 2 | 35 |",
+        "| residual rms | 1 | 7 |",
+        "| nothing that was diagnosed | 1 |  |",
+    ]
+
+
+def test_answers_name_runs_that_spiked_and_finished_and_how_high_they_ended() -> None:
+    runs = [
+        ended("adaln_zero", 0.01, seed, error, spikes=spikes) for seed, error, spikes in ((0, 0.1, 0), (1, 0.3, 2), (2, 0.1, 0))
+    ]
+    assert failing.spiked(runs)[2:] == ["| `adaln_zero` | 1 of 3 (\u00d7 3) |"]
+    assert failing.spiked(runs[::2]) == []
+
+
+def test_answers_compare_the_errors_of_the_published_start_at_all_rates() -> None:
+    errors = {(0.01, 0): 0.2, (0.01, 1): 0.2, (0.01, 2): 0.2, (0.02, 0): 0.15, (0.02, 1): 0.16, (0.02, 2): 0.17}
+    runs = [ended("adaln_zero", rate, seed, error) for (rate, seed), error in errors.items()]
+    values = {"study.strategies": ["adaln_zero"]}
+    found = judging.answer(Results(study="rates", values=values, planned=6, made=[], runs=runs), {}).findings
+    assert comparing.of_baseline(found)[2] == "| `adaln_zero` | 0.2 | -20.0 % [-32.4, -7.6] |"
+
+
+def test_answers_say_where_a_parabola_does_not_fit(tmp_path: Path) -> None:
+    whole = Results.read(ROOT / results.RESULTS / "modern.json")
+    (said,) = comparing.misfits(judging.answer(whole, {}).findings)
+    assert said.startswith(
+        "The interpolated minimum of `zero_residual_outputs` lies 8.3 % below its lowest measured error, so the"
+    )
+    tame = Results.read(ROOT / results.RESULTS / "target.json")
+    assert comparing.misfits(judging.answer(tame, {}).findings) == []
+
+
+def test_settings_that_a_profile_does_not_name_are_those_of_the_parameters() -> None:
+    train = yamlfile.read(ROOT / "params.yaml")["train"]
+    for key, value in training.DEFAULTS.items():
+        found: Any = train
+        for name in key.split(".")[1:]:
+            found = found[name]
+        assert found == value
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("heads", "AdamW with β₂ = 0.999, constant rate, no warm-up, no clipping, EMA 0.99"),
+        ("delay", "AdamW with β₂ = 0.95, linear rate, no warm-up, gradients clipped at norm 1, EMA 0.99"),
+        ("stability", "optimiser: see factors, schedule: see factors, no clipping, EMA 0.99"),
+        (
+            "stability-muon",
+            "Muon in the blocks and AdamW elsewhere with β₂ = 0.999, schedule: see factors, no clipping, EMA 0.99",
+        ),
+    ],
+)
+def test_answers_name_the_settings_of_the_optimiser(name: str, settings: str) -> None:
+    values = yamlfile.read(ROOT / running.PROFILES / f"{name}.yaml")
+    assert training.in_words(values) == settings
+    assert training.constant_rate(values) == (name == "heads")
 
 
 def test_a_program_without_the_projects_code_finds_the_same_verdicts_and_notices_another(tmp_path: Path) -> None:
@@ -124,6 +245,30 @@ def test_results_of_other_code_or_data_are_not_mixed(tmp_path: Path) -> None:
     other = whole.model_copy(update={"made": [whole.made[0].model_copy(update={"code": "0" * 64})]})
     with pytest.raises(UserError, match=r"target-flow.json holds results of other code: give another --output"):
         other.with_those_of(path)
+
+
+def test_a_study_is_refused_before_it_trains_if_its_file_holds_other_results(tmp_path: Path) -> None:
+    command = ["run", "delay", "--workers=1", "--minutes=0", f"--scratch={tmp_path / 'scratch'}", f"--output={tmp_path}"]
+    tiny = [f"--set={key}={json.dumps(value)}" for key, value in TINY.items()]
+    assert typer.testing.CliRunner().invoke(app, [*command, *tiny]).exit_code == 0
+    path = tmp_path / "delay.json"
+    first = Results.read(path)
+    place = running.prepare("delay", ROOT, tmp_path / "scratch", TINY)
+
+    def refused(made: dict[str, Any], *others: str) -> str:
+        first.model_copy(update={"made": [first.made[0].model_copy(update=made)]}).write(path)
+        found = typer.testing.CliRunner().invoke(app, [*command, "--minutes=10", *tiny, *others])
+        assert isinstance(found.exception, UserError)
+        assert place.done == []
+        return str(found.exception).removeprefix(f"{path} holds results of other ").removesuffix(", or remove it")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "run", lambda *_: pytest.fail("data are made"))
+        assert refused({"torch": "1.0"}) == f"torch (1.0, and here it is {torch.__version__}): give another --output"
+        assert refused({"code": "0" * 64}) == "code: give another --output"
+        assert refused({}, "--set=train.steps=7") == "values of parameters (train.steps): give another --output"
+    digests = dict.fromkeys(first.made[0].data, "0" * 64)
+    assert refused({"data": digests}) == f"data ({', '.join(digests)}): give another --output"
 
 
 def test_a_study_that_was_cut_says_so(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -39,22 +40,33 @@ def run(
     scratch: Annotated[Path, typer.Option(help="Where the runs are kept.")] = Path(".scratch/evidence"),
     output: Annotated[Path, typer.Option(help="Where NAME.json is written.")] = results.RESULTS,
 ) -> None:
-    """Train the runs of these studies, many at a time, and write their results."""
+    """Train the runs of these studies, many at a time, and write their results.
+
+    Nothing is trained if the file to be written holds results of other parameters, code, data, device or version of torch.
+    """
     started, faults, overrides = time.monotonic(), [], assignments(set_ or [])
     scratch.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        begun = time.monotonic()
-        place = running.prepare(name, ROOT, scratch, overrides)
-        faults += running.run(place, workers, minutes - (begun - started) / 60)
+    places = {name: running.prepare(name, ROOT, scratch, overrides) for name in names}
+    values = {name: {**yamlfile.read(ROOT / running.PROFILES / f"{name}.yaml"), **overrides} for name in places}
+    files = {name: output / f"{name}.json" for name in places}
+    for name, path in files.items():
+        results.refuse_others(path, results.origin_here(values[name]))
+    for name, place in places.items():
+        begun, path = time.monotonic(), files[name]
+        check = partial(_refuse_other_data, path, place)
+        faults += running.run(place, workers, minutes - (begun - started) / 60, check)
         made = results.made_here(place, ROOT, workers, (time.monotonic() - begun) / 60)
-        values = {**yamlfile.read(ROOT / running.PROFILES / f"{name}.yaml"), **overrides}
-        found = results.collect(name, place, values, made).with_those_of(output / f"{name}.json")
-        found.write(output / f"{name}.json")
-        print(f"{name}: {len(found.runs)} of {found.planned} runs in {made.minutes:.1f} minutes: {output / name}.json")
+        found = results.collect(name, place, values[name], made).with_those_of(path)
+        found.write(path)
+        print(f"{name}: {len(found.runs)} of {found.planned} runs in {made.minutes:.1f} minutes: {path}")
     for fault in faults:
         print(f"error: {fault}; {scratch}/*/logs tells more", file=sys.stderr)
     if faults:
         raise typer.Exit(1)
+
+
+def _refuse_other_data(path: Path, place: running.Workplace) -> None:
+    results.refuse_others(path, {"data": results.data_of(place)})
 
 
 @app.command()

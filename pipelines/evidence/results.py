@@ -30,6 +30,8 @@ from pipelines.report.runs import Run, trained
 RESULTS = Path("docs/evidence")
 DIGITS = 6
 """Significant digits of curves; final errors are written in full."""
+VALUES = "values of parameters"
+"""The name of `Results.values` in `Results.origin`, and in messages."""
 
 
 class Made(Entry):
@@ -120,7 +122,7 @@ class Results(Entry):
         """What all results in one file must have in common: parameters, code, data, device and version of torch."""
         first = self.made[0]
         return {
-            "values of parameters": self.values,
+            VALUES: self.values,
             "code": first.code,
             "data": first.data,
             "device": first.device,
@@ -134,9 +136,8 @@ class Results(Entry):
         """
         if not path.exists():
             return self
+        refuse_others(path, self.origin)
         earlier = Results.read(path)
-        if differ := [key for key, value in self.origin.items() if earlier.origin[key] != value]:
-            raise UserError(f"{path} holds results of other {', '.join(differ)}: give another --output, or remove it")
         names = {run.name for run in self.runs}
         kept = [run for run in earlier.runs if run.name not in names]
         return self.model_copy(update={"made": [*earlier.made, *self.made], "runs": [*kept, *self.runs]})
@@ -157,6 +158,24 @@ class Results(Entry):
             raise DataError(f"{path}: {error.error_count()} wrong entries; take the committed file again") from None
 
 
+def refuse_others(path: Path, origin: Mapping[str, Any]) -> None:
+    """Raise `UserError` if the file at `path` holds results of another origin. What `origin` lacks is not compared."""
+    if not path.exists():
+        return
+    earlier = Results.read(path).origin
+    differ = [_different(key, value, earlier[key]) for key, value in origin.items() if earlier[key] != value]
+    if differ:
+        raise UserError(f"{path} holds results of other {', '.join(differ)}: give another --output, or remove it")
+
+
+def _different(key: str, value: Any, other: Any) -> str:
+    """What differs, with the names of parameters, or with both values if they are short."""
+    if isinstance(value, dict):
+        names = [name for name in {**other, **value} if value.get(name) != other.get(name)]
+        return f"{key} ({', '.join(names)})"
+    return key if key == "code" else f"{key} ({other}, and here it is {value})"
+
+
 def collect(name: str, place: Workplace, values: Mapping[str, Any], made: Made) -> Results:
     """Read the results of the runs in a study's folder."""
     with chdir(place.folder):
@@ -164,20 +183,34 @@ def collect(name: str, place: Workplace, values: Mapping[str, Any], made: Made) 
     return Results(study=name, values=dict(values), planned=len(design.items(place.params)["train"]), made=[made], runs=ended)
 
 
-def made_here(place: Workplace, root: Path, workers: int, minutes: float) -> Made:
-    """Which code, data and machine made the results in `place`."""
+def origin_here(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The origin of results that would be made here and now, as far as it is known before there are data."""
+    return {VALUES: dict(values), "code": design.code_digest("train"), "device": _device(), "torch": torch.__version__}
+
+
+def data_of(place: Workplace) -> dict[str, str]:
+    """SHA-256 of the manifest of each folder of data that is complete."""
     folders = [item.out for stage in DATA for item in design.items(place.params)[stage].values()]
     manifests = {folder: place.folder / folder / "manifest.json" for folder in folders}
+    return {folder: checksums.sha256(path) for folder, path in manifests.items() if path.is_file()}
+
+
+def made_here(place: Workplace, root: Path, workers: int, minutes: float) -> Made:
+    """Which code, data and machine made the results in `place`."""
     return Made(
         commit=_commit(root),
         code=design.code_digest("train"),
-        data={folder: checksums.sha256(path) for folder, path in manifests.items() if path.is_file()},
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        data=data_of(place),
+        device=_device(),
         torch=torch.__version__,
         python=platform.python_version(),
         workers=workers,
         minutes=round(minutes, 2),
     )
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
 
 
 def _commit(root: Path) -> str:

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -82,12 +82,12 @@ def prepare(name: str, root: Path, scratch: Path, overrides: Mapping[str, Any]) 
     return Workplace(folder.resolve(), params)
 
 
-def run(place: Workplace, workers: int, minutes: float) -> list[str]:
-    """Make the data, then train all runs, `workers` at a time; start no run after `minutes`.
+def run(place: Workplace, workers: int, minutes: float, check: Callable[[], None] = lambda: None) -> list[str]:
+    """Make the data, call `check`, then train all runs, `workers` at a time; start no run after `minutes`.
 
     Seeds that choose learning rates come first, then the other seeds one after another, so that a study that is cut short has
-    complete seeds. Returns a line for each run that ended by a fault of the program or of the machine. Raises `UserError` if
-    such a fault occurs while the data are made.
+    complete seeds. `check` may raise an error, and then no run starts. Returns a line for each run that ended by a fault of the
+    program or of the machine. Raises `UserError` if such a fault occurs while the data are made.
     """
     until = time.monotonic() + 60 * minutes
     stages = design.items(place.params)
@@ -98,6 +98,7 @@ def run(place: Workplace, workers: int, minutes: float) -> list[str]:
             for future in [pool.submit(_run_stage, item) for item in wanted]:
                 if fault := future.result():
                     raise UserError(f"stage {stage}: {fault}")
+        check()
         ended = {run.name for run in place.done}
         waiting = [item for item in _in_order(place.params, stages["train"].values()) if item.key not in ended]
         with progress(len(stages["train"]), place.params.study.name, "run", done=len(ended)) as bar:

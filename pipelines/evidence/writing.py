@@ -7,14 +7,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dit.analysis.effects import Effect
-from dit.analysis.study import AtBest, Findings, Pair, Place
-from dit.analysis.verdicts import Judgement
+from dit.analysis.study import AtBest
+from pipelines.evidence.comparing import (
+    best_rates,
+    by_rates,
+    compared,
+    declared_comparisons,
+    declared_effects,
+    delays_over_training,
+    misfits,
+    of_baseline,
+    other_effects,
+)
+from pipelines.evidence.failing import failures, first_to_rise, most_changed, spiked
 from pipelines.evidence.figures import draw
-from pipelines.evidence.judging import Answers, answer, questions, survived
-from pipelines.evidence.results import RESULTS, Ended, Results
+from pipelines.evidence.judging import Answers, answer, questions
+from pipelines.evidence.results import RESULTS, Made, Results
+from pipelines.evidence.training import constant_rate, in_words
 from pipelines.files import write_json
-from pipelines.report.words import MINUS
+from pipelines.report.words import MINUS, listed
 
 PAGE = RESULTS / "answers.md"
 NUMBERS = RESULTS / "answers.json"
@@ -32,18 +43,38 @@ else is exploratory, and its p-values are not corrected. Intervals are 95 %, by 
 validation error of the averaged weights. The conditions in the first line of a section (network, data, steps) hold for all its
 tables, unless the column "factors" says otherwise.
 
-- **a difference**: how much higher the error of a start is than that of the published start, `adaln_zero`, in %. The start is
-  "worse" or "better" if the corrected p-value is below 5 %. A comparison without a verdict still has a difference, over the
-  seeds at which neither run failed, but nothing can be concluded from it.
+- **optimiser**: β₂ is the decay of AdamW's average of squared gradients, "EMA" that of the averaged weights. "See factors":
+  the study varies this. Precision and backend are what `auto` chooses on the device, unless the line names them.
+- **commit**: what was checked out when the runs were trained. "With changes": some files differed from it. The digest `code` is
+  that of the code that trained, and identifies it also if the history no longer has the commit.
+- **a difference**: how much higher the error of a start is, in %, than that of the study's baseline (the published start,
+  `adaln_zero`, unless the table names another). The start is "worse" or "better" if the corrected p-value is below 5 %. A
+  comparison without a verdict still has a difference, over the seeds at which neither run failed, but nothing can be concluded
+  from it.
 - **best learning rate**: the minimum of a parabola through three measured rates, over all seeds. The seeds that choose a rate
-  for a verdict are fewer, so their best rate may be another one.
+  for a verdict are fewer, so their best rate may be another one. If the errors of the reporting seeds at this minimum are on
+  average more than 1 % below those at every measured rate, a sentence below the declared table says that the parabola does
+  not fit. We use 1 % because a rate within 1 % of the lowest error also counts as near the best; where parabolas fit, this
+  number is far smaller.
 - **an effect**: the change of the error in %, or of the share of its steps that a run survives, if one factor changes and all
   others are averaged. It is "clear" if the corrected p-value is below 5 %. *A combined with B* is an interaction: how much more
-  the change A does if the change B is made, too. In `stability`, `5_percent` is a warm-up over 5 % of the steps.
-- **late by**: how many more steps a start needs to reach the error at which the published start ends; if negative, how many
-  fewer.
+  the change A does if the change B is made, too. In the studies of stability, `5_percent` is a warm-up over 5 % of the steps.
+- **late by**: how many more steps a start needs to reach an error of the baseline; if negative, how many fewer. For runs of
+  different length, this is the error at which the baseline ends. For runs at a constant rate, these are the errors of the
+  baseline's trained weights after the first eighth of the run, and the number is the mean over them. A word says how it changes
+  over the run: it "grows" or "shrinks" (in size), "changes sign", or is "constant" (it changes by less than a quarter).
+  "Undetermined": the seeds cannot tell. "Not distinguishable": it cannot be told from zero.
+- **error at the lowest rate**: the baseline's mean error over seeds, and how much its error differs from that at other rates.
+- **runs that failed**: "3 + 1 of 5" means that of five runs, three collapsed or diverged, and one *never learned*: it finished,
+  but with more than half of the error of a zero output. Without a plus sign, every run that failed collapsed or diverged.
+- **runs that spiked and finished**: [stability.md](../stability.md) defines a spike. "1 of 7 (\u00d7 3.5)": of seven runs that
+  finished, one had spiked. The highest final error of such runs was 3.5 times the mean of the others at the same place.
+- **what left its range first**: before a failure, gradient norm, loss and error are known for every step. The range of a
+  quantity ends at 2 times (gradient norm) or 1.5 times (loss, error) its median in the first half of the last 64 steps. The
+  lead is how many steps before the turning point it left this range for good. The *turning point* is the last spike before the
+  failure, or the failure if there was no spike. "None": nothing left its range, or too few steps were kept.
 - **what had changed most before a failure**: the names are those of the measurements in `stability.csv`, which
-  [stability.md](../stability.md) explains.
+  [stability.md](../stability.md) explains. The last column says how many steps before the turning point this diagnosis was.
 - **starts of `attribution`**: `gates0` has zero gates, `gates1` open gates, `outputs0` open gates with zero residual outputs.
   `mod0` has zero shift and scale, `mod03` 0.3 RMS. `head0` has a zero head, `headx` a Xavier head. In `dead_blocks`, a control,
   the blocks never learn.
@@ -69,10 +100,13 @@ def _section(name: str, title: str, answers: Answers) -> str:
     lines = [f"## `{name}`: {title}", "", _conditions(name, results), ""]
     if not answers.complete:
         lines += [f"**Cut: {len(results.runs)} of {results.planned} runs have ended. Its verdicts are not to be quoted.**", ""]
-    lines += _of_declared(answers)
+    for found in _of_declared(answers):
+        lines += [*found, ""]
     if late := [f"- {sentence}" for sentence in _of_delays(answers)]:
         lines += [*late, ""]
-    lines += [f"![{title}](figures/{name}.svg)", "", *_tables(answers), ""]
+    lines += [f"![{title}](figures/{name}.svg)", ""]
+    for found in _tables(answers):
+        lines += [*found, ""]
     return HYPHEN.sub(MINUS, "\n".join(lines))
 
 
@@ -85,42 +119,27 @@ def _conditions(name: str, results: Results) -> str:
     failed = sum(run.status != "finished" for run in results.runs) or "none"
     return (
         f"{first.network} on {first.data}, {steps} steps, {seeds} seeds, {len(results.runs)} runs; {failed} collapsed "
-        f"or diverged. {minutes:.1f} minutes of one {made[0].device}, torch {made[0].torch}, {made[0].workers} runs at a time. "
-        f"Latents `{made[0].data.get('data/latents', '')[:12]}`, code `{made[0].code[:12]}`. "
-        f"Command: `python -m pipelines.evidence run {name}`."
+        f"or diverged. {in_words(results.values)}. {minutes:.1f} minutes of one {made[0].device}, torch {made[0].torch}, "
+        f"{made[0].workers} runs at a time. Latents `{made[0].data.get('data/latents', '')[:12]}`, "
+        f"code `{made[0].code[:12]}`, {_commits(made)}. Command: `python -m pipelines.evidence run {name}`."
     )
 
 
-def _of_declared(answers: Answers) -> list[str]:
-    """A table of the declared answers, with the conditions that the section's first line does not state."""
-    lines = []
-    if answers.effects and (effects := answers.effects.declared):
-        unit = "final error" if answers.effects.quantity == "error" else "share of its steps that a run survives"
-        p = f"p, Holm-corrected for {len(effects)} effects"
-        verdicts = ("clear" if one.clear else "not distinguishable" for one in effects)
-        rows = [(*_change(one.effect), verdict, _p(one.p)) for one, verdict in zip(effects, verdicts, strict=True)]
-        lines += [*_table(("declared effect", f"change of the {unit}", "verdict", p), rows), ""]
-    if declared := [one for one in _compared(answers.findings) if one.judgement.comparison.declared]:
-        difference = f"difference of the error from `{answers.findings.question.baseline}`"
-        p = "p" if len(declared) == 1 else f"p, Holm-corrected for {len(declared)} comparisons"
-        columns = ("declared comparison", "factors", "learning rate", difference, "seeds", "verdict", p)
-        lines += [*_table(columns, [_row(one) for one in declared]), ""]
-    return lines
+def _commits(made: Sequence[Made]) -> str:
+    names = dict.fromkeys(
+        f"`{one.commit.removesuffix('+')}`{' with changes' if one.commit.endswith('+') else ''}" for one in made
+    )
+    return f"{'commit' if len(names) == 1 else 'commits'} {listed(list(names))}"
 
 
-def _row(one: AtBest | Pair) -> tuple[str, ...]:
-    found = one.judgement
-    verdict = f"{found.answer}: {found.reason}" if found.reason else found.answer
-    p = "" if found.p is None else _p(found.p)
-    rate = found.comparison.conditions.rate.removeprefix("at learning rate ")
-    return f"`{one.strategy}`", _words(one.place), rate, _size(found), str(found.n), verdict, p
-
-
-def _change(effect: Effect) -> tuple[str, str]:
-    """What an effect changes, in words, and its size."""
-    changes = zip(effect.factors, effect.levels, effect.reference, strict=True)
-    words = " *combined with* ".join(f"{factor}: {level} instead of {reference}" for factor, level, reference in changes)
-    return words, str(effect).rpartition(": ")[2]
+def _of_declared(answers: Answers) -> Iterator[list[str]]:
+    """Tables of the declared answers, with the conditions that the section's first line does not state."""
+    if answers.effects:
+        yield declared_effects(answers.effects)
+    if found := declared_comparisons(answers.findings):
+        yield found
+    for sentence in misfits(answers.findings):
+        yield [sentence]
 
 
 def _of_delays(answers: Answers) -> Iterator[str]:
@@ -136,21 +155,6 @@ def _of_delays(answers: Answers) -> Iterator[str]:
                     f"Exploratory: {name} reaches the error that {baseline} has after {length:,} steps late by "
                     f"{found.mean:+,.0f} steps{interval}, n = {found.n} seeds."
                 )
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table of Markdown, without the columns that are empty in every row."""
-    kept = [index for index in range(len(columns)) if any(row[index] for row in rows)]
-    header, *body = (f"| {' | '.join(cells[index] for index in kept)} |" for cells in (columns, *rows))
-    return [header, "|---" * len(kept) + "|", *body]
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.2g}"
-
-
-def _compared(findings: Findings) -> list[AtBest | Pair]:
-    return [*findings.at_best, *findings.pairs]
 
 
 def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,7 +176,7 @@ def _declared(answers: Answers) -> Iterator[Mapping[str, Any]]:
                 "n": found.n,
                 "p": effect.p,
             }
-    for one in _compared(answers.findings):
+    for one in compared(answers.findings):
         judgement = one.judgement
         if judgement.comparison.declared:
             yield {
@@ -188,79 +192,15 @@ def _declared(answers: Answers) -> Iterator[Mapping[str, Any]]:
             }
 
 
-def _tables(answers: Answers) -> list[str]:
-    first = _of_effects(answers) if answers.effects else _of_optima(answers.findings)
-    by_survival = answers.effects is not None and answers.effects.quantity == "survived"
-    return [*first, "", *([] if by_survival else _of_rates(answers.findings))]
-
-
-def _of_effects(answers: Answers) -> list[str]:
-    assert answers.effects is not None
-    rows = [(*_change(effect), f"{effect.p_value:.2g}") for effect in answers.effects.exploratory]
-    lines = _table(("exploratory effect", "size", "p, not corrected"), rows)
-    if answers.effects.quantity == "survived":
-        lines += ["", *_of_failures(answers.results.runs)]
-    return lines
-
-
-def _of_failures(runs: list[Ended]) -> list[str]:
-    """A table of the indicators that had changed most before a run failed, with counts."""
-    failed = [run for run in runs if survived(run) < 1 and run.warned is not None]
-    moved: dict[str, int] = {}
-    for run in failed:
-        sign = (run.warned.sign or {}).get("indicator", "nothing that was diagnosed") if run.warned else ""
-        moved[sign] = moved.get(sign, 0) + 1
-    columns = ("what had changed most at the last diagnosis before a failure", f"runs, of {len(failed)} that failed")
-    return _table(
-        columns, [(name.replace("_", " "), str(count)) for name, count in sorted(moved.items(), key=lambda one: -one[1])]
-    )
-
-
-def _of_optima(findings: Findings) -> list[str]:
-    if not findings.tunings:
-        return []
-    near = "rates within 1 % of the lowest error"
-    rows = []
-    for one in findings.tunings:
-        cells = (one.problem or "", "", "")
-        if found := one.response:
-            stable = "none" if found.largest_stable is None else f"{found.largest_stable:g}"
-            cells = (str(found.optimum or "none"), str(found.near_best or "none"), stable)
-        rows.append((f"`{one.strategy}`", _words(one.place), *cells))
-    return _table(("start", "factors", "best learning rate", near, "largest rate without a failure"), rows)
-
-
-def _of_rates(findings: Findings) -> list[str]:
-    """Each strategy against the baseline at every place and rate."""
-    rates = sorted({pair.rate for pair in findings.pairs})
-    rows = []
-    for name in dict.fromkeys(pair.strategy for pair in findings.pairs):
-        for place in findings.places:
-            by_rate = {pair.rate: pair.judgement for pair in findings.of(name) if pair.place == place}
-            if by_rate:
-                cells = (_cell(by_rate[rate]) if rate in by_rate else "" for rate in rates)
-                rows.append((f"`{name}`", _words(place), *cells))
-    first, *others = (f"at rate {rate:g}" for rate in rates)
-    difference = f"difference of the error from `{findings.question.baseline}`"
-    return _table(("start", "factors", f"{difference} {first}", *others), rows)
-
-
-def _cell(judgement: Judgement) -> str:
-    if failed := judgement.comparison.failed:
-        return ", ".join(f"{count} run{'s' if count > 1 else ''} of {name} failed" for name, count in failed.items())
-    return _size(judgement)
-
-
-def _size(judgement: Judgement) -> str:
-    """The mean difference and its interval, in per cent."""
-    mean, low, high = (_percent(value or 0.0) for value in (judgement.mean, judgement.low, judgement.high))
-    return f"{mean} % [{low}, {high}]"
-
-
-def _percent(share: float) -> str:
-    """A share in per cent with one decimal; a tiny share with one significant digit, so that its sign can be seen."""
-    return f"{100 * share:+.1g}" if abs(share) < 0.0005 else f"{100 * share:+.1f}"
-
-
-def _words(place: Place) -> str:
-    return ", ".join(f"{factor} {level}" for factor, level in place)
+def _tables(answers: Answers) -> Iterator[list[str]]:
+    """Every other table of a study, those without a row left out."""
+    findings, runs = answers.findings, answers.results.runs
+    if answers.effects and answers.effects.quantity == "survived":
+        found = [other_effects(answers.effects), failures(runs), first_to_rise(runs), most_changed(runs)]
+    elif answers.effects:
+        found = [other_effects(answers.effects), by_rates(findings), failures(runs), spiked(runs)]
+    else:
+        found = [best_rates(findings), by_rates(findings), of_baseline(findings), failures(runs), spiked(runs)]
+        if findings.tunings and constant_rate(answers.results.values):
+            found.append(delays_over_training(findings))
+    yield from filter(None, found)

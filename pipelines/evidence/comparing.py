@@ -1,0 +1,180 @@
+"""Tables of answers.md that compare starts: effects, best rates, differences at each rate, and delays over training."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator
+
+from dit.analysis.comparison import ended, estimate
+from dit.analysis.effects import Effect
+from dit.analysis.response import Errors
+from dit.analysis.study import AtBest, Findings, Pair, Tuning
+from dit.analysis.verdicts import Judgement
+from pipelines.evidence.judging import FactorialAnswers
+from pipelines.evidence.markdown import by_rate, p_value, size, table, words
+
+FIT = 0.01
+"""How far below the lowest measured error, as a share, an interpolated minimum may lie.
+
+It is the share within which a rate counts as near the best. Where three rates fit, the minimum lay at most 0.3 % below.
+"""
+
+
+def declared_effects(answers: FactorialAnswers) -> list[str]:
+    """The verdicts on main effects that were declared."""
+    unit = "final error" if answers.quantity == "error" else "share of its steps that a run survives"
+    p = f"p, Holm-corrected for {len(answers.declared)} effects"
+    rows = [(*_change(one.effect), "clear" if one.clear else "not distinguishable", p_value(one.p)) for one in answers.declared]
+    return table(("declared effect", f"change of the {unit}", "verdict", p), rows)
+
+
+def other_effects(answers: FactorialAnswers) -> list[str]:
+    """Effects that were not declared."""
+    rows = [(*_change(effect), f"{effect.p_value:.2g}") for effect in answers.exploratory]
+    return table(("exploratory effect", "size", "p, not corrected"), rows)
+
+
+def _change(effect: Effect) -> tuple[str, str]:
+    """What an effect changes, in words, and its size."""
+    changes = zip(effect.factors, effect.levels, effect.reference, strict=True)
+    text = " *combined with* ".join(f"{factor}: {level} instead of {reference}" for factor, level, reference in changes)
+    return text, str(effect).rpartition(": ")[2]
+
+
+def compared(findings: Findings) -> list[AtBest | Pair]:
+    """All comparisons of starts, those of each at its own best rate first."""
+    return [*findings.at_best, *findings.pairs]
+
+
+def declared_comparisons(findings: Findings) -> list[str]:
+    """The verdicts on comparisons that were declared."""
+    declared = [one for one in compared(findings) if one.judgement.comparison.declared]
+    p = "p" if len(declared) == 1 else f"p, Holm-corrected for {len(declared)} comparisons"
+    columns = ("declared comparison", "factors", "learning rate", _difference(findings), "seeds", "verdict", p)
+    return table(columns, [_row(one) for one in declared])
+
+
+def _row(one: AtBest | Pair) -> tuple[str, ...]:
+    found = one.judgement
+    verdict = f"{found.answer}: {found.reason}" if found.reason else found.answer
+    p = "" if found.p is None else p_value(found.p)
+    rate = found.comparison.conditions.rate.removeprefix("at learning rate ")
+    return f"`{one.strategy}`", words(one.place), rate, size(found), str(found.n), verdict, p
+
+
+def _difference(findings: Findings) -> str:
+    return f"difference of the error from `{findings.question.baseline}`"
+
+
+def misfits(findings: Findings) -> list[str]:
+    """A sentence for each start whose parabola has its minimum far below every measured error of the reported seeds."""
+    found = []
+    for one in findings.at_best:
+        if not one.judgement.comparison.declared or not one.tuned.interpolated:
+            continue
+        for name, values in ((one.strategy, one.tuned.values), (findings.question.baseline, one.tuned.baseline_values)):
+            (tuning,) = (tuning for tuning in findings.tunings if (tuning.strategy, tuning.place) == (name, one.place))
+            depth = 1 - _mean(values.values()) / min(_means(tuning.errors, values))
+            where = f" ({words(one.place)})" if one.place else ""
+            if depth > FIT:
+                found.append(
+                    f"The interpolated minimum of `{name}`{where} lies {100 * depth:.1f} % below its lowest measured error, so "
+                    "the parabola does not fit, and the difference at the best rates says little: compare the measured rates."
+                )
+    return list(dict.fromkeys(found))
+
+
+def _means(errors: Errors, seeds: Iterable[int]) -> Iterator[float]:
+    """The geometric mean error over `seeds` at each rate at which none of them failed."""
+    for runs in errors.values():
+        mine = [runs[seed] for seed in seeds]
+        if all(map(ended, mine)):
+            yield _mean(mine)
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    return statistics.geometric_mean(value for value in values if value is not None)
+
+
+def best_rates(findings: Findings) -> list[str]:
+    """How each start responds to the learning rate."""
+    near = "rates within 1 % of the lowest error"
+    rows = []
+    for one in findings.tunings:
+        cells = (one.problem or "", "", "")
+        if found := one.response:
+            stable = "none" if found.largest_stable is None else f"{found.largest_stable:g}"
+            cells = (str(found.optimum or "none"), str(found.near_best or "none"), stable)
+        rows.append((f"`{one.strategy}`", words(one.place), *cells))
+    return table(("start", "factors", "best learning rate", near, "largest rate without a failure"), rows)
+
+
+def by_rates(findings: Findings) -> list[str]:
+    """Each strategy against the baseline at every place and rate."""
+    rates = sorted({pair.rate for pair in findings.pairs})
+    rows = []
+    for name in dict.fromkeys(pair.strategy for pair in findings.pairs):
+        for place in findings.places:
+            mine = {pair.rate: pair.judgement for pair in findings.of(name) if pair.place == place}
+            if mine:
+                rows.append((f"`{name}`", words(place), *(_cell(mine[rate]) if rate in mine else "" for rate in rates)))
+    return table(("start", "factors", *by_rate(_difference(findings), rates)), rows) if rates else []
+
+
+def _cell(judgement: Judgement) -> str:
+    if failed := judgement.comparison.failed:
+        return ", ".join(f"{count} run{'s' if count > 1 else ''} of {name} failed" for name, count in failed.items())
+    return size(judgement)
+
+
+def of_baseline(findings: Findings) -> list[str]:
+    """The error of the baseline at the lowest rate, and by how much its error at each other rate differs from that."""
+    mine = [one for one in findings.tunings if one.strategy == findings.question.baseline]
+    rates = sorted({rate for one in mine for rate in one.errors})
+    if not rates:
+        return []
+    lowest, *others = rates
+    rows = [
+        (f"`{one.strategy}`", words(one.place), _level(one, lowest), *(_against(one, lowest, rate) for rate in others))
+        for one in mine
+    ]
+    columns = ("start", "factors", f"error at rate {lowest:g}", *by_rate("difference of the error from that", others))
+    return table(columns, rows)
+
+
+def _level(one: Tuning, rate: float) -> str:
+    errors = [error for error in one.errors[rate].values() if error is not None]
+    return f"{statistics.fmean(errors):.4g}" if errors else ""
+
+
+def _against(one: Tuning, lowest: float, rate: float) -> str:
+    """The relative difference of two rates, paired by seed, over seeds at which neither run failed."""
+    base, mine = one.errors[lowest], one.errors[rate]
+    pairs = [(error, other) for seed, error in mine.items() if error is not None and (other := base.get(seed)) is not None]
+    if not pairs:
+        return ""
+    mean = statistics.fmean(other for _, other in pairs)
+    failed = sum(error is None for error in mine.values())
+    text = size(estimate([(error - other) / mean for error, other in pairs]))
+    return f"{text}, {failed} of {len(mine)} failed" if failed else text
+
+
+def delays_over_training(findings: Findings) -> list[str]:
+    """How many steps each start is late against the baseline over training, and how that changes; one row for each rate."""
+    names = list(dict.fromkeys(pair.strategy for pair in findings.pairs))
+    rows = []
+    for place, rate in dict.fromkeys((pair.place, pair.rate) for pair in findings.pairs):
+        mine = {pair.strategy: pair for pair in findings.pairs if (pair.place, pair.rate) == (place, rate)}
+        rows.append((f"{rate:g}", words(place), *(_late(mine.get(name)) for name in names)))
+    return table(("rate", "factors", *(f"`{name}` late by, steps" for name in names)), rows)
+
+
+def _late(pair: Pair | None) -> str:
+    if pair is None:
+        return ""
+    if pair.curves is None or pair.curves.delay is None:
+        return "cannot be measured"
+    found = pair.curves.delay
+    bounds = ", ".join(f"{bound:+,.0f}" for bound in (found.mean.low, found.mean.high) if bound is not None)
+    seeds = f" (n = {found.mean.n})" if pair.curves.left_out else ""
+    return f"{found.mean.mean:+,.0f} [{bounds}]{seeds}, {found.course}"

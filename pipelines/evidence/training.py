@@ -1,0 +1,58 @@
+"""The optimiser settings of a study, in words, from the values of its profile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+DEFAULTS: dict[str, Any] = {
+    "train.optimizer.name": "adamw",
+    "train.optimizer.betas": [0.9, 0.999],
+    "train.schedule.name": "constant",
+    "train.schedule.warmup_steps": 0,
+    "train.gradient_clip": None,
+    "train.ema_decay": 0.97,
+    "train.precision": "auto",
+    "train.backend": "auto",
+}
+"""What params.yaml has held since before the first study. A profile must name what it needs if params.yaml changes."""
+
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon in the blocks and AdamW elsewhere"}
+
+
+def in_words(values: Mapping[str, Any]) -> str:
+    """Optimiser, schedule, clipping and averaging, as far as they are the same for all runs."""
+    found = {key: _value(values, key) for key in DEFAULTS}
+    name, beta2 = found["train.optimizer.name"], found["train.optimizer.betas"][1]
+    optimizer = f"{OPTIMIZERS.get(name, name)} with β₂ = {beta2:g}"
+    warmup = found["train.schedule.warmup_steps"]
+    schedule = f"{found['train.schedule.name']} rate, {f'warm-up of {warmup} steps' if warmup else 'no warm-up'}"
+    clip = found["train.gradient_clip"]
+    named = [f"{word} {found[key]}" for word in ("precision", "backend") if (key := f"train.{word}") in values]
+    return ", ".join(
+        [
+            "optimiser: see factors" if "train.optimizer" in _varied(values) else optimizer,
+            "schedule: see factors" if "train.schedule" in _varied(values) else schedule,
+            "no clipping" if clip is None else f"gradients clipped at norm {clip:g}",
+            f"EMA {found['train.ema_decay']:g}",
+            *named,
+        ]
+    )
+
+
+def constant_rate(values: Mapping[str, Any]) -> bool:
+    """Whether every run trains at a constant rate, without a warm-up."""
+    constant = _value(values, "train.schedule.name") == "constant" and not _value(values, "train.schedule.warmup_steps")
+    return constant and "train.schedule" not in _varied(values)
+
+
+def _value(values: Mapping[str, Any], key: str) -> Any:
+    """A value by its dotted key, also where the profile replaces the whole section that holds it."""
+    section, _, last = key.rpartition(".")
+    return values.get(key, values.get(section, {}).get(last, DEFAULTS[key]))
+
+
+def _varied(values: Mapping[str, Any]) -> set[str]:
+    """The sections, such as `train.schedule`, of which runs of the study have different values."""
+    keys = [*values.get("study.factors", {}), *(key for levels in values.get("study.settings", {}).values() for key in levels)]
+    return {".".join(key.split(".")[:2]) for key in keys}
