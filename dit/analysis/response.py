@@ -24,11 +24,12 @@ Errors = Mapping[float, Mapping[int, float | None]]
 NEAR_BEST = 0.01
 """How far above the best error a rate still counts as near the best, as a fraction."""
 
-MOST_BELOW = 0.05
-"""How far a parabola may lie below the lowest of its three errors, as a fraction; a parabola that lies lower does not fit.
+FARTHEST = 0.05
+"""How far a seed's parabola may lie from the lowest of its three errors at the best rate, as a fraction; if it lies farther
+below or above, it does not fit.
 
-In the studies of docs/evidence it lies at most 0.015 below, except for one start: at the next rate, some of its runs ended at
-five times the error of the others, and the parabolas lie up to 0.19 below.
+In the studies of docs/evidence the distance is at most 0.015, except for one start: at the next rate, some of its runs ended at
+five times the error of the others, and their parabolas lie 0.19 below.
 """
 
 
@@ -184,7 +185,7 @@ def each_at_its_best(errors: Errors, baseline: Errors, selection: Collection[int
 
     Choosing the rate on the reported seeds would favour the noisier strategy. Best rates are interpolated if every seed of
     `report` ended well at the three measured rates around each strategy's optimum, and if a parabola fits its errors there
-    (`MOST_BELOW`). Otherwise the best measured rates are used, which favours the strategy whose optimum happens to lie nearer
+    (`FARTHEST`). Otherwise the best measured rates are used, which favours the strategy whose optimum happens to lie nearer
     to a measured rate: `limits` says so, and forbids a verdict. Raises UserError if the two sets of seeds overlap.
     """
     if both := sorted(set(selection) & set(report)):
@@ -223,7 +224,7 @@ def _parabolas(errors: Errors, curve: _Curve, seeds: Collection[int]) -> tuple[n
 
 
 def _fit(values: np.ndarray, lowest: np.ndarray) -> bool:
-    return bool((values >= (1 - MOST_BELOW) * lowest).all())
+    return bool((np.abs(values / lowest - 1) <= FARTHEST).all())
 
 
 def _limit(whose: str, errors: Errors, curve: _Curve, report: Collection[int]) -> str:

@@ -2,8 +2,8 @@
 
 Run `python docs/evidence/rederive.py`. It needs numpy, scipy and ruamel.yaml, prints each declared answer, and exits with 1 if
 any of them differs from the project's own (`answers.json`). The rules are those of README.md: seeds that choose rates report
-nothing, the optimum is the vertex of a parabola through the mean log errors at the best rate and its neighbours, tests are
-Student's over seeds, and Holm's method corrects the declared ones of a study together.
+nothing, the optimum is the vertex of a parabola through the mean log errors at the best rate and its neighbours, parabolas must
+fit the errors of every seed, tests are Student's over seeds, and Holm's method corrects the declared ones of a study together.
 """
 
 import itertools
@@ -19,6 +19,7 @@ from scipy import stats
 HERE = Path(__file__).parent
 BASELINE = "adaln_zero"
 LEVEL = 0.05
+FARTHEST = 0.05
 
 
 def main() -> int:
@@ -78,7 +79,10 @@ def at_best(one: dict, base: dict, chosen: list[int]) -> tuple[list[float], list
         curvature, slope, _ = np.polyfit(offsets, means[best - 1 : best + 2], 2)
         vertex = -slope / (2 * curvature)
         curves = [np.polyfit(offsets, [math.log(side[rate][seed]) for rate in near], 2) for seed in report]
-        sides.append([float(np.exp(np.polyval(curve, vertex))) for curve in curves])
+        found = [float(np.exp(np.polyval(curve, vertex))) for curve in curves]
+        lowest = [min(side[rate][seed] for rate in near) for seed in report]
+        sure = sure and all(abs(value / low - 1) <= FARTHEST for value, low in zip(found, lowest, strict=True))
+        sides.append(found)
     if not sure:
         sides = [[side[best_rate(side, chosen)][seed] for seed in report] for side in (one, base)]
     return sides[0], sides[1], sure
