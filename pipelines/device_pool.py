@@ -65,9 +65,7 @@ def device_pool(params: Params, workers: int | None) -> DevicePool:
         "evaluate": params.evaluate,
     }
     devices = {params.analyse.device, *(section.device for section in sections.values())}
-    if torch.cuda.is_available() and devices & {"auto", "cuda"}:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-        gpus = visible.split(",")
+    if devices & {"auto", "cuda"} and (gpus := visible_gpus()):
         parallel = workers or len(gpus)
         processes = {name: section.processes for name, section in sections.items()}
         return DevicePool(gpus * -(-parallel // len(gpus)), parallel, processes)
@@ -76,6 +74,14 @@ def device_pool(params: Params, workers: int | None) -> DevicePool:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     busy = max(section.threads * section.processes for section in (params.train, params.evaluate))
     return _without_gpus(workers or max(1, cores // busy))
+
+
+def visible_gpus() -> list[str]:
+    """The names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    if not torch.cuda.is_available():
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    return visible.split(",")
 
 
 def _without_gpus(max_parallel: int) -> DevicePool:

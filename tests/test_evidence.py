@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -225,6 +226,16 @@ def test_runs_of_the_pool_are_those_of_the_stages_to_the_bit_and_an_interrupted_
     assert answers.complete
     assert answers.findings is not None
     assert {pair.judgement.n for pair in answers.findings.pairs} == {3}
+
+
+def test_the_runs_of_a_study_spread_over_all_gpus_and_each_process_sees_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "visible_gpus", lambda: ["3", "5"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with running._pools(tmp_path, 1) as pools:
+        assert [pool.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() for pool in pools] == ["3", "5"]
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 def test_results_of_other_code_or_data_are_not_mixed(tmp_path: Path) -> None:

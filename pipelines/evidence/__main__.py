@@ -12,6 +12,7 @@ import typer
 
 from dit import yamlfile
 from dit.errors import UserError
+from pipelines.device_pool import visible_gpus
 from pipelines.evidence import results, running, writing
 from pipelines.overrides import assignments
 
@@ -27,7 +28,7 @@ def _main() -> None:
 @app.command()
 def run(
     names: Annotated[list[str], typer.Argument(help="Names of studies: the files of profiles/evidence, without .yaml.")],
-    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time, all on one GPU.")] = 14,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time on each GPU.")] = 14,
     minutes: Annotated[
         float, typer.Option(min=0, help="Start no run after so many minutes; repeat the command to continue.")
     ] = 1e6,
@@ -51,14 +52,16 @@ def run(
     files = {name: output / f"{name}.json" for name in places}
     for name, path in files.items():
         results.refuse_others(path, results.origin_here(values[name]))
+    unit = "GPU minutes" if visible_gpus() else "minutes"
     for name, place in places.items():
         begun, path = time.monotonic(), files[name]
         check = partial(_refuse_other_data, path, place)
         faults += running.run(place, workers, minutes - (begun - started) / 60, check)
-        made = results.made_here(place, ROOT, workers, (time.monotonic() - begun) / 60)
+        gpu_minutes = (time.monotonic() - begun) / 60 * max(1, len(visible_gpus()))
+        made = results.made_here(place, ROOT, workers, gpu_minutes)
         found = results.collect(name, place, values[name], made).with_those_of(path)
         found.write(path)
-        print(f"{name}: {len(found.runs)} of {found.planned} runs in {made.minutes:.1f} minutes: {path}")
+        print(f"{name}: {len(found.runs)} of {found.planned} runs in {made.minutes:.1f} {unit}: {path}")
     for fault in faults:
         print(f"error: {fault}; {scratch}/*/logs tells more", file=sys.stderr)
     if faults:

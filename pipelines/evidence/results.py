@@ -46,7 +46,9 @@ class Made(Entry):
     torch: str
     python: str
     workers: int
+    """Runs at the same time on each GPU."""
     minutes: float
+    """Minutes times the number of GPUs."""
 
 
 class Warned(Entry):

@@ -17,11 +17,11 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dit import config, design as designs, yamlfile
 from dit.config import Params
@@ -29,6 +29,7 @@ from dit.errors import ConfigError, UserError
 from dit.progress import progress
 from pipelines import design
 from pipelines.design import Item
+from pipelines.device_pool import NO_GPU, environment, visible_gpus
 from pipelines.overrides import override
 from pipelines.records.training import TRAIN
 from pipelines.stages.autoencoder import autoencoder
@@ -37,6 +38,8 @@ from pipelines.stages.latents import latents
 from pipelines.stages.train import train
 
 PROFILES = Path("profiles/evidence")
+A = TypeVar("A")
+R = TypeVar("R")
 STAGES = {"images": images, "autoencoder": autoencoder, "latents": latents, "train": train}
 DATA = ("images", "autoencoder", "latents")
 
@@ -83,7 +86,7 @@ def prepare(name: str, root: Path, scratch: Path, overrides: Mapping[str, Any]) 
 
 
 def run(place: Workplace, workers: int, minutes: float, check: Callable[[], None] = lambda: None) -> list[str]:
-    """Make the data, call `check`, then train all runs, `workers` at a time; start no run after `minutes`.
+    """Make the data, call `check`, then train all runs, `workers` at a time on each GPU; start no run after `minutes`.
 
     Seeds that choose learning rates come first, then the other seeds one after another, so that a study that is cut short has
     complete seeds. `check` may raise an error, and then no run starts. Returns a line for each run that ended by a fault of the
@@ -92,33 +95,37 @@ def run(place: Workplace, workers: int, minutes: float, check: Callable[[], None
     until = time.monotonic() + 60 * minutes
     stages = design.items(place.params)
     faults: list[str] = []
-    with _pool(place.folder, workers) as pool:
+    with _pools(place.folder, workers) as pools:
         for stage in DATA:
             wanted = [item for item in stages[stage].values() if not (place.folder / item.out).is_dir()]
-            for future in [pool.submit(_run_stage, item) for item in wanted]:
+            for future in [pools[0].submit(_run_stage, item) for item in wanted]:
                 if fault := future.result():
                     raise UserError(f"stage {stage}: {fault}")
         check()
         ended = {run.name for run in place.done}
         waiting = [item for item in _in_order(place.params, stages["train"].values()) if item.key not in ended]
         with progress(len(stages["train"]), place.params.study.name, "run", done=len(ended)) as bar:
-            for fault in _train(pool, waiting, workers, until):
+            for fault in _train(pools * workers, waiting, until):
                 faults += [fault] if fault else []
                 bar.update()
     return faults
 
 
-def _train(pool: ProcessPoolExecutor, waiting: list[Item], workers: int, until: float) -> Iterator[str | None]:
-    """Yields after each run the fault that ended it, or None if it ended normally."""
-    running: set[Future[str | None]] = set()
+def _train(free: list[_Pool], waiting: list[Item], until: float) -> Iterator[str | None]:
+    """Yields after each run the fault that ended it, or None if it ended normally.
+
+    `free` has each pool once for each run that it can train at the same time.
+    """
+    running: dict[Future[str | None], _Pool] = {}
     todo = iter(waiting)
     while True:
-        while len(running) < workers and time.monotonic() < until and (item := next(todo, None)):
-            running.add(pool.submit(_run_stage, item))
+        while free and time.monotonic() < until and (item := next(todo, None)):
+            pool = free.pop(0)
+            running[pool.submit(_run_stage, item)] = pool
         if not running:
             return
-        done, running = wait(running, return_when=FIRST_COMPLETED)
-        for future in done:
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            free.append(running.pop(future))
             try:
                 yield future.result()
             except BrokenProcessPool:
@@ -132,12 +139,37 @@ def _in_order(params: Params, items: Iterable[Item]) -> list[Item]:
     return sorted(items, key=lambda item: (-item.setting.levels.get("train.steps", 0), seeds.index(item.seed or 0)))
 
 
+class _Pool:
+    """Processes that work in `folder` and see one GPU only.
+
+    They are spawned: a fork of a process that has initialised CUDA could not use it. A library may read CUDA_VISIBLE_DEVICES as
+    soon as it is imported, so it is set before a process starts, which may happen at any `submit`.
+    """
+
+    def __init__(self, folder: Path, workers: int, gpu: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.processes = ProcessPoolExecutor(workers, mp_context=context, initializer=_enter, initargs=(folder,))
+        self.environment = environment([gpu])
+
+    def submit(self, function: Callable[[A], R], argument: A) -> Future[R]:
+        """Call `function` in one of the processes."""
+        before = dict(os.environ)
+        os.environ.update(self.environment)
+        try:
+            return self.processes.submit(function, argument)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
 @contextmanager
-def _pool(folder: Path, workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that work in `folder`. They are spawned: a fork of a process that has initialised CUDA could not use it."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_enter, initargs=(folder,)) as pool:
-        yield pool
+def _pools(folder: Path, workers: int) -> Iterator[list[_Pool]]:
+    """A pool of `workers` processes for each GPU; one pool where there is no GPU."""
+    with ExitStack() as stack:
+        pools = [_Pool(folder, workers, gpu) for gpu in visible_gpus() or [NO_GPU]]
+        for pool in pools:
+            stack.enter_context(pool.processes)
+        yield pools
 
 
 def _enter(folder: Path) -> None:
