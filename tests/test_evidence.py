@@ -198,14 +198,61 @@ def test_answers_name_the_settings_of_the_optimiser(name: str, settings: str) ->
     assert training.constant_rate(values) == (name == "heads")
 
 
-def test_a_program_without_the_projects_code_finds_the_same_verdicts_and_notices_another(tmp_path: Path) -> None:
+def rederived(folder: Path) -> tuple[int, str]:
+    """Exit code and output of the program that shares no code with the project."""
+    found = subprocess.run([sys.executable, "-I", "rederive.py"], cwd=folder, check=False, capture_output=True, text=True)
+    assert not found.stderr
+    return found.returncode, found.stdout
+
+
+@pytest.mark.parametrize(
+    ("study", "key", "other"),
+    [
+        ("delay", "mean", 1.0),
+        ("delay", "strategy", "gates_one"),
+        ("delay", "place", {"steps": "1001"}),
+        ("delay", "rate", 0.001),
+        ("stability", "effect", {"strategy": "gates_one"}),
+    ],
+)
+def test_a_program_without_the_projects_code_finds_the_same_verdicts_and_notices_another(
+    tmp_path: Path, study: str, key: str, other: Any
+) -> None:
     root = copied(tmp_path) / results.RESULTS
-    command = [sys.executable, "-I", "rederive.py"]
-    assert subprocess.run(command, cwd=root, check=False).returncode == 0
+    code, said = rederived(root)
+    assert code == 0
+    lines = [line for line in said.splitlines() if line.startswith("  ")]
+    assert len(set(lines)) == len(lines) > 20
+    assert "  agrees  head_xavier, steps 1000, at rate 0.002: +0.0522 [" in said
     numbers = json.loads((root / "answers.json").read_text())
-    numbers["delay"][0]["mean"] += 1e-4
+    numbers[study][0][key] = other
     (root / "answers.json").write_text(json.dumps(numbers))
-    assert subprocess.run(command, cwd=root, check=False).returncode == 1
+    code, said = rederived(root)
+    assert (code, said.count("DIFFERS")) == (1, 1)
+
+
+def test_that_program_notices_results_that_are_missing_and_skips_studies_that_have_not_run(tmp_path: Path) -> None:
+    root = copied(tmp_path) / results.RESULTS
+    assert "depth" in judging.questions(ROOT)
+    assert "depth" not in rederived(root)[1]
+    (root / "delay.json").unlink()
+    code, said = rederived(root)
+    assert code == 1
+    assert "delay: DIFFERS: answers.json has this study, but delay.json is missing" in said
+
+
+def test_that_program_takes_the_baseline_of_the_profile_and_says_that_a_study_was_cut(tmp_path: Path) -> None:
+    root = copied(tmp_path)
+    path = root / results.RESULTS / "target.json"
+    whole = Results.read(path)
+    values = {**whole.values, "study.baseline": "head_xavier", "study.declared": ["adaln_zero"]}
+    kept = [run for run in whole.runs if (run.place[0][1], run.rate, run.seed) != ("x0", 0.002, 4)]
+    whole.model_copy(update={"values": values, "runs": kept}).write(path)
+    writing.write(root)
+    code, said = rederived(root / results.RESULTS)
+    assert code == 0
+    assert "target: 3 declared, cut: 166 of 168 runs have ended, so its verdicts are not to be quoted" in said
+    assert "  agrees  adaln_zero, objective v, each at its own best rate: -0.0" in said
 
 
 def test_runs_of_the_pool_are_those_of_the_stages_to_the_bit_and_an_interrupted_study_goes_on(tmp_path: Path) -> None:

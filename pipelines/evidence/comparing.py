@@ -85,9 +85,9 @@ def misfits(findings: Findings) -> list[str]:
 
 
 def _means(errors: Errors, seeds: Iterable[int]) -> Iterator[float]:
-    """The geometric mean error over `seeds` at each rate at which none of them failed."""
+    """The geometric mean error over `seeds` at each rate at which all of them ended well."""
     for runs in errors.values():
-        mine = [runs[seed] for seed in seeds]
+        mine = [runs.get(seed) for seed in seeds]
         if all(map(ended, mine)):
             yield _mean(mine)
 
