@@ -189,14 +189,79 @@ def test_answers_name_the_settings_of_the_optimiser(name: str, settings: str) ->
     assert training.constant_rate(values) == (name == "heads")
 
 
-def test_a_program_without_the_projects_code_finds_the_same_verdicts_and_notices_another(tmp_path: Path) -> None:
+def drawn(name: str, folder: Path) -> str:
+    """The figure of a study with committed results; it names each text in a comment."""
+    whole = Results.read(ROOT / results.RESULTS / f"{name}.json")
+    figures.draw(judging.answer(whole, judging.questions(ROOT)[name]), folder / "figure.svg")
+    return (folder / "figure.svg").read_text()
+
+
+def test_figures_explain_their_crosses_and_name_means_that_lie_above_the_axis(tmp_path: Path) -> None:
+    again, modern = drawn("heads-again", tmp_path), drawn("modern", tmp_path)
+    assert "<!-- a run failed -->" in again
+    assert "<!-- a run failed -->" not in modern
+    assert "<!-- ↑ 0.47 -->" in modern
+    assert "<!-- ↑" not in again
+
+
+def test_figures_say_what_is_an_interaction_and_name_levels_in_words(tmp_path: Path) -> None:
+    attribution = drawn("attribution", tmp_path)
+    assert "<!-- head: zero → Xavier \u00d7 learning rate: 0.001 → 0.004 -->" in attribution
+    assert "<!-- change of the error, % (\u00d7 = interaction; filled: declared before the runs) -->" in attribution
+    assert "<!-- warm-up over 5 % of the steps -->" in drawn("stability-muon", tmp_path)
+    assert "<!-- final error, % higher than with the zero head -->" in drawn("delay", tmp_path)
+
+
+def rederived(folder: Path) -> tuple[int, str]:
+    """Exit code and output of the program that shares no code with the project."""
+    found = subprocess.run([sys.executable, "-I", "rederive.py"], cwd=folder, check=False, capture_output=True, text=True)
+    assert not found.stderr
+    return found.returncode, found.stdout
+
+
+def test_a_program_without_the_projects_code_finds_the_same_verdicts(tmp_path: Path) -> None:
+    code, said = rederived(copied(tmp_path) / results.RESULTS)
+    assert code == 0
+    lines = [line for line in said.splitlines() if line.startswith("  ")]
+    assert len(set(lines)) == len(lines) > 20
+    assert "  agrees  head_xavier, steps 1000, at rate 0.002: +0.0522 [" in said
+
+
+def test_that_program_notices_other_verdicts_and_verdicts_on_something_else(tmp_path: Path) -> None:
     root = copied(tmp_path) / results.RESULTS
-    command = [sys.executable, "-I", "rederive.py"]
-    assert subprocess.run(command, cwd=root, check=False).returncode == 0
     numbers = json.loads((root / "answers.json").read_text())
     numbers["delay"][0]["mean"] += 1e-4
+    numbers["delay"][1]["strategy"] = "gates_one"
+    numbers["delay"][2]["place"] = {"steps": "16001"}
+    numbers["delay"][3]["rate"] = 0.001
+    numbers["stability"][0]["effect"] = {"strategy": "gates_one"}
     (root / "answers.json").write_text(json.dumps(numbers))
-    assert subprocess.run(command, cwd=root, check=False).returncode == 1
+    code, said = rederived(root)
+    assert (code, said.count("DIFFERS")) == (1, 5)
+
+
+def test_that_program_notices_results_that_are_missing_and_skips_studies_that_have_not_run(tmp_path: Path) -> None:
+    root = copied(tmp_path) / results.RESULTS
+    waiting = [name for name in PROFILES if not (root / f"{name}.json").exists()]
+    (root / "delay.json").unlink()
+    code, said = rederived(root)
+    assert code == 1
+    assert not any(f"{name}: " in said for name in waiting)
+    assert "delay: DIFFERS: answers.json has this study, but delay.json is missing" in said
+
+
+def test_that_program_takes_the_baseline_of_the_profile_and_says_that_a_study_was_cut(tmp_path: Path) -> None:
+    root = copied(tmp_path)
+    path = root / results.RESULTS / "target.json"
+    whole = Results.read(path)
+    values = {**whole.values, "study.baseline": "head_xavier", "study.declared": ["adaln_zero"]}
+    kept = [run for run in whole.runs if (run.place[0][1], run.rate, run.seed) != ("x0", 0.002, 4)]
+    whole.model_copy(update={"values": values, "runs": kept}).write(path)
+    writing.write(root)
+    code, said = rederived(root / results.RESULTS)
+    assert code == 0
+    assert "target: 3 declared, cut: 166 of 168 runs have ended, so its verdicts are not to be quoted" in said
+    assert "  agrees  adaln_zero, objective v, each at its own best rate: -0.0" in said
 
 
 def test_runs_of_the_pool_are_those_of_the_stages_to_the_bit_and_an_interrupted_study_goes_on(tmp_path: Path) -> None:

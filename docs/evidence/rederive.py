@@ -1,9 +1,10 @@
 """Compute the declared verdicts again from the results in this folder, without the project's code.
 
 Run `python docs/evidence/rederive.py`. It needs numpy, scipy and ruamel.yaml, prints each declared answer, and exits with 1 if
-any of them differs from the project's own (`answers.json`). The rules are those of README.md: seeds that choose rates report
-nothing, the optimum is the vertex of a parabola through the mean log errors at the best rate and its neighbours, parabolas must
-fit the errors of every seed, tests are Student's over seeds, and Holm's method corrects the declared ones of a study together.
+any of them differs from the project's own (`answers.json`), or if the results of a study in `answers.json` are missing. The
+rules are those of README.md: seeds that choose rates report nothing, the optimum is the vertex of a parabola through the mean
+log errors at the best rate and its neighbours, parabolas must fit the errors of every seed, tests are Student's over seeds, and
+Holm's method corrects the declared ones of a study together.
 """
 
 import itertools
@@ -18,32 +19,48 @@ from scipy import stats
 
 HERE = Path(__file__).parent
 BASELINE = "adaln_zero"
+"""The baseline of a study whose profile names no other."""
 LEVEL = 0.05
 FARTHEST = 0.05
 
 
 def main() -> int:
-    """Compare every study that has results; returns the exit code."""
+    """Compare every study that has results or answers; returns the exit code."""
     questions = YAML(typ="safe").load((HERE / "questions.yaml").read_text())
     theirs = json.loads((HERE / "answers.json").read_text())
     differ = 0
-    for name, asked in questions.items():
-        if not (HERE / f"{name}.json").exists():
-            continue
-        study = json.loads((HERE / f"{name}.json").read_text())
-        mine = effects(study, asked["effects"]) if "effects" in asked else comparisons(study)
-        print(f"{name}: {len(mine)} declared")
-        for one, other in itertools.zip_longest(mine, theirs.get(name, [])):
-            same = agree(one, other)
-            differ += not same
-            print(f"  {'agrees ' if same else 'DIFFERS'} {show(one)}" + ("" if same else f"  against {show(other)}"))
+    for name in dict.fromkeys([*questions, *theirs]):
+        path = HERE / f"{name}.json"
+        if path.exists() and name in questions:
+            differ += compare(name, json.loads(path.read_text()), questions[name], theirs.get(name, []))
+        elif name in theirs:
+            print(
+                f"{name}: DIFFERS: answers.json has this study, but {'its question' if path.exists() else path.name} is missing"
+            )
+            differ += 1
     return int(differ > 0)
+
+
+def compare(name: str, study: dict, asked: dict, theirs: list[dict]) -> int:
+    """Print every declared answer of one study; returns how many differ."""
+    mine = effects(study, asked["effects"]) if "effects" in asked else comparisons(study)
+    done, planned = len(study["runs"]), study["planned"]
+    cut = f", cut: {done} of {planned} runs have ended, so its verdicts are not to be quoted" if done < planned else ""
+    print(f"{name}: {len(mine)} declared{cut}")
+    differ = 0
+    for one, other in itertools.zip_longest(mine, theirs):
+        same = agree(one, other)
+        differ += not same
+        print(f"  {'agrees ' if same else 'DIFFERS'} {show(one)}" + ("" if same else f"  against {show(other)}"))
+    return differ
 
 
 def comparisons(study: dict) -> list[dict]:
     """Each declared strategy against the baseline: at its own best rate where seeds choose it, else at each rate."""
     values = study["values"]
+    baseline = values.get("study.baseline", BASELINE)
     chosen = values.get("study.choose_on", [])
+    report = sorted({run["seed"] for run in study["runs"]} - set(chosen))
     errors: dict[tuple, dict[float, dict[int, float]]] = {}
     for run in study["runs"]:
         place = tuple(map(tuple, run["place"]))
@@ -53,28 +70,27 @@ def comparisons(study: dict) -> list[dict]:
     found = []
     for strategy in (name for name in values["study.strategies"] if name in values.get("study.declared", [])):
         for place in places:
-            one, base = errors[strategy, place], errors[BASELINE, place]
+            one, base = errors[strategy, place], errors[baseline, place]
+            asked = {"strategy": strategy, "place": dict(place)}
             if chosen:
-                found.append((strategy, None, *at_best(one, base, chosen)))
+                found.append(({**asked, "rate": None}, *at_best(one, base, chosen, report)))
             else:
-                found += [(strategy, rate, *paired(one[rate], base[rate])) for rate in sorted(one)]
+                found += [({**asked, "rate": rate}, *paired(one[rate], base[rate])) for rate in sorted(one)]
     return judged(found)
 
 
-def at_best(one: dict, base: dict, chosen: list[int]) -> tuple[list[float], list[float], bool]:
+def at_best(one: dict, base: dict, chosen: list[int], report: list[int]) -> tuple[list[float], list[float], bool]:
     """Errors of the reporting seeds, interpolated at the optimum of each side, and whether a verdict is allowed."""
-    report = sorted(set(next(iter(one.values()))) - set(chosen))
     sides, sure = [], True
     for side in (one, base):
         rates = sorted(side)
         means = [np.mean([math.log(side[rate][seed]) for seed in chosen]) for rate in rates]
         best = int(np.nanargmin(means))
         near = rates[best - 1 : best + 2] if 0 < best < len(rates) - 1 else []
-        whole = all(math.isfinite(side[rate][seed]) for rate in near for seed in [*report, *chosen])
+        whole = all(math.isfinite(side[rate].get(seed, math.nan)) for rate in near for seed in [*report, *chosen])
         if not near or not whole:
-            sides.append([side[rates[best]][seed] for seed in report])
             sure = False
-            continue
+            break
         offsets = np.log(near) - math.log(rates[best])
         curvature, slope, _ = np.polyfit(offsets, means[best - 1 : best + 2], 2)
         vertex = -slope / (2 * curvature)
@@ -84,7 +100,7 @@ def at_best(one: dict, base: dict, chosen: list[int]) -> tuple[list[float], list
         sure = sure and all(abs(value / low - 1) <= FARTHEST for value, low in zip(found, lowest, strict=True))
         sides.append(found)
     if not sure:
-        sides = [[side[best_rate(side, chosen)][seed] for seed in report] for side in (one, base)]
+        sides = [[side[best_rate(side, chosen)].get(seed, math.nan) for seed in report] for side in (one, base)]
     return sides[0], sides[1], sure
 
 
@@ -104,20 +120,14 @@ def paired(one: dict, base: dict) -> tuple[list[float], list[float], bool]:
 def judged(found: list[tuple]) -> list[dict]:
     """Paired t-tests, corrected together; a comparison without a verdict counts as p = 1."""
     tests = []
-    for strategy, rate, one, base, sure in found:
+    for asked, one, base, sure in found:
         pairs = [(a, b) for a, b in zip(one, base, strict=True) if math.isfinite(a) and math.isfinite(b)]
         differences = np.array([a - b for a, b in pairs]) / np.mean([b for _, b in pairs])
-        tests.append((strategy, rate, differences, float(stats.ttest_1samp(differences, 0).pvalue) if sure else 1.0, sure))
+        tests.append((asked, differences, float(stats.ttest_1samp(differences, 0).pvalue) if sure else 1.0, sure))
     corrected = holm([p for *_, p, _ in tests])
     return [
-        {
-            "strategy": strategy,
-            "rate": rate,
-            **interval(differences),
-            "p": p if sure else None,
-            "verdict": verdict(differences, p, sure),
-        }
-        for (strategy, rate, differences, _, sure), p in zip(tests, corrected, strict=True)
+        {**asked, **interval(differences), "p": p if sure else None, "verdict": verdict(differences, p, sure)}
+        for (asked, differences, _, sure), p in zip(tests, corrected, strict=True)
     ]
 
 
@@ -195,8 +205,9 @@ def holm(values: list[float]) -> list[float]:
 
 
 def agree(one: dict | None, other: dict | None) -> bool:
-    """Whether both say the same, up to rounding."""
-    if one is None or other is None or one["verdict"] != other["verdict"] or one["n"] != other["n"]:
+    """Whether both say the same of the same effect or comparison, up to rounding."""
+    same = ("effect", "strategy", "place", "rate", "verdict", "n")
+    if one is None or other is None or any(one.get(key) != other.get(key) for key in same):
         return False
     keys = ("mean", "low", "high") if one["p"] is None else ("mean", "low", "high", "p")
     return all(math.isclose(one[key], other[key], rel_tol=1e-6, abs_tol=1e-9) for key in keys)
@@ -206,9 +217,12 @@ def show(one: dict | None) -> str:
     """One answer in a line."""
     if one is None:
         return "nothing"
-    what = one.get("effect") or " at ".join(str(one[key]) for key in ("strategy", "rate") if one.get(key))
+    levels = one.get("effect") or one["place"]
+    rate = "each at its own best rate" if one.get("rate") is None else f"at rate {one['rate']:g}"
+    named = [] if "effect" in one else [one["strategy"]]
+    what = ", ".join([*named, *(f"{factor} {level}" for factor, level in levels.items()), *([rate] if named else [])])
     p = "" if one["p"] is None else f", p = {one['p']:.3g}"
-    return f"{what} {one['mean']:+.4f} [{one['low']:+.4f}, {one['high']:+.4f}], n = {one['n']}{p}: {one['verdict']}"
+    return f"{what}: {one['mean']:+.4f} [{one['low']:+.4f}, {one['high']:+.4f}], n = {one['n']}{p}: {one['verdict']}"
 
 
 if __name__ == "__main__":

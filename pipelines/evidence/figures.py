@@ -13,16 +13,31 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from dit.analysis.effects import Effect
 from dit.analysis.response import Point
 from dit.analysis.study import Findings, Pair, Place, Tuning
-from pipelines.evidence.judging import Answers, FactorialAnswers, survived
+from pipelines.evidence.judging import BASELINE, Answers, FactorialAnswers, survived
 from pipelines.evidence.results import Ended
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 """Colours that most colour-blind people tell apart. Okabe and Ito (2008), "Color Universal Design"."""
 MARKERS = "osD^vPX"
+CROSS = 0.02
+"""The distance of crosses, as a share of an axis."""
+TIMES = "\u00d7"
+WIDE = 0.5
+"""A mean whose interval is wider than this share of it says little, and does not set the limits of an axis."""
+LEVELS = {
+    "schedule none": "no warm-up",
+    "schedule 5_percent": "warm-up over 5 % of the steps",
+    "use qknorm false": "without qk-norm",
+    "use qknorm true": "with qk-norm",
+    "optimizer beta2_0.95": "β₂ = 0.95",
+    "optimizer beta2_0.999": "β₂ = 0.999",
+}
+"""Levels of factors as people say them."""
 
 
 def draw(answers: Answers, path: Path) -> None:
@@ -44,22 +59,46 @@ def _figure(answers: Answers) -> Figure:
 
 
 def _responses(findings: Findings) -> Figure:
-    """Final error by learning rate, one panel for each place; a cross at the top edge where a run failed."""
+    """Final error by learning rate, one panel for each place.
+
+    At the top edge are a cross where a run failed, and a number where a mean with a wide interval lies above the axis.
+    """
     places = findings.places
     figure, panels = plt.subplots(1, len(places), figsize=(4.6 * len(places) + 1.6, 3.4), squeeze=False, layout="constrained")
     for place, axes in zip(places, panels[0], strict=True):
-        for index, tuning in enumerate(one for one in findings.tunings if one.place == place):
-            _response(axes, tuning, index)
+        tunings = [one for one in findings.tunings if one.place == place]
+        for index, tuning in enumerate(tunings):
+            _response(axes, tuning, index, index - (len(tunings) - 1) / 2)
         axes.set(xscale="log", xlabel="learning rate", title=_words(place))
-        points = [point for one in findings.tunings if one.place == place for point in _points(one)]
-        if means := [point.mean for point in points if point.mean is not None]:
+        points = [point for one in tunings for point in _points(one)]
+        if means := [point.mean for point in points if point.mean is not None and not _wide(point)]:
             axes.set_ylim(*_around(means))
+            _beyond(axes, tunings)
         rates = sorted({rate for one in findings.tunings for rate in one.errors})
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axes.minorticks_off()
     panels[0][0].set_ylabel("final validation error, mean over seeds")
-    figure.legend(*panels[0][-1].get_legend_handles_labels(), frameon=False, loc="outside right upper")
+    handles, labels = panels[0][-1].get_legend_handles_labels()
+    if any(point.failed for one in findings.tunings for point in _points(one)):
+        handles.append(Line2D([], [], color="0.3", marker="x", linestyle="none"))
+        labels.append("a run failed")
+    figure.legend(handles, labels, frameon=False, loc="outside right upper")
     return figure
+
+
+def _wide(point: Point) -> bool:
+    """Whether the interval of a mean is so wide that the mean says little, because some runs ended far above the others."""
+    return point.mean is not None and (point.high or point.mean) - (point.low or point.mean) > WIDE * point.mean
+
+
+def _beyond(axes: Axes, tunings: list[Tuning]) -> None:
+    """Write the means that lie above the axis at its top edge."""
+    for index, tuning in enumerate(tunings):
+        for point in _points(tuning):
+            if point.mean is not None and point.mean > axes.get_ylim()[1]:
+                text, where = f"↑ {point.mean:.2g}", (point.rate, 1.01)
+                colour = COLOURS[index % len(COLOURS)]
+                axes.annotate(text, where, xycoords=axes.get_xaxis_transform(), ha="center", va="bottom", color=colour)
 
 
 def _points(tuning: Tuning) -> tuple[Point, ...]:
@@ -72,7 +111,8 @@ def _around(means: list[float]) -> tuple[float, float]:
     return min(means) - margin, max(means) + margin
 
 
-def _response(axes: Axes, tuning: Tuning, index: int) -> None:
+def _response(axes: Axes, tuning: Tuning, index: int, place: float) -> None:
+    """One curve. Its crosses stand `place` steps to the right of their rates, so that those of all starts can be seen."""
     if tuning.response is None:
         return
     style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
@@ -82,7 +122,8 @@ def _response(axes: Axes, tuning: Tuning, index: int) -> None:
     above = [(point.high or mean) - mean for mean, point in zip(means, points, strict=True)]
     rates = [point.rate for point in points]
     axes.errorbar(rates, means, (below, above), label=tuning.strategy, markersize=4, linewidth=1.2, capsize=2, **style)
-    failed = [point.rate * 1.03**index for point in tuning.response.points if point.failed]  # crosses side by side
+    step = (max(tuning.errors) / min(tuning.errors)) ** CROSS
+    failed = [point.rate * step**place for point in tuning.response.points if point.failed]
     if failed:
         axes.plot(failed, [0.99] * len(failed), "x", color=style["color"], clip_on=False, transform=axes.get_xaxis_transform())
 
@@ -94,7 +135,9 @@ def _lengths(findings: Findings) -> Figure:
         shown = [(int(dict(pair.place)["steps"]), pair) for pair in findings.of(name)]
         _difference(axes, sorted(shown, key=lambda one: one[0]), name, COLOURS[(index + 1) % len(COLOURS)])
     axes.axhline(0, color="0.5", linewidth=0.8)
-    axes.set(xscale="log", xlabel="length of the run, steps", ylabel=f"final error against {findings.question.baseline}, %")
+    baseline = findings.question.baseline
+    base = "the zero head" if baseline == BASELINE else baseline
+    axes.set(xscale="log", xlabel="length of the run, steps", ylabel=f"final error, % higher than with {base}")
     axes.set_xticks(
         lengths := sorted({int(dict(pair.place)["steps"]) for pair in findings.pairs}), [f"{one:,}" for one in lengths]
     )
@@ -128,19 +171,19 @@ def _effects(answers: FactorialAnswers) -> Figure:
     axes.axvline(0, color="0.5", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [_named(effect) for effect in rows])
     axes.invert_yaxis()
-    axes.set_xlabel("change of the final validation error, % (filled: declared before the runs)")
+    axes.set_xlabel(f"change of the error, % ({TIMES} = interaction; filled: declared before the runs)")
     return figure
 
 
 def _named(effect: Effect) -> str:
     changes = zip(effect.factors, effect.levels, effect.reference, strict=True)
-    return " with ".join(f"{factor}: {reference} → {level}" for factor, level, reference in changes)
+    return f" {TIMES} ".join(f"{factor}: {reference} → {level}" for factor, level, reference in changes)
 
 
 def _survival(answers: Answers) -> Figure:
     """Heat maps of how many runs of each strategy and rate failed, one panel for each other combination."""
     runs = answers.results.runs
-    places = sorted({tuple(run.place) for run in runs})
+    places = list(dict.fromkeys(tuple(run.place) for run in runs))
     strategies = list(dict.fromkeys(run.strategy for run in runs))
     rates = sorted({run.rate for run in runs})
     figure, panels = plt.subplots(
@@ -148,9 +191,9 @@ def _survival(answers: Answers) -> Figure:
     )
     for place, axes in zip(places, panels[0], strict=True):
         _heat(axes, [run for run in runs if tuple(run.place) == place], strategies, rates)
-        axes.set_title("\n".join(f"{factor} {level.replace('_', ' ')}" for factor, level in place), fontsize=9)
+        axes.set_title("\n".join(_level(*one) for one in place), fontsize=9)
         axes.set_xlabel("learning rate")
-    figure.suptitle("runs that failed or never learned, of those at each place", fontsize=9)
+    figure.suptitle("runs that collapsed, diverged or never learned", fontsize=9)
     return figure
 
 
@@ -173,4 +216,9 @@ def _failed(runs: list[Ended]) -> int:
 
 
 def _words(place: Place) -> str:
-    return ", ".join(f"{factor} {level}" for factor, level in place)
+    return ", ".join(_level(*one) for one in place)
+
+
+def _level(factor: str, level: str) -> str:
+    named = f"{factor} {level}"
+    return LEVELS.get(named, named.replace("_", " "))

@@ -59,12 +59,14 @@ tables, unless the column "factors" says otherwise.
   different length, this is the error at which the baseline ends. For runs at a constant rate, these are the errors of the
   baseline's trained weights after the first eighth of the run, and the number is the mean over them. A word says how it changes
   over the run: it "grows" or "shrinks" (in size), "changes sign", or is "constant" (it changes by less than a quarter).
-  "Undetermined": the seeds cannot tell. "Not distinguishable": it cannot be told from zero.
-- **error at the lowest rate**: the baseline's mean error over seeds, and how much its error differs from that at other rates.
+  "Undetermined": the seeds cannot tell. "Not distinguishable": it cannot be told from zero. Seeds at
+  which a run failed are left out, and then the number of the other seeds is given.
+- **error at the lowest rate**: the baseline's mean error over seeds, and how much its error differs from that at other rates,
+  over the seeds at which no run failed.
 - **runs that failed**: "3 + 1 of 5" means that of five runs, three collapsed or diverged, and one *never learned*: it finished,
   but with more than half of the error of a zero output. Without a plus sign, every run that failed collapsed or diverged.
 - **runs that spiked and finished**: [stability.md](../stability.md) defines a spike. "1 of 7 (\u00d7 3.5)": of seven runs that
-  finished, one had spiked. The highest final error of such runs was 3.5 times the mean of the others at the same place.
+  finished, one had spiked. The highest final error of such runs was 3.5 times the mean of the others at this rate.
 - **what left its range first**: before a failure, gradient norm, loss and error are known for every step. The range of a
   quantity ends at 2 times (gradient norm) or 1.5 times (loss, error) its median in the first half of the last 64 steps. The
   lead is how many steps before the turning point it left this range for good. The *turning point* is the last spike before the
