@@ -39,6 +39,7 @@ PHASES = {
         "_fold",
         "layer_norm",
         "_group_",
+        "_gradient",  # and _gradient_sums, of the group norm
         "_padded_sum",
         "_doubled_sum",
         "group_norm",

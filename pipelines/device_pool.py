@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,10 @@ from dit.sections import EvaluateParams, LatentsParams, TrainParams
 
 NO_GPU = ""
 """The name that a stage acquires in a pool without GPUs."""
+MPS_FOLDER = "/tmp/nvidia-mps"
+"""Where NVIDIA's multi-process service has its files, unless CUDA_MPS_PIPE_DIRECTORY says otherwise (NVIDIA, "Multi-Process
+Service").
+"""
 
 
 class DevicePool:
@@ -25,6 +30,7 @@ class DevicePool:
         """
         self.max_parallel = max_parallel
         self._free = Counter(gpus)
+        self.shares_gpus = NO_GPU not in gpus and max(self._free.values()) > 1
         self._different = len(self._free)
         self._processes = processes
         self._running = 0
@@ -74,6 +80,17 @@ def device_pool(params: Params, workers: int | None) -> DevicePool:
 
 def _without_gpus(max_parallel: int) -> DevicePool:
     return DevicePool([NO_GPU] * max_parallel, max_parallel, {})
+
+
+def advice(pool: DevicePool) -> str | None:
+    """What would speed up the stages of `pool`: NVIDIA's multi-process service, if they share GPUs without it; else None."""
+    folder = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", MPS_FOLDER))
+    if not pool.shares_gpus or (folder / "control").exists():
+        return None
+    return (
+        "several stages share a GPU and take turns on it; they run faster together after `nvidia-cuda-mps-control -d` "
+        "(docs/speed.md, Many small runs on one GPU)"
+    )
 
 
 def environment(gpus: list[str]) -> dict[str, str]:

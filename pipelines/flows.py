@@ -43,7 +43,7 @@ from pipelines import (
     tracking,
     up_to_date,
 )
-from pipelines.device_pool import DevicePool, device_pool, environment
+from pipelines.device_pool import DevicePool, advice, device_pool, environment
 from pipelines.mlflow_store import UnreachableError, tracking_uri
 from pipelines.redaction import shown
 from pipelines.report.words import samples
@@ -192,6 +192,8 @@ def _run(
         answer_first.PartialReport(processes, params, stages, _report_file(workspace, experiment), log.info) as first,
     ):
         log.info("%d of %d stages are up to date; %d at a time", fresh, len(stages), pool.max_parallel)
+        if here and (hint := advice(pool)):
+            log.info(hint)
         if here:
             processes.warm_up((stage for stage in stages.values() if not stage.up_to_date), log.warning)
         states = run_all(stages, processes, pool, unchanged, first, cluster)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from dit.config import Params
-from pipelines.device_pool import DevicePool, device_pool, environment
+from pipelines.device_pool import DevicePool, advice, device_pool, environment
 
 
 @pytest.fixture
@@ -56,3 +58,18 @@ def test_without_gpus_the_cores_decide(params: Params, monkeypatch: pytest.Monke
     busy = params.model_copy(update={"train": params.train.model_copy(update={"device": "cpu", "threads": 2})})
     pool = device_pool(with_processes(busy, latents=4), None)
     assert taken(pool, "latents", "train@a-0", "train@a-1", "train@a-2") == ["", "", "", None]
+
+
+@pytest.mark.usefixtures("eight_gpus")
+def test_a_study_whose_stages_share_gpus_is_told_of_the_multi_process_service_unless_it_runs(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    assert advice(device_pool(params, 8)) is None
+    assert "nvidia-cuda-mps-control -d" in (advice(device_pool(params, 9)) or "")
+    (tmp_path / "control").touch()
+    assert advice(device_pool(params, 9)) is None
+
+
+def test_stages_that_share_a_cpu_are_told_nothing_of_gpus(params: Params) -> None:
+    assert advice(device_pool(params, 4)) is None

@@ -161,16 +161,6 @@ def test_answers_compare_the_errors_of_the_published_start_at_all_rates() -> Non
     assert comparing.of_baseline(found)[2] == "| `adaln_zero` | 0.2 | -20.0 % [-32.4, -7.6] |"
 
 
-def test_answers_say_where_a_parabola_does_not_fit(tmp_path: Path) -> None:
-    whole = Results.read(ROOT / results.RESULTS / "modern.json")
-    (said,) = comparing.misfits(judging.answer(whole, {}).findings)
-    assert said.startswith(
-        "The interpolated minimum of `zero_residual_outputs` lies 8.3 % below its lowest measured error, so the"
-    )
-    tame = Results.read(ROOT / results.RESULTS / "target.json")
-    assert comparing.misfits(judging.answer(tame, {}).findings) == []
-
-
 def test_settings_that_a_profile_does_not_name_are_those_of_the_parameters() -> None:
     train = yamlfile.read(ROOT / "params.yaml")["train"]
     for key, value in training.DEFAULTS.items():

@@ -137,11 +137,26 @@ def test_gradients_of_the_group_norm_and_of_what_it_adds(
     bias, gain, offset = torch.randn(3, channels, device="cuda")
     found, exact = [], []
     for kind, dtype, into in ((differentiable, torch.float32, found), (ResidualReference, torch.float64, exact)):
-        parts = [part.to(dtype).requires_grad_() for part in (x + 1, added, bias, gain, offset)]
+        parts = [part.detach().to(dtype, copy=True).requires_grad_() for part in (x + 1, added, bias, gain, offset)]
         total, normed = kind.group_norm(parts[0], parts[1] if summed else None, *parts[2:], 4, 1e-6, silu)
         (total * d_total + normed * d_normed).sum().backward()
         into += [total, normed, *(part.grad for part in parts if part.grad is not None)]
-    assert max(map(error, found, exact)) < 1e-4
+    assert max(error(*pair) for pair in zip(found, exact, strict=True)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["padded_sum", "doubled_sum"])
+@pytest.mark.parametrize("summed", [False, True])
+def test_gradients_of_sums_between_convolutions(name: str, summed: bool) -> None:
+    x, added = (torch.randn(3, 8, 5, 7, device="cuda").contiguous(memory_format=torch.channels_last) for _ in range(2))
+    bias, d_out = torch.randn(8, device="cuda"), None
+    found, exact = [], []
+    for kind, dtype, into in ((differentiable, torch.float32, found), (ResidualReference, torch.float64, exact)):
+        parts = [part.detach().to(dtype, copy=True).requires_grad_() for part in (x, added, bias)]
+        out = getattr(kind, name)(parts[0], parts[1] if summed else None, parts[2])
+        d_out = torch.randn_like(out, dtype=torch.float32) if d_out is None else d_out
+        (out * d_out).sum().backward()
+        into += [out, *(part.grad for part in parts if part.grad is not None)]
+    assert max(error(*pair) for pair in zip(found, exact, strict=True)) < 1e-4
 
 
 @pytest.fixture
@@ -204,10 +219,11 @@ def test_gradients_of_an_autoencoder_in_a_graph_are_those_of_every_batch(
         for each in (in_graph, eager, on_cpu):
             losses.append(each.gradients(*each.batches(step)).item())
             gradients.append(torch.cat([weight.grad.cpu().flatten() for weight in each.autoencoder.parameters()]))
-        assert losses[0] == pytest.approx(losses[1], rel=1e-6 if backend == "graph" else 1e-2)
+        loss_error, gradient_error = (1e-6, 1e-5) if backend == "graph" else (1e-2, 6e-2)  # fused computes in bf16
+        assert losses[0] == pytest.approx(losses[1], rel=loss_error)
         assert losses[0] == pytest.approx(losses[2], rel=1e-2)
-        assert error(gradients[0], gradients[1]) < (1e-5 if backend == "graph" else 3e-2)
-        assert error(gradients[0], gradients[2]) < 3e-2
+        assert error(gradients[0], gradients[1]) < gradient_error
+        assert error(gradients[0], gradients[2]) < max(3e-2, gradient_error)
 
 
 def test_an_autoencoder_trains_by_the_fastest_way_that_there_is(small: TrainedAutoencoder) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dit import checkpoint
 from dit.autoencoder.coding import scaled
-from dit.devices import is_nvidia, resolve_device, send
+from dit.devices import autocast, is_nvidia, resolve_device, resolve_precision, send
 from dit.errors import ConfigError
 from dit.fused import decoder as fused_decoder, encoder as fused_encoder
 from dit.fused.capture import Captured
@@ -33,7 +33,11 @@ CHECKPOINT_EVERY = 250
 LOSSES_READ_EVERY = 50
 """Steps between two readings of losses on a GPU, which waits for each reading. On a CPU, each loss is read at its step."""
 Backend = Literal["eager", "graph", "fused"]
-"""How loss and gradients are computed: eagerly, as a CUDA graph, or as a CUDA graph with the kernels of `dit.fused`."""
+"""How loss and gradients are computed: eagerly, as a CUDA graph, or as a CUDA graph with the kernels of `dit.fused`.
+
+The first two compute in float32. `fused` uses mixed precision: weights, losses and sums are float32, and images between
+layers bf16.
+"""
 Coding = Callable[[Tensor], Tensor]
 """A function from images to the moments of their posteriors, or from latents to images."""
 RESIDENT_SHARE = 0.2
@@ -66,9 +70,9 @@ def build(params: TrainedAutoencoder, size: int, image_channels: int = 3) -> Aut
 def train(params: TrainedAutoencoder, images: np.ndarray, scratch: Path) -> AutoencoderKL:
     """Train on `images` (N, size, size, C) uint8 and their mirror images, with Adam and a cosine decay of the learning rate.
 
-    It continues from the checkpoint in `scratch`, if there is one, with the same result as a run that never stopped. All is
-    float32, but PyTorch lets convolutions on a GPU round their inputs to TF32. Raises `ConfigError` if the loss is not finite;
-    the message names the first such step.
+    It continues from the checkpoint in `scratch`, if there is one, with the same result as a run that never stopped. An NVIDIA
+    GPU computes in mixed precision with bf16 if it can. Elsewhere all is float32, but PyTorch lets convolutions on a GPU round
+    their inputs to TF32. Raises `ConfigError` if the loss is not finite; the message names the first such step.
     """
     device = resolve_device(params.device)
     steps = Steps(params, images, device)
@@ -117,7 +121,8 @@ class Steps:
         self.state = {"model": network, "optimiser": self.optimiser, "schedule": self.schedule}
         self.batches = _Batches(params, images, device)
         encode, decode = _fused(network) if backend == "fused" else _plain(network)
-        loss = partial(_loss, encode, decode, params.kl_weight)
+        precision = resolve_precision("auto", device) if backend == "fused" else torch.float32
+        loss = partial(_loss, encode, decode, precision, params.kl_weight)
         gradients = partial(_gradients, list(network.parameters()), loss)
         self.gradients: Callable[..., Tensor] = gradients if backend == "eager" else Captured(gradients)
 
@@ -182,15 +187,18 @@ def _gradients(weights: list[nn.Parameter], loss_of: Callable[..., Tensor], *bat
     return loss.detach()
 
 
-def _loss(encode: Coding, decode: Coding, kl_weight: float, pixels: Tensor, mirrored: Tensor, noise: Tensor) -> Tensor:
+def _loss(
+    encode: Coding, decode: Coding, precision: torch.dtype, kl_weight: float, pixels: Tensor, mirrored: Tensor, noise: Tensor
+) -> Tensor:
     """Mean squared error plus `kl_weight` times the KL divergence from a standard normal, both per pixel and colour channel.
 
     Rombach et al. (2022), appendix G, but without the perceptual and adversarial terms, which need further networks.
     """
     batch = scaled(pixels)
     batch = torch.where(mirrored.view(-1, 1, 1, 1), batch.flip(3), batch)
-    posterior = DiagonalGaussianDistribution(encode(batch))
-    reconstruction = decode(posterior.mean + posterior.std * noise)
+    with autocast(batch.device, precision):
+        posterior = DiagonalGaussianDistribution(encode(batch.to(precision)).float())
+        reconstruction = decode(posterior.mean + posterior.std * noise).float()
     return F.mse_loss(reconstruction, batch) + kl_weight * posterior.kl().sum() / batch.numel()
 
 

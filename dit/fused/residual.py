@@ -120,7 +120,7 @@ def _attention(block: Module, h: Sum) -> Sum:
 
 
 def _project(conv: nn.Conv2d, h: Sum) -> Sum:
-    """A 1x1 convolution of `h`, of which `added` must be None."""
+    """A 1x1 convolution of `h`; `added` must be None here."""
     out = convolve(conv, h.x)
     return out if h.bias is None else Sum(out.x, None, _plus(out.bias, conv.weight.flatten(1) @ h.bias))
 

@@ -3,8 +3,8 @@
 Run `python docs/evidence/rederive.py`. It needs numpy, scipy and ruamel.yaml, prints each declared answer, and exits with 1 if
 any of them differs from the project's own (`answers.json`), or if the results of a study in `answers.json` are missing. The
 rules are those of README.md: seeds that choose rates report nothing, the optimum is the vertex of a parabola through the mean
-log errors at the best rate and its neighbours, tests are Student's over seeds, and Holm's method corrects the declared ones of
-a study together.
+log errors at the best rate and its neighbours, parabolas must fit the errors of every seed, tests are Student's over seeds, and
+Holm's method corrects the declared ones of a study together.
 """
 
 import itertools
@@ -21,6 +21,8 @@ HERE = Path(__file__).parent
 BASELINE = "adaln_zero"
 """The baseline of a study whose profile names no other."""
 LEVEL = 0.05
+FARTHEST = 0.05
+"""How far a seed's parabola may lie from the lowest of its three errors at the best rate, as a fraction."""
 
 
 def main() -> int:
@@ -94,7 +96,10 @@ def at_best(one: dict, base: dict, chosen: list[int], report: list[int]) -> tupl
         curvature, slope, _ = np.polyfit(offsets, means[best - 1 : best + 2], 2)
         vertex = -slope / (2 * curvature)
         curves = [np.polyfit(offsets, [math.log(side[rate][seed]) for rate in near], 2) for seed in report]
-        sides.append([float(np.exp(np.polyval(curve, vertex))) for curve in curves])
+        found = [float(np.exp(np.polyval(curve, vertex))) for curve in curves]
+        lowest = [min(side[rate][seed] for rate in near) for seed in report]
+        sure = sure and all(abs(value / low - 1) <= FARTHEST for value, low in zip(found, lowest, strict=True))
+        sides.append(found)
     if not sure:
         sides = [[side[best_rate(side, chosen)].get(seed, math.nan) for seed in report] for side in (one, base)]
     return sides[0], sides[1], sure

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator
 
-from dit.analysis.comparison import ended, estimate
+from dit.analysis.comparison import estimate
 from dit.analysis.effects import Effect
-from dit.analysis.response import Errors
 from dit.analysis.study import AtBest, Findings, Pair, Tuning
 from dit.analysis.verdicts import Judgement
 from pipelines.evidence.judging import FactorialAnswers
 from pipelines.evidence.markdown import by_rate, p_value, size, table, words
-
-FIT = 0.01
-"""How far below the lowest measured error, as a share, an interpolated minimum may lie.
-
-It is the share within which a rate counts as near the best. Where three rates fit, the minimum lay at most 0.3 % below.
-"""
 
 
 def declared_effects(answers: FactorialAnswers) -> list[str]:
@@ -64,36 +56,6 @@ def _row(one: AtBest | Pair) -> tuple[str, ...]:
 
 def _difference(findings: Findings) -> str:
     return f"difference of the error from `{findings.question.baseline}`"
-
-
-def misfits(findings: Findings) -> list[str]:
-    """A sentence for each start whose parabola has its minimum far below every measured error of the reported seeds."""
-    found = []
-    for one in findings.at_best:
-        if not one.judgement.comparison.declared or not one.tuned.interpolated:
-            continue
-        for name, values in ((one.strategy, one.tuned.values), (findings.question.baseline, one.tuned.baseline_values)):
-            (tuning,) = (tuning for tuning in findings.tunings if (tuning.strategy, tuning.place) == (name, one.place))
-            depth = 1 - _mean(values.values()) / min(_means(tuning.errors, values))
-            where = f" ({words(one.place)})" if one.place else ""
-            if depth > FIT:
-                found.append(
-                    f"The interpolated minimum of `{name}`{where} lies {100 * depth:.1f} % below its lowest measured error, so "
-                    "the parabola does not fit, and the difference at the best rates says little: compare the measured rates."
-                )
-    return list(dict.fromkeys(found))
-
-
-def _means(errors: Errors, seeds: Iterable[int]) -> Iterator[float]:
-    """The geometric mean error over `seeds` at each rate at which all of them ended well."""
-    for runs in errors.values():
-        mine = [runs.get(seed) for seed in seeds]
-        if all(map(ended, mine)):
-            yield _mean(mine)
-
-
-def _mean(values: Iterable[float | None]) -> float:
-    return statistics.geometric_mean(value for value in values if value is not None)
 
 
 def best_rates(findings: Findings) -> list[str]:

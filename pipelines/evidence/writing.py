@@ -15,7 +15,6 @@ from pipelines.evidence.comparing import (
     declared_comparisons,
     declared_effects,
     delays_over_training,
-    misfits,
     of_baseline,
     other_effects,
 )
@@ -52,10 +51,7 @@ tables, unless the column "factors" says otherwise.
   comparison without a verdict still has a difference, over the seeds at which neither run failed, but nothing can be concluded
   from it.
 - **best learning rate**: the minimum of a parabola through three measured rates, over all seeds. The seeds that choose a rate
-  for a verdict are fewer, so their best rate may be another one. If the errors of the reporting seeds at this minimum are on
-  average more than 1 % below those at every measured rate, a sentence below the declared table says that the parabola does
-  not fit. We use 1 % because a rate within 1 % of the lowest error also counts as near the best; where parabolas fit, this
-  number is far smaller.
+  for a verdict are fewer, so their best rate may be another one.
 - **an effect**: the change of the error in %, or of the share of its steps that a run survives, if one factor changes and all
   others are averaged. It is "clear" if the corrected p-value is below 5 %. *A combined with B* is an interaction: how much more
   the change A does if the change B is made, too. In the studies of stability, `5_percent` is a warm-up over 5 % of the steps.
@@ -140,8 +136,6 @@ def _of_declared(answers: Answers) -> Iterator[list[str]]:
         yield declared_effects(answers.effects)
     if found := declared_comparisons(answers.findings):
         yield found
-    for sentence in misfits(answers.findings):
-        yield [sentence]
 
 
 def _of_delays(answers: Answers) -> Iterator[str]:
