@@ -117,8 +117,8 @@ def _conditions(name: str, results: Results) -> str:
     failed = sum(run.status != "finished" for run in results.runs) or "none"
     return (
         f"{first.network} on {first.data}, {steps} steps, {seeds} seeds, {len(results.runs)} runs; {failed} collapsed "
-        f"or diverged. Training: {in_words(results.values)}. {minutes:.1f} minutes of one {made[0].device}, torch {made[0].torch}, "
-        f"{made[0].workers} runs at a time. Latents `{made[0].data.get('data/latents', '')[:12]}`, "
+        f"or diverged. Training: {in_words(results.values)}. {minutes:.1f} minutes of one {made[0].device}, "
+        f"torch {made[0].torch}, {made[0].workers} runs at a time. Latents `{made[0].data.get('data/latents', '')[:12]}`, "
         f"code `{made[0].code[:12]}`, {_commits(made)}. Command: `python -m pipelines.evidence run {name}`."
     )
 
