@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from huggingface_hub.errors import LocalEntryNotFoundError
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from dit.autoencoder import (
@@ -43,7 +44,7 @@ SIZE = 16
 
 def settings(**changes: Any) -> TrainedAutoencoder:
     values = {"kind": "train", "latent_channels": 4, "downsample": 2, "channels": [8, 16], "steps": 20, "batch_size": 8}
-    values |= {"learning_rate": 2e-3, "kl_weight": 1e-6, "seed": 0, "threads": 1, "device": "cpu"}
+    values |= {"learning_rate": 2e-3, "kl_weight": 1e-6, "seed": 0, "precision": "auto", "threads": 1, "device": "cpu"}
     return TrainedAutoencoder.model_validate(values | changes)
 
 
@@ -88,6 +89,17 @@ def test_training_is_repeatable_and_leaves_the_global_randomness_alone(images: n
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = train(settings(steps=3, seed=1), images, tmp_path).state_dict()
     assert not torch.equal(first["encoder.conv_in.weight"], other["encoder.conv_in.weight"])
+
+
+def test_precision_is_float32_unless_bf16_is_asked_for_where_no_fused_kernels_train(images: np.ndarray, tmp_path: Path) -> None:
+    auto, fp32, bf16 = (
+        train(settings(steps=3, precision=name), images, tmp_path).state_dict() for name in ("auto", "fp32", "bf16")
+    )
+    assert all(torch.equal(auto[name], fp32[name]) for name in auto)
+    assert any(not torch.equal(auto[name], bf16[name]) for name in auto)
+    assert all(value.dtype == torch.float32 for value in bf16.values())
+    with pytest.raises(ValidationError, match=r"Input should be 'auto', 'fp32' or 'bf16'"):
+        settings(precision="fp16")
 
 
 class KilledError(Exception):

@@ -199,7 +199,7 @@ def test_decoding_in_bf16_against_float32(autoencoder: AutoencoderKL) -> None:
 def small() -> TrainedAutoencoder:
     """Ten steps of the smallest autoencoder on images of 16 pixels."""
     values = {"kind": "train", "latent_channels": 4, "downsample": 2, "channels": [8, 16], "steps": 10, "batch_size": 4}
-    more = {"learning_rate": 2e-3, "kl_weight": 1e-6, "seed": 0, "threads": 1, "device": "cuda"}
+    more = {"learning_rate": 2e-3, "kl_weight": 1e-6, "seed": 0, "precision": "auto", "threads": 1, "device": "cuda"}
     return TrainedAutoencoder.model_validate(values | more)
 
 

@@ -70,7 +70,7 @@ def test_without_flip_there_is_one_view(tmp_path: Path) -> None:
 
 def test_the_same_images_and_settings_give_the_same_bytes(tmp_path: Path) -> None:
     values = {"kind": "train", "latent_channels": 4, "downsample": 2, "channels": [8, 8], "steps": 1, "batch_size": 1}
-    values |= {"learning_rate": 1e-3, "kl_weight": 0.0, "seed": 0, "threads": 1, "device": "cpu"}
+    values |= {"learning_rate": 1e-3, "kl_weight": 0.0, "seed": 0, "precision": "auto", "threads": 1, "device": "cpu"}
     autoencoder = build(TrainedAutoencoder.model_validate(values), 8).eval()
     for name in ("first", "second"):
         torch.rand(1)

@@ -33,11 +33,7 @@ CHECKPOINT_EVERY = 250
 LOSSES_READ_EVERY = 50
 """Steps between two readings of losses on a GPU, which waits for each reading. On a CPU, each loss is read at its step."""
 Backend = Literal["eager", "graph", "fused"]
-"""How loss and gradients are computed: eagerly, as a CUDA graph, or as a CUDA graph with the kernels of `dit.fused`.
-
-The first two compute in float32. `fused` uses mixed precision: weights, losses and sums are float32, and images between
-layers bf16.
-"""
+"""How loss and gradients are computed: eagerly, as a CUDA graph, or as a CUDA graph with the kernels of `dit.fused`."""
 Coding = Callable[[Tensor], Tensor]
 """A function from images to the moments of their posteriors, or from latents to images."""
 RESIDENT_SHARE = 0.2
@@ -70,9 +66,9 @@ def build(params: TrainedAutoencoder, size: int, image_channels: int = 3) -> Aut
 def train(params: TrainedAutoencoder, images: np.ndarray, scratch: Path) -> AutoencoderKL:
     """Train on `images` (N, size, size, C) uint8 and their mirror images, with Adam and a cosine decay of the learning rate.
 
-    It continues from the checkpoint in `scratch`, if there is one, with the same result as a run that never stopped. An NVIDIA
-    GPU computes in mixed precision with bf16 if it can. Elsewhere all is float32, but PyTorch lets convolutions on a GPU round
-    their inputs to TF32. Raises `ConfigError` if the loss is not finite; the message names the first such step.
+    It continues from the checkpoint in `scratch`, if there is one, with the same result as a run that never stopped. In
+    float32, PyTorch lets convolutions on a GPU round their inputs to TF32; in bf16, weights, losses and the optimiser remain
+    float32. Raises `ConfigError` if the loss is not finite; the message names the first such step.
     """
     device = resolve_device(params.device)
     steps = Steps(params, images, device)
@@ -121,7 +117,7 @@ class Steps:
         self.state = {"model": network, "optimiser": self.optimiser, "schedule": self.schedule}
         self.batches = _Batches(params, images, device)
         encode, decode = _fused(network) if backend == "fused" else _plain(network)
-        precision = resolve_precision("auto", device) if backend == "fused" else torch.float32
+        precision = resolve_precision(_precision(params, backend), device)
         loss = partial(_loss, encode, decode, precision, params.kl_weight)
         gradients = partial(_gradients, list(network.parameters()), loss)
         self.gradients: Callable[..., Tensor] = gradients if backend == "eager" else Captured(gradients)
@@ -132,6 +128,11 @@ class Steps:
         self.optimiser.step()
         self.schedule.step()
         return loss
+
+
+def _precision(params: TrainedAutoencoder, backend: Backend) -> str:
+    """`params.precision`, where `auto` means float32 unless the kernels of `dit.fused` compute."""
+    return "fp32" if params.precision == "auto" and backend != "fused" else params.precision
 
 
 def _fastest(autoencoder: AutoencoderKL, device: torch.device) -> Backend:

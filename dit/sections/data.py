@@ -115,6 +115,7 @@ class TrainedAutoencoder(Section):
     learning_rate: PositiveFloat
     kl_weight: NonNegativeFloat
     seed: Seed
+    precision: Literal["auto", "fp32", "bf16"]
     threads: Threads
     device: Device
 
