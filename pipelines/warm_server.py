@@ -12,6 +12,7 @@ import atexit
 import ctypes
 import gc
 import json
+import logging
 import os
 import re
 import runpy
@@ -20,6 +21,7 @@ import signal
 import socket
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -36,6 +38,8 @@ DVC_MODULES = (
     *("dvc.repo.artifacts", "dvc.repo.datasets", "dvc.repo.metrics", "dvc.repo.open_repo", "dvc.repo.params", "dvc.repo.plots"),
     *("dvc.repo.reproduce", "dvc.repo.stage", "dvc.stage.cache", "dvc.stage.run", "dvc.rwlock", "dvc.scm", "dvc.dirs"),
     *("dvc.cachemgr", "dvc.data_cloud", "dvc.utils.strictyaml", "dvc_data.hashfile.db.local", "dvc_data.hashfile.status"),
+    *("dvc.repo.index", "dvc_data.hashfile._progress", "configobj", "fsspec.implementations.memory"),
+    *("dulwich.index", "dulwich.ignore", "dulwich.worktree"),
 )
 """Modules that DVC imports when it runs a stage, in addition to those of its command line."""
 SPARED_THREADS = ("jemalloc_bg_thd",)
@@ -140,6 +144,7 @@ class Server:
             import_module("dvc.cli").parse_args(["repro"])  # imports its commands
             for name in DVC_MODULES:
                 import_module(name)
+            import_module("dit.models").backbones()  # imports the networks, as every stage does that reads the parameters
         left, waiting = list(self.modules), list[Request]()
         while True:
             if left and not select.select([self.connection], [], [], 0)[0]:
@@ -217,10 +222,24 @@ def end(code: str | int | None = 0) -> NoReturn:
     if isinstance(code, str):
         print(code, file=sys.stderr)
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python does, and as multiprocessing calls it
+    _leave_out_ends_of_torch()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1 if isinstance(code, str) else code or 0)
+
+
+def _leave_out_ends_of_torch() -> None:
+    """Leave out what torch does at exit only for itself: it unregisters operators, and makes a table for a log that is off."""
+    compiling = sys.modules.get("torch._dynamo.utils")
+    if (told := getattr(compiling, "dump_compile_times", None)) and not logging.getLogger(told.__module__).isEnabledFor(
+        logging.INFO
+    ):
+        atexit.unregister(told)
+    if unregister := getattr(sys.modules.get("torch.library"), "_del_library", None):
+        for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+            if (alive := finalizer.peek()) and alive[1] is unregister:
+                finalizer.atexit = False
 
 
 def run_by(stage: Forked, channel: int, modules: list[str]) -> None:

@@ -262,6 +262,18 @@ def test_a_library_that_starts_a_thread_on_import_is_named(project: Path, said: 
     assert json.loads((project / "state.json").read_text())["threads"] == 2
 
 
+def test_what_a_stage_leaves_to_its_end_is_done(project: Path, said: list[str]) -> None:
+    program = "import atexit, pathlib, tempfile, torch._dynamo.utils\nfolder = tempfile.TemporaryDirectory()\n"
+    program += "pathlib.Path('../folder').write_text(folder.name)\natexit.register(pathlib.Path('state.json').touch)\n"
+    (project / "pipelines/stages/state.py").write_text(f"if __name__ == '__main__':\n{indent(program, '    ')}")
+    with dag.Processes(project, {}) as processes:
+        processes.warm_up(dag.read(project).values(), said.append)
+        assert run(processes, "state") is dag.Outcome.RAN
+    assert (project / "state.json").exists()
+    assert not Path((project.parent / "folder").read_text()).exists()
+    assert said == []
+
+
 def test_leaving_ends_everything(project: Path, processes: dag.Processes) -> None:
     with busy(processes) as (running, stage):
         family = [stage, *above(stage)]
