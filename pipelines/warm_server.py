@@ -231,11 +231,9 @@ def end(code: str | int | None = 0) -> NoReturn:
 
 def _leave_out_ends_of_torch() -> None:
     """Leave out what torch does at exit only for itself: it unregisters operators, and makes a table for a log that is off."""
-    compiling = sys.modules.get("torch._dynamo.utils")
-    if (told := getattr(compiling, "dump_compile_times", None)) and not logging.getLogger(told.__module__).isEnabledFor(
-        logging.INFO
-    ):
-        atexit.unregister(told)
+    table = getattr(sys.modules.get("torch._dynamo.utils"), "dump_compile_times", None)
+    if table and not logging.getLogger(table.__module__).isEnabledFor(logging.INFO):
+        atexit.unregister(table)
     if unregister := getattr(sys.modules.get("torch.library"), "_del_library", None):
         for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
             if (alive := finalizer.peek()) and alive[1] is unregister:
