@@ -23,6 +23,8 @@ from measuring import Result, heading, machine, write
 from rich.console import Console
 from rich.table import Table
 
+from dit.config import load
+from pipelines import design
 from pipelines.overrides import override
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +103,7 @@ def copy(root: Path, overrides: Mapping[str, Any] = MICRO) -> Path:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, root / name)
     (root / "params.yaml").write_text(override((ROOT / "params.yaml").read_text(), overrides))
+    design.write(root, load(root / "params.yaml"))  # otherwise `dvc repro` ends, and asks to be started again
     subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
     return root
 

@@ -1,8 +1,11 @@
 """How long a study takes until its answer, by phase, and how much of it is overhead: `python benchmarks/study.py`.
 
-A micro study runs as by `make study`: with stages that start cold, then warm, then warm with one stage at a time, and then
-with nothing to do. Its stages also run as plain function calls in one process, which measures their own work. With `--shipped`,
-the study of `params.yaml` runs once instead, warm; with `--profile gpu`, the study of `profiles/gpu.yaml`.
+The stages of a micro study run as plain function calls in one process, which measures their own work. Then the study runs as
+by `make study`: with stages that start cold, then warm, then warm with one stage at a time, and then with nothing to do. With
+`--shipped`, the study of `params.yaml` runs instead, in one process and warm; with `--profile gpu`, that of
+`profiles/gpu.yaml`.
+
+All ways must give the same outputs. The exit status is 1 if the checksum of any output differs from that of the one process.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -49,12 +53,39 @@ for stage, items in stages.items():
         timed(name, getattr(modules[stage], stage), params.with_values(item.setting.levels), item)
 print("\\n" + json.dumps(seconds))
 """
+STUDY = """
+from pipelines import __main__ as program, services
+
+def tell(holder, name, phase, after=""):
+    act = getattr(holder, name)
+    def told(*arguments, **options):
+        print(f"begins: {phase}", flush=True)
+        result = act(*arguments, **options)
+        if after:
+            print(f"begins: {after}", flush=True)
+        return result
+    setattr(holder, name, told)
+
+wait = services.PrefectServer.wait
+
+def imported(server):
+    from pipelines import dag, preflight
+    tell(dag, "read", "DVC reads the graph")
+    tell(preflight, "refusal", "pre-flight", "the first stage is started")
+    wait(server)
+
+services.PrefectServer.wait = imported
+tell(services.PrefectServer, "wait", "wait for Prefect's server", "the flow is started")
+tell(services, "prefect_server", "Prefect is imported")
+program.app(prog_name="python -m pipelines")
+"""
+"""`python -m pipelines`, which also tells what it does before the first stage."""
 LINE = re.compile(r"(\S+) +\| (started|cached|done in .* s)$")
 WAYS = {"cold": {"DIT_WARM": "0"}, "warm": {}, "warm, one at a time": {"DIT_WORKERS": "1"}}
 
 
 def main(
-    shipped: Annotated[bool, typer.Option(help="the study of params.yaml, once, instead of the micro study")] = False,
+    shipped: Annotated[bool, typer.Option(help="the study of params.yaml, warm only, instead of the micro study")] = False,
     profile: Annotated[str | None, typer.Option(help="the same, with what this profile changes, such as gpu")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="stages at once  [default: as `make study`]")] = None,
     note: Annotated[str, typer.Option(help="what else is to be known of the machine, such as who shared it")] = "",
@@ -62,51 +93,71 @@ def main(
 ) -> None:
     """Measure the time to the answer."""
     changes = yamlfile.read(ROOT / "profiles" / f"{profile}.yaml") if profile else {} if shipped else MICRO
-    once = shipped or bool(profile)
+    ways = {"warm": WAYS["warm"]} if shipped or profile else WAYS
     report: Result = {"machine": machine(resolve_device("auto")), "cores": os.cpu_count(), "note": note}
     report |= {"study": profile or ("shipped" if shipped else "micro"), "workers": workers, "studies": {}}
     given = {"DIT_WORKERS": str(workers)} if workers else {}
+    differing = []
     with tempfile.TemporaryDirectory() as folder:
-        if not once:
-            report["own_seconds"] = own_work(copy(Path(folder) / "one-process"))
-        for way, own in {"warm": WAYS["warm"]}.items() if once else WAYS.items():
-            root, variables = copy(Path(folder) / way.replace(" ", "-"), changes), given | own
-            report["studies"][way] = study(root, variables)
+        one_process = copy(Path(folder) / "one-process", changes)
+        own = report["own_seconds"] = own_work(one_process)
+        expected = checksums(one_process, own)
+        for way in [*ways, "nothing to do"]:
+            if way in ways:
+                root, variables = copy(Path(folder) / way.replace(" ", "-"), changes), given | ways[way]
+            found = report["studies"][way] = study(root, variables)
+            wrong = [name for name, outs in checksums(root, own).items() if outs != expected[name]]
+            found |= {"identical": not wrong, "beyond_own_work": beyond(found["stages"], own)}
+            differing += [f"{way}: the outputs of {name} differ from those of one process" for name in wrong]
             write(report, output)
-        report["studies"]["nothing to do"] = study(root, variables)
-        write(report, output)
-    Console().print(phases(report))
-    if not once:
-        Console().print(overhead(report))
+    for shown in (phases(report), beginning(report), overhead(report)):
+        Console().print(shown)
+    if differing:
+        print("\n".join(differing), file=sys.stderr)
+        sys.exit(1)
 
 
 def own_work(root: Path) -> dict[str, float]:
-    """Seconds of each stage as a function call, in one process that has imported all of them."""
-    done = subprocess.run(
-        [sys.executable, "-c", OWN_WORK], cwd=root, env=environment(root), capture_output=True, text=True, check=True
-    )
-    seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    """Seconds of each stage as a function call, in one process that has imported all of them. Then DVC records its outputs."""
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=root, env=environment(root), stdout=subprocess.PIPE, text=True, check=True).stdout
+
+    seconds: dict[str, float] = json.loads(run("-c", OWN_WORK).splitlines()[-1])
+    run("-m", "dvc", "commit", "--force", "--quiet")
     return seconds
 
 
-def study(root: Path, variables: dict[str, str]) -> Result:
-    """Run `make study` in `root`. Returns when stages began and ended, and when an answer appeared, in seconds from the start.
+def checksums(root: Path, stages: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The MD5 of each output of these stages, from `dvc.lock`."""
+    entries = yamlfile.read(root / "dvc.lock")["stages"]
+    return {name: {out["path"]: out["md5"] for out in entries[name]["outs"]} for name in stages}
 
-    The output of the study is shown while it runs.
+
+def study(root: Path, variables: dict[str, str]) -> Result:
+    """Run `make study` in `root`. Returns how long it took to its first stage, by phase, and how long each stage took.
+
+    It also returns when an answer appeared, in seconds from the start. The output of the study is shown while it runs.
     """
     begun = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipelines", "study"],
+        [sys.executable, "-c", STUDY, "study"],
         cwd=root,
         env=environment(root) | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    started, ended = {}, {}
+    started: dict[str, float] = {}
+    ended: dict[str, float] = {}
     found: Result = {}
+    begins = {"the program is started": 0.0}
     for line in process.stdout or ():
         now = time.perf_counter() - begun
+        if line.startswith("begins: "):
+            begins[line.removeprefix("begins: ").rstrip()] = now
+            continue
         print(line, end="", file=sys.stderr, flush=True)
         if match := LINE.match(line):
             (started if match[2] == "started" else ended)[match[1]] = now
@@ -116,9 +167,28 @@ def study(root: Path, variables: dict[str, str]) -> Result:
         sys.exit(code)
     found["total"] = time.perf_counter() - begun
     if started:
-        found |= {"first stage begins": min(started.values()), "report": ended["compare"]}
+        first = min(started.values())
+        ends = [*begins.values(), first][1:]
+        found["before_first_stage"] = {phase: end - begin for (phase, begin), end in zip(begins.items(), ends, strict=True)}
+        found |= {"first stage begins": first, "report": ended["compare"]}
     found["stages"] = {name: ended[name] - started[name] for name in started}
     return found
+
+
+def kinds(stages: Iterable[str]) -> dict[str, list[str]]:
+    """Stages by kind, such as `train`."""
+    found: dict[str, list[str]] = {}
+    for name in stages:
+        found.setdefault(name.partition("@")[0], []).append(name)
+    return found
+
+
+def beyond(taken: Mapping[str, float], own: Mapping[str, float]) -> dict[str, float]:
+    """The time that a stage took beyond its own work: the median of each kind.
+
+    Where stages run side by side, this includes by how much they slow each other down.
+    """
+    return {kind: statistics.median(taken[name] - own[name] for name in names) for kind, names in kinds(taken).items()}
 
 
 def environment(root: Path) -> dict[str, str]:
@@ -138,16 +208,22 @@ def phases(report: Result) -> Table:
     return shown
 
 
+def beginning(report: Result) -> Table:
+    """A table of what happens before the first stage."""
+    studies = {way: found["before_first_stage"] for way, found in report["studies"].items() if "before_first_stage" in found}
+    shown = Table("before the first stage", *(f"{way}, s" for way in studies))
+    for phase in next(iter(studies.values())):
+        shown.add_row(phase, *(f"{found[phase]:.1f}" for found in studies.values()))
+    return shown
+
+
 def overhead(report: Result) -> Table:
-    """A table of the time that a stage takes beyond its own work, with one stage at a time: the median of each kind."""
-    own, taken = report["own_seconds"], report["studies"]["warm, one at a time"]["stages"]
-    shown = Table("stage", "own work, s", "as a stage, s", "beyond it, s", title="warm, one at a time, medians")
-    for kind in dict.fromkeys(name.partition("@")[0] for name in taken):
-        names = [name for name in taken if name.partition("@")[0] == kind and name in own]
-        if names:
-            work, whole = (statistics.median(times[name] for name in names) for times in (own, taken))
-            beyond = statistics.median(taken[name] - own[name] for name in names)
-            shown.add_row(f"{kind} ({len(names)})", f"{work:.2f}", f"{whole:.2f}", f"{beyond:.2f}")
+    """A table of the time that a stage takes beyond its own work: the median of each kind."""
+    studies = {way: found["beyond_own_work"] for way, found in report["studies"].items() if found["stages"]}
+    shown = Table("stage", "own work, s", *(f"beyond it, {way}, s" for way in studies), title="medians")
+    for kind, names in kinds(report["own_seconds"]).items():
+        work = statistics.median(report["own_seconds"][name] for name in names)
+        shown.add_row(f"{kind} ({len(names)})", f"{work:.2f}", *(f"{found[kind]:.2f}" for found in studies.values()))
     return shown
 
 

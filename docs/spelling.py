@@ -19,7 +19,7 @@ CODE = r"```.*?```|`[^`]*`"
 BRITISH = "program,programs,artifact,artifacts,biased"
 """Words of computing and statistics that are spelt so in Britain too."""
 NAMES = (
-    "authorization,center,centered,color,colors,initialization,license,math,"
+    "authorization,center,centered,color,colors,finalize,initialization,license,math,"
     "normalization,normalize,optimizer,serialization,serialize,synchronize"
 )
 """In code: names of torch, diffusers, matplotlib and others."""

@@ -12,6 +12,7 @@ import atexit
 import ctypes
 import gc
 import json
+import logging
 import os
 import re
 import runpy
@@ -20,10 +21,13 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 from pipelines import atomic_dvc, guard
@@ -34,10 +38,13 @@ DVC_MODULES = (
     *("dvc.repo.artifacts", "dvc.repo.datasets", "dvc.repo.metrics", "dvc.repo.open_repo", "dvc.repo.params", "dvc.repo.plots"),
     *("dvc.repo.reproduce", "dvc.repo.stage", "dvc.stage.cache", "dvc.stage.run", "dvc.rwlock", "dvc.scm", "dvc.dirs"),
     *("dvc.cachemgr", "dvc.data_cloud", "dvc.utils.strictyaml", "dvc_data.hashfile.db.local", "dvc_data.hashfile.status"),
+    *("dvc.repo.index", "dvc_data.hashfile._progress", "configobj", "fsspec.implementations.memory"),
+    *("dulwich.index", "dulwich.ignore", "dulwich.worktree"),
 )
 """Modules that DVC imports when it runs a stage, in addition to those of its command line."""
 SPARED_THREADS = ("jemalloc_bg_thd",)
 """Names of threads that may be alive when this process forks: jemalloc, which comes with pyarrow, supports this."""
+TASKS = "/proc/self/task"
 GPUS = ("/dev/nvidia", "/dev/kfd")
 BY_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 """Makes torch look for GPUs without opening one, if a library asks for GPUs on import (PyTorch, CUDA semantics)."""
@@ -72,6 +79,52 @@ class Forked:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
+class Origins:
+    """During the import of which module each thread of this process was first seen, and which packages imported the module."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, str] = {}
+        self._importing: list[str] = []
+        self._links = 0
+
+    def of(self, tasks: Iterable[str]) -> str:
+        """Say during which imports these threads were first seen; empty if during none."""
+        where = dict.fromkeys(self._found[task] for task in tasks if self._found.get(task))
+        return f" while {' and '.join(where)}" if where else ""
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch what is imported in this block. Afterwards, and so in every fork, Python imports as before."""
+        importer: Any = import_module("_frozen_importlib")
+        load = importer._load_unlocked
+
+        def watched_load(spec: ModuleSpec) -> ModuleType:
+            self._look()  # for threads that the importing module has started itself
+            self._importing.append(spec.name)
+            try:
+                module: ModuleType = load(spec)
+                return module
+            finally:
+                self._look()
+                self._importing.pop()
+
+        importer._load_unlocked = watched_load
+        try:
+            yield
+        finally:
+            importer._load_unlocked = load
+
+    def _look(self) -> None:
+        links = os.stat(TASKS).st_nlink  # one for each thread, and two more; this is quicker than to list the threads
+        if links != self._links:
+            self._links = links
+            above = list(dict.fromkeys(name.partition(".")[0] for name in reversed(self._importing)))[1:]
+            by = f" by {', '.join(above)}" if above else ""
+            where = f"{self._importing[-1]} was imported{by}" if self._importing else ""
+            for task in os.listdir(TASKS):
+                self._found.setdefault(task, where)
+
+
 class Server:
     """Imports `modules`, and forks for each request until the other end of `connection` is closed."""
 
@@ -81,18 +134,22 @@ class Server:
         self.environment = dict(os.environ)
         self.code = code_state()
         self.guards: set[int] = set()
+        self.origins = Origins()
 
     def serve(self) -> None:
         """Serve each request once the module that it needs has been imported. Raises `NotWarmError`."""
         signal.signal(signal.SIGCHLD, lambda *_: self._reap())
         os.environ[BY_NVML] = "1"
-        import_module("dvc.cli").parse_args(["repro"])  # imports its commands
-        for name in DVC_MODULES:
-            import_module(name)
+        with self.origins.watched():
+            import_module("dvc.cli").parse_args(["repro"])  # imports its commands
+            for name in DVC_MODULES:
+                import_module(name)
+            import_module("dit.models").backbones()  # imports the networks, as every stage does that reads the parameters
         left, waiting = list(self.modules), list[Request]()
         while True:
             if left and not select.select([self.connection], [], [], 0)[0]:
-                import_module(left.pop(0))
+                with self.origins.watched():
+                    import_module(left.pop(0))
                 gc.freeze()  # forks share the memory of objects that the collector does not visit again
             else:
                 text, held, _, _ = socket.recv_fds(self.connection, MOST_BYTES, DESCRIPTORS)
@@ -116,7 +173,7 @@ class Server:
         if _threads():
             os.waitpid(_fork_that_ends(), 0)  # OpenBLAS ends its threads before a fork, and starts them when needed
         if threads := _threads():
-            raise NotWarmError(f"a library has started threads: {', '.join(threads)}")
+            raise NotWarmError(f"a library has started threads{self.origins.of(threads)}: {', '.join(threads.values())}")
         if _has_used_a_gpu():
             raise NotWarmError("a library has opened a GPU")
 
@@ -165,10 +222,22 @@ def end(code: str | int | None = 0) -> NoReturn:
     if isinstance(code, str):
         print(code, file=sys.stderr)
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python does, and as multiprocessing calls it
+    _leave_out_ends_of_torch()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1 if isinstance(code, str) else code or 0)
+
+
+def _leave_out_ends_of_torch() -> None:
+    """Leave out what torch does at exit only for itself: it unregisters operators, and makes a table for a log that is off."""
+    table = getattr(sys.modules.get("torch._dynamo.utils"), "dump_compile_times", None)
+    if table and not logging.getLogger(table.__module__).isEnabledFor(logging.INFO):
+        atexit.unregister(table)
+    if unregister := getattr(sys.modules.get("torch.library"), "_del_library", None):
+        for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+            if (alive := finalizer.peek()) and alive[1] is unregister:
+                finalizer.atexit = False
 
 
 def run_by(stage: Forked, channel: int, modules: list[str]) -> None:
@@ -247,10 +316,10 @@ def _fork_that_ends() -> int:
     return pid
 
 
-def _threads() -> list[str]:
-    """The names of other threads that are alive in this process."""
-    names = {task.name: (task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
-    return [name for task, name in names.items() if int(task) != os.getpid() and name not in SPARED_THREADS]
+def _threads() -> dict[str, str]:
+    """Other threads that are alive in this process: their numbers and names."""
+    names = {task.name: (task / "comm").read_text().strip() for task in Path(TASKS).iterdir()}
+    return {task: name for task, name in names.items() if int(task) != os.getpid() and name not in SPARED_THREADS}
 
 
 def _has_used_a_gpu() -> bool:

@@ -244,6 +244,36 @@ def test_code_that_changes_while_a_study_runs_is_not_run_from_memory(
     assert said == ["stages start cold from here on, which takes some seconds each: the code of dit or pipelines has changed"]
 
 
+def test_a_library_that_starts_a_thread_on_import_is_named(project: Path, said: list[str]) -> None:
+    library = project / "library"
+    library.mkdir()
+    (library / "__init__.py").write_text("import library.quiet, library.threads, library.later")
+    (library / "quiet.py").touch()
+    (library / "later.py").touch()
+    (library / "threads.py").write_text("from threading import Event, Thread\nThread(target=Event().wait, daemon=True).start()")
+    stage = project / "pipelines/stages/state.py"
+    stage.write_text(f"import library\n{stage.read_text()}")
+    with dag.Processes(project, {}) as processes:
+        processes.warm_up(dag.read(project).values(), said.append)
+        assert run(processes, "state") is dag.Outcome.RAN
+    start, _, name = said.pop().rpartition(": ")
+    assert start.endswith("a library has started threads while library.threads was imported by pipelines")
+    assert name
+    assert json.loads((project / "state.json").read_text())["threads"] == 2
+
+
+def test_what_a_stage_leaves_to_its_end_is_done(project: Path, said: list[str]) -> None:
+    program = "import atexit, pathlib, tempfile, torch._dynamo.utils\nfolder = tempfile.TemporaryDirectory()\n"
+    program += "pathlib.Path('../folder').write_text(folder.name)\natexit.register(pathlib.Path('state.json').touch)\n"
+    (project / "pipelines/stages/state.py").write_text(f"if __name__ == '__main__':\n{indent(program, '    ')}")
+    with dag.Processes(project, {}) as processes:
+        processes.warm_up(dag.read(project).values(), said.append)
+        assert run(processes, "state") is dag.Outcome.RAN
+    assert (project / "state.json").exists()
+    assert not Path((project.parent / "folder").read_text()).exists()
+    assert said == []
+
+
 def test_leaving_ends_everything(project: Path, processes: dag.Processes) -> None:
     with busy(processes) as (running, stage):
         family = [stage, *above(stage)]
