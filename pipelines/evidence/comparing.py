@@ -68,7 +68,7 @@ def best_rates(findings: Findings) -> list[str]:
             stable = "none" if found.largest_stable is None else f"{found.largest_stable:g}"
             cells = (str(found.optimum or "none"), str(found.near_best or "none"), stable)
         rows.append((f"`{one.strategy}`", words(one.place), *cells))
-    return table(("start", "factors", "best learning rate", near, "largest rate without a failure"), rows)
+    return table(("start", "factors", "best learning rate", near, "largest rate without a collapse or divergence"), rows)
 
 
 def by_rates(findings: Findings) -> list[str]:
