@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit.fused import group_norm as kernels
+
+Kernel = Callable[[Tensor, Tensor | None, Tensor], Tensor]
+Shrink = Callable[[Tensor], Tensor]
 
 
 def group_norm(
@@ -21,12 +25,12 @@ def group_norm(
 
 def padded_sum(x: Tensor, added: Tensor | None, bias: Tensor) -> Tensor:
     """See `dit.fused.group_norm.padded_sum`."""
-    return _PaddedSum.apply(x, added, bias)
+    return _Sum.apply(kernels.padded_sum, _without_border, x, added, bias)
 
 
 def doubled_sum(x: Tensor, added: Tensor | None, bias: Tensor) -> Tensor:
     """See `dit.fused.group_norm.doubled_sum`."""
-    return _DoubledSum.apply(x, added, bias)
+    return _Sum.apply(kernels.doubled_sum, _summed_by_four, x, added, bias)
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -46,28 +50,23 @@ class _GroupNorm(torch.autograd.Function):
         return dx, dx if ctx.has_added else None, d_bias if ctx.has_bias else None, d_gain, d_offset, None, None, None
 
 
-class _PaddedSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, added: Tensor | None, bias: Tensor) -> Tensor:
-        ctx.has_added = added is not None
-        return kernels.padded_sum(x, added, bias)
+class _Sum(torch.autograd.Function):
+    """`kernel(x, added, bias)`, a sum that is then enlarged; `shrink` turns a gradient of its output into one of the sum."""
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        return _of_sum(d_out[:, :, :-1, :-1], ctx.has_added)
-
-
-class _DoubledSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, added: Tensor | None, bias: Tensor) -> Tensor:
-        ctx.has_added = added is not None
-        return kernels.doubled_sum(x, added, bias)
+    def forward(ctx: Any, kernel: Kernel, shrink: Shrink, x: Tensor, added: Tensor | None, bias: Tensor) -> Tensor:
+        ctx.shrink, ctx.has_added = shrink, added is not None
+        return kernel(x, added, bias)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        return _of_sum(F.avg_pool2d(d_out, 2, divisor_override=1), ctx.has_added)
+        dx = ctx.shrink(d_out)
+        return None, None, dx, dx if ctx.has_added else None, dx.sum((0, 2, 3), dtype=torch.float32)
 
 
-def _of_sum(gradient: Tensor, has_added: bool) -> tuple[Tensor | None, ...]:
-    """The gradients of x, added and bias in `x + added + bias`, from the gradient of the sum."""
-    return gradient, gradient if has_added else None, gradient.sum((0, 2, 3), dtype=torch.float32)
+def _without_border(d_out: Tensor) -> Tensor:
+    return d_out[:, :, :-1, :-1]
+
+
+def _summed_by_four(d_out: Tensor) -> Tensor:
+    return F.avg_pool2d(d_out, 2, divisor_override=1)

@@ -21,7 +21,7 @@ OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon in the blocks and AdamW elsewhere"
 
 
 def in_words(values: Mapping[str, Any]) -> str:
-    """Optimiser, schedule, clipping and averaging, as far as they are the same for all runs."""
+    """The optimiser, schedule, clipping and averaging of a study in words; "see factors" if its runs differ in them."""
     found = {key: _value(values, key) for key in DEFAULTS}
     name, beta2 = found["train.optimizer.name"], found["train.optimizer.betas"][1]
     optimizer = f"{OPTIMIZERS.get(name, name)} with β₂ = {beta2:g}"
@@ -53,6 +53,6 @@ def _value(values: Mapping[str, Any], key: str) -> Any:
 
 
 def _varied(values: Mapping[str, Any]) -> set[str]:
-    """The sections, such as `train.schedule`, of which runs of the study have different values."""
+    """The sections of the parameters that the study varies, such as `train.schedule`."""
     keys = [*values.get("study.factors", {}), *(key for levels in values.get("study.settings", {}).values() for key in levels)]
     return {".".join(key.split(".")[:2]) for key in keys}
