@@ -64,12 +64,12 @@ class Timed(Trainer):
         super()._train(step)
         if step in {0, self.params.steps // 2, self.params.steps - 1}:
             wait(self.diffusion.device)
-            self.ended = [*getattr(self, "ended", []), time.perf_counter()]
+            self.times = [*getattr(self, "times", []), time.perf_counter()]
 
     @property
     def measured_seconds(self) -> float:
         """Seconds of the second half of the steps, without its first step, because validation comes before that step."""
-        return self.ended[2] - self.ended[1]
+        return self.times[2] - self.times[1]
 
     @property
     def steady_rate(self) -> float:
@@ -143,7 +143,7 @@ def run_timed(make: Callable[..., Timed], steps: int, description: str) -> tuple
     while True:
         trainer = make(steps=steps)
         trainer.run(description)
-        first = first or trainer.ended[0] - trainer.started
+        first = first or trainer.times[0] - trainer.started
         if (seconds := trainer.measured_seconds) >= SHORTEST_MEASUREMENT:
             return trainer, first
         steps <<= math.ceil(math.log2(SHORTEST_MEASUREMENT / seconds))

@@ -90,13 +90,17 @@ def _without_gpus(max_parallel: int) -> DevicePool:
 
 def advice(pool: DevicePool) -> str | None:
     """What would speed up the stages of `pool`: NVIDIA's multi-process service, if they share GPUs without it; else None."""
-    folder = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", MPS_FOLDER))
-    if not pool.shares_gpus or (folder / "control").exists():
+    if not pool.shares_gpus or multi_process_service():
         return None
     return (
         "several stages share a GPU and take turns on it; they run faster together after `nvidia-cuda-mps-control -d` "
         "(docs/speed.md, Many small runs on one GPU)"
     )
+
+
+def multi_process_service() -> bool:
+    """Whether NVIDIA's multi-process service runs on this machine."""
+    return (Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", MPS_FOLDER)) / "control").exists()
 
 
 def environment(gpus: list[str]) -> dict[str, str]:

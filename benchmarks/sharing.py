@@ -1,0 +1,95 @@
+"""Several runs of a small network at a time on one device, each a process of its own: `python benchmarks/sharing.py`.
+
+On a GPU, run it once with NVIDIA's multi-process service (`nvidia-cuda-mps-control -d`) and once without it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from typing import Annotated
+
+import typer
+from measuring import Case, Result, heading, machine, parse_case, random_latents, write
+from rich.console import Console
+from rich.table import Table
+from train import build, check_steps
+
+from dit.data.latents import LatentStore
+from dit.devices import make_deterministic, resolve_device
+from pipelines.device_pool import multi_process_service
+
+GPU_COUNTS, CPU_COUNTS = "1 2 4 8 15", "1 2"
+FIRST_STEPS = 8
+"""Steps of a run that is not measured: in it, each process compiles or loads its kernels."""
+LONGEST_WAIT = 300.0
+"""Seconds that a process waits for the others to begin; if one has failed, the others then fail, too."""
+_shared: dict[str, Barrier] = {}
+
+
+def main(
+    case: Annotated[str, typer.Option(help="MODEL:BATCH@LATENT")] = "DiT-Tiny/2:64@8",
+    counts: Annotated[str, typer.Option(help=f"runs at a time [default: {GPU_COUNTS} on a GPU, {CPU_COUNTS} on a CPU]")] = "",
+    steps: Annotated[int | None, typer.Option(help="a power of two [default: 4096 on a GPU, 64 on a CPU]")] = None,
+    output: Annotated[Path | None, typer.Option(help="where to write JSON")] = None,
+) -> None:
+    """Tell how many training steps per second several runs make together."""
+    device, chosen = resolve_device("auto"), parse_case(case)
+    on_gpu = device.type == "cuda"
+    steps = steps or (4096 if on_gpu else 64)
+    check_steps(steps)
+    report: Result = {"machine": machine(device), "case": case, "steps": steps}
+    report |= {"multi_process_service": on_gpu and multi_process_service(), "results": []}
+    with tempfile.TemporaryDirectory() as folder:
+        random_latents(Path(folder) / "latents", chosen.size)
+        for count in (counts or (GPU_COUNTS if on_gpu else CPU_COUNTS)).split():
+            rates = together(int(count), chosen, steps, Path(folder))
+            report["results"].append({"runs": len(rates), "steps_per_second": rates, "together": sum(rates)})
+            write(report, output)
+    Console().print(table(report))
+
+
+def together(count: int, case: Case, steps: int, folder: Path) -> list[float]:
+    """Steps per second of each of `count` runs that train at the same time."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(count)
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_wait_at, initargs=(barrier,)) as pool:
+        return list(pool.map(_train, *zip(*[(case, steps, folder, number) for number in range(count)], strict=True)))
+
+
+def _wait_at(barrier: Barrier) -> None:
+    """Let this process wait for the others at `barrier`."""
+    _shared["barrier"] = barrier
+
+
+def _train(case: Case, steps: int, folder: Path, number: int) -> float:
+    """Train once to compile, wait until all processes have done so, and train again. Returns steps per second of the latter."""
+    device = resolve_device("auto")
+    make_deterministic(1)
+    store = LatentStore(folder / "latents")
+    for length in (FIRST_STEPS, steps):
+        scratch = folder / f"scratch-{number}-{length}"
+        trainer = build(case.name, case.batch, store, "auto", device, scratch, seed=number, steps=length)
+        if length == steps:
+            _shared["barrier"].wait(LONGEST_WAIT)
+        trainer.run(f"run {number}")
+    return trainer.steady_rate / case.batch
+
+
+def table(report: Result) -> Table:
+    """A table of steps per second by the number of runs at a time."""
+    shown = Table("runs at a time", "steps/s of each", "of all together", "relative to one at a time")
+    service = "with" if report["multi_process_service"] else "without"
+    shown.title = f"{report['case']}, {heading(report)}, {service} the multi-process service"
+    alone = report["results"][0]["together"] / report["results"][0]["runs"]
+    for row in report["results"]:
+        each = sum(row["steps_per_second"]) / row["runs"]
+        shown.add_row(str(row["runs"]), f"{each:.0f}", f"{row['together']:.0f}", f"{row['together'] / alone:.1f}")
+    return shown
+
+
+if __name__ == "__main__":
+    typer.run(main)
