@@ -188,7 +188,7 @@ def train_three(trainer: Trainer) -> None:
     """Take three training steps, and do nothing else."""
     for step in range(3):
         trainer.engine.gradients(trainer.batches(step))
-        trainer._update(step)
+        trainer._update(step, trainer.engine.gradient_norm())
 
 
 def show(report: Result) -> None:

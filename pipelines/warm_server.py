@@ -125,6 +125,18 @@ class Origins:
                 self._found.setdefault(task, where)
 
 
+@contextmanager
+def without_accelerators() -> Iterator[None]:
+    """Let torch say in this block that there is no accelerator, so that a library that asks on import opens none."""
+    accelerator = import_module("torch").accelerator
+    is_available = accelerator.is_available
+    accelerator.is_available = lambda: False
+    try:
+        yield
+    finally:
+        accelerator.is_available = is_available
+
+
 class Server:
     """Imports `modules`, and forks for each request until the other end of `connection` is closed."""
 
@@ -140,7 +152,7 @@ class Server:
         """Serve each request once the module that it needs has been imported. Raises `NotWarmError`."""
         signal.signal(signal.SIGCHLD, lambda *_: self._reap())
         os.environ[BY_NVML] = "1"
-        with self.origins.watched():
+        with self.origins.watched(), without_accelerators():
             import_module("dvc.cli").parse_args(["repro"])  # imports its commands
             for name in DVC_MODULES:
                 import_module(name)
@@ -148,7 +160,7 @@ class Server:
         left, waiting = list(self.modules), list[Request]()
         while True:
             if left and not select.select([self.connection], [], [], 0)[0]:
-                with self.origins.watched():
+                with self.origins.watched(), without_accelerators():
                     import_module(left.pop(0))
                 gc.freeze()  # forks share the memory of objects that the collector does not visit again
             else:
@@ -279,10 +291,19 @@ def _stage(read: int, write: int, imported: dict[str, str]) -> None:
     os.environ.update({**imported, **request["environment"]})
     sys.argv, sys.orig_argv = words[1:], [sys.executable, *words]
     sys.modules.pop(request["module"], None)  # it runs as __main__
+    _ask_again()
     try:
         runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
     except SystemExit as wanted:
         end(wanted.code)
+
+
+def _ask_again() -> None:
+    """Let diffusers ask for accelerators, as it does on import in a fresh process; see `without_accelerators`."""
+    if asked := sys.modules.get("diffusers.utils.torch_utils"):
+        with suppress(AttributeError):  # names of diffusers 0.42
+            asked.TorchDeviceBackend._detect_device_type.cache_clear()
+            asked.torch_device = asked.get_device()
 
 
 def code_state() -> dict[str, tuple[int, int]]:

@@ -262,6 +262,20 @@ def test_a_library_that_starts_a_thread_on_import_is_named(project: Path, said: 
     assert json.loads((project / "state.json").read_text())["threads"] == 2
 
 
+def test_a_library_that_asks_for_gpus_on_import_opens_none_and_a_stage_asks_again(project: Path, said: list[str]) -> None:
+    (project / "library.py").write_text("import torch\nasked = torch.accelerator.is_available.__module__\n")
+    program = "import json, library, torch\nfrom diffusers.utils.torch_utils import TorchDeviceBackend\n"
+    main = "info = TorchDeviceBackend._detect_device_type.cache_info()\n"
+    main += "found = [library.asked, torch.accelerator.is_available.__module__, info.hits, info.misses]\n"
+    main += "json.dump(found, open('state.json', 'w'))\n"
+    (project / "pipelines/stages/state.py").write_text(f"{program}if __name__ == '__main__':\n{indent(main, '    ')}")
+    with dag.Processes(project, {}) as processes:
+        processes.warm_up(dag.read(project).values(), said.append)
+        assert run(processes, "state") is dag.Outcome.RAN
+    assert json.loads((project / "state.json").read_text()) == ["__main__", "torch.accelerator", 0, 1]
+    assert said == []
+
+
 def test_what_a_stage_leaves_to_its_end_is_done(project: Path, said: list[str]) -> None:
     program = "import atexit, pathlib, tempfile, torch._dynamo.utils\nfolder = tempfile.TemporaryDirectory()\n"
     program += "pathlib.Path('../folder').write_text(folder.name)\natexit.register(pathlib.Path('state.json').touch)\n"

@@ -44,10 +44,13 @@ def main() -> int:
 
 def compare(name: str, study: dict, asked: dict, theirs: list[dict]) -> int:
     """Print every declared answer of one study; returns how many differ."""
-    mine = effects(study, asked["effects"]) if "effects" in asked else comparisons(study)
     done, planned = len(study["runs"]), study["planned"]
-    cut = f", cut: {done} of {planned} runs have ended, so its verdicts are not to be quoted" if done < planned else ""
-    print(f"{name}: {len(mine)} declared{cut}")
+    if done < planned:
+        mine = []
+        print(f"{name}: cut, {done} of {planned} runs have ended, so it has no answers yet")
+    else:
+        mine = effects(study, asked["effects"]) if "effects" in asked else comparisons(study)
+        print(f"{name}: {len(mine)} declared")
     differ = 0
     for one, other in itertools.zip_longest(mine, theirs):
         same = agree(one, other)
@@ -123,7 +126,8 @@ def judged(found: list[tuple]) -> list[dict]:
     tests = []
     for asked, one, base, sure in found:
         pairs = [(a, b) for a, b in zip(one, base, strict=True) if math.isfinite(a) and math.isfinite(b)]
-        differences = np.array([a - b for a, b in pairs]) / np.mean([b for _, b in pairs])
+        base = [b for _, b in pairs]
+        differences = np.array([(a - b) / np.mean(base) for a, b in pairs])
         tests.append((asked, differences, float(stats.ttest_1samp(differences, 0).pvalue) if sure else 1.0, sure))
     corrected = holm([p for *_, p, _ in tests])
     return [
@@ -190,7 +194,9 @@ def quantity(run: dict, name: str) -> float:
 
 
 def interval(values: np.ndarray) -> dict:
-    """Mean and Student's 95 % interval."""
+    """Mean and Student's 95 % interval; one value gives no interval, and no value gives no mean."""
+    if len(values) < 2:
+        return {"mean": float(values[0]) if len(values) else None, "low": None, "high": None, "n": len(values)}
     reach = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
     mean = float(values.mean())
     return {"mean": mean, "low": mean - float(reach), "high": mean + float(reach), "n": len(values)}
@@ -210,8 +216,14 @@ def agree(one: dict | None, other: dict | None) -> bool:
     same = ("effect", "strategy", "place", "rate", "verdict", "n")
     if one is None or other is None or any(one.get(key) != other.get(key) for key in same):
         return False
-    keys = ("mean", "low", "high") if one["p"] is None else ("mean", "low", "high", "p")
-    return all(math.isclose(one[key], other[key], rel_tol=1e-6, abs_tol=1e-9) for key in keys)
+    return all(close(one[key], other[key]) for key in ("mean", "low", "high", "p"))
+
+
+def close(one: float | None, other: float | None) -> bool:
+    """Whether two numbers are equal up to rounding, or both are missing."""
+    if one is None or other is None:
+        return one is other
+    return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def show(one: dict | None) -> str:
@@ -223,7 +235,8 @@ def show(one: dict | None) -> str:
     named = [] if "effect" in one else [one["strategy"]]
     what = ", ".join([*named, *(f"{factor} {level}" for factor, level in levels.items()), *([rate] if named else [])])
     p = "" if one["p"] is None else f", p = {one['p']:.3g}"
-    return f"{what}: {one['mean']:+.4f} [{one['low']:+.4f}, {one['high']:+.4f}], n = {one['n']}{p}: {one['verdict']}"
+    mean, low, high = ("none" if one[key] is None else f"{one[key]:+.4f}" for key in ("mean", "low", "high"))
+    return f"{what}: {mean} [{low}, {high}], n = {one['n']}{p}: {one['verdict']}"
 
 
 if __name__ == "__main__":

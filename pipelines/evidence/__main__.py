@@ -43,7 +43,8 @@ def run(
 ) -> None:
     """Train the runs of these studies, many at a time, and write their results.
 
-    Nothing is trained if the file to be written holds results of other parameters, code, data, device or version of torch.
+    A run that the file to be written holds already is not trained again. Nothing is trained if the file holds results of other
+    parameters, code, data, device or version of torch.
     """
     started, faults, overrides = time.monotonic(), [], assignments(set_ or [])
     scratch.mkdir(parents=True, exist_ok=True)
@@ -56,7 +57,8 @@ def run(
     for name, place in places.items():
         begun, path = time.monotonic(), files[name]
         check = partial(_refuse_other_data, path, place)
-        faults += running.run(place, workers, minutes - (begun - started) / 60, check)
+        known = results.names_in(path)
+        faults += running.run(place, workers, minutes - (begun - started) / 60, check, known)
         gpu_minutes = (time.monotonic() - begun) / 60 * max(1, len(visible_gpus()))
         made = results.made_here(place, ROOT, workers, gpu_minutes)
         found = results.collect(name, place, values[name], made).with_those_of(path)

@@ -51,11 +51,6 @@ class Answers:
     effects: FactorialAnswers | None
     delays: dict[str, dict[int, Estimate | None]] | None
 
-    @property
-    def complete(self) -> bool:
-        """Whether every run of the study has ended; verdicts of an incomplete study must not be quoted."""
-        return len(self.results.runs) == self.results.planned
-
 
 def questions(root: Path) -> dict[str, dict[str, Any]]:
     """The declared questions of each study, in addition to those in its profile."""

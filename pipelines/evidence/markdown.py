@@ -25,9 +25,12 @@ def by_rate(what: str, rates: Sequence[float]) -> list[str]:
 
 
 def size(found: Judgement | Estimate) -> str:
-    """A mean relative difference and its interval, in per cent."""
-    mean, low, high = (percent(value or 0.0) for value in (found.mean, found.low, found.high))
-    return f"{mean} % [{low}, {high}]"
+    """A mean relative difference and its interval, in per cent. One seed gives no interval, and no seed gives no difference."""
+    if found.mean is None or not found.n:
+        return "cannot be measured"
+    if found.low is None or found.high is None:
+        return f"{percent(found.mean)} %, from one seed"
+    return f"{percent(found.mean)} % [{percent(found.low)}, {percent(found.high)}]"
 
 
 def percent(share: float) -> str:

@@ -120,6 +120,11 @@ class Results(Entry):
     runs: list[Ended]
 
     @property
+    def complete(self) -> bool:
+        """Whether every run of the study has ended. A study that was cut has no answers."""
+        return len(self.runs) == self.planned
+
+    @property
     def origin(self) -> dict[str, Any]:
         """What all results in one file must have in common: parameters, code, data, device and version of torch."""
         first = self.made[0]
@@ -168,6 +173,11 @@ def refuse_others(path: Path, origin: Mapping[str, Any]) -> None:
     differ = [_different(key, value, earlier[key]) for key, value in origin.items() if earlier[key] != value]
     if differ:
         raise UserError(f"{path} holds results of other {', '.join(differ)}: give another --output, or remove it")
+
+
+def names_in(path: Path) -> set[str]:
+    """The names of the runs in the file at `path`; none if there is no such file."""
+    return {run.name for run in Results.read(path).runs} if path.exists() else set()
 
 
 def _different(key: str, value: Any, other: Any) -> str:

@@ -7,6 +7,7 @@ their outputs are the same as those of `make study` on such a machine.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -14,7 +15,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from dit import config, design as designs, yamlfile
 from dit.config import Params
@@ -85,10 +88,16 @@ def prepare(name: str, root: Path, scratch: Path, overrides: Mapping[str, Any]) 
     return Workplace(folder.resolve(), params)
 
 
-def run(place: Workplace, workers: int, minutes: float, check: Callable[[], None] = lambda: None) -> list[str]:
+def run(
+    place: Workplace,
+    workers: int,
+    minutes: float,
+    check: Callable[[], None] = lambda: None,
+    known: Collection[str] = (),
+) -> list[str]:
     """Make the data, call `check`, then train all runs, `workers` at a time on each GPU; start no run after `minutes`.
 
-    Seeds that choose learning rates come first, then the other seeds one after another, so that a study that is cut short has
+    Runs whose names are in `known` have results elsewhere, and are not trained. Seeds that choose learning rates come first, then the other seeds one after another, so that a study that is cut short has
     complete seeds. `check` may raise an error, and then no run starts. Returns a line for each run that ended by a fault of the
     program or of the machine. Raises `UserError` if such a fault occurs while the data are made.
     """
@@ -102,7 +111,7 @@ def run(place: Workplace, workers: int, minutes: float, check: Callable[[], None
                 if fault := future.result():
                     raise UserError(f"stage {stage}: {fault}")
         check()
-        ended = {run.name for run in place.done}
+        ended = {run.name for run in place.done}.union(known)
         waiting = [item for item in _in_order(place.params, stages["train"].values()) if item.key not in ended]
         with progress(len(stages["train"]), place.params.study.name, "run", done=len(ended)) as bar:
             for fault in _train(pools * workers, waiting, until):
@@ -194,7 +203,16 @@ def _run_stage(item: Item) -> str | None:
     except Exception as error:
         traceback.print_exc()
         return f"{item.stage}@{item.key}: {type(error).__name__}: {error}"
+    finally:
+        _free()
     return None
+
+
+def _free() -> None:
+    """Give memory of the GPU back that the next run of this process may not need: networks of other sizes would add up."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _digest(value: object) -> str:

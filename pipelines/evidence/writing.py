@@ -82,22 +82,29 @@ tables, unless the column "factors" says otherwise.
 def write(root: Path) -> list[str]:
     """Write the page, its figures and `answers.json`; returns the names of the studies that have results."""
     asked = questions(root)
-    found = {name: root / RESULTS / f"{name}.json" for name in asked}
-    answers = {name: answer(Results.read(path), asked[name]) for name, path in found.items() if path.exists()}
+    paths = {name: root / RESULTS / f"{name}.json" for name in asked}
+    found = {name: Results.read(path) for name, path in paths.items() if path.exists()}
+    answers = {name: answer(results, asked[name]) for name, results in found.items() if results.complete}
     (root / FIGURES).mkdir(exist_ok=True)
     for name, one in answers.items():
         draw(one, root / FIGURES / f"{name}.svg")
-    sections = [_section(name, asked[name]["title"], one) for name, one in answers.items()]
+    sections = [
+        _section(name, asked[name]["title"], answers[name]) if name in answers else _cut(name, asked[name]["title"], results)
+        for name, results in found.items()
+    ]
     (root / PAGE).write_text("\n".join([HEAD, *sections]))
-    write_json(root / NUMBERS, {name: [_rounded(one) for one in _declared(found)] for name, found in answers.items()})
-    return list(answers)
+    write_json(root / NUMBERS, {name: [_rounded(one) for one in _declared(each)] for name, each in answers.items()})
+    return list(found)
+
+
+def _cut(name: str, title: str, results: Results) -> str:
+    said = f"**Cut: {len(results.runs)} of {results.planned} runs have ended, so it has no answers yet.**"
+    return HYPHEN.sub(MINUS, "\n".join([f"## `{name}`: {title}", "", _conditions(name, results), "", said, ""]))
 
 
 def _section(name: str, title: str, answers: Answers) -> str:
     results = answers.results
     lines = [f"## `{name}`: {title}", "", _conditions(name, results), ""]
-    if not answers.complete:
-        lines += [f"**Cut: {len(results.runs)} of {results.planned} runs have ended. Its verdicts are not to be quoted.**", ""]
     for found in _of_declared(answers):
         lines += [*found, ""]
     if late := [f"- {sentence}" for sentence in _of_delays(answers)]:
@@ -115,10 +122,11 @@ def _conditions(name: str, results: Results) -> str:
     seeds = len({run.seed for run in results.runs})
     minutes = sum(one.minutes for one in made)
     failed = sum(run.status != "finished" for run in results.runs) or "none"
+    networks = list(dict.fromkeys(run.network for run in results.runs))
     return (
-        f"{first.network} on {first.data}, {steps} steps, {seeds} seeds, {len(results.runs)} runs; {failed} collapsed "
+        f"{listed(networks)} on {first.data}, {steps} steps, {seeds} seeds, {len(results.runs)} runs; {failed} collapsed "
         f"or diverged. Training: {in_words(results.values)}. {minutes:.1f} minutes of one {made[0].device}, "
-        f"torch {made[0].torch}, {made[0].workers} runs at a time. Latents `{made[0].data.get('data/latents', '')[:12]}`, "
+        f"torch {made[0].torch}, {' or '.join(dict.fromkeys(str(one.workers) for one in made))} runs at a time. Latents `{made[0].data.get('data/latents', '')[:12]}`, "
         f"code `{made[0].code[:12]}`, {_commits(made)}. Command: `python -m pipelines.evidence run {name}`."
     )
 
