@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
-from studies import ONE_SETTING, Read, command, git, give_database, micro_project
+from studies import ONE_SETTING, Read, command, git, micro_project
 
 from dit import config, models
 from dit.data.images import ImageStore, load_images, write_images
@@ -28,24 +28,23 @@ from dit.sections import ImagesParams
 from pipelines import guard, services
 
 ROOT = Path(__file__).parents[1]
-EMPTY = "empty.db"
 
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start need not compile everything anew
 
 collect_ignore = [] if torch.cuda.is_available() else ["test_fused_cuda.py"]
 
 LONG = (
-    "test_flows.py",
     "test_cluster.py",
+    "test_flows.py",
     "test_distributed.py",
-    "test_deployment.py",
-    "test_finished_study.py",
     "test_reruns.py",
+    "test_deployment.py",
     "test_report.py",
     "test_gate.py",
+    "test_exchange.py",
+    "test_finished_study.py",
     "test_wakeup.py",
     "test_tracking.py",
-    "test_exchange.py",
     "test_preflight.py",
     "test_dag.py",
     "test_packaging.py",
@@ -84,7 +83,7 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         if not address.exists():
             server = services.prefect_server({})
             server.wait()
-            copy_database(folder / EMPTY)
+            make_databases(folder / "databases")
             api = {name: server.environment[name] for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")}
             address.write_text(json.dumps(api))
         fcntl.flock(users, fcntl.LOCK_SH)
@@ -98,12 +97,20 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     users.close()
 
 
-def copy_database(copy: Path) -> None:
-    """Copy the database of the Prefect server in the working directory, which has just started; only its owner may read it."""
-    if not copy.exists():
-        copy.touch(0o600)
-        with closing(sqlite3.connect(services.DATABASE)) as made, closing(sqlite3.connect(copy)) as copied:
+def make_databases(folder: Path) -> None:
+    """Fill a folder with the database of the Prefect server in the working directory, which is new, and one of MLflow.
+
+    Both are as in the folder of a study. Prefect takes 15 s to make one, and MLflow 3 s.
+    """
+    from mlflow import MlflowClient  # takes seconds, which most tests need not wait
+
+    if not folder.exists():
+        prefect = folder / services.DATABASE
+        prefect.parent.mkdir(parents=True, mode=0o700)
+        prefect.touch(0o600)
+        with closing(sqlite3.connect(services.DATABASE)) as made, closing(sqlite3.connect(prefect)) as copied:
             made.backup(copied)
+        MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
 
 
 @contextmanager
@@ -117,19 +124,19 @@ def made_once(name: str, factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def prefect_database(prefect_api: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database of Prefect that holds no runs, for `studies.give_database`."""
+def databases(prefect_api: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with databases of Prefect and MLflow that hold no runs; a project that is given a copy need not make them."""
     with made_once("prefect", tmp_path_factory) as folder:
-        return folder / EMPTY
+        return folder / "databases"
 
 
 @pytest.fixture(scope="session")
-def first(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def first(databases: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The micro study, run once from nothing, then committed; and what the command printed. No test changes it."""
     with made_once("study", tmp_path_factory) as folder:
         root, said = folder / "project", folder / "said"
         if not said.exists():
-            give_database(prefect_database, micro_project(root))
+            shutil.copytree(databases, micro_project(root), dirs_exist_ok=True)
             imports = root / ".scratch" / "imports"
             imports.mkdir(parents=True)
             paths = os.pathsep.join([str(root), str(ROOT / "tests" / "imports")])

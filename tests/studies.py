@@ -16,7 +16,7 @@ import forked
 from dit import config
 from dit.config import Params
 from dit.data.images import ImageStore
-from pipelines import design, known_services
+from pipelines import design
 from pipelines.overrides import override
 from pipelines.stages.entry import Stage
 
@@ -88,10 +88,10 @@ def micro_project(root: Path) -> Path:
 def command(root: Path, *arguments: str, fresh: bool = False, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m ARGUMENTS` in `root` as a person would; the result has stdout and stderr together.
 
-    It is a fork of a process that has imported the libraries (`forked.py`), unless it is DVC, which starts quickly, or is to be
-    `fresh`: at least one process of each command is.
+    Commands of this project are forks of a process that has imported the libraries (`forked.py`), unless they are to be
+    `fresh`. At least one process of each command is.
     """
-    if not fresh and arguments[0] != "dvc":
+    if not fresh and arguments[0] in ("pipelines", "dit.cli"):
         return forked.run(root, arguments, environment(root) | variables)
     return subprocess.run(
         [sys.executable, "-m", *arguments],
@@ -114,12 +114,6 @@ def environment(root: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
     own = {"PYTHONPATH": str(root if (root / "pipelines").exists() else ROOT), "DVC_SITE_CACHE_DIR": str(root.parent / "site")}
     return {**kept, **own, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
-
-
-def give_database(database: Path, root: Path) -> None:
-    """Let the project in `root` begin with a copy of Prefect's `database`."""
-    (root / known_services.PREFECT_HOME).mkdir(parents=True, mode=0o700)
-    shutil.copy(database, root / known_services.DATABASE)
 
 
 def run_stage(stage: Stage, params: Params, key: str = design.ALL) -> None:

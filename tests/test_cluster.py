@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import fsspec
 import psutil
 import pytest
-from studies import MICRO, ROOT, command, environment, free_port, git, give_database, micro_project
+from studies import MICRO, ROOT, command, environment, free_port, git, micro_project
 
 from dit import config, yamlfile
 from dit.config import Params
@@ -86,8 +86,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, counted: Path) -> Iterator
 
 
 @pytest.fixture
-def shell(bare: Path, tmp_path: Path) -> Path:
-    """The project `bare`, with a remote."""
+def shell(bare: Path, tmp_path: Path, databases: Path) -> Path:
+    """The project `bare`, with a remote, and with databases of Prefect and MLflow."""
+    shutil.copytree(databases, bare, dirs_exist_ok=True)
     with_remote(bare, tmp_path / "remote")
     return bare
 
@@ -219,10 +220,7 @@ def test_interrupting_a_study_ends_what_it_runs_on_the_nodes(shell: Path, server
     wait_for_end(pid)
 
 
-def test_a_study_whose_head_was_killed_goes_on_with_what_was_done(
-    shell: Path, cluster: Hosts, counted: Path, prefect_database: Path
-) -> None:
-    give_database(prefect_database, shell)
+def test_a_study_whose_head_was_killed_goes_on_with_what_was_done(shell: Path, cluster: Hosts, counted: Path) -> None:
     running = started(shell, cluster.variables, "long")
     wait_until(lambda: (counted / "pid").exists() and (counted / "pid").read_text(), running)
     pid = int((counted / "pid").read_text())
@@ -468,9 +466,9 @@ def test_a_scratch_folder_comes_back_on_another_node_as_it_was_last_seen(tmp_pat
 
 
 def test_a_study_of_which_a_node_is_lost_in_training_ends_as_on_one_machine(
-    tmp_path: Path, cluster: Hosts, servers: dict[str, str], first: tuple[Path, str]
+    tmp_path: Path, cluster: Hosts, servers: dict[str, str], first: tuple[Path, str], databases: Path
 ) -> None:
-    root = micro_project(tmp_path / "study")
+    root = shutil.copytree(databases, micro_project(tmp_path / "study"), dirs_exist_ok=True)
     alone = shutil.copytree(first[0], tmp_path / "alone", symlinks=True)  # what comes before `train` has run there
     for each in (root, alone):
         (each / "params.yaml").write_text(override((each / "params.yaml").read_text(), {"train.steps": 200}))

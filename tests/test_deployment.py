@@ -20,7 +20,7 @@ from urllib.request import Request, urlopen
 
 import psutil
 import pytest
-from studies import MICRO, ROOT, STAGES, command, environment, free_port, git, give_database
+from studies import MICRO, ROOT, STAGES, command, environment, free_port, git
 
 from pipelines.gate import authorization
 from pipelines.overrides import override
@@ -51,9 +51,9 @@ stages:
 
 
 @pytest.fixture
-def shell(tmp_path: Path, prefect_database: Path) -> Path:
+def shell(tmp_path: Path, databases: Path) -> Path:
     """A project whose stages are shell commands: fine, flaky (succeeds when tried again), wrong, below (it), endless."""
-    give_database(prefect_database, tmp_path)
+    shutil.copytree(databases, tmp_path, dirs_exist_ok=True)
     (tmp_path / "params.yaml").write_text(override((ROOT / "params.yaml").read_text(), MICRO))
     (tmp_path / "dvc.yaml").write_text(SHELL_STAGES)
     (tmp_path / ".gitignore").write_text("/.scratch\n")
