@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+import shutil
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
-from studies import ONE_SETTING, Read
+from studies import ONE_SETTING, Read, command, git, micro_project
 
 from dit import config, models
 from dit.data.images import ImageStore, load_images, write_images
@@ -29,15 +34,17 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start ne
 collect_ignore = [] if torch.cuda.is_available() else ["test_fused_cuda.py"]
 
 LONG = (
-    "test_flows.py",
     "test_cluster.py",
+    "test_flows.py",
     "test_distributed.py",
     "test_reruns.py",
+    "test_deployment.py",
     "test_report.py",
     "test_gate.py",
+    "test_exchange.py",
+    "test_finished_study.py",
     "test_wakeup.py",
     "test_tracking.py",
-    "test_exchange.py",
     "test_preflight.py",
     "test_dag.py",
     "test_packaging.py",
@@ -64,14 +71,87 @@ def params() -> config.Params:
 
 @pytest.fixture(scope="session")
 def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Where a Prefect server answers that studies of several tests share; a study without these variables starts its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("prefect"))
-        server = services.prefect_server({})
-        server.wait()
-    yield {name: server.environment[name] for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")}
-    assert server.process
-    guard.stop(server.process)
+    """Where a Prefect server answers that studies of several tests share; a study without these variables starts its own.
+
+    The first worker that needs it starts it, and ends it when no other worker uses it any more.
+    """
+    server = None
+    with made_once("prefect", tmp_path_factory) as folder, pytest.MonkeyPatch.context() as patch:
+        folder.mkdir(exist_ok=True)
+        patch.chdir(folder)
+        address, users = folder / "api.json", (folder / "users").open("w")
+        if not address.exists():
+            server = services.prefect_server({})
+            server.wait()
+            make_databases(folder / "databases")
+            api = {name: server.environment[name] for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")}
+            address.write_text(json.dumps(api))
+        fcntl.flock(users, fcntl.LOCK_SH)
+        found = json.loads(address.read_text())
+    yield found
+    if server and server.process:
+        with made_once("prefect", tmp_path_factory):
+            address.unlink()
+        fcntl.flock(users, fcntl.LOCK_EX)
+        guard.stop(server.process)
+    users.close()
+
+
+def make_databases(folder: Path) -> None:
+    """Fill a folder with the database of the Prefect server in the working directory, which is new, and one of MLflow.
+
+    Both are as in the folder of a study. Prefect takes 15 s to make one, and MLflow 3 s.
+    """
+    from mlflow import MlflowClient  # takes seconds, which most tests need not wait
+
+    if not folder.exists():
+        prefect = folder / services.DATABASE
+        prefect.parent.mkdir(parents=True, mode=0o700)
+        prefect.touch(0o600)
+        with closing(sqlite3.connect(services.DATABASE)) as made, closing(sqlite3.connect(prefect)) as copied:
+            made.backup(copied)
+        MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+
+
+@contextmanager
+def made_once(name: str, factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The path of a file or folder that takes long to make: the worker that finds nothing there makes it, for all workers."""
+    own = factory.getbasetemp()
+    path = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield path
+
+
+@pytest.fixture(scope="session")
+def databases(prefect_api: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with databases of Prefect and MLflow that hold no runs; a project that is given a copy need not make them."""
+    with made_once("prefect", tmp_path_factory) as folder:
+        return folder / "databases"
+
+
+@pytest.fixture(scope="session")
+def first(databases: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The micro study, run once from nothing, then committed; and what the command printed. No test changes it."""
+    with made_once("study", tmp_path_factory) as folder:
+        root, said = folder / "project", folder / "said"
+        if not said.exists():
+            shutil.copytree(databases, micro_project(root), dirs_exist_ok=True)
+            imports = root / ".scratch" / "imports"
+            imports.mkdir(parents=True)
+            paths = os.pathsep.join([str(root), str(ROOT / "tests" / "imports")])
+            done = command(root, "pipelines", "study", fresh=True, PYTHONPATH=paths, IMPORTS_FOLDER=str(imports))
+            assert done.returncode == 0, done.stdout
+            git(root, "add", "dvc.lock", "design.yaml")
+            git(root, "commit", "--quiet", "--message", "study")
+            said.write_text(done.stdout)
+    return root, said.read_text()
+
+
+@pytest.fixture(scope="module")
+def study(first: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the finished micro study, for the tests of one file."""
+    return shutil.copytree(first[0], tmp_path_factory.mktemp("finished") / "project", symlinks=True)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
+
 from dit import config
 from dit.config import Params
 from dit.data.images import ImageStore
@@ -53,7 +55,8 @@ MICRO: dict[str, Any] = {
     "evaluate.grid_rows": 1,
     "features.size": 32,
 }
-
+STAGES = 16
+"""How many stages the micro study has."""
 
 HUB: dict[str, Any] = {
     "kind": "huggingface",
@@ -82,8 +85,14 @@ def micro_project(root: Path) -> Path:
     return root
 
 
-def command(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m ARGUMENTS` in `root` as a person would; the result has stdout and stderr together."""
+def command(root: Path, *arguments: str, fresh: bool = False, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m ARGUMENTS` in `root` as a person would; the result has stdout and stderr together.
+
+    Commands of this project are forks of a process that has imported the libraries (`forked.py`), unless they are to be
+    `fresh`. At least one process of each command is.
+    """
+    if not fresh and arguments[0] in ("pipelines", "dit.cli"):
+        return forked.run(root, arguments, environment(root) | variables)
     return subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=root,

@@ -96,13 +96,13 @@ def project() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def up(project: Path) -> Iterator[Up]:
     ports = {"PREFECT_PORT": str(free_port()), "MLFLOW_PORT": str(free_port())}
-    done = command(project, "pipelines", "up", **ports)
+    done = command(project, "pipelines", "up", fresh=True, **ports)
     assert done.returncode == 0, done.stdout
     folder = project / ".scratch/services"
     passwords = {name: json.loads((folder / f"{name}.json").read_text())["password"] for name in ("prefect", "mlflow")}
     addresses = (f"http://127.0.0.1:{port}" for port in ports.values())
     yield Up(project, done.stdout, *addresses, passwords)
-    command(project, "pipelines", "down")
+    command(project, "pipelines", "down", fresh=True)
 
 
 def ask(url: str, body: Any = None, password: str = "", **headers: str) -> tuple[int, str]:

@@ -60,6 +60,13 @@ def summary() -> dict[str, Any]:
     return json.loads(Path("reports/summary.json").read_text(), parse_constant=refuse)
 
 
+def told(params: Params) -> dict[str, Any]:
+    """What `compare` writes to summary.json about the runs, without the page, whose figures take most of its time."""
+    found = read_study(params)
+    numbers = summarise(found)
+    return {**numbers, "headline": headline(found, numbers).sentences}
+
+
 def change(path: str, edit: Callable[[dict[str, Any]], object]) -> None:
     record = json.loads(Path(path).read_text())
     edit(record)
@@ -70,8 +77,7 @@ ALL = list(FINAL)
 
 
 def test_the_answer_is_read_off_the_numbers(workspace: Workspace) -> None:
-    compare(workspace(ALL, [0, 1, 2]))
-    found = summary()
+    found = told(workspace(ALL, [0, 1, 2]))
     answer, *others = found["headline"]
     assert answer.startswith("Yes. The zero head ends training with a lower validation error")
     assert any(
@@ -94,8 +100,8 @@ def test_the_answer_is_read_off_the_numbers(workspace: Workspace) -> None:
 
 def test_the_opposite_numbers_give_the_opposite_answer(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FINAL, "adaln_zero", 0.125)
-    compare(workspace(["head_xavier", "adaln_zero"], [0, 1, 2]))
-    assert summary()["headline"][0].startswith("No. The zero head ends training with a higher validation error")
+    answer = told(workspace(["head_xavier", "adaln_zero"], [0, 1, 2]))["headline"][0]
+    assert answer.startswith("No. The zero head ends training with a higher validation error")
 
 
 def test_equal_ends_are_called_not_distinguishable_and_the_control_not_caught(
@@ -103,8 +109,7 @@ def test_equal_ends_are_called_not_distinguishable_and_the_control_not_caught(
 ) -> None:
     for strategy in ("head_xavier", "symmetric"):
         monkeypatch.setitem(FINAL, strategy, FINAL["adaln_zero"])
-    compare(workspace(["adaln_zero", "head_xavier", "symmetric"], [0, 1, 2]))
-    answer, _, *others = summary()["headline"]
+    answer, _, *others = told(workspace(["adaln_zero", "head_xavier", "symmetric"], [0, 1, 2]))["headline"]
     assert answer.startswith("Not distinguishable.")
     assert any(text.startswith("The study does not detect its control") and "null result" in text for text in others)
 
@@ -145,8 +150,7 @@ def test_any_study_gets_a_report_that_says_what_it_cannot_say(workspace: Workspa
 
 def test_a_collapsed_run_is_named_and_belongs_to_no_mean(workspace: Workspace) -> None:
     params = workspace(HEADS, [0, 1], diverged=("head_xavier-0", "head_xavier-1"))
-    compare(params)
-    before = summary()["strategies"]["head_xavier"]["mean"]
+    before = told(params)["strategies"]["head_xavier"]["mean"]
     spike = {"event": 0, "step": 70, "kind": "spike", "quantity": "loss", "value": 1.0, "reference": 0.5}
     collapsed = {"step": 77, "mse": 0.97, "limit": 0.5, "spike": spike}
     change(
@@ -185,8 +189,7 @@ def test_a_verdict_that_rests_on_the_averaging_alone_is_pointed_out(workspace: W
             change(
                 f"runs/train/{strategy}-{seed}/run.json", lambda record, to=error: record["final"].update(ema_validation_mse=to)
             )
-    compare(params)
-    found = summary()
+    found = told(params)
     assert found["headline"][0].startswith(
         "It depends on the averaging. The EMA weights show a lower validation error with the random"
     )
@@ -494,13 +497,24 @@ def test_a_browser_draws_the_figures_of_a_study_with_factors(tmp_path: Path) -> 
     assert {f"figure-{name}" for name in names} <= drawn == page.marks.keys()
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.fixture(scope="module")
+def report_of_three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of three strategies, of which one run diverged."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("three"))
+        compare(write_study(study({"strategies": THREE}), fates={"symmetric-2": Fate(120)}))
+        return Path("reports/index.html").resolve()
+
+
+SCREENS = {"light": ((1400, 1000, 420), False), "dark": ((1000,), True)}  # in the dark, only colours differ
+
+
+@pytest.mark.parametrize(("widths", "dark"), SCREENS.values(), ids=SCREENS)
 def test_on_wide_and_narrow_screens_nothing_sticks_out_overlaps_or_is_out_of_reach(
-    workspace: Workspace, tmp_path: Path, dark: bool
+    report_of_three: Path, tmp_path: Path, widths: tuple[int, ...], dark: bool
 ) -> None:
-    compare(workspace(THREE, [0, 1, 2], diverged=("symmetric-2",)))
-    found = seen(Path("reports/index.html"), tmp_path / "seen", (1400, 1000, 420), dark=dark)
-    assert sorted(found) == [420, 1000, 1400]
+    found = seen(report_of_three, tmp_path / "seen", widths, dark=dark)
+    assert found.keys() == set(widths)
     paper = "rgb(21, 24, 27)" if dark else "rgb(253, 253, 251)"
     nothing = {fault: [] for fault in ("stickingOut", "silentlyCut", "overlapping", "accessibility")}
     assert found == {width: {"background": paper, **nothing} for width in found}

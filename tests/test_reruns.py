@@ -44,9 +44,9 @@ RUNS = 6
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, prefect_api: dict[str, str]) -> Path:
+def project(tmp_path_factory: pytest.TempPathFactory, prefect_api: dict[str, str], databases: Path) -> Path:
     """Three strategies at two learning rates. Stages note in `log` that they run; all have run."""
-    root = tmp_path_factory.mktemp("reruns")
+    root = shutil.copytree(databases, tmp_path_factory.mktemp("reruns"), dirs_exist_ok=True)
     for package in ("dit", "pipelines"):
         shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "params.yaml").write_text(override((ROOT / "params.yaml").read_text(), {**MICRO, **STUDY}))
