@@ -300,7 +300,8 @@ def _stage(read: int, write: int, imported: dict[str, str]) -> None:
 
 def _ask_again() -> None:
     """Let diffusers ask for accelerators, as it does on import in a fresh process; see `without_accelerators`."""
-    if asked := sys.modules.get("diffusers.utils.torch_utils"):
+    asked: Any = sys.modules.get("diffusers.utils.torch_utils")
+    if asked:
         with suppress(AttributeError):  # names of diffusers 0.42
             asked.TorchDeviceBackend._detect_device_type.cache_clear()
             asked.torch_device = asked.get_device()

@@ -126,8 +126,8 @@ def judged(found: list[tuple]) -> list[dict]:
     tests = []
     for asked, one, base, sure in found:
         pairs = [(a, b) for a, b in zip(one, base, strict=True) if math.isfinite(a) and math.isfinite(b)]
-        base = [b for _, b in pairs]
-        differences = np.array([(a - b) / np.mean(base) for a, b in pairs])
+        of_baseline = [b for _, b in pairs]
+        differences = np.array([(a - b) / np.mean(of_baseline) for a, b in pairs])
         tests.append((asked, differences, float(stats.ttest_1samp(differences, 0).pvalue) if sure else 1.0, sure))
     corrected = holm([p for *_, p, _ in tests])
     return [

@@ -97,9 +97,10 @@ def run(
 ) -> list[str]:
     """Make the data, call `check`, then train all runs, `workers` at a time on each GPU; start no run after `minutes`.
 
-    Runs whose names are in `known` have results elsewhere, and are not trained. Seeds that choose learning rates come first, then the other seeds one after another, so that a study that is cut short has
-    complete seeds. `check` may raise an error, and then no run starts. Returns a line for each run that ended by a fault of the
-    program or of the machine. Raises `UserError` if such a fault occurs while the data are made.
+    Runs whose names are in `known` have results elsewhere, and are not trained. Seeds that choose learning rates come first,
+    then the other seeds one after another, so that a study that is cut short has complete seeds. `check` may raise an error,
+    and then no run starts. Returns a line for each run that ended by a fault of the program or of the machine. Raises
+    `UserError` if such a fault occurs while the data are made.
     """
     until = time.monotonic() + 60 * minutes
     stages = design.items(place.params)

@@ -123,10 +123,11 @@ def _conditions(name: str, results: Results) -> str:
     minutes = sum(one.minutes for one in made)
     failed = sum(run.status != "finished" for run in results.runs) or "none"
     networks = list(dict.fromkeys(run.network for run in results.runs))
+    workers = " or ".join(dict.fromkeys(str(one.workers) for one in made))
     return (
         f"{listed(networks)} on {first.data}, {steps} steps, {seeds} seeds, {len(results.runs)} runs; {failed} collapsed "
         f"or diverged. Training: {in_words(results.values)}. {minutes:.1f} minutes of one {made[0].device}, "
-        f"torch {made[0].torch}, {' or '.join(dict.fromkeys(str(one.workers) for one in made))} runs at a time. Latents `{made[0].data.get('data/latents', '')[:12]}`, "
+        f"torch {made[0].torch}, {workers} runs at a time. Latents `{made[0].data.get('data/latents', '')[:12]}`, "
         f"code `{made[0].code[:12]}`, {_commits(made)}. Command: `python -m pipelines.evidence run {name}`."
     )
 
