@@ -59,8 +59,8 @@ browser: # The report's page test opens it in Chromium or Chrome.
 	root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	$$root apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$root apt-get install -y -qq --no-install-recommends chromium >/dev/null
 
-bench: $(INSTALLED) ## Measure the speed of this machine; results go to .scratch/bench [BENCH="train sample encode autoencoder features diagnostics stages lock study"]
-	@for name in $${BENCH:-train sample encode autoencoder features diagnostics stages lock study}; do \
+bench: $(INSTALLED) ## Measure the speed of this machine; results go to .scratch/bench [BENCH="train sharing sample encode autoencoder features diagnostics stages lock study"]
+	@for name in $${BENCH:-train sharing sample encode autoencoder features diagnostics stages lock study}; do \
 		$(VENV)/bin/python benchmarks/$$name.py --output .scratch/bench/$$name.json || exit; done
 
 docs: $(INSTALLED) ## Build the documentation as a site, in .scratch/site

@@ -27,6 +27,8 @@ MARKERS = "osD^vPX"
 CROSS = 0.02
 """The distance of crosses, as a share of an axis."""
 TIMES = "\u00d7"
+ABOVE = 16
+"""Points between a panel and its title: room for the numbers of means that lie above the axis."""
 WIDE = 0.5
 """A mean whose interval is wider than this share of it says little, and does not set the limits of an axis."""
 LEVELS = {
@@ -69,11 +71,12 @@ def _responses(findings: Findings) -> Figure:
         tunings = [one for one in findings.tunings if one.place == place]
         for index, tuning in enumerate(tunings):
             _response(axes, tuning, index, index - (len(tunings) - 1) / 2)
-        axes.set(xscale="log", xlabel="learning rate", title=_words(place))
+        axes.set(xscale="log", xlabel="learning rate")
         points = [point for one in tunings for point in _points(one)]
         if means := [point.mean for point in points if point.mean is not None and not _wide(point)]:
             axes.set_ylim(*_around(means))
             _beyond(axes, tunings)
+        axes.set_title(_words(place), pad=ABOVE)
         rates = sorted({rate for one in findings.tunings for rate in one.errors})
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axes.minorticks_off()
@@ -116,8 +119,8 @@ def _response(axes: Axes, tuning: Tuning, index: int, place: float) -> None:
     if tuning.response is None:
         return
     style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-    points = [point for point in tuning.response.points if point.mean is not None]
-    means = [float(point.mean or math.nan) for point in points]
+    points = tuning.response.points
+    means = [float(point.mean or math.nan) for point in points]  # where no run has an error, the curve has a gap
     below = [mean - (point.low or mean) for mean, point in zip(means, points, strict=True)]
     above = [(point.high or mean) - mean for mean, point in zip(means, points, strict=True)]
     rates = [point.rate for point in points]
