@@ -32,9 +32,9 @@ def test_training_is_measured_step_by_step_and_by_kernels(benchmark: ModuleType,
     trainer = benchmark.build(
         CASE[0], CASE[1], measuring.random_latents(tmp_path / "latents", 8), "eager", cpu, tmp_path, steps=STEPS
     )
-    before = [weight.clone() for weight in trainer.network.parameters()]
+    before = [weight.clone() for weight in trainer.model.parameters()]
     benchmark.train_three(trainer)
-    assert any(not torch.equal(one, other) for one, other in zip(before, trainer.network.parameters(), strict=True))
+    assert any(not torch.equal(one, other) for one, other in zip(before, trainer.model.parameters(), strict=True))
 
 
 def test_runs_that_share_a_device_are_measured_at_the_same_time(benchmark: ModuleType, tmp_path: Path) -> None:
