@@ -85,11 +85,25 @@ def micro_project(root: Path) -> Path:
     return root
 
 
+def failing_stages(marks: str) -> str:
+    """Stages for a dvc.yaml: `wrong`, which notes each attempt in the folder `marks` and fails, and `below`, which needs it."""
+    return f"""
+  wrong:
+    cmd: "echo attempt >> {marks}/attempts; echo 'error: params.yaml: it is wrong' >&2; exit 2"
+    deps: [params.yaml]
+    outs: [wrong]
+  below:
+    cmd: cp wrong below
+    deps: [wrong]
+    outs: [below]
+"""
+
+
 def command(root: Path, *arguments: str, fresh: bool = False, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m ARGUMENTS` in `root` as a person would; the result has stdout and stderr together.
 
-    Commands of this project are forks of a process that has imported the libraries (`forked.py`), unless they are to be
-    `fresh`. At least one process of each command is.
+    A command of this project is forked from a process that has imported the libraries (`forked.py`). If `fresh`, Python starts
+    anew; at least one test starts each command so.
     """
     if not fresh and arguments[0] in ("pipelines", "dit.cli"):
         return forked.run(root, arguments, environment(root) | variables)

@@ -112,7 +112,7 @@ def freeze(network: Transformer, what: str) -> None:
         network.leave.requires_grad_(True)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(
     sizes=st.fixed_dictionaries(
         {

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import fsspec
 import psutil
 import pytest
-from studies import MICRO, ROOT, command, environment, free_port, git, micro_project
+from studies import MICRO, ROOT, command, environment, failing_stages, free_port, git, micro_project
 
 from dit import config, yamlfile
 from dit.config import Params
@@ -47,14 +47,6 @@ stages:
     cmd: test -e $COUNTED/tried || { touch $COUNTED/tried; exit 75; }; cp fine flaky
     deps: [fine]
     outs: [flaky]
-  wrong:
-    cmd: "echo attempt >> $COUNTED/attempts; echo 'error: params.yaml: it is wrong' >&2; exit 2"
-    deps: [params.yaml]
-    outs: [wrong]
-  below:
-    cmd: cp wrong below
-    deps: [wrong]
-    outs: [below]
   large:
     cmd: head -c 20000000 /dev/zero > large
     deps: [params.yaml]
@@ -102,7 +94,7 @@ def bare(tmp_path: Path, counted: Path) -> Path:
     root.mkdir()
     own = f"# {tmp_path}\n"  # so that no host has results of another test
     (root / "params.yaml").write_text(own + override((ROOT / "params.yaml").read_text(), MICRO))
-    (root / "dvc.yaml").write_text(SHELL_STAGES)
+    (root / "dvc.yaml").write_text(SHELL_STAGES + failing_stages("$COUNTED"))
     (root / ".gitignore").write_text("/.scratch\n/mlflow.db*\n/mlartifacts\n")
     git(root, "init", "--quiet")
     assert command(root, "dvc", "init", "--quiet").returncode == 0

@@ -20,7 +20,7 @@ from urllib.request import Request, urlopen
 
 import psutil
 import pytest
-from studies import MICRO, ROOT, STAGES, command, environment, free_port, git
+from studies import MICRO, ROOT, STAGES, command, environment, failing_stages, free_port, git
 
 from pipelines.gate import authorization
 from pipelines.overrides import override
@@ -35,14 +35,6 @@ stages:
     cmd: test -e tried || { touch tried; exit 75; }; cp tried flaky
     deps: [params.yaml]
     outs: [flaky]
-  wrong:
-    cmd: "echo attempt >> attempts; echo 'error: params.yaml: it is wrong' >&2; exit 2"
-    deps: [params.yaml]
-    outs: [wrong]
-  below:
-    cmd: cp wrong below
-    deps: [wrong]
-    outs: [below]
   endless:
     cmd: echo $$ > pid; sleep 60; touch endless
     deps: [params.yaml]
@@ -55,7 +47,7 @@ def shell(tmp_path: Path, databases: Path) -> Path:
     """A project whose stages are shell commands: fine, flaky (succeeds when tried again), wrong, below (it), endless."""
     shutil.copytree(databases, tmp_path, dirs_exist_ok=True)
     (tmp_path / "params.yaml").write_text(override((ROOT / "params.yaml").read_text(), MICRO))
-    (tmp_path / "dvc.yaml").write_text(SHELL_STAGES)
+    (tmp_path / "dvc.yaml").write_text(SHELL_STAGES + failing_stages("."))
     (tmp_path / ".gitignore").write_text("/.scratch\n")
     git(tmp_path, "init", "--quiet")
     assert command(tmp_path, "dvc", "init", "--quiet").returncode == 0

@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import forked
 import numpy as np
 import pandas as pd
 import psutil
@@ -48,8 +47,6 @@ SMALL = {
     "train.gradient_clip": 1.0,
     "train.validation.samples": 16,
 }
-STAGE = ("pipelines.stages.train", "adaln_zero-0")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 FORKS = torch.multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["dit.data.latents", "dit.sampling", "dit.training.loop"])
@@ -75,7 +72,7 @@ def furnished(folder: Path, latents_directory: Path) -> Path:
 def alone(tmp_path_factory: pytest.TempPathFactory, latents_directory: Path) -> Path:
     """The workspace of a run on one process."""
     folder = furnished(tmp_path_factory.mktemp("alone"), latents_directory)
-    trained(folder, 1)
+    finished(train(folder, 1))
     return folder
 
 
@@ -83,25 +80,14 @@ def train(
     workspace: Path, processes: int, parallel: str = "ddp", changes: Mapping[str, Any] | None = None, **environment: str
 ) -> subprocess.Popen[str]:
     """Start stage `train` on so many processes."""
-    write_parameters(workspace, processes, parallel, changes or {})
-    command = [sys.executable, "-m", *STAGE]
-    return subprocess.Popen(
-        command, cwd=workspace, env=ENVIRONMENT | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-def trained(workspace: Path, processes: int, parallel: str = "ddp", changes: Mapping[str, Any] | None = None) -> str:
-    """Run stage `train` on so many processes, of which the first is forked; what it prints."""
-    write_parameters(workspace, processes, parallel, changes or {})
-    done = forked.run(workspace, STAGE, ENVIRONMENT)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def write_parameters(workspace: Path, processes: int, parallel: str, changes: Mapping[str, Any]) -> None:
-    given = {**SMALL, "train.processes": processes, "train.parallel": parallel, **changes}
+    given = {**SMALL, "train.processes": processes, "train.parallel": parallel, **(changes or {})}
     (workspace / "params.yaml").write_text(override((ROOT / "params.yaml").read_text(), given))
     write_identity(workspace)
+    command = [sys.executable, "-m", "pipelines.stages.train", "adaln_zero-0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        command, cwd=workspace, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def write_identity(workspace: Path) -> None:
@@ -165,7 +151,7 @@ def test_muon_takes_the_same_steps_on_sharded_weights_up_to_the_rounding_of_bf16
     }
     found = []
     for processes, parallel in ((1, "ddp"), (2, "fsdp")):
-        trained(workspace, processes, parallel, {"train.optimizer": muon})
+        finished(train(workspace, processes, parallel, {"train.optimizer": muon}))
         found.append(losses(workspace))
     np.testing.assert_allclose(*found, rtol=1e-2)
 
@@ -177,7 +163,7 @@ def test_a_killed_process_ends_the_stage_and_the_next_run_may_shard_the_weights(
     assert begun.returncode == os.EX_TEMPFAIL, output
     assert "was killed by SIGKILL; the others were ended, and no output was written" in output
     assert not (workspace / "runs" / "train").exists()
-    assert "resumed at step" in trained(workspace, 2, "fsdp")
+    assert "resumed at step" in finished(train(workspace, 2, "fsdp"))
     np.testing.assert_allclose(losses(workspace), losses(alone), rtol=1e-5)
 
 
@@ -207,7 +193,7 @@ def test_ranks_end_with_their_launcher_and_any_number_of_them_goes_on(
     assert psutil.wait_procs(ranks, timeout=60)[1] == []
     assert not (workspace / "runs" / "train").exists()
     assert not list(workspace.glob("torchelastic*"))
-    assert "resumed at step" in trained(workspace, processes)
+    assert "resumed at step" in finished(train(workspace, processes))
     np.testing.assert_allclose(losses(workspace), losses(alone), rtol=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,10 +17,11 @@ import typer.testing
 from studies import MICRO, ROOT
 
 from dit import config, yamlfile
+from dit.analysis import comparison
 from dit.analysis.study import Findings, Question, Tuning
 from dit.errors import ConfigError, UserError
 from pipelines import design
-from pipelines.evidence import comparing, failing, figures, judging, results, running, training, writing
+from pipelines.evidence import comparing, failing, figures, judging, markdown, results, running, training, writing
 from pipelines.evidence.__main__ import app
 from pipelines.evidence.results import Ended, Results, Warned
 from pipelines.overrides import override
@@ -160,6 +162,13 @@ def test_answers_compare_the_errors_of_the_published_start_at_all_rates() -> Non
     values = {"study.strategies": ["adaln_zero"]}
     found = judging.answer(Results(study="rates", values=values, planned=6, made=[], runs=runs), {}).findings
     assert comparing.of_baseline(found)[2] == "| `adaln_zero` | 0.2 | -20.0 % [-32.4, -7.6] |"
+
+
+def test_a_difference_from_one_seed_has_no_interval_and_one_from_none_is_no_number() -> None:
+    whole = comparison.Estimate(0.02, 0.01, 0.03, 3)
+    assert markdown.size(whole) == "+2.0 % [+1.0, +3.0]"
+    assert markdown.size(dataclasses.replace(whole, low=None, high=None, n=1)) == "+2.0 %, from one seed"
+    assert markdown.size(dataclasses.replace(whole, low=None, high=None, n=0)) == "cannot be measured"
 
 
 def test_settings_that_a_profile_does_not_name_are_those_of_the_parameters() -> None:

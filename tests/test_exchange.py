@@ -8,18 +8,16 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import forked
 import numpy as np
 import pytest
 import torch
 from diffusers import DiTPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from studies import ONE_SETTING, ROOT, free_port
+from studies import ONE_SETTING, ROOT
 from typer.testing import CliRunner
 
 from dit import autoencoder, checkpoint, checksums, config, init, models, sections, yamlfile
@@ -302,21 +300,6 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, env=environment)
 
 
-def in_two_forks(*arguments: str) -> str:
-    """What the first of two processes prints for which torchrun's variables are set, as torchrun starts them; both succeed."""
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    group |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-    def rank(number: int) -> subprocess.CompletedProcess[str]:
-        own = {"RANK": str(number), "LOCAL_RANK": str(number)}
-        return forked.run(Path.cwd(), ("dit.cli", *arguments), {**os.environ, **group, **own})
-
-    with ThreadPoolExecutor() as pool:
-        both = list(pool.map(rank, range(2)))
-    assert not any(done.returncode for done in both), [done.stdout for done in both]
-    return both[0].stdout
-
-
 def test_two_processes_draw_the_images_of_one(study: config.Params) -> None:
     done = torchrun("sample", "adaln_zero-0", "--num-samples", "7", "--output", "two.npz", "--device", "cpu")
     assert done.returncode == 0, done.stderr
@@ -331,8 +314,9 @@ def test_two_processes_draw_the_images_of_one(study: config.Params) -> None:
 def test_two_processes_measure_the_images_of_one(study: config.Params) -> None:
     run("sample", "adaln_zero-0", "--num-samples", "8", "--output", "real.npz", "--seed", "5")
     options = ("--reference", "real.npz", "--num-samples", "7", "--nearest-k", "2", "--json", "--device", "cpu")
-    both = in_two_forks("evaluate", "adaln_zero-0", *options, "--output", "two.npz")
-    two, _ = json.JSONDecoder().raw_decode(both[both.index("{\n") :])
+    done = torchrun("evaluate", "adaln_zero-0", *options, "--output", "two.npz")
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout[done.stdout.index("{\n") :])
     said = run("evaluate", "adaln_zero-0", *options)
     one = json.loads(said[said.index("{\n") :])
     assert two["images"] == one["images"] == {"generated": 7, "reference": 8}

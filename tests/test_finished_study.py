@@ -36,7 +36,7 @@ def test_a_clone_that_pulls_has_metrics_plots_report_and_runs_for_its_mlflow(stu
     page = (clone / "dvc_plots/index.html").read_text()
     assert "Final validation error against the baseline" in page
     assert not re.search(r"<script[^>]*src=|<link", page)
-    assert "4 runs added, 0 already there" in command(clone, "pipelines", "mlflow").stdout
+    assert "4 runs added, 0 already there" in command(clone, "pipelines", "mlflow", fresh=True).stdout
 
 
 def test_training_killed_by_the_machine_resumes_and_leaves_the_same_lock(study: Path) -> None:

@@ -99,7 +99,7 @@ def test_any_text_is_read_or_one_message(text: str) -> None:
 
 def test_dit_check_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(BOMB)
-    done = command(tmp_path, "dit.cli", "check")
+    done = command(tmp_path, "dit.cli", "check", fresh=True)
     assert done.returncode == 2
     assert done.stdout.startswith("error: params.yaml: not valid YAML: line 5: more than 20000 values")
     assert done.stdout.count("\n") == 1

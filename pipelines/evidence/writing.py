@@ -88,23 +88,19 @@ def write(root: Path) -> list[str]:
     (root / FIGURES).mkdir(exist_ok=True)
     for name, one in answers.items():
         draw(one, root / FIGURES / f"{name}.svg")
-    sections = [
-        _section(name, asked[name]["title"], answers[name]) if name in answers else _cut(name, asked[name]["title"], results)
-        for name, results in found.items()
-    ]
+    sections = [_section(asked[name]["title"], results, answers.get(name)) for name, results in found.items()]
     (root / PAGE).write_text("\n".join([HEAD, *sections]))
     write_json(root / NUMBERS, {name: [_rounded(one) for one in _declared(each)] for name, each in answers.items()})
     return list(found)
 
 
-def _cut(name: str, title: str, results: Results) -> str:
-    said = f"**Cut: {len(results.runs)} of {results.planned} runs have ended, so it has no answers yet.**"
-    return HYPHEN.sub(MINUS, "\n".join([f"## `{name}`: {title}", "", _conditions(name, results), "", said, ""]))
-
-
-def _section(name: str, title: str, answers: Answers) -> str:
-    results = answers.results
+def _section(title: str, results: Results, answers: Answers | None) -> str:
+    """The section of one study. It has no answers if the study was cut."""
+    name = results.study
     lines = [f"## `{name}`: {title}", "", _conditions(name, results), ""]
+    if answers is None:
+        cut = f"**Cut: {len(results.runs)} of {results.planned} runs have ended, so it has no answers yet.**"
+        return HYPHEN.sub(MINUS, "\n".join([*lines, cut, ""]))
     for found in _of_declared(answers):
         lines += [*found, ""]
     if late := [f"- {sentence}" for sentence in _of_delays(answers)]:
