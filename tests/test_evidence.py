@@ -164,10 +164,11 @@ def test_answers_compare_the_errors_of_the_published_start_at_all_rates() -> Non
     assert comparing.of_baseline(found)[2] == "| `adaln_zero` | 0.2 | -20.0 % [-32.4, -7.6] |"
 
 
-def test_a_difference_from_one_seed_has_no_interval_and_one_from_none_is_no_number() -> None:
+def test_a_difference_from_fewer_than_three_seeds_has_no_interval_and_one_from_none_is_no_number() -> None:
     whole = comparison.Estimate(0.02, 0.01, 0.03, 3)
     assert markdown.size(whole) == "+2.0 % [+1.0, +3.0]"
-    assert markdown.size(dataclasses.replace(whole, low=None, high=None, n=1)) == "+2.0 %, from one seed"
+    assert markdown.size(dataclasses.replace(whole, low=None, high=None, n=1)) == "+2.0 %, from 1 seed"
+    assert markdown.size(dataclasses.replace(whole, low=None, high=None, n=2)) == "+2.0 %, from 2 seeds"
     assert markdown.size(dataclasses.replace(whole, low=None, high=None, n=0)) == "cannot be measured"
 
 

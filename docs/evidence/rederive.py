@@ -194,9 +194,9 @@ def quantity(run: dict, name: str) -> float:
 
 
 def interval(values: np.ndarray) -> dict:
-    """Mean and Student's 95 % interval; one value gives no interval, and no value gives no mean."""
-    if len(values) < 2:
-        return {"mean": float(values[0]) if len(values) else None, "low": None, "high": None, "n": len(values)}
+    """Mean and Student's 95 % interval; fewer than three values give no interval, and none give no mean."""
+    if len(values) < 3:
+        return {"mean": float(values.mean()) if len(values) else None, "low": None, "high": None, "n": len(values)}
     reach = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
     mean = float(values.mean())
     return {"mean": mean, "low": mean - float(reach), "high": mean + float(reach), "n": len(values)}

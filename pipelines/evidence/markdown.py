@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dit.analysis.comparison import Estimate
 from dit.analysis.study import Place
 from dit.analysis.verdicts import Judgement
+from pipelines.report.words import counted
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -25,11 +26,11 @@ def by_rate(what: str, rates: Sequence[float]) -> list[str]:
 
 
 def size(found: Judgement | Estimate) -> str:
-    """A mean relative difference and its interval, in per cent. One seed gives no interval, and no seed gives no difference."""
+    """A mean relative difference and its interval, in per cent. Two seeds give no interval, and none give no difference."""
     if found.mean is None or not found.n:
         return "cannot be measured"
     if found.low is None or found.high is None:
-        return f"{percent(found.mean)} %, from one seed"
+        return f"{percent(found.mean)} %, from {counted(found.n, 'seed')}"
     return f"{percent(found.mean)} % [{percent(found.low)}, {percent(found.high)}]"
 
 
