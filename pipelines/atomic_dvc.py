@@ -5,22 +5,30 @@ left; on a full disk nothing is left. Here a new file replaces the old one by a 
 
 To change one entry of `dvc.lock`, DVC reads and formats all entries, which takes seconds if there are hundreds of them. Here
 only the changed entry is read and formatted. The resulting file has the same bytes.
+
+While the project is locked, DVC tries again twice a second. Stages that run side by side lock it often and for a short time,
+so here DVC tries every 20 ms.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from dvc import lock
 from dvc.fs import LocalFileSystem
 from dvc.utils.serialize import _yaml as serialize
 
 FILES = ("dvc.lock", "rwlock")
+TRY_EVERY = 0.02
+"""Seconds between two attempts to lock the project; an attempt takes 0.1 ms."""
 HEADER = "schema: '2.0'\nstages:\n"
 """The beginning of a `dvc.lock` that lists only stages."""
 _ENTRY = re.compile(r"^  (?=[^\s:])", re.MULTILINE)
@@ -75,7 +83,7 @@ def entry_text(stage: str, entry: Mapping[str, Any]) -> str:
 
 
 def install() -> None:
-    """Make DVC in this process replace its lock files by a rename, and format only changed entries of `dvc.lock`."""
+    """Make DVC in this process replace its lock files by a rename, format only changed entries of `dvc.lock`, and wait less."""
     original: Callable[..., Any] = LocalFileSystem.open
 
     def opened(self: LocalFileSystem, path: str, mode: str = "r", **options: Any) -> Any:
@@ -104,8 +112,22 @@ def install() -> None:
     if original.__module__ != __name__:
         opened.__module__ = __name__
         LocalFileSystem.open = opened
+        lock.Lock.lock = _lock
         serialize.parse_yaml_for_update = read
         serialize._dump = write
+
+
+def _lock(self: Any) -> None:
+    """`dvc.lock.Lock.lock`, which fails after as many seconds as there, or never if DVC was told to wait."""
+    until = time.monotonic() + (math.inf if self._wait else lock.DEFAULT_TIMEOUT)
+    while True:
+        try:
+            self._do_lock()
+            return
+        except lock.LockError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(TRY_EVERY)
 
 
 if __name__ == "__main__":

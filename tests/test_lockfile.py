@@ -1,12 +1,14 @@
-"""`dvc.lock` is changed entry by entry, and has the bytes that DVC itself writes."""
+"""`dvc.lock` is changed entry by entry, and has the bytes that DVC itself writes; whoever waits for DVC's lock gets it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Timer
 from typing import Any
 
 import pytest
+from dvc import lock as dvc_lock
 from dvc.utils.serialize import dumps_yaml, modify_yaml, parse_yaml
 from hypothesis import given, settings, strategies as st
 
@@ -104,3 +106,19 @@ def test_data_of_dvc_that_is_added_to_a_lock_stands_beside_its_stages(tmp_path: 
     with modify_yaml(path) as data:
         data.setdefault("datasets", []).append({"name": "photos"})
     assert path.read_text() == lock({"a": {"cmd": "x"}}, datasets=[{"name": "photos"}])
+
+
+def test_who_waits_for_the_lock_of_a_project_gets_it_and_who_does_not_gives_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dvc_lock, "DEFAULT_TIMEOUT", 0.1)
+    path = str(tmp_path / "lock")
+    holder, hasty, patient = dvc_lock.Lock(path), dvc_lock.Lock(path), dvc_lock.Lock(path, wait=True)
+    holder.lock()
+    with pytest.raises(dvc_lock.LockError):
+        hasty.lock()
+    Timer(0.3, holder.unlock).start()
+    patient.lock()
+    assert patient.is_locked
+    assert not holder.is_locked
+    patient.unlock()
