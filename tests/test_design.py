@@ -19,6 +19,7 @@ from pipelines import design as stages
 from pipelines.overrides import override
 from pipelines.records.evaluation import EvaluateRecord
 from pipelines.records.training import TrainRecord
+from pipelines.report.places import place_of
 from pipelines.stages.autoencoder import autoencoder
 from pipelines.stages.best import best
 from pipelines.stages.evaluate import evaluate
@@ -80,6 +81,12 @@ def test_named_settings_stand_in_place_of_a_product() -> None:
     )
     assert names(params)[:2] == ["adaln_zero-small-0", "adaln_zero-small-1"]
     assert [found.train.steps for found in check(params).values()] == [60, 8]
+
+
+def test_named_settings_that_differ_in_the_learning_rate_alone_are_one_place_with_several_rates() -> None:
+    shared = {"train.optimizer.betas": [0.9, 0.95], "train.steps": 8}
+    params = study(settings={name: {"train.learning_rate": rate, **shared} for name, rate in (("low", 1e-3), ("high", 4e-3))})
+    assert {place_of(params, run) for run in design(params.study).runs} == {(("betas", "[0.9, 0.95]"), ("steps", "8"))}
 
 
 def test_one_strategy_may_have_levels_or_a_value_of_its_own() -> None:

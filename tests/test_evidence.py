@@ -164,6 +164,22 @@ def test_answers_compare_the_errors_of_the_published_start_at_all_rates() -> Non
     assert comparing.of_baseline(found)[2] == "| `adaln_zero` | 0.2 | -20.0 % [-32.4, -7.6] |"
 
 
+def test_where_settings_have_other_rates_each_is_compared_with_its_own_lowest() -> None:
+    errors = {("4", 0.01): 0.2, ("4", 0.02): 0.1, ("56", 0.02): 0.2, ("56", 0.04): 0.3}
+    runs = [
+        ended("adaln_zero", rate, 0, error).model_copy(update={"place": [("depth", depth)]})
+        for (depth, rate), error in errors.items()
+    ]
+    values = {"study.strategies": ["adaln_zero"]}
+    found = judging.answer(Results(study="depths", values=values, planned=4, made=[], runs=runs), {}).findings
+    assert comparing.of_baseline(found) == [
+        "| start | factors | error at the lowest rate | difference of the error from that at rate 0.02 | at rate 0.04 |",
+        "|---|---|---|---|---|",
+        "| `adaln_zero` | depth 4 | 0.2 at 0.01 | -50.0 %, from 1 seed |  |",
+        "| `adaln_zero` | depth 56 | 0.2 at 0.02 |  | +50.0 %, from 1 seed |",
+    ]
+
+
 def test_a_difference_from_fewer_than_three_seeds_has_no_interval_and_one_from_none_is_no_number() -> None:
     whole = comparison.Estimate(0.02, 0.01, 0.03, 3)
     assert markdown.size(whole) == "+2.0 % [+1.0, +3.0]"
@@ -191,12 +207,13 @@ def test_settings_that_a_profile_does_not_name_are_those_of_the_parameters() -> 
             "stability-muon",
             "Muon in the blocks and AdamW elsewhere with β₂ = 0.999, schedule: see factors, no clipping, EMA 0.99",
         ),
+        ("depth-pilot", "optimiser: see factors, constant rate, no warm-up, clipping: see factors, EMA 0.99"),
     ],
 )
 def test_answers_name_the_settings_of_the_optimiser(name: str, settings: str) -> None:
     values = yamlfile.read(ROOT / running.PROFILES / f"{name}.yaml")
     assert training.in_words(values) == settings
-    assert training.constant_rate(values) == (name == "heads")
+    assert training.constant_rate(values) == (name in {"heads", "depth-pilot"})
 
 
 def drawn(name: str, folder: Path) -> str:

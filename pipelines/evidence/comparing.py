@@ -90,30 +90,33 @@ def _cell(judgement: Judgement) -> str:
 
 
 def of_baseline(findings: Findings) -> list[str]:
-    """The error of the baseline at the lowest rate, and by how much its error at each other rate differs from that."""
-    mine = [one for one in findings.tunings if one.strategy == findings.question.baseline]
+    """The error of the baseline at the lowest rate, and by how much its error at each other rate differs from that.
+
+    If settings have different rates, each row has the error at its own lowest rate.
+    """
+    mine = [one for one in findings.tunings if one.strategy == findings.question.baseline and one.errors]
     rates = sorted({rate for one in mine for rate in one.errors})
-    if not rates:
-        return []
-    lowest, *others = rates
-    rows = [
-        (f"`{one.strategy}`", words(one.place), _level(one, lowest), *(_against(one, lowest, rate) for rate in others))
-        for one in mine
-    ]
-    columns = ("start", "factors", f"error at rate {lowest:g}", *by_rate("difference of the error from that", others))
-    return table(columns, rows)
+    shared = all(rates[0] in one.errors for one in mine)
+    others = [rate for rate in rates if any(rate in one.errors and rate > min(one.errors) for one in mine)]
+    rows = []
+    for one in mine:
+        lowest = min(one.errors)
+        level = _level(one, lowest) if shared else f"{_level(one, lowest)} at {lowest:g}"
+        rows.append((f"`{one.strategy}`", words(one.place), level, *(_against(one, lowest, rate) for rate in others)))
+    first = f"error at rate {rates[0]:g}" if shared and rates else "error at the lowest rate"
+    return table(("start", "factors", first, *by_rate("difference of the error from that", others)), rows) if rows else []
 
 
 def _level(one: Tuning, rate: float) -> str:
     errors = [error for error in one.errors[rate].values() if error is not None]
-    return f"{statistics.fmean(errors):.4g}" if errors else ""
+    return f"{statistics.fmean(errors):.4g}" if errors else "no run finished"
 
 
 def _against(one: Tuning, lowest: float, rate: float) -> str:
-    """The relative difference of two rates, paired by seed, over seeds at which neither run failed."""
-    base, mine = one.errors[lowest], one.errors[rate]
+    """The relative difference of two rates, paired by seed, over seeds at which neither run failed; empty for the same rate."""
+    base, mine = one.errors[lowest], one.errors.get(rate, {})
     pairs = [(error, other) for seed, error in mine.items() if error is not None and (other := base.get(seed)) is not None]
-    if not pairs:
+    if not pairs or rate == lowest:
         return ""
     mean = statistics.fmean(other for _, other in pairs)
     failed = sum(error is None for error in mine.values())

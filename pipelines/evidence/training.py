@@ -27,13 +27,14 @@ def in_words(values: Mapping[str, Any]) -> str:
     optimizer = f"{OPTIMIZERS.get(name, name)} with β₂ = {beta2:g}"
     warmup = found["train.schedule.warmup_steps"]
     schedule = f"{found['train.schedule.name']} rate, {f'warm-up of {warmup} steps' if warmup else 'no warm-up'}"
-    clip = found["train.gradient_clip"]
+    clip, varied = found["train.gradient_clip"], _varied(values)
+    clipping = "no clipping" if clip is None else f"gradients clipped at norm {clip:g}"
     named = [f"{word} {found[key]}" for word in ("precision", "backend") if (key := f"train.{word}") in values]
     return ", ".join(
         [
-            "optimiser: see factors" if "train.optimizer" in _varied(values) else optimizer,
-            "schedule: see factors" if "train.schedule" in _varied(values) else schedule,
-            "no clipping" if clip is None else f"gradients clipped at norm {clip:g}",
+            "optimiser: see factors" if "train.optimizer" in varied else optimizer,
+            "schedule: see factors" if "train.schedule" in varied else schedule,
+            "clipping: see factors" if "train.gradient_clip" in varied else clipping,
             f"EMA {found['train.ema_decay']:g}",
             *named,
         ]

@@ -24,7 +24,7 @@ from pipelines.evidence.judging import Answers, answer, questions
 from pipelines.evidence.results import RESULTS, Made, Results
 from pipelines.evidence.training import constant_rate, in_words
 from pipelines.files import write_json
-from pipelines.report.words import MINUS, listed
+from pipelines.report.words import MINUS, counted, listed
 
 PAGE = RESULTS / "answers.md"
 NUMBERS = RESULTS / "answers.json"
@@ -121,8 +121,8 @@ def _conditions(name: str, results: Results) -> str:
     networks = list(dict.fromkeys(run.network for run in results.runs))
     workers = " or ".join(dict.fromkeys(str(one.workers) for one in made))
     return (
-        f"{listed(networks)} on {first.data}, {steps} steps, {seeds} seeds, {len(results.runs)} runs; {failed} collapsed "
-        f"or diverged. Training: {in_words(results.values)}. {minutes:.1f} minutes of one {made[0].device}, "
+        f"{listed(networks)} on {first.data}, {steps} steps, {counted(seeds, 'seed')}, {counted(len(results.runs), 'run')}; "
+        f"{failed} collapsed or diverged. Training: {in_words(results.values)}. {minutes:.1f} minutes of one {made[0].device}, "
         f"torch {made[0].torch}, {workers} runs at a time. Latents `{made[0].data.get('data/latents', '')[:12]}`, "
         f"code `{made[0].code[:12]}`, {_commits(made)}. Command: `python -m pipelines.evidence run {name}`."
     )

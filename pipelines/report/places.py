@@ -33,12 +33,13 @@ def word(key: str) -> str:
 
 
 def level_of(setting: Setting, key: str) -> str:
-    """A level in words: a string as it is, other values by their name in the study, if they have one."""
+    """A level in words: its name in the study, or its value; several parameters without a name have the setting's name."""
     level = setting.levels[key]
     if isinstance(level, str):
         return level
     named = setting.named.get(key, "").partition("=")[2]
-    return named or (setting.name if isinstance(level, (dict, list)) else json.dumps(level))
+    parts = level if isinstance(level, list) else [level]
+    return named or (setting.name if any(isinstance(part, (dict, list)) for part in parts) else json.dumps(level))
 
 
 def data_of(params: Params, levels: Mapping[str, Any]) -> str:
