@@ -5,6 +5,9 @@ No tool that is used here sends usage data, unless the user sets the tool's own 
 Torch keeps its compiled code with the project's scratch files, because its default is a folder in /tmp that any user of the
 machine may create first and fill with code. The settings of matplotlib, which torchmetrics imports, are kept there too: if
 matplotlib cannot write in the user's home, it makes a folder in /tmp, which every fork of its process would remove.
+
+Torch compiles in the process of a stage. By default it starts a process for each core, and at the end of the stage waits until
+they have started: for 10 s, where 15 stages shared a GPU. Most stages find their kernels compiled on disk.
 """
 
 import os
@@ -15,6 +18,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.update(
     {
         variable: os.path.abspath(f"{'.scratch' if '://' in scratch else scratch}/{folder}")

@@ -324,6 +324,14 @@ def test_a_module_whose_import_does_not_end_keeps_nothing_alive(project: Path) -
     wait_until(lambda: not server.is_running())
 
 
+@pytest.mark.parametrize(("given", "threads"), [({}, "1"), ({"TORCHINDUCTOR_COMPILE_THREADS": "4"}, "4")])
+def test_torch_starts_no_processes_to_compile_unless_the_user_wants_them(given: dict[str, str], threads: str) -> None:
+    variables = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_COMPILE_THREADS"} | given
+    script = "import pipelines.warm_server, torch._inductor.config as config; print(config.compile_threads)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [threads]
+
+
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert warm.wanted()
     monkeypatch.setenv("DIT_WARM", "0")
