@@ -137,7 +137,8 @@ def test_seeds_to_report_may_have_run_only_at_the_best_rate_and_what_its_spacing
     assert not tuned.interpolated
     assert tuned.difference is not None
     assert tuned.difference.n == 3
-    assert "at its best measured rate, 0.002, the error is 0.6 % above that at the interpolated best rate" in str(tuned)
+    words = "at its best measured rate, 0.002, the error is 0.6 % above that at the interpolated best rate"
+    assert f"{words}, and at a rate next to it a run failed or is missing" in str(tuned)
     with pytest.raises(UserError, match=r"runs are missing: seed 1 at 0\.0005"):
         best_rate(fewer, [0, 1])
 

@@ -232,13 +232,15 @@ def _limit(whose: str, errors: Errors, curve: _Curve, report: Collection[int]) -
     rate = sorted(errors)[curve.best]
     if edge := _edge(curve):
         return f"{whose} best rate may lie beyond {rate:.2g}, {edge}"
-    if (read := _parabolas(errors, curve, report)) and not _fit(*read):
+    read = _parabolas(errors, curve, report)
+    if read and not _fit(*read):
         return (
             f"at a rate next to {whose} best measured rate, {rate:.2g}, the error of some runs is so high that no parabola fits"
         )
     cost = math.expm1(curve.means[curve.best] - math.log(_optimum(curve).error))
     above = f"{100 * cost:.1f} % above that at the interpolated best rate"
-    return f"at {whose} best measured rate, {rate:.2g}, the error is {above}"
+    next_to_it = "" if read else ", and at a rate next to it a run failed or is missing"
+    return f"at {whose} best measured rate, {rate:.2g}, the error is {above}{next_to_it}"
 
 
 def _complete(errors: Errors, seeds: Collection[int] | None) -> list[int]:
