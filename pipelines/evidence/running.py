@@ -21,6 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,15 +36,10 @@ from pipelines.design import Item
 from pipelines.device_pool import NO_GPU, environment, visible_gpus
 from pipelines.overrides import override
 from pipelines.records.training import TRAIN
-from pipelines.stages.autoencoder import autoencoder
-from pipelines.stages.images import images
-from pipelines.stages.latents import latents
-from pipelines.stages.train import train
 
 PROFILES = Path("profiles/evidence")
 A = TypeVar("A")
 R = TypeVar("R")
-STAGES = {"images": images, "autoencoder": autoencoder, "latents": latents, "train": train}
 DATA = ("images", "autoencoder", "latents")
 
 
@@ -198,9 +194,13 @@ def _parameters() -> Params:
 
 
 def _run_stage(item: Item) -> str | None:
-    """Run one stage in this process; return what went wrong in one line, or None."""
+    """Run one stage in this process; return what went wrong in one line, or None.
+
+    Only the module of this stage is imported, because diffusers takes seconds to import and training does not need it.
+    """
     try:
-        STAGES[item.stage](_parameters().with_values(item.setting.levels), item)
+        run_stage = getattr(import_module(f"pipelines.stages.{item.stage}"), item.stage)
+        run_stage(_parameters().with_values(item.setting.levels), item)
     except Exception as error:
         traceback.print_exc()
         return f"{item.stage}@{item.key}: {type(error).__name__}: {error}"
