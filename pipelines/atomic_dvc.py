@@ -7,7 +7,7 @@ To change one entry of `dvc.lock`, DVC reads and formats all entries, which take
 only the changed entry is read and formatted. The resulting file has the same bytes.
 
 While the project is locked, DVC tries again twice a second. Stages that run side by side lock it often and for a short time,
-so here DVC tries every 20 ms.
+so here DVC tries every 20 ms. (Locks of a project with `core.hardlink_lock` are as DVC made them.)
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from typing import IO, Any
 
 from dvc import lock
 from dvc.fs import LocalFileSystem
+from dvc.progress import Tqdm
+from dvc.repo import Repo
 from dvc.utils.serialize import _yaml as serialize
 
 FILES = ("dvc.lock", "rwlock")
@@ -86,7 +88,7 @@ def install() -> None:
     """Make DVC in this process replace its lock files by a rename, format only changed entries of `dvc.lock`, and wait less."""
     original: Callable[..., Any] = LocalFileSystem.open
 
-    def opened(self: LocalFileSystem, path: str, mode: str = "r", **options: Any) -> Any:
+    def replaced(self: LocalFileSystem, path: str, mode: str = "r", **options: Any) -> Any:
         if mode.startswith("w") and os.path.basename(path) in FILES:
             return replacing(Path(path), options.get("encoding"))
         return original(self, path, mode, **options)
@@ -110,24 +112,33 @@ def install() -> None:
         return stream.write(HEADER + "".join(lines))
 
     if original.__module__ != __name__:
-        opened.__module__ = __name__
-        LocalFileSystem.open = opened
+        replaced.__module__ = __name__
+        LocalFileSystem.open = replaced
         lock.Lock.lock = _lock
         serialize.parse_yaml_for_update = read
         serialize._dump = write
 
 
+def opened(root: Path) -> Repo:
+    """DVC's project in `root`, in this process. If another process locks the project, DVC waits, and tries every 20 ms."""
+    lock.Lock.lock = _lock
+    return Repo(str(root), _wait_for_lock=True)
+
+
 def _lock(self: Any) -> None:
     """`dvc.lock.Lock.lock`, which fails after as many seconds as there, or never if DVC was told to wait."""
     until = time.monotonic() + (math.inf if self._wait else lock.DEFAULT_TIMEOUT)
-    while True:
-        try:
-            self._do_lock()
-            return
-        except lock.LockError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(TRY_EVERY)
+    words = "waiting for another DVC process to unlock the project"
+    with Tqdm(bar_format="{desc}", disable=not self._friendly, desc=words) as bar:
+        while True:
+            try:
+                self._do_lock()
+                return
+            except lock.LockError:
+                if time.monotonic() > until:
+                    raise
+                bar.update()
+                time.sleep(TRY_EVERY)
 
 
 if __name__ == "__main__":

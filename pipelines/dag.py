@@ -23,7 +23,6 @@ from types import TracebackType
 from typing import Any
 
 from dvc.exceptions import DvcException
-from dvc.repo import Repo
 from dvc.stage import PipelineStage
 
 from dit.errors import ConfigError, UserError
@@ -90,7 +89,7 @@ def read(root: Path) -> dict[str, Stage]:
         raise ConfigError(f"{root / 'dvc.yaml'}: no such file; run this in the folder that holds the study's dvc.yaml")
     private_dvc.keep(root)
     try:
-        with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
+        with atomic_dvc.opened(root) as repo, repo.lock:
             graph = repo.index.graph
             listed = enumerate(_pipeline(repo.index.stages))
             stages = {stage.name: _stage(graph, stage, place) for place, stage in listed}
@@ -106,7 +105,7 @@ def checking(root: Path) -> Iterator[Callable[[str], bool]]:
     The function makes DVC's own comparison in this process, on a project that stays open. So no process has to start for a
     stage if the outputs above it came out unchanged. The project is read when the first stage is asked about.
     """
-    with Repo(str(root), _wait_for_lock=True) as repo:
+    with atomic_dvc.opened(root) as repo:
         stages: dict[str, Any] = {}
 
         def unchanged(name: str) -> bool:
@@ -157,7 +156,7 @@ def order_lock(root: Path, stages: Collection[Stage]) -> None:
     lock, order = root / "dvc.lock", [stage.name for stage in sorted(stages, key=lambda stage: stage.place)]
     if LockFile(lock, order).written:
         return
-    with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
+    with atomic_dvc.opened(root) as repo, repo.lock:
         LockFile(lock, order).write()
 
 

@@ -17,7 +17,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from dit import design as designs
-from pipelines import design
+from pipelines import atomic_dvc, design
 from pipelines.files import json_text
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def results(root: Path, params: Params, stages: Mapping[str, Stage]) -> Results:
     identities = _Identities(params)
     cached: set[str] = set()
     elsewhere: set[str] = set()
-    with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
+    with atomic_dvc.opened(root) as repo, repo.lock:
         listed = {stage.name: stage for stage in repo.index.stages if getattr(stage, "name", None) in stages}
         for name, stage in stages.items():
             above = set(stage.upstream) - {DESIGN}

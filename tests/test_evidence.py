@@ -50,6 +50,9 @@ TINY: dict[str, Any] = {
 """Values that make a study of seconds of `delay`."""
 
 
+UNLESS = " (unless factors say otherwise)"
+
+
 def ended(strategy: str, rate: float, seed: int, error: float | None, **others: Any) -> Ended:
     """A run of 100 steps; the error of a zero output is 1."""
     values: dict[str, Any] = {"place": [], "failed_at": None, "spikes": 0, "warned": None, **others}
@@ -173,7 +176,7 @@ def test_where_settings_have_other_rates_each_is_compared_with_its_own_lowest() 
     values = {"study.strategies": ["adaln_zero"]}
     found = judging.answer(Results(study="depths", values=values, planned=4, made=[], runs=runs), {}).findings
     assert comparing.of_baseline(found) == [
-        "| start | factors | error at the lowest rate | difference of the error from that at rate 0.02 | at rate 0.04 |",
+        "| start | factors | error at the lowest rate | difference from it, at rate 0.02 | at rate 0.04 |",
         "|---|---|---|---|---|",
         "| `adaln_zero` | depth 4 | 0.2 at 0.01 | -50.0 %, from 1 seed |  |",
         "| `adaln_zero` | depth 56 | 0.2 at 0.02 |  | +50.0 %, from 1 seed |",
@@ -202,12 +205,12 @@ def test_settings_that_a_profile_does_not_name_are_those_of_the_parameters() -> 
     [
         ("heads", "AdamW with β₂ = 0.999, constant rate, no warm-up, no clipping, EMA 0.99"),
         ("delay", "AdamW with β₂ = 0.95, linear rate, no warm-up, gradients clipped at norm 1, EMA 0.99"),
-        ("stability", "optimiser: see factors, schedule: see factors, no clipping, EMA 0.99"),
+        ("stability", f"AdamW with β₂ = 0.999{UNLESS}, constant rate, no warm-up{UNLESS}, no clipping, EMA 0.99"),
         (
             "stability-muon",
-            "Muon in the blocks and AdamW elsewhere with β₂ = 0.999, schedule: see factors, no clipping, EMA 0.99",
+            f"Muon in the blocks and AdamW elsewhere with β₂ = 0.999, constant rate, no warm-up{UNLESS}, no clipping, EMA 0.99",
         ),
-        ("depth-pilot", "optimiser: see factors, constant rate, no warm-up, clipping: see factors, EMA 0.99"),
+        ("depth-pilot", f"AdamW with β₂ = 0.999{UNLESS}, constant rate, no warm-up, no clipping{UNLESS}, EMA 0.99"),
     ],
 )
 def test_answers_name_the_settings_of_the_optimiser(name: str, settings: str) -> None:

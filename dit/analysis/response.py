@@ -183,32 +183,34 @@ class Tuned:
 def each_at_its_best(errors: Errors, baseline: Errors, selection: Collection[int], report: Collection[int]) -> Tuned:
     """Choose the best rate of each strategy on the seeds `selection`, and report both at these rates on the seeds `report`.
 
-    Choosing the rate on the reported seeds would favour the noisier strategy. Best rates are interpolated if every seed of
-    `report` ended well at the three measured rates around each strategy's optimum, and if a parabola fits its errors there
-    (`FARTHEST`). Otherwise the best measured rates are used, which favours the strategy whose optimum happens to lie nearer
-    to a measured rate: `limits` says so, and forbids a verdict. Raises UserError if the two sets of seeds overlap.
+    Choosing the rate on the reported seeds would favour the noisier strategy. Best rates are interpolated if every seed ended
+    well at the three measured rates around each strategy's optimum, and if a parabola fits its errors there (`FARTHEST`).
+    Otherwise the best measured rates are used, which favours the strategy whose optimum happens to lie nearer to a measured
+    rate: `limits` says so, and forbids a verdict. Raises UserError if the two sets of seeds overlap.
     """
     if both := sorted(set(selection) & set(report)):
         raise UserError(f"seeds {both} choose the learning rate and are also reported at it: let other seeds choose it")
     sides = [(side, _curve(side, _complete(side, selection))) for side in (errors, baseline)]
-    values, baseline_values = (_at_optimum(side, curve, report) for side, curve in sides)
+    values, baseline_values = (_at_optimum(side, curve, selection, report) for side, curve in sides)
     if values and baseline_values:
         optima = [_optimum(curve).rate for _, curve in sides if curve]
         return Tuned(optima[0], optima[1], values, baseline_values, True, ())
     rate, baseline_rate = (sorted(side)[curve.best] if curve else None for side, curve in sides)
     named = zip(("its", "the baseline's"), sides, strict=True)
-    limits = tuple(_limit(whose, side, curve, report) for whose, (side, curve) in named if curve)
+    limits = tuple(_limit(whose, side, curve, [*selection, *report]) for whose, (side, curve) in named if curve)
     return Tuned(rate, baseline_rate, _at(errors, rate, report), _at(baseline, baseline_rate, report), False, limits)
 
 
-def _at_optimum(errors: Errors, curve: _Curve | None, seeds: Collection[int]) -> dict[int, float] | None:
-    """The error of each seed at the optimum of `curve`, from the seed's parabola through the three rates around the optimum.
+def _at_optimum(
+    errors: Errors, curve: _Curve | None, selection: Collection[int], report: Collection[int]
+) -> dict[int, float] | None:
+    """The error of each seed of `report` at the optimum of `curve`, which the seeds of `selection` chose.
 
-    None if the optimum is at an edge, if a run of one of the seeds is missing or failed at one of the three rates, or if a
-    parabola does not fit.
+    It is that of the seed's parabola through the three rates around the optimum. None if the optimum is at an edge, if a run of
+    one of the seeds is missing or failed at one of the three rates, or if the parabola of one of them does not fit.
     """
-    read = curve and _parabolas(errors, curve, seeds)
-    return dict(zip(seeds, read[0].tolist(), strict=True)) if read and _fit(*read) else None
+    read = curve and _parabolas(errors, curve, [*selection, *report])
+    return dict(zip(report, read[0][len(selection) :].tolist(), strict=True)) if read and _fit(*read) else None
 
 
 def _parabolas(errors: Errors, curve: _Curve, seeds: Collection[int]) -> tuple[np.ndarray, np.ndarray] | None:

@@ -98,11 +98,11 @@ def at_best(one: dict, base: dict, chosen: list[int], report: list[int]) -> tupl
         offsets = np.log(near) - math.log(rates[best])
         curvature, slope, _ = np.polyfit(offsets, means[best - 1 : best + 2], 2)
         vertex = -slope / (2 * curvature)
-        curves = [np.polyfit(offsets, [math.log(side[rate][seed]) for rate in near], 2) for seed in report]
-        found = [float(np.exp(np.polyval(curve, vertex))) for curve in curves]
-        lowest = [min(side[rate][seed] for rate in near) for seed in report]
-        sure = sure and all(abs(value / low - 1) <= FARTHEST for value, low in zip(found, lowest, strict=True))
-        sides.append(found)
+        curves = {seed: np.polyfit(offsets, [math.log(side[rate][seed]) for rate in near], 2) for seed in [*report, *chosen]}
+        found = {seed: float(np.exp(np.polyval(curve, vertex))) for seed, curve in curves.items()}
+        lowest = {seed: min(side[rate][seed] for rate in near) for seed in found}
+        sure = sure and all(abs(found[seed] / lowest[seed] - 1) <= FARTHEST for seed in found)
+        sides.append([found[seed] for seed in report])
     if not sure:
         sides = [[side[best_rate(side, chosen)].get(seed, math.nan) for seed in report] for side in (one, base)]
     return sides[0], sides[1], sure

@@ -23,6 +23,7 @@ from dvc.utils.serialize import parse_yaml
 from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.transfer import transfer
 
+from pipelines import atomic_dvc
 from pipelines.cluster.transport import Remote, UnreachableError
 from pipelines.lockfile import LockFile
 
@@ -164,7 +165,7 @@ class Results:
 @contextmanager
 def opened(root: Path, remote: Remote | None) -> Iterator[Results]:
     """The results of the project in `root`. When the block ends, `dvc.lock` is complete."""
-    with Repo(str(root), _wait_for_lock=True) as repo:
+    with atomic_dvc.opened(root) as repo:
         results = Results(repo, root, remote)
         try:
             yield results

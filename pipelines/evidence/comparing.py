@@ -94,29 +94,36 @@ def of_baseline(findings: Findings) -> list[str]:
 
     If settings have different rates, each row has the error at its own lowest rate.
     """
-    mine = [one for one in findings.tunings if one.strategy == findings.question.baseline and one.errors]
-    rates = sorted({rate for one in mine for rate in one.errors})
-    shared = all(rates[0] in one.errors for one in mine)
-    others = [rate for rate in rates if any(rate in one.errors and rate > min(one.errors) for one in mine)]
+    mine = [
+        (one, lowest) for one in findings.tunings if one.strategy == findings.question.baseline and (lowest := _lowest(one))
+    ]
+    rates = sorted({rate for one, lowest in mine for rate in one.errors if rate >= lowest})
+    shared = len({lowest for _, lowest in mine}) == 1
+    others = [rate for rate in rates if any(rate in one.errors and rate > lowest for one, lowest in mine)]
     rows = []
-    for one in mine:
-        lowest = min(one.errors)
-        level = _level(one, lowest) if shared else f"{_level(one, lowest)} at {lowest:g}"
+    for one, lowest in mine:
+        level = f"{_level(one, lowest)}{'' if shared else f' at {lowest:g}'}"
         rows.append((f"`{one.strategy}`", words(one.place), level, *(_against(one, lowest, rate) for rate in others)))
-    first = f"error at rate {rates[0]:g}" if shared and rates else "error at the lowest rate"
-    return table(("start", "factors", first, *by_rate("difference of the error from that", others)), rows) if rows else []
+    first = f"error at rate {rates[0]:g}" if shared else "error at the lowest rate"
+    return table(("start", "factors", first, *by_rate("difference from it,", others)), rows) if rows else []
+
+
+def _lowest(one: Tuning) -> float | None:
+    """The lowest rate at which a run finished."""
+    return min(
+        (rate for rate, errors in one.errors.items() if any(error is not None for error in errors.values())), default=None
+    )
 
 
 def _level(one: Tuning, rate: float) -> str:
-    errors = [error for error in one.errors[rate].values() if error is not None]
-    return f"{statistics.fmean(errors):.4g}" if errors else "no run finished"
+    return f"{statistics.fmean(error for error in one.errors[rate].values() if error is not None):.4g}"
 
 
 def _against(one: Tuning, lowest: float, rate: float) -> str:
     """The relative difference of two rates, paired by seed, over seeds at which neither run failed; empty for the same rate."""
     base, mine = one.errors[lowest], one.errors.get(rate, {})
     pairs = [(error, other) for seed, error in mine.items() if error is not None and (other := base.get(seed)) is not None]
-    if not pairs or rate == lowest:
+    if not pairs or rate <= lowest:
         return ""
     mean = statistics.fmean(other for _, other in pairs)
     failed = sum(error is None for error in mine.values())

@@ -21,7 +21,7 @@ OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon in the blocks and AdamW elsewhere"
 
 
 def in_words(values: Mapping[str, Any]) -> str:
-    """The optimiser, schedule, clipping and averaging of a study in words; "see factors" if its runs differ in them."""
+    """The optimiser, schedule, clipping and averaging of a study in words, and which of these factors change."""
     found = {key: _value(values, key) for key in DEFAULTS}
     name, beta2 = found["train.optimizer.name"], found["train.optimizer.betas"][1]
     optimizer = f"{OPTIMIZERS.get(name, name)} with β₂ = {beta2:g}"
@@ -32,9 +32,10 @@ def in_words(values: Mapping[str, Any]) -> str:
     named = [f"{word} {found[key]}" for word in ("precision", "backend") if (key := f"train.{word}") in values]
     return ", ".join(
         [
-            "optimiser: see factors" if "train.optimizer" in varied else optimizer,
-            "schedule: see factors" if "train.schedule" in varied else schedule,
-            "clipping: see factors" if "train.gradient_clip" in varied else clipping,
+            *(
+                f"{words} (unless factors say otherwise)" if f"train.{section}" in varied else words
+                for section, words in (("optimizer", optimizer), ("schedule", schedule), ("gradient_clip", clipping))
+            ),
             f"EMA {found['train.ema_decay']:g}",
             *named,
         ]

@@ -61,8 +61,8 @@ tables, unless the column "factors" says otherwise.
   over the run: it "grows" or "shrinks" (in size), "changes sign", or is "constant" (it changes by less than a quarter).
   "Undetermined": the seeds cannot tell. "Not distinguishable": it cannot be told from zero. Seeds at
   which a run failed are left out, and then the number of the other seeds is given.
-- **error at the lowest rate**: the baseline's mean error over seeds, and how much its error differs from that at other rates,
-  over the seeds at which no run failed.
+- **error at the lowest rate**: the baseline's mean error over seeds, at the lowest rate at which a run finished, and how
+  much its error at other rates differs from it, over the seeds at which no run failed.
 - **runs that failed**: "3 + 1 of 5" means that of five runs, three collapsed or diverged, and one *never learned*: it finished,
   but with more than half of the error of a zero output. Without a plus sign, every run that failed collapsed or diverged.
 - **runs that spiked and finished**: [stability.md](../stability.md) defines a spike. "1 of 7 (\u00d7 3.5)": of seven runs that

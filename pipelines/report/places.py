@@ -13,6 +13,8 @@ from dit.design import Run, Setting
 from dit.sections import FolderSource, HuggingFaceSource, IdxSource, UnlabelledSource
 
 LEARNING_RATE = "train.learning_rate"
+LONGEST_LIST = 30
+"""Most letters of a list that stands for itself in a table."""
 
 
 def place_of(params: Params, run: Run) -> Place:
@@ -33,13 +35,17 @@ def word(key: str) -> str:
 
 
 def level_of(setting: Setting, key: str) -> str:
-    """A level in words: its name in the study, or its value; several parameters without a name have the setting's name."""
+    """A level in words: text as it is, other levels by their name in the study, if they have one.
+
+    A level without a name is told by its value, but a section or a long list by the name of the whole setting.
+    """
     level = setting.levels[key]
     if isinstance(level, str):
         return level
+    words = json.dumps(level)
     named = setting.named.get(key, "").partition("=")[2]
-    parts = level if isinstance(level, list) else [level]
-    return named or (setting.name if any(isinstance(part, (dict, list)) for part in parts) else json.dumps(level))
+    whole = "{" in words or len(words) > LONGEST_LIST
+    return named or (setting.name if whole and isinstance(level, (dict, list)) else words)
 
 
 def data_of(params: Params, levels: Mapping[str, Any]) -> str:
