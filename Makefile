@@ -22,7 +22,8 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; name one: make PYTHON=/path/to/python" >&2; exit 2; }
 	@echo "installing the packages of requirements.lock into $(VENV): this takes some minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install -qq --disable-pip-version-check --requirement requirements.lock
+	$(RUN) pip install -qq --disable-pip-version-check --no-compile --requirement requirements.lock
+	@$(RUN) compileall -qq -j 0 $(VENV)/lib || true # on all cores, unlike pip; some packages hold files that are no valid Python
 	$(RUN) pip install -qq --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
