@@ -6,8 +6,8 @@ Torch keeps its compiled code with the project's scratch files, because its defa
 machine may create first and fill with code. The settings of matplotlib, which torchmetrics imports, are kept there too: if
 matplotlib cannot write in the user's home, it makes a folder in /tmp, which every fork of its process would remove.
 
-Torch compiles in the process of a stage. By default it starts a process for each core, and at the end of the stage waits until
-they have started: for 10 s, where 15 stages shared a GPU. Most stages find their kernels compiled on disk.
+Torch compiles in the process of a stage. By default it starts a process for each core, and waits for them when the stage ends.
+Where 15 stages shared a GPU, stages took 10 s to end, probably for this reason. Most find their kernels compiled on disk.
 """
 
 import os
