@@ -6,6 +6,7 @@ On a GPU, run it once with NVIDIA's multi-process service (`nvidia-cuda-mps-cont
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -27,6 +28,8 @@ FIRST_STEPS = 8
 """Steps of a run that is not measured: in it, each process compiles or loads its kernels."""
 LONGEST_WAIT = 300.0
 """Seconds that a process waits for the others to begin; if one has failed, the others then fail, too."""
+PERCENTAGE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+"""The variable by which the multi-process service limits the share of multiprocessors that a process may use."""
 _shared: dict[str, Barrier] = {}
 
 
@@ -34,6 +37,7 @@ def main(
     case: Annotated[str, typer.Option(help="MODEL:BATCH@LATENT")] = "DiT-Tiny/2:64@8",
     counts: Annotated[str, typer.Option(help=f"runs at a time [default: {GPU_COUNTS} on a GPU, {CPU_COUNTS} on a CPU]")] = "",
     steps: Annotated[int | None, typer.Option(help="a power of two [default: 4096 on a GPU, 64 on a CPU]")] = None,
+    depth: Annotated[int | None, typer.Option(min=1, help="blocks of the network [default: as its name says]")] = None,
     output: Annotated[Path | None, typer.Option(help="where to write JSON")] = None,
 ) -> None:
     """Tell how many training steps per second several runs make together."""
@@ -41,23 +45,24 @@ def main(
     on_gpu = device.type == "cuda"
     steps = steps or (4096 if on_gpu else 64)
     check_steps(steps)
-    report: Result = {"machine": machine(device), "case": case, "steps": steps}
-    report |= {"multi_process_service": on_gpu and multi_process_service(), "results": []}
+    report: Result = {"machine": machine(device), "case": case, "depth": depth, "steps": steps}
+    service = {"multi_process_service": on_gpu and multi_process_service(), PERCENTAGE: os.environ.get(PERCENTAGE)}
+    report |= {**service, "results": []}
     with tempfile.TemporaryDirectory() as folder:
         random_latents(Path(folder) / "latents", chosen.size)
         for count in (counts or (GPU_COUNTS if on_gpu else CPU_COUNTS)).split():
-            rates = together(int(count), chosen, steps, Path(folder))
+            rates = together(int(count), chosen, steps, Path(folder), depth)
             report["results"].append({"runs": len(rates), "steps_per_second": rates, "together": sum(rates)})
             write(report, output)
     Console().print(table(report))
 
 
-def together(count: int, case: Case, steps: int, folder: Path) -> list[float]:
-    """Steps per second of each of `count` runs that train at the same time."""
+def together(count: int, case: Case, steps: int, folder: Path, depth: int | None = None) -> list[float]:
+    """Steps per second of each of `count` runs that train at the same time, with networks of `depth` blocks."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(count)
     with ProcessPoolExecutor(count, mp_context=context, initializer=_wait_at, initargs=(barrier,)) as pool:
-        return list(pool.map(_train, *zip(*[(case, steps, folder, number) for number in range(count)], strict=True)))
+        return list(pool.map(_train, *zip(*[(case, steps, folder, number, depth) for number in range(count)], strict=True)))
 
 
 def _wait_at(barrier: Barrier) -> None:
@@ -65,14 +70,14 @@ def _wait_at(barrier: Barrier) -> None:
     _shared["barrier"] = barrier
 
 
-def _train(case: Case, steps: int, folder: Path, number: int) -> float:
+def _train(case: Case, steps: int, folder: Path, number: int, depth: int | None) -> float:
     """Train once to compile, wait until all processes have done so, and train again. Returns steps per second of the latter."""
     device = resolve_device("auto")
     make_deterministic(1)
     store = LatentStore(folder / "latents")
     for length in (FIRST_STEPS, steps):
         scratch = folder / f"scratch-{number}-{length}"
-        trainer = build(case.name, case.batch, store, "auto", device, scratch, seed=number, steps=length)
+        trainer = build(case.name, case.batch, store, "auto", device, scratch, seed=number, depth=depth, steps=length)
         if length == steps:
             _shared["barrier"].wait(LONGEST_WAIT)
         trainer.run(f"run {number}")
@@ -82,8 +87,10 @@ def _train(case: Case, steps: int, folder: Path, number: int) -> float:
 def table(report: Result) -> Table:
     """A table of steps per second by the number of runs at a time."""
     shown = Table("runs at a time", "steps/s of each", "of all together", "relative to one at a time")
-    service = "with" if report["multi_process_service"] else "without"
-    shown.title = f"{report['case']}, {heading(report)}, {service} the multi-process service"
+    blocks = f" with {report['depth']} blocks" if report["depth"] else ""
+    service = f"{'with' if report['multi_process_service'] else 'without'} the multi-process service"
+    limit = f", at most {report[PERCENTAGE]} % of the multiprocessors for each run" if report[PERCENTAGE] else ""
+    shown.title = f"{report['case']}{blocks}, {heading(report)}, {service}{limit}"
     alone = report["results"][0]["together"] / report["results"][0]["runs"]
     for row in report["results"]:
         each = sum(row["steps_per_second"]) / row["runs"]

@@ -160,9 +160,13 @@ def build(
     scratch: Path,
     ranks: Ranks | None = None,
     seed: int = 0,
+    depth: int | None = None,
     **changes: object,
 ) -> Timed:
-    """A trainer with the shipped parameters, except `changes`, and without the parts that a benchmark leaves out."""
+    """A trainer with the shipped parameters, except `changes`, and without the parts that a benchmark leaves out.
+
+    `depth` is the number of blocks; by default it is that of the network called `name`.
+    """
     params = shipped()
     never = dict.fromkeys(("diagnose_every", "validate_every", "checkpoint_every"), 1 << 30)
     validation = params.train.validation.model_copy(update={"samples": 64, "batch_size": min(64, batch)})
@@ -170,7 +174,8 @@ def build(
     usual = {"batch_size": batch, "log_every": 50, "learning_rate": 1e-4, "ema_decay": 0.9999, "backend": chosen}
     train = params.train.model_copy(update={**never, "validation": validation, **usual, **changes})
     shape = {"latent_size": store.latent_size, "latent_channels": CHANNELS, "num_classes": CLASSES}
-    network = init.apply(models.build(name, **shape, learn_sigma=True), params.strategies["adaln_zero"], seed)
+    options = {} if depth is None else {"depth": depth}
+    network = init.apply(models.build(name, **shape, learn_sigma=True, **options), params.strategies["adaln_zero"], seed)
     diffusion = Diffusion(params.diffusion, device)
     return Timed(network, store, diffusion, train, label_dropout=0.1, seed=seed, scratch=scratch, ranks=ranks)
 

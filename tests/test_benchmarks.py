@@ -42,6 +42,6 @@ def test_runs_that_share_a_device_are_measured_at_the_same_time(benchmark: Modul
     import sharing
 
     measuring.random_latents(tmp_path / "latents", 8)
-    rates = sharing.together(2, measuring.Case(*CASE), STEPS, tmp_path)
+    rates = sharing.together(2, measuring.Case(*CASE), STEPS, tmp_path, depth=1)
     assert len(rates) == 2
     assert min(rates) > 0
