@@ -85,16 +85,17 @@ def _train(case: Case, steps: int, folder: Path, number: int, depth: int | None)
 
 
 def table(report: Result) -> Table:
-    """A table of steps per second by the number of runs at a time."""
-    shown = Table("runs at a time", "steps/s of each", "of all together", "relative to one at a time")
+    """A table of steps per second by the number of runs at a time; if one run alone was measured, also relative to it."""
+    first = report["results"][0]
+    alone = first["together"] if first["runs"] == 1 else None
+    shown = Table("runs at a time", "steps/s of each", "of all together", *(["relative to one at a time"] if alone else []))
     blocks = f" with {report['depth']} blocks" if report["depth"] else ""
     service = f"{'with' if report['multi_process_service'] else 'without'} the multi-process service"
     limit = f", at most {report[PERCENTAGE]} % of the multiprocessors for each run" if report[PERCENTAGE] else ""
     shown.title = f"{report['case']}{blocks}, {heading(report)}, {service}{limit}"
-    alone = report["results"][0]["together"] / report["results"][0]["runs"]
     for row in report["results"]:
-        each = sum(row["steps_per_second"]) / row["runs"]
-        shown.add_row(str(row["runs"]), f"{each:.0f}", f"{row['together']:.0f}", f"{row['together'] / alone:.1f}")
+        cells = [f"{sum(row['steps_per_second']) / row['runs']:.0f}", f"{row['together']:.0f}"]
+        shown.add_row(str(row["runs"]), *cells, *([f"{row['together'] / alone:.1f}"] if alone else []))
     return shown
 
 
