@@ -1,6 +1,7 @@
 """Several runs of a small network at a time on one device, each a process of its own: `python benchmarks/sharing.py`.
 
-On a GPU, run it once with NVIDIA's multi-process service (`nvidia-cuda-mps-control -d`) and once without it.
+On a GPU, run it once with NVIDIA's multi-process service (`nvidia-cuda-mps-control -d`) and once without it. With the service,
+`CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=25` limits each run to a quarter of the GPU's multiprocessors.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ FIRST_STEPS = 8
 """Steps of a run that is not measured: in it, each process compiles or loads its kernels."""
 LONGEST_WAIT = 300.0
 """Seconds that a process waits for the others to begin; if one has failed, the others then fail, too."""
-PERCENTAGE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
-"""The variable by which the multi-process service limits the share of multiprocessors that a process may use."""
+LIMIT_VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+"""The variable that tells the multi-process service which share of the multiprocessors a process may use, in per cent."""
 _shared: dict[str, Barrier] = {}
 
 
@@ -45,9 +46,10 @@ def main(
     on_gpu = device.type == "cuda"
     steps = steps or (4096 if on_gpu else 64)
     check_steps(steps)
+    service = on_gpu and multi_process_service()
     report: Result = {"machine": machine(device), "case": case, "depth": depth, "steps": steps}
-    service = {"multi_process_service": on_gpu and multi_process_service(), PERCENTAGE: os.environ.get(PERCENTAGE)}
-    report |= {**service, "results": []}
+    report |= {"multi_process_service": service, "limit_percent": os.environ.get(LIMIT_VARIABLE) if service else None}
+    report["results"] = []
     with tempfile.TemporaryDirectory() as folder:
         random_latents(Path(folder) / "latents", chosen.size)
         for count in (counts or (GPU_COUNTS if on_gpu else CPU_COUNTS)).split():
@@ -86,16 +88,17 @@ def _train(case: Case, steps: int, folder: Path, number: int, depth: int | None)
 
 def table(report: Result) -> Table:
     """A table of steps per second by the number of runs at a time; if one run alone was measured, also relative to it."""
-    first = report["results"][0]
-    alone = first["together"] if first["runs"] == 1 else None
-    shown = Table("runs at a time", "steps/s of each", "of all together", *(["relative to one at a time"] if alone else []))
+    alone = next((row["together"] for row in report["results"] if row["runs"] == 1), None)
+    shown = Table("runs at a time", "steps/s of each", "of all together")
+    if alone:
+        shown.add_column("relative to one at a time")
     blocks = f" with {report['depth']} blocks" if report["depth"] else ""
     service = f"{'with' if report['multi_process_service'] else 'without'} the multi-process service"
-    limit = f", at most {report[PERCENTAGE]} % of the multiprocessors for each run" if report[PERCENTAGE] else ""
+    limit = f", at most {report['limit_percent']} % of the multiprocessors for each run" if report["limit_percent"] else ""
     shown.title = f"{report['case']}{blocks}, {heading(report)}, {service}{limit}"
     for row in report["results"]:
-        cells = [f"{sum(row['steps_per_second']) / row['runs']:.0f}", f"{row['together']:.0f}"]
-        shown.add_row(str(row["runs"]), *cells, *([f"{row['together'] / alone:.1f}"] if alone else []))
+        cells = [str(row["runs"]), f"{row['together'] / row['runs']:.0f}", f"{row['together']:.0f}"]
+        shown.add_row(*cells, f"{row['together'] / alone:.1f}") if alone else shown.add_row(*cells)
     return shown
 
 
